@@ -1,0 +1,3352 @@
+#!/usr/bin/env python3
+"""vmmonitor: right clocks, staggered starts and an https trigger for the guests of a Linux host.
+
+One file, the standard library, and what the host has: libvirt.so through ctypes, QEMU's and the
+guest agent's JSON over unix sockets.
+
+Three flows run through it:
+
+    clock     libvirt event -> callback that only enqueues -> Monitor, one job per guest
+              -> wait for the agent, measure, set, measure again -> one log line
+    request   TLS connection -> worker thread: handshake, limits, parse -> key -> allowed?
+              -> Guests.find(target) -> action -> status code and one audit line
+    startup   lines checked when the configuration is loaded -> one after another, each start
+              in a thread of its own -> one summary line
+
+The sections, each using only those above it (grep -n '^# ===' prints them with their lines):
+
+    constants and limits   every number that decides something
+    errors                 the exception tree, and words() that turns one into a sentence
+    logging and threads    one log format, one thread starter, one deadline
+    configuration          the table of options, Config, load()
+    processes              run()
+    guest                  what every guest answers, wherever it lives
+    json sockets           the line protocol, QMP, GuestAgent
+    libvirt                the only place with ctypes: Library, Connection, Lane, Host, Domain
+    guests                 one name space over the hosts; one command per guest at a time
+    clock                  measure an offset, correct it, prove it
+    monitor                triggers -> at most one clock job per guest
+    startup                the list of starts and delays
+    listener               Server, Exchange (the wire), Router (dispatch and all error policy)
+    command line           options, roles, signals, systemd, main()
+
+Rules for threads:
+
+  * The libvirt event loop has a thread that does nothing else. Its callbacks only enqueue.
+  * A guest agent that hangs delays nobody else: agent calls have connections of their own, a
+    guest whose agent was silent moves to a slow lane, and libvirt never has more than
+    CALLS_PER_CONNECTION calls of one connection in hand.
+  * Every wait has a deadline (class Deadline). SIGTERM ends the program within STOP_TIMEOUT,
+    whatever hangs: every thread is a daemon thread, and main() leaves by os._exit().
+  * Every thread is started by spawn(): it has a name, and an exception in it is logged.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import ctypes.util
+import dataclasses
+import difflib
+import email.message
+import enum
+import fnmatch
+import hashlib
+import hmac
+import http
+import http.server
+import io
+import json
+import logging
+import math
+import os
+import queue
+import re
+import shlex
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import xml.etree.ElementTree
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, NoReturn
+
+__version__ = '1.0'
+
+# === constants and limits =======================================================================
+# Times are seconds unless the name says otherwise; sizes are bytes.
+
+MS = 1_000_000                 # nanoseconds in a millisecond; clock offsets are kept in ns
+SECOND = 1_000_000_000         # nanoseconds in a second
+
+# libvirt
+CALLS_PER_CONNECTION = 4       # libvirtd serves 5 requests of one client at a time
+#                                (max_client_requests); the sixth would wait for the slowest
+AGENT_CONNECTIONS = 2          # of the fast lane: 8 agent calls at once ...
+SLOW_CALLS = 3                 # ... and 3 to agents that were silent ...
+ACTION_CONNECTIONS = 2         # ... and 8 starts, saves, stops: 19 of libvirtd's 20 workers
+KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed after about
+KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
+RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
+RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
+LOOP_TICK_MS = 500             # the event loop wakes up this often, to see that it shall stop
+
+# guests
+START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
+START_ATTEMPTS = 3             # the same action on the same state, before giving up
+STATE_POLL = 0.1               # between two looks at a state that somebody else is changing
+QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
+
+# guest agents
+AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for guest-sync
+AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
+AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
+
+# clock
+SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
+ROUNDS = 4                     # settings by one method before the next is tried
+RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
+RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
+RETRY_LAST = 2.0               # comes back within 150 ms
+HOST_CLOCK_POLL = 0.5          # between two looks at the host's own clocks
+HOST_CLOCK_JUMP = 0.05         # NTP slews by 0.25 ms in that time; more than this is a step
+
+# startup
+START_RETRIES = 3              # further tries of a guest that failed to start ...
+START_RETRY_PAUSE = 5.0        # ... this long apart
+WAIT_DEFAULT = 120.0           # of "wait NAME" without a time
+
+# listener
+HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
+REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
+IDLE_TIMEOUT = 15.0            # between two requests of one connection
+SEND_TIMEOUT = 10.0            # for one response
+CONNECTIONS_MAX = 256          # threads that serve clients
+CONNECTIONS_PER_PEER = 100     # of them for one address
+HEADER_BYTES = 16 * 1024       # request line and headers together
+BODY_BYTES = 16 * 1024
+COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unless wait= says less
+BUSY_TIMEOUT = 30.0            # how long a command waits for another one on the same guest
+WRONG_KEYS = 10                # wrong keys from one address within ...
+WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
+WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
+KEY_MINIMUM = 16               # shorter keys draw a warning
+
+# JSON sockets
+LINE_BYTES = 10 * 1024 * 1024  # the longest line from QEMU or an agent; libvirt's own limit
+QMP_TIMEOUT = 10.0
+
+
+STOP_TIMEOUT = 1.5             # from SIGTERM to the end of the process
+
+
+# === errors =====================================================================================
+
+class Error(Exception):
+    """Something went wrong that the user can do something about; `hint` says what.
+
+    Error
+     +- ConfigError           the configuration: every problem at once
+     +- CommandError          a program failed: argv, exit status, stderr
+     +- ProtocolError         a peer on a JSON socket sent what is no answer
+     |   +- PeerClosed        ... or closed it
+     |   +- PeerSilent        ... or did not answer in time
+     |   +- ReplyError        ... or answered with an error
+     +- LibvirtError          libvirt's code, domain and text
+     |   +- HostAway          libvirt can't be reached; it is being tried again
+     +- GuestError            one guest, one request
+         +- NoGuest           there is none of that name
+         +- WrongState        its state does not allow it
+         +- Busy              another command has not ended
+         +- AgentError        its guest agent: `trouble` says which row of AGENT_TROUBLES
+         +- ClockError        its clock could not be corrected
+    """
+
+    def __init__(self, message: str, hint: str = '') -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(Error):
+    """What is wrong with a configuration; `problems` has a line for each."""
+
+    def __init__(self, path: str, problems: Sequence[str]) -> None:
+        super().__init__(f'{path}: ' + '; '.join(problems))
+        self.path, self.problems = path, list(problems)
+
+
+class CommandError(Error):
+    """A program that was run failed."""
+
+    def __init__(self, argv: Sequence[str], status: int, stderr: str, hint: str = '') -> None:
+        super().__init__(f'{argv[0]} failed with status {status}: {stderr.strip()}', hint)
+        self.argv, self.status, self.stderr = list(argv), status, stderr
+
+
+class ProtocolError(Error):
+    """A peer on a JSON socket sent something that is no answer; the text shows the bytes."""
+
+
+class PeerClosed(ProtocolError):
+    """The peer closed the socket."""
+
+
+class PeerSilent(ProtocolError):
+    """The peer did not answer before the deadline."""
+
+
+class ReplyError(ProtocolError):
+    """The peer answered with an error object; `kind` is its class, such as CommandNotFound."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class LibvirtError(Error):
+    """A libvirt call failed. `code` and `domain` are virErrorNumber and virErrorDomain."""
+
+    def __init__(self, message: str, code: int = 0, domain: int = 0, hint: str = '') -> None:
+        super().__init__(message, hint)
+        self.code, self.domain = code, domain
+
+
+class HostAway(LibvirtError):
+    """libvirt can't be reached at the moment."""
+
+
+class GuestError(Error):
+    """A request to one guest could not be carried out."""
+
+
+class NoGuest(GuestError):
+    """No guest has that name."""
+
+
+class WrongState(GuestError):
+    """The guest's state does not allow the request."""
+
+
+class Busy(GuestError):
+    """Another command for the same guest has not ended."""
+
+
+class AgentError(GuestError):
+    """The guest agent did not do what was asked; `trouble` is a row of AGENT_TROUBLES."""
+
+    def __init__(self, guest: str, trouble: AgentTrouble, text: str) -> None:
+        super().__init__(f'{guest}: {trouble.says.format(text=text)}', trouble.hint)
+        self.trouble = trouble
+
+
+class ClockError(GuestError):
+    """A guest's clock could not be corrected."""
+
+
+def words(problem: BaseException) -> str:
+    """Return one line for people: what went wrong, and what to do about it."""
+    if isinstance(problem, Error):
+        return f'{problem}; {problem.hint}' if problem.hint else str(problem)
+    if isinstance(problem, OSError) and problem.strerror:
+        return f'{problem.filename}: {problem.strerror}' if problem.filename else problem.strerror
+    return f'{type(problem).__name__}: {problem}'
+
+
+# === logging and threads ========================================================================
+
+log = logging.getLogger('vmmonitor')
+
+_UNPRINTABLE = re.compile(r'[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffc\U00010000-\U0010ffff]')
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters and line ends escaped, so that no name or answer
+    from outside can forge a log line or move a terminal's cursor."""
+    return _UNPRINTABLE.sub(lambda m: ascii(m.group())[1:-1], text)
+
+
+class LogFormat(logging.Formatter):
+    """One record, one line: with a priority for journald, or with the time for a terminal."""
+
+    PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
+
+    def __init__(self, journal: bool) -> None:
+        super().__init__()
+        self.journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and a traceback, if there is one, as further lines of its kind."""
+        if self.journal:
+            head = f'<{next(p for level, p in self.PRIORITIES if record.levelno >= level)}>'
+        else:
+            clock = time.strftime('%H:%M:%S', time.localtime(record.created))
+            head = f'{clock}.{int(record.msecs):03d} {record.levelname.lower():7} '
+        lines = [printable(record.getMessage())]
+        if record.exc_info:
+            lines += map(printable, self.formatException(record.exc_info).splitlines())
+        return '\n'.join(head + line for line in lines)
+
+
+def under_journal() -> bool:
+    """Tell whether stderr goes to journald (systemd.exec(5), JOURNAL_STREAM)."""
+    device, _, inode = os.environ.get('JOURNAL_STREAM', '').partition(':')
+    with contextlib.suppress(OSError):
+        info = os.fstat(2)
+        return (device, inode) == (str(info.st_dev), str(info.st_ino))
+    return False
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Send the log to stderr; `verbose` shows what was looked at and found in order, too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat(under_journal()))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def spawn(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread; an exception that reaches its top is logged, never lost."""
+    def guarded() -> None:
+        try:
+            target(*args)
+        except Error as problem:
+            log.error('%s: %s', name, words(problem))
+        except Exception:           # the boundary of every thread: a bug must be seen in the log
+            log.exception('%s: unexpected error', name)
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+class Deadline:
+    """A moment on the monotonic clock, `seconds` from now: the one way to bound a wait."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left, 0 when it has passed."""
+        return max(0.0, self.end - time.monotonic())
+
+    def passed(self) -> bool:
+        """Tell whether it has passed."""
+        return time.monotonic() >= self.end
+
+    def poll(self, probe: Callable[[], bool], pause: float = STATE_POLL) -> bool:
+        """Call `probe` every `pause` seconds until it is true (True) or time is up (False)."""
+        while not probe():
+            if self.passed():
+                return False
+            time.sleep(min(pause, self.left()))
+        return True
+
+
+# === configuration ==============================================================================
+
+class Problem(ValueError):
+    """Why one value can't be used; load() adds its place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One row of the table of options: everything that is known of a configuration key."""
+
+    key: str                                # its place in the file: listener.certificate.path
+    help: str                               # for the README's table
+    read: Callable[[Any], Any]              # checks and converts, or raises Problem
+    restart: bool = False                   # a change counts only after a restart
+
+
+def option(key: str, default: Any, read: Callable[[Any], Any], text: str,
+           restart: bool = False) -> Any:
+    """Return a dataclass field of Config that carries its row of the table."""
+    row = Option(key, text, read, restart)
+    return dataclasses.field(default=default, metadata={'option': row})
+
+
+def a_bool(value: Any) -> bool:
+    """Read true or false."""
+    if not isinstance(value, bool):
+        raise Problem('must be true or false')
+    return value
+
+
+def a_text(value: Any) -> str:
+    """Read a string without control characters; null, as in old files, is the empty one."""
+    if value is None:
+        return ''
+    if not isinstance(value, str) or _UNPRINTABLE.search(value):
+        raise Problem('must be a string without control characters')
+    return value
+
+
+def a_number(low: float, high: float, unit: str = '', whole: bool = False) -> Callable[[Any], Any]:
+    """Return a reader of numbers from `low` to `high`."""
+    def read(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) \
+                or (whole and not isinstance(value, int)) or not low <= value <= high:
+            kind = 'a whole number' if whole else 'a number'
+            raise Problem(f'must be {kind} from {low} to {high}{unit and " " + unit}')
+        return value
+    return read
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Read a list of strings."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise Problem('must be a list of strings')
+    return tuple(a_text(item) for item in value)
+
+
+def an_address(value: Any) -> str:
+    """Read an IP address; the empty string is all of them."""
+    text = a_text(value)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, text or '::')
+            return text
+    raise Problem('must be an IPv4 or IPv6 address, or "" for all addresses of this host')
+
+
+class Step(NamedTuple):
+    """One line of startup.vmStartupCommands."""
+
+    number: int                 # of the line, from 1
+    verb: str                   # start, delay or wait
+    name: str = ''              # of the guest
+    seconds: float = 0.0        # to sleep, or to wait at most
+    until: str = ''             # wait: agent or running
+
+
+def read_step(number: int, line: str) -> Step | None:
+    """Read one startup line; None for a comment or an empty one."""
+    try:
+        found = shlex.split(line, comments=True)
+    except ValueError as reason:
+        raise Problem(f'line {number}: {line!r}: {reason}; quote names with spaces') from None
+    if not found:
+        return None
+    verb, *rest = found
+    if verb == 'start' and len(rest) == 1:
+        return Step(number, verb, rest[0])
+    if verb == 'delay' and len(rest) == 1:
+        return Step(number, verb, seconds=_seconds(number, line, rest[0]))
+    if verb == 'wait' and 1 <= len(rest) <= 3:
+        name, *more = rest
+        until = more.pop(0) if more and more[0] in ('agent', 'running') else 'agent'
+        if len(more) <= 1:
+            limit = _seconds(number, line, more[0]) if more else WAIT_DEFAULT
+            return Step(number, verb, name, limit, until)
+    raise Problem(f'line {number}: {line!r} is not understood; write "start NAME", "delay SECONDS" '
+                  'or "wait NAME [agent|running] [SECONDS]", names with spaces in quotes')
+
+
+def _seconds(number: int, line: str, text: str) -> float:
+    """Read the time of a startup line."""
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 <= value <= 86400:
+            return value
+    raise Problem(f'line {number}: {line!r}: {text!r} is no number of seconds from 0 to 86400')
+
+
+def steps(value: Any) -> tuple[Step, ...]:
+    """Read the list of startup lines, naming every line that can't be understood."""
+    found: list[Step] = []
+    problems: list[str] = []
+    for number, line in enumerate(texts(value), 1):
+        try:
+            step = read_step(number, line)
+            found += [step] if step else []
+        except Problem as problem:
+            problems.append(str(problem))
+    if problems:
+        raise Problem('; '.join(problems))
+    return tuple(found)
+
+
+COMMANDS = ('start', 'stop', 'save', 'wake', 'status', 'list')      # that the listener knows
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of the listener: what it may do, and to which guests."""
+
+    name: str
+    digest: bytes = dataclasses.field(repr=False)       # SHA-256: all compare in the same time
+    commands: tuple[str, ...] = COMMANDS
+    targets: tuple[str, ...] = ('*',)                   # shell patterns (fnmatch)
+
+    def covers(self, target: str) -> bool:
+        """Tell whether the key reaches the guest `target`."""
+        return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyEntry:
+    """An entry of listener.keys as it stands in the file, before its keyFile is read."""
+
+    name: str
+    key: str = dataclasses.field(repr=False)
+    key_file: str
+    commands: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def key_entries(value: Any) -> tuple[KeyEntry, ...]:
+    """Read listener.keys: objects with name, key or keyFile, commands, targets."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise Problem('must be a list of objects such as {"name": "backup", "keyFile": '
+                      '"backup.key", "commands": ["save", "start"], "targets": ["db*"]}')
+    entries = tuple(_key_entry(number, item) for number, item in enumerate(value))
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names) or 'main' in names:
+        raise Problem('each key needs a name of its own, and "main" is the one of listener.key')
+    return entries
+
+
+def _key_entry(number: int, item: Mapping[str, Any]) -> KeyEntry:
+    """Read one entry of listener.keys."""
+    place = f'[{number}]'
+    unknown = set(item) - {'name', 'key', 'keyFile', 'commands', 'targets'}
+    if unknown:
+        raise Problem(f'{place}: unknown key {sorted(unknown)[0]!r}; an entry has name, key or '
+                      'keyFile, commands, targets')
+    try:
+        entry = KeyEntry(a_text(item.get('name')), a_text(item.get('key')),
+                         a_text(item.get('keyFile')), texts(item.get('commands', list(COMMANDS))),
+                         texts(item.get('targets', ['*'])))
+    except Problem as problem:
+        raise Problem(f'{place}: a value {problem}') from None
+    if not entry.name or set(entry.commands) - set(COMMANDS):
+        raise Problem(f'{place}: needs a "name", and "commands" out of {", ".join(COMMANDS)}')
+    if bool(entry.key) == bool(entry.key_file):
+        raise Problem(f'{place} ({entry.name}): needs one of "key" and "keyFile"')
+    return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The configuration, and with it the one table of options: a row each, in file order."""
+
+    libvirt_uri: str = option(
+        'libvirt.uri', 'qemu:///system', a_text, 'the libvirt to talk to', restart=True)
+    monitor_enabled: bool = option(
+        'monitor.enabled', True, a_bool, 'correct the clocks of guests', restart=True)
+    tolerance: float = option(
+        'monitor.toleranceMs', 5, a_number(0.1, 60000, 'ms'),
+        'an offset up to this many milliseconds is left alone')
+    agent_wait: float = option(
+        'monitor.agentWait', 120, a_number(1, 3600, 'seconds'),
+        'how long a job waits for the guest agent to answer, in seconds')
+    check_interval: float = option(
+        'monitor.checkInterval', 0, a_number(0, 86400, 'seconds'),
+        'check all running guests this often, in seconds; 0: only when something happened')
+    allow_exec: bool = option(
+        'monitor.allowExec', False, a_bool,
+        'run `date` in guests whose agent can\'t set the time (guest-exec)')
+    exclude: tuple[str, ...] = option(
+        'monitor.exclude', (), texts, 'guests to leave alone: names or patterns such as "test*"')
+    listener_enabled: bool = option(
+        'listener.enabled', False, a_bool, 'answer https requests', restart=True)
+    address: str = option(
+        'listener.address', '', an_address, 'the address to listen on; "": all, IPv6 and IPv4')
+    port: int = option(
+        'listener.port', 10000, a_number(1, 65535, whole=True), 'the TCP port to listen on')
+    certificate: str = option(
+        'listener.certificate.path', '', a_text, 'certificate chain, PEM')
+    certificate_key: str = option(
+        'listener.certificate.keyPath', '', a_text, 'its private key; "": in the same file')
+    certificate_password: str = option(
+        'listener.certificate.password', '', a_text, 'the password of the private key, if it has')
+    key: str = option(
+        'listener.key', '', a_text, 'the key that may do everything')
+    key_file: str = option(
+        'listener.keyFile', '', a_text, 'a file that holds it instead')
+    may_wake: bool = option(
+        'listener.commandsEnabled.wake', True, a_bool, 'whether anybody may use "wake"')
+    may_save: bool = option(
+        'listener.commandsEnabled.save', True, a_bool, '... "save"')
+    may_start: bool = option(
+        'listener.commandsEnabled.start', True, a_bool, '... "start"')
+    may_stop: bool = option(
+        'listener.commandsEnabled.stop', True, a_bool, '... "stop"')
+    may_status: bool = option(
+        'listener.commandsEnabled.status', True, a_bool, '... "status"')
+    may_list: bool = option(
+        'listener.commandsEnabled.list', True, a_bool, '... "list"')
+    key_entries: tuple[KeyEntry, ...] = option(
+        'listener.keys', (), key_entries, 'further keys: name, key or keyFile, commands, targets')
+    startup_enabled: bool = option(
+        'startup.enabled', False, a_bool, 'start guests when the program starts', restart=True)
+    steps: tuple[Step, ...] = option(
+        'startup.vmStartupCommands', (), steps,
+        'lines: "start NAME", "delay SECONDS", "wait NAME [agent|running] [SECONDS]"', restart=True)
+
+    path: str = ''                                      # the file it was read from
+    keys: tuple[Key, ...] = ()                          # listener.key and listener.keys, read
+    warnings: tuple[str, ...] = ()                      # what works but should not stay so
+
+    def allows(self, command: str) -> bool:
+        """Tell whether `command` is switched on in listener.commandsEnabled."""
+        return bool(getattr(self, f'may_{command}', False))
+
+    def excludes(self, name: str) -> bool:
+        """Tell whether the monitor shall leave the guest `name` alone."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+OPTIONS: dict[str, tuple[str, Option]] = {      # key in the file -> (attribute of Config, row)
+    field.metadata['option'].key: (field.name, field.metadata['option'])
+    for field in dataclasses.fields(Config) if 'option' in field.metadata}
+
+ROLES = ('monitor', 'startup', 'listen')
+
+# Keys that stand in documentation, here or elsewhere: whoever left one in has no key at all.
+SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KEY', 'PSK',
+                         'SECRET', 'KEY', 'PASSWORD'))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice in one JSON object, where json would take the last."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f'the key {key!r} stands twice in one object; remove one')
+        seen[key] = value
+    return seen
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a parsed file; objects are entered unless they are values."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}', value
+
+
+def _unknown(key: str) -> str:
+    """Say that a key is unknown, and which one may have been meant."""
+    leaf = {name.rpartition('.')[2].lower(): name for name in OPTIONS}
+    near = difflib.get_close_matches(key, OPTIONS, 1) or [
+        leaf[name] for name in difflib.get_close_matches(key.rpartition('.')[2].lower(), leaf, 1)]
+    return f'{key}: unknown; ' + (f'did you mean {near[0]}?' if near else 'remove it')
+
+
+def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a configuration by attribute, and what is wrong with the others."""
+    try:
+        tree = json.loads(text, object_pairs_hook=_no_duplicates)
+        if not isinstance(tree, dict):
+            raise ValueError('must be an object: {"monitor": {...}, ...}')
+    except RecursionError:
+        return {}, ['not JSON: nested too deeply']
+    except ValueError as reason:        # json.JSONDecodeError says line and column
+        return {}, [f'not JSON: {reason}']
+    values: dict[str, Any] = {'path': path}
+    problems: list[str] = []
+    for key, value in _flatten(tree):
+        if key not in OPTIONS:
+            inside = any(name.startswith(key + '.') for name in OPTIONS)
+            problems.append(f'{key}: must be an object' if inside else _unknown(key))
+            continue
+        attribute, row = OPTIONS[key]
+        try:
+            values[attribute] = row.read(value)
+        except Problem as problem:
+            problems.append(f'{key}: {problem}')
+    return values, problems
+
+
+def load(path: str, roles: Sequence[str] = ()) -> Config:
+    """Read the configuration file `path` for `roles` (none: those that it enables).
+
+    Raises ConfigError with every problem found, each with its key and what to do.
+    """
+    try:
+        text = Path(path).read_text('utf-8')
+    except FileNotFoundError:
+        raise ConfigError(path, ['no such file; copy config.json.sample there and edit it, or '
+                                 'name another with --config']) from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(path, [f'can\'t be read: {words(problem)}']) from None
+    values, problems = parse(text, path)
+    config = Config(**values)
+    warnings: list[str] = []
+    if 'listen' in (roles or enabled_roles(config)):
+        keys = _read_keys(config, problems, warnings)
+        config = dataclasses.replace(config, keys=tuple(keys))
+        _check_certificate(config, problems, warnings)
+        if stat.S_IMODE(os.stat(path).st_mode) & 0o004 and any(_keys_inside(config)):
+            warnings.append(f'{path} holds a key and everybody may read it; chmod o-r {path}')
+    if problems:
+        raise ConfigError(path, problems)
+    return dataclasses.replace(config, warnings=tuple(warnings))
+
+
+def enabled_roles(config: Config) -> list[str]:
+    """Return the roles that the configuration itself switches on."""
+    enabled = (config.monitor_enabled, config.startup_enabled, config.listener_enabled)
+    return [role for role, on in zip(ROLES, enabled) if on]
+
+
+def beside(config: Config, name: str) -> str:
+    """Return a path of the configuration, relative ones counted from its own directory."""
+    return os.path.join(os.path.dirname(os.path.abspath(config.path)), name)
+
+
+def _keys_inside(config: Config) -> Iterator[str]:
+    """Yield the secrets that stand in the file itself."""
+    yield from filter(None, [config.key, config.certificate_password,
+                             *(entry.key for entry in config.key_entries)])
+
+
+def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list[Key]:
+    """Return the keys of the listener, their files read; add what is wrong with them."""
+    entries = list(config.key_entries)
+    places = [f'listener.keys[{number}]' for number in range(len(entries))]
+    if config.key and config.key_file:
+        problems.append('listener.keyFile: there is a listener.key too; remove one of them')
+    elif config.key or config.key_file:
+        entries.insert(0, KeyEntry('main', config.key, config.key_file, COMMANDS, ('*',)))
+        places.insert(0, 'listener')
+    if not entries:
+        problems.append('listener.key: missing; put in what "openssl rand -hex 32" prints')
+    keys: list[Key] = []
+    for place, entry in zip(places, entries):
+        try:
+            secret = entry.key or _secret_file(beside(config, entry.key_file))
+        except Problem as problem:
+            problems.append(f'{place}.keyFile: {problem}')
+            continue
+        if secret.upper() in SAMPLE_KEYS:
+            problems.append(f'{place}.key: still the sample\'s; put in what "openssl rand -hex 32" '
+                            'prints')
+        elif len(secret) < KEY_MINIMUM:
+            warnings.append(f'{place}.key is shorter than {KEY_MINIMUM} characters and can be '
+                            'guessed; put in what "openssl rand -hex 32" prints')
+        keys.append(Key(entry.name, hashlib.sha256(secret.encode()).digest(), entry.commands,
+                        entry.targets))
+    if len({key.digest for key in keys}) < len(keys):
+        problems.append('listener.keys: two entries have the same key; give each its own')
+    return keys
+
+
+def _secret_file(path: str) -> str:
+    """Return the key that the file `path` holds, without the line end."""
+    try:
+        secret = Path(path).read_text('utf-8').strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise Problem(f'can\'t be read: {words(problem)}') from None
+    if not secret or _UNPRINTABLE.search(secret):
+        raise Problem(f'{path} must hold one line, the key')
+    return secret
+
+
+def _check_certificate(config: Config, problems: list[str], warnings: list[str]) -> None:
+    """Add what is wrong with the certificate of the listener."""
+    if not config.certificate:
+        problems.append('listener.certificate.path: missing; install.sh makes a self-signed one')
+        return
+    try:
+        tls_context(config)
+    except Problem as problem:
+        problems.append(f'listener.certificate: {problem}')
+        return
+    secret = beside(config, config.certificate_key or config.certificate)
+    if stat.S_IMODE(os.stat(secret).st_mode) & 0o004:
+        warnings.append(f'everybody may read the private key {secret}; chmod o-r {secret}')
+
+
+def tls_context(config: Config) -> ssl.SSLContext:
+    """Return the server's TLS settings, with its certificate; Problem says what is wrong."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers('ECDHE+AESGCM:ECDHE+CHACHA20')      # of TLS 1.2; 1.3 has only good ones
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    names = [config.certificate, config.certificate_key or config.certificate]
+    paths = [beside(config, name) for name in names]
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            why = 'this user may not read it' if os.path.exists(path) else 'no such file'
+            raise Problem(f'{path}: {why}')
+    try:
+        # A function as password: without one, OpenSSL would ask at the terminal.
+        context.load_cert_chain(paths[0], paths[1], lambda: config.certificate_password)
+    except (ssl.SSLError, OSError, ValueError) as problem:
+        raise Problem(f'{paths[0]} with {paths[1]}: {words(problem)}; both must be PEM, belong '
+                      'together, and certificate.password open the key') from None
+    return context
+
+
+# === processes ==================================================================================
+
+def run(argv: Sequence[str], timeout: float, stdin: bytes = b'',
+        check: bool = True) -> subprocess.CompletedProcess[bytes]:
+    """Run a program without a shell, for at most `timeout` seconds; return what it printed.
+
+    Raises CommandError when it is missing, takes longer, or (with `check`) fails.
+    """
+    try:
+        done = subprocess.run(argv, input=stdin, timeout=timeout, check=False,
+                              capture_output=True)
+    except FileNotFoundError:
+        raise CommandError(argv, 127, 'not found', f'install {argv[0]}') from None
+    except subprocess.TimeoutExpired:
+        raise CommandError(argv, 124, f'no end after {timeout:g} s') from None
+    if check and done.returncode:
+        raise CommandError(argv, done.returncode, done.stderr.decode(errors='replace'))
+    return done
+
+
+# === guest ======================================================================================
+
+class State(enum.Enum):
+    """What a guest is doing; the value is the word that people read."""
+
+    RUNNING = 'running'
+    PAUSED = 'paused'
+    ASLEEP = 'asleep'           # the guest's own suspend to RAM (S3)
+    SAVED = 'saved'             # off, with a saved state that the next start restores
+    OFF = 'off'
+    STOPPING = 'stopping'
+    CRASHED = 'crashed'
+
+
+class AgentTrouble(NamedTuple):
+    """A row of the table of what can be wrong with a guest agent."""
+
+    name: str
+    pattern: str                # found in the text of the answer
+    says: str                   # for people
+    hint: str                   # what to do
+    passes: bool                # trying again may help
+
+
+# The first row whose pattern is found counts; an agent's texts differ between its versions.
+AGENT_TROUBLES = (
+    AgentTrouble(
+        'no channel', r'not configured', 'no guest agent channel',
+        'add a <channel> for org.qemu.guest_agent.0 and install qemu-guest-agent in the guest',
+        False),
+    AgentTrouble(
+        'not connected', r'not connected|disappeared', 'the guest agent is not connected',
+        'install qemu-guest-agent in the guest and start it', True),
+    AgentTrouble(
+        'busy', r'state change lock', 'the guest agent is busy with another call: {text}',
+        'see which program it is', True),
+    AgentTrouble(
+        'frozen', r'frozen', 'its file systems are frozen', 'thaw them with virsh domfsthaw', True),
+    AgentTrouble(
+        'no hwclock', r'not currently supported|hwclock',
+        'the guest agent can\'t set the time: {text}',
+        'install hwclock in the guest: util-linux-extra on Debian 12 and later, util-linux '
+        'elsewhere', False),
+    AgentTrouble(
+        'no w32time', r'w32tm|Windows Time', 'the guest can\'t fetch the time: {text}',
+        'start the Windows Time service in the guest', False),
+    AgentTrouble(
+        'silent', r'not responding|not available|timed? ?out|did not answer|unsynced|wrong id',
+        'the guest agent does not answer', 'restart qemu-guest-agent in the guest', True),
+    AgentTrouble(
+        'blocked', r'disabled|not allowed|has not been found|CommandNotFound',
+        'the guest agent refuses the command: {text}',
+        'allow it in /etc/default/qemu-guest-agent, /etc/sysconfig/qemu-ga or '
+        '/etc/qemu/qemu-ga.conf in the guest, or update the agent', False),
+    AgentTrouble('refused', r'', 'the guest agent answered: {text}', '', False))
+
+
+def agent_error(guest: str, text: str) -> AgentError:
+    """Return the error that stands for an agent's, or libvirt's, text."""
+    row = next(row for row in AGENT_TROUBLES if re.search(row.pattern, text, re.IGNORECASE))
+    return AgentError(guest, row, text)
+
+
+class Guest:
+    """A machine, wherever it lives: the few calls that monitor, startup and listener know.
+
+    All of them raise GuestError or LibvirtError, and return only when the thing is done.
+    """
+
+    name: str                   # unique on this host
+    id: str                     # stays the same when the guest is renamed
+
+    def state(self) -> State:
+        """Return what the guest is doing."""
+        raise NotImplementedError
+
+    def start(self) -> str:
+        """Make it run, from whatever state; return what was done, in words."""
+        raise NotImplementedError
+
+    def stop(self) -> str:
+        """Ask it to shut down; return what was done, in words."""
+        raise NotImplementedError
+
+    def save(self) -> str:
+        """Save its memory to disk and end it, so that start() goes on from there."""
+        raise NotImplementedError
+
+    def wake(self) -> str:
+        """Make it run, but only from saved, paused, asleep or off."""
+        state = self.state()
+        if state in (State.STOPPING, State.CRASHED):
+            raise WrongState(f'{self.name} is {state.value}', 'use start')
+        return self.start()
+
+    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
+              timeout: int = AGENT_TIMEOUT) -> Any:
+        """Return what the guest agent answers to `command`; AgentError if it does not."""
+        raise NotImplementedError
+
+    def agent_state(self) -> str:
+        """Return what is known of the guest agent without asking it, in a word."""
+        raise NotImplementedError
+
+    def autostarts(self) -> bool:
+        """Tell whether something else than this program starts it when the host boots."""
+        return False
+
+    def get_time(self) -> int:
+        """Return the guest's clock, in nanoseconds since 1970 (guest-get-time)."""
+        answer = self.agent('guest-get-time')
+        if isinstance(answer, bool) or not isinstance(answer, int):
+            raise agent_error(self.name, f'guest-get-time returned {answer!r:.80}')
+        return answer
+
+    def set_time(self, when: int | None) -> None:
+        """Set the guest's clock: nanoseconds since 1970, or None for "from its hardware clock"
+        (guest-set-time)."""
+        self.agent('guest-set-time', {} if when is None else {'time': when}, AGENT_SET_TIMEOUT)
+
+
+class GuestEvent(NamedTuple):
+    """Something happened to a guest.
+
+    `kind` is booted, started, resumed, restored, reverted, migrated, woken, "agent connected",
+    found (it was running when the host was reached) or stopped.
+    """
+
+    guest: Guest
+    kind: str
+    when: float                 # time.monotonic() at which it became known
+
+
+# === json sockets ===============================================================================
+
+class LineSocket:
+    """A unix socket that carries one JSON value a line: the wire of QMP and the guest agent.
+
+    Not for two threads at once; QMP and GuestAgent lock around an exchange.
+    """
+
+    def __init__(self, path: str, deadline: Deadline) -> None:
+        self.path = path
+        self.buffer = b''                       # received, not yet a whole line
+        self.socket = socket.socket(socket.AF_UNIX)
+        try:
+            self.socket.settimeout(max(deadline.left(), 0.001))
+            self.socket.connect(path)
+        except OSError as problem:
+            self.socket.close()
+            raise PeerClosed(f'{path}: {words(problem)}', 'is the machine running?') from None
+
+    def close(self) -> None:
+        """Close the socket; QEMU then serves the next client."""
+        self.socket.close()
+
+    def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'') -> None:
+        """Send one value as a line, after the raw bytes `prefix`."""
+        self.socket.settimeout(max(deadline.left(), 0.001))
+        try:
+            self.socket.sendall(prefix + json.dumps(value).encode() + b'\n')
+        except socket.timeout:
+            raise PeerSilent(f'{self.path}: takes no more bytes') from None
+        except OSError as problem:
+            raise PeerClosed(f'{self.path}: {words(problem)}') from None
+
+    def line(self, deadline: Deadline) -> bytes:
+        """Return the next line, without its end."""
+        while b'\n' not in self.buffer:
+            if len(self.buffer) > LINE_BYTES:
+                raise ProtocolError(f'{self.path}: a line longer than {LINE_BYTES} bytes')
+            self.socket.settimeout(max(deadline.left(), 0.001))
+            try:
+                data = self.socket.recv(65536)
+            except socket.timeout:
+                raise PeerSilent(f'{self.path}: did not answer in time') from None
+            except OSError as problem:
+                raise PeerClosed(f'{self.path}: {words(problem)}') from None
+            if not data:
+                raise PeerClosed(f'{self.path}: closed by its other end')
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b'\n')
+        return line
+
+    def receive(self, deadline: Deadline) -> dict[str, Any]:
+        """Return the next line as a JSON object."""
+        line = self.line(deadline).strip()
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ProtocolError(f'{self.path}: not a JSON object: {line[:80]!r}')
+        return value
+
+
+def reply_error(path: str, answer: Mapping[str, Any]) -> ReplyError:
+    """Return the error that an answer with an "error" member stands for."""
+    error = answer['error'] if isinstance(answer['error'], dict) else {'desc': answer['error']}
+    kind, text = str(error.get('class', '')), str(error.get('desc', ''))
+    return ReplyError(f'{path}: {kind}: {text}' if kind else f'{path}: {text}', kind)
+
+
+class QMP:
+    """QEMU's monitor protocol over its unix socket (docs/interop/qmp-spec).
+
+    QEMU serves one client of a socket at a time and lets a second one wait without a word, so
+    a missing greeting means that the socket is in use.
+    """
+
+    def __init__(self, path: str, timeout: float = QMP_TIMEOUT) -> None:
+        deadline = Deadline(timeout)
+        self.wire = LineSocket(path, deadline)
+        self.lock = threading.Lock()            # one exchange at a time
+        self.serial = 0                         # of the last command: an answer must carry it
+        self.pending: list[dict[str, Any]] = []     # events that came before anybody asked
+        try:
+            self.greeting = self._greeting(deadline)
+            self.execute('qmp_capabilities', timeout=deadline.left())
+        except BaseException:
+            self.wire.close()
+            raise
+
+    def _greeting(self, deadline: Deadline) -> dict[str, Any]:
+        try:
+            greeting = self.wire.receive(deadline)
+        except PeerSilent:
+            raise PeerSilent(f'{self.wire.path}: no greeting',
+                             'another program has this monitor open; close it') from None
+        if not isinstance(greeting.get('QMP'), dict):
+            raise ProtocolError(f'{self.wire.path}: no QMP greeting: {str(greeting)[:80]}')
+        return greeting
+
+    def __enter__(self) -> QMP:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the monitor, so that another client can have it."""
+        self.wire.close()
+
+    def execute(self, command: str, timeout: float = QMP_TIMEOUT, **arguments: Any) -> Any:
+        """Return what QEMU answers to `command`; `_` in argument names stands for `-`.
+
+        Raises ReplyError with QEMU's words, PeerSilent or PeerClosed.
+        """
+        with self.lock:
+            deadline = Deadline(timeout)
+            self.serial += 1
+            members = {name.replace('_', '-'): value for name, value in arguments.items()}
+            self.wire.send({'execute': command, 'arguments': members, 'id': self.serial}, deadline)
+            while True:
+                answer = self.wire.receive(deadline)
+                if 'event' in answer:
+                    self.pending.append(answer)
+                elif answer.get('id') == self.serial or 'id' not in answer:
+                    break               # an answer to an earlier, timed-out command is dropped
+            if 'error' in answer:
+                raise reply_error(self.wire.path, answer)
+            if 'return' not in answer:
+                raise ProtocolError(f'{self.wire.path}: no answer: {str(answer)[:80]}')
+            return answer['return']
+
+    def event(self, names: Iterable[str], timeout: float) -> dict[str, Any]:
+        """Return the next event whose name is in `names`, dropping others; PeerSilent if none."""
+        wanted, deadline = set(names), Deadline(timeout)
+        with self.lock:
+            while True:
+                event = self.pending.pop(0) if self.pending else self.wire.receive(deadline)
+                if event.get('event') in wanted:
+                    return event
+
+
+class GuestAgent:
+    """The QEMU guest agent over its unix socket (qga/qapi-schema.json).
+
+    Its protocol has no message ids, so that a late answer to an earlier question would be taken
+    for the answer to this one. Hence every attempt starts with guest-sync-delimited and a number
+    of its own: the answer with that number stands where the two ends agree again.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+        self.lock = threading.Lock()
+        self.serial = int.from_bytes(os.urandom(4), 'big')
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None,
+                timeout: float = AGENT_TIMEOUT) -> Any:
+        """Return what the agent answers to `command`; AgentError when it does not."""
+        deadline = Deadline(timeout)
+        if not self.lock.acquire(timeout=deadline.left()):
+            raise agent_error(self.name, 'did not answer an earlier call yet')
+        try:
+            wire = LineSocket(self.path, deadline)
+            try:
+                self._synchronise(wire, deadline)
+                wire.send({'execute': command, 'arguments': dict(arguments or {})}, deadline)
+                answer = wire.receive(deadline)
+            finally:
+                wire.close()
+        except PeerSilent:
+            raise agent_error(self.name, 'did not answer') from None
+        except PeerClosed as problem:
+            raise agent_error(self.name, f'not connected: {problem}') from None
+        finally:
+            self.lock.release()
+        if 'error' in answer:
+            raise agent_error(self.name, str(reply_error(self.path, answer)))
+        return answer.get('return')
+
+    def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
+        """Have the agent drop what it has read (0xFF), and skip what it had written."""
+        self.serial = (self.serial + 1) & 0x7fffffff
+        sync = {'execute': 'guest-sync-delimited', 'arguments': {'id': self.serial}}
+        wire.send(sync, deadline, prefix=b'\xff')
+        while True:
+            line = wire.line(deadline).rpartition(b'\xff')[2]
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads(line)
+                if isinstance(answer, dict) and answer.get('return') == self.serial:
+                    return
+
+
+# === libvirt ====================================================================================
+# Structures, then prototypes, then thin wrappers. Nothing outside this section uses ctypes.
+
+class VirError(ctypes.Structure):
+    """virError of virterror.h."""
+
+    _fields_ = [('code', ctypes.c_int), ('domain', ctypes.c_int), ('message', ctypes.c_char_p),
+                ('level', ctypes.c_int), ('conn', ctypes.c_void_p), ('dom', ctypes.c_void_p),
+                ('str1', ctypes.c_char_p), ('str2', ctypes.c_char_p), ('str3', ctypes.c_char_p),
+                ('int1', ctypes.c_int), ('int2', ctypes.c_int), ('net', ctypes.c_void_p)]
+
+
+_INT, _UINT, _PTR, _STR = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_char_p
+
+# The callback types of libvirt-domain.h, -host.h and -event.h. `opaque`, the last argument, is
+# the number of a Subscription.
+LifecycleCallback = ctypes.CFUNCTYPE(_INT, _PTR, _PTR, _INT, _INT, _PTR)
+WakeupCallback = ctypes.CFUNCTYPE(None, _PTR, _PTR, _INT, _PTR)
+AgentCallback = ctypes.CFUNCTYPE(None, _PTR, _PTR, _INT, _INT, _PTR)
+CloseCallback = ctypes.CFUNCTYPE(None, _PTR, _INT, _PTR)
+TimeoutCallback = ctypes.CFUNCTYPE(None, _INT, _PTR)
+ErrorCallback = ctypes.CFUNCTYPE(None, _PTR, _PTR)
+
+# name -> (result, arguments); pointers that must be freed are _PTR, borrowed strings _STR
+PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    'virInitialize': (_INT, ()),
+    'virSetErrorFunc': (None, (_PTR, ErrorCallback)),
+    'virGetLastError': (ctypes.POINTER(VirError), ()),
+    'virResetLastError': (None, ()),
+    'virEventRegisterDefaultImpl': (_INT, ()),
+    'virEventRunDefaultImpl': (_INT, ()),
+    'virEventAddTimeout': (_INT, (_INT, TimeoutCallback, _PTR, _PTR)),
+    'virConnectOpen': (_PTR, (_STR,)),
+    'virConnectClose': (_INT, (_PTR,)),
+    'virConnectIsAlive': (_INT, (_PTR,)),
+    'virConnectSetKeepAlive': (_INT, (_PTR, _INT, _UINT)),
+    'virConnectGetLibVersion': (_INT, (_PTR, ctypes.POINTER(ctypes.c_ulong))),
+    'virConnectRegisterCloseCallback': (_INT, (_PTR, CloseCallback, _PTR, _PTR)),
+    'virConnectUnregisterCloseCallback': (_INT, (_PTR, CloseCallback)),
+    'virConnectDomainEventRegisterAny': (_INT, (_PTR, _PTR, _INT, _PTR, _PTR, _PTR)),
+    'virConnectDomainEventDeregisterAny': (_INT, (_PTR, _INT)),
+    'virConnectListAllDomains': (_INT, (_PTR, ctypes.POINTER(ctypes.POINTER(_PTR)), _UINT)),
+    'virDomainLookupByName': (_PTR, (_PTR, _STR)),
+    'virDomainLookupByUUIDString': (_PTR, (_PTR, _STR)),
+    'virDomainFree': (_INT, (_PTR,)),
+    'virDomainGetName': (_STR, (_PTR,)),
+    'virDomainGetUUIDString': (_INT, (_PTR, _STR)),
+    'virDomainGetState': (_INT, (_PTR, ctypes.POINTER(_INT), ctypes.POINTER(_INT), _UINT)),
+    'virDomainGetXMLDesc': (_PTR, (_PTR, _UINT)),
+    'virDomainGetAutostart': (_INT, (_PTR, ctypes.POINTER(_INT))),
+    'virDomainCreateWithFlags': (_INT, (_PTR, _UINT)),
+    'virDomainResume': (_INT, (_PTR,)),
+    'virDomainPMWakeup': (_INT, (_PTR, _UINT)),
+    'virDomainShutdownFlags': (_INT, (_PTR, _UINT)),
+    'virDomainManagedSave': (_INT, (_PTR, _UINT)),
+    'virDomainHasManagedSaveImage': (_INT, (_PTR, _UINT)),
+}
+OPTIONAL_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    'virDomainGetTime': (_INT, (_PTR, ctypes.POINTER(ctypes.c_longlong), ctypes.POINTER(_UINT),
+                                _UINT)),
+    'virDomainSetTime': (_INT, (_PTR, ctypes.c_longlong, _UINT, _UINT)),
+    'virDomainAgentSetResponseTimeout': (_INT, (_PTR, _INT, _UINT)),
+}
+QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    'virDomainQemuAgentCommand': (_PTR, (_PTR, _STR, _INT, _UINT)),
+    'virDomainQemuMonitorCommand': (_INT, (_PTR, _STR, ctypes.POINTER(_PTR), _UINT)),
+}
+AGENT_CALL = 'virDomainQemuAgentCommand'
+
+# virErrorNumber
+ERR_INTERNAL, ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 1, 38, 42, 45, 55
+ERR_TIMEOUT, ERR_AUTH_CANCELLED, ERR_ACCESS_DENIED, ERR_AUTH_UNAVAILABLE = 68, 79, 88, 94
+FROM_RPC = 7                                            # virErrorDomain of a lost connection
+LIST_RUNNING = 1 << 4                                   # virConnectListAllDomainsFlags
+SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
+SHUTDOWN_ACPI = 1 << 0                                  # virDomainShutdownFlagValues
+SET_TIME_SYNC = 1 << 0                                  # virDomainSetTimeFlags
+RESPONSE_BLOCK = -2                                     # virDomainAgentResponseTimeoutValues
+
+_RIGHTS = 'run this as root or put the user in the group libvirt: usermod -aG libvirt USER'
+_DAEMON = 'start it: systemctl start libvirtd, or virtqemud where that is installed'
+LIBVIRT_HINTS = {
+    ERR_SYSTEM: _DAEMON, ERR_AUTH_FAILED: _RIGHTS, ERR_AUTH_CANCELLED: _RIGHTS,
+    ERR_ACCESS_DENIED: _RIGHTS, ERR_AUTH_UNAVAILABLE: _RIGHTS}
+
+STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING, 5: State.OFF,
+          6: State.CRASHED, 7: State.ASLEEP}            # virDomainState; 2 is "blocked on I/O"
+# virDomainPausedReason of pauses that end by themselves: migration, save, dump, snapshot,
+# starting up, post-copy. To resume such a guest would break what is going on.
+BUSY_PAUSES = frozenset((2, 3, 4, 9, 11, 12))
+
+# (virDomainEventType, detail) -> kind of GuestEvent. A restore ends in RESUMED/FROM_SNAPSHOT.
+STARTED, RESUMED, STOPPED = 2, 4, 5
+LIFECYCLE_KINDS = {
+    (STARTED, 0): 'booted', (STARTED, 1): 'migrated', (STARTED, 2): 'restored',
+    (STARTED, 3): 'reverted', (STARTED, 4): 'woken',
+    (RESUMED, 0): 'resumed', (RESUMED, 1): 'migrated', (RESUMED, 2): 'restored',
+    (RESUMED, 3): 'migrated', (RESUMED, 4): 'migrated'}
+DEFAULT_KINDS = {STARTED: 'started', RESUMED: 'resumed', STOPPED: 'stopped'}
+CLOSE_REASONS = {0: 'error', 1: 'end of file', 2: 'keepalive timed out', 3: 'closed by us'}
+
+
+class Library:
+    """libvirt.so.0 and libvirt-qemu.so.0, loaded once, with their event loop running."""
+
+    _instance: Library | None = None
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Any] = {}
+        self._bind('libvirt.so.0', PROTOTYPES, required=True)
+        self._bind('libvirt.so.0', OPTIONAL_PROTOTYPES, required=False)
+        self._bind('libvirt-qemu.so.0', QEMU_PROTOTYPES, required=False)
+        self.libc = ctypes.CDLL(None)
+        self.libc.free.argtypes, self.libc.free.restype = (_PTR,), None
+        self.ticked = time.monotonic()          # when the event loop last showed that it runs
+        self.stopping = threading.Event()
+        # The loop must be registered before the first connection, or that one has no keepalive
+        # and no events. References to the callbacks are kept: C calls them at any time.
+        self._silence, self._tick = ErrorCallback(lambda *_: None), TimeoutCallback(self._on_tick)
+        self.functions['virSetErrorFunc'](None, self._silence)
+        self.call('virInitialize')
+        self.call('virEventRegisterDefaultImpl')
+        self.call('virEventAddTimeout', LOOP_TICK_MS, self._tick, None, None)
+        self.loop = spawn('libvirt-events', self._run_loop)
+
+    @classmethod
+    def get(cls) -> Library:
+        """Return the library, loading it at the first call; LibvirtError if it is missing."""
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = cls()
+            return cls._instance
+
+    def _bind(self, file: str, prototypes: Mapping[str, tuple[Any, tuple[Any, ...]]],
+              required: bool) -> None:
+        try:
+            library = ctypes.CDLL(file)
+        except OSError as problem:
+            if required:
+                raise LibvirtError(f'{file} can\'t be loaded: {problem}', hint='install libvirt: '
+                                   'apt install libvirt-daemon-system, or your '
+                                   'distribution\'s package') from None
+            return
+        for name, (result, arguments) in prototypes.items():
+            function = getattr(library, name, None)
+            if function is None and required:
+                raise LibvirtError(f'{file} has no {name}', hint='update libvirt')
+            if function is not None:
+                function.restype, function.argtypes = result, arguments
+                self.functions[name] = function
+
+    def _on_tick(self, _timer: int, _opaque: int | None) -> None:
+        self.ticked = time.monotonic()
+
+    def _run_loop(self) -> None:
+        run_once = self.functions['virEventRunDefaultImpl']
+        while not self.stopping.is_set():
+            if run_once() < 0:
+                time.sleep(STATE_POLL)          # it will not fail twice for the same reason
+
+    def has(self, name: str) -> bool:
+        """Tell whether the libraries of this host have the function `name`."""
+        return name in self.functions
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function; LibvirtError when it returns NULL or a negative number."""
+        if name not in self.functions:
+            raise LibvirtError(f'libvirt has no {name} here', hint='update libvirt')
+        result = self.functions[name](*arguments)
+        if result is None or (isinstance(result, int) and result < 0):
+            raise self._error(name)
+        return result
+
+    def _error(self, name: str) -> LibvirtError:
+        """Return this thread's last error; libvirt keeps one for every thread."""
+        last = self.functions['virGetLastError']()
+        if not last:
+            return LibvirtError(f'{name} failed without a reason')
+        info = last.contents
+        text = (info.message or name.encode()).decode(errors='replace')
+        error = LibvirtError(text, info.code, info.domain, LIBVIRT_HINTS.get(info.code, ''))
+        self.functions['virResetLastError']()
+        return error
+
+    def take_string(self, pointer: int) -> str:
+        """Return the string at `pointer` and free it."""
+        try:
+            return ctypes.string_at(pointer).decode(errors='replace')
+        finally:
+            self.libc.free(pointer)
+
+    def identity(self, domain: int) -> tuple[str, str]:
+        """Return (UUID, name) of a virDomainPtr, which both are copied from."""
+        buffer = ctypes.create_string_buffer(37)
+        self.call('virDomainGetUUIDString', domain, buffer)
+        return buffer.value.decode(), self.call('virDomainGetName', domain).decode(errors='replace')
+
+
+Notify = Callable[[str, str, str], None]                # UUID, name, kind
+
+
+class Subscription:
+    """What one connection tells: libvirt's events, and that it was lost.
+
+    C gets four fixed callbacks and the number of the subscription, so that no callback object
+    can be gone when it is called.
+    """
+
+    _numbers = iter(range(1, sys.maxsize))
+    _all: dict[int, Subscription] = {}                  # number -> subscription
+
+    def __init__(self, connection: Connection, notify: Notify) -> None:
+        self.connection, self.notify = connection, notify
+        self.lost = threading.Event()
+        self.reason = ''                                # why it was lost
+        self.number = next(self._numbers)
+        self.events: list[int] = []                     # callback ids; the first one is 0
+        self._all[self.number] = self
+        call, handle = connection.call, connection.handle
+        try:
+            call('virConnectRegisterCloseCallback', handle, _ON_CLOSE, self.number, None)
+            for event, callback in _EVENTS.items():
+                self.events.append(call('virConnectDomainEventRegisterAny', handle, None, event,
+                                        ctypes.cast(callback, _PTR), self.number, None))
+        except LibvirtError:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Take every registration back: each holds a reference to the connection."""
+        for event in self.events:
+            with contextlib.suppress(LibvirtError):     # the connection may be dead
+                self.connection.call('virConnectDomainEventDeregisterAny',
+                                     self.connection.handle, event)
+        with contextlib.suppress(LibvirtError):
+            self.connection.call('virConnectUnregisterCloseCallback', self.connection.handle,
+                                 _ON_CLOSE)
+        self._all.pop(self.number, None)
+
+    @classmethod
+    def deliver(cls, number: int | None, domain: int, kind: str) -> None:
+        """Pass on an event. Runs in the event loop: it copies the names and enqueues, no more."""
+        subscription = cls._all.get(number or 0)
+        if subscription and kind:
+            try:
+                subscription.notify(*subscription.connection.library.identity(domain), kind)
+            except Exception:           # a boundary: C can't do anything with an exception
+                log.exception('event %s: unexpected error', kind)
+
+    @classmethod
+    def close(cls, number: int | None, reason: int) -> None:
+        """Note that a connection was lost."""
+        subscription = cls._all.get(number or 0)
+        if subscription:
+            subscription.reason = CLOSE_REASONS.get(reason, str(reason))
+            subscription.lost.set()
+
+
+def _on_lifecycle(_conn: int, domain: int, event: int, detail: int, number: int) -> int:
+    kind = LIFECYCLE_KINDS.get((event, detail), DEFAULT_KINDS.get(event, ''))
+    Subscription.deliver(number, domain, kind)
+    return 0
+
+
+def _on_wakeup(_conn: int, domain: int, _reason: int, number: int) -> None:
+    Subscription.deliver(number, domain, 'woken')
+
+
+def _on_agent(_conn: int, domain: int, state: int, _reason: int, number: int) -> None:
+    Subscription.deliver(number, domain, 'agent connected' if state == 1 else '')
+
+
+_ON_CLOSE = CloseCallback(lambda _conn, reason, number: Subscription.close(number, reason))
+_EVENTS: dict[int, Any] = {         # virDomainEventID -> callback; never 2, RTC_CHANGE: that one
+    0: LifecycleCallback(_on_lifecycle),        # is the echo of our own guest-set-time
+    11: WakeupCallback(_on_wakeup),
+    18: AgentCallback(_on_agent)}
+
+
+class Connection:
+    """One virConnectPtr. Calls from several threads at once are allowed."""
+
+    def __init__(self, uri: str) -> None:
+        self.library = Library.get()
+        self.handle = self.library.call('virConnectOpen', uri.encode())
+        self.users = 0                  # threads that are in a call; guarded by the Line's lock
+        with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
+            self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
+                              KEEPALIVE_COUNT)
+
+    def close(self) -> None:
+        """Give up the connection; nobody may be in a call."""
+        with contextlib.suppress(LibvirtError):
+            left = self.library.call('virConnectClose', self.handle)
+            if left:
+                log.debug('libvirt: a closed connection still has %d references', left)
+
+    def alive(self) -> bool:
+        """Tell whether the connection stands (virConnectIsAlive: no round trip)."""
+        return bool(self.library.functions['virConnectIsAlive'](self.handle) == 1)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function; HostAway when it failed because the connection is gone."""
+        try:
+            return self.library.call(name, *arguments)
+        except LibvirtError as problem:
+            if problem.domain == FROM_RPC or not self.alive():
+                raise HostAway(f'libvirt is away: {problem}', problem.code, problem.domain,
+                               'try again in a moment') from None
+            raise
+
+    @contextlib.contextmanager
+    def domain(self, key: str, by: str = 'virDomainLookupByUUIDString') -> Iterator[int]:
+        """Lend the virDomainPtr of the UUID, or name, `key`."""
+        handle = self.call(by, self.handle, key.encode())
+        try:
+            yield handle
+        finally:
+            self.library.functions['virDomainFree'](handle)
+
+    def domains(self, flags: int = 0) -> list[tuple[str, str]]:
+        """Return (UUID, name) of all domains, or of those that `flags` select
+        (virConnectListAllDomains)."""
+        array = ctypes.POINTER(_PTR)()
+        count = self.call('virConnectListAllDomains', self.handle, ctypes.byref(array), flags)
+        try:
+            return [self.library.identity(array[index]) for index in range(count)]
+        finally:
+            for index in range(count):
+                self.library.functions['virDomainFree'](array[index])
+            self.library.libc.free(array)
+
+    def version(self) -> str:
+        """Return the version of the daemon's libvirt."""
+        number = ctypes.c_ulong()
+        self.call('virConnectGetLibVersion', self.handle, ctypes.byref(number))
+        return f'{number.value // 1000000}.{number.value // 1000 % 1000}.{number.value % 1000}'
+
+
+class Line:
+    """A connection that is opened at first use, and opened anew when it was lost."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.users = 0                              # guarded by the Lane's lock
+        self.lock = threading.Lock()
+        self.current: Connection | None = None   # guarded by self.lock
+
+    def take(self, deadline: Deadline) -> Connection:
+        """Return the connection; put() must follow."""
+        if not self.lock.acquire(timeout=deadline.left()):
+            raise HostAway('libvirt does not let us connect', hint=_DAEMON)
+        try:
+            if self.current and not self.current.alive():
+                self._drop(self.current)
+            self.current = self.current or Connection(self.uri)
+            self.current.users += 1
+            return self.current
+        finally:
+            self.lock.release()
+
+    def put(self, connection: Connection) -> None:
+        """Give the connection back; a lost one is closed when its last user did."""
+        with self.lock:
+            connection.users -= 1
+            if connection is not self.current and not connection.users:
+                connection.close()
+
+    def _drop(self, connection: Connection) -> None:
+        self.current = None
+        if not connection.users:
+            connection.close()
+
+    def close(self) -> None:
+        """Close the connection, unless somebody is in a call that hangs."""
+        if self.lock.acquire(timeout=STATE_POLL):
+            try:
+                if self.current:
+                    self._drop(self.current)
+            finally:
+                self.lock.release()
+
+
+class Lane:
+    """Connections for one kind of call, so that calls of another kind never wait for these."""
+
+    def __init__(self, uri: str, connections: int, calls: int = 0) -> None:
+        self.lines = [Line(uri) for _ in range(connections)]
+        self.room = threading.Semaphore(calls or connections * CALLS_PER_CONNECTION)
+        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def connection(self, timeout: float) -> Iterator[Connection]:
+        """Lend a connection with less than CALLS_PER_CONNECTION calls in hand."""
+        deadline = Deadline(timeout)
+        if not self.room.acquire(timeout=timeout):
+            raise Busy(f'libvirt is busy: no answer to earlier calls within {timeout:g} s')
+        try:
+            with self.lock:
+                line = min(self.lines, key=lambda item: item.users)
+                line.users += 1
+            try:
+                connection = line.take(deadline)
+                try:
+                    yield connection
+                finally:
+                    line.put(connection)
+            finally:
+                with self.lock:
+                    line.users -= 1
+        finally:
+            self.room.release()
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        for line in self.lines:
+            line.close()
+
+
+class Host:
+    """One libvirt: its domains, its events, and the connections for each kind of call."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.queries = Lane(uri, 1)                     # state, look-ups, XML: quick ones
+        self.actions = Lane(uri, ACTION_CONNECTIONS)    # start, save, stop: seconds to minutes
+        self.agents = Lane(uri, AGENT_CONNECTIONS)      # guest agents that answer
+        self.slow = Lane(uri, 1, SLOW_CALLS)            # guest agents that did not
+        self.silent: dict[str, bool] = {}               # UUID -> True: its agent was silent
+        self.up = threading.Event()                     # connected, with events registered
+        self.stopping = threading.Event()
+        self.problem: LibvirtError | None = None     # why the last attempt failed
+        self._subscription: Subscription | None = None
+        self._thread: threading.Thread | None = None
+
+    # Events
+
+    def watch(self, receive: Callable[[GuestEvent], None]) -> None:
+        """Keep a connection for events, for ever; give each to `receive`, which only enqueues.
+
+        After every connect, all running guests are given as 'found': what happened while there
+        was no connection is lost.
+        """
+        self._thread = spawn('libvirt-link', self._link, receive)
+
+    def _link(self, receive: Callable[[GuestEvent], None]) -> None:
+        def notify(uuid: str, name: str, kind: str) -> None:
+            receive(GuestEvent(Domain(self, uuid, name), kind, time.monotonic()))
+        pause, since = RECONNECT_FIRST, time.monotonic()
+        while not self.stopping.is_set():
+            try:
+                connection = Connection(self.uri)
+                try:
+                    pause = RECONNECT_FIRST
+                    self._follow(connection, notify, since)
+                finally:
+                    self.up.clear()
+                    connection.close()
+                since = time.monotonic()
+            except LibvirtError as problem:
+                if str(problem) != str(self.problem):
+                    log.warning('libvirt %s: %s; trying again', self.uri, words(problem))
+                self.problem = problem
+            self.stopping.wait(pause)
+            pause = min(pause * 2, RECONNECT_LAST)
+
+    def _follow(self, connection: Connection, notify: Notify, since: float) -> None:
+        """Register for events, report what runs, and stay until the connection is lost."""
+        self._subscription = subscription = Subscription(connection, notify)
+        try:
+            running = connection.domains(LIST_RUNNING)
+            self.problem = None
+            self.up.set()
+            log.info('libvirt %s: connected after %.1f s, version %s, %d guests running',
+                     self.uri, time.monotonic() - since, connection.version(), len(running))
+            for uuid, name in running:
+                notify(uuid, name, 'found')
+            while not subscription.lost.wait(1.0) and connection.alive():
+                pass
+            if not self.stopping.is_set():
+                log.warning('libvirt %s: connection lost (%s); trying again', self.uri,
+                            subscription.reason or 'dead')
+        finally:
+            subscription.cancel()
+
+    def stop(self) -> None:
+        """Stop watching and close what can be closed at once."""
+        self.stopping.set()
+        if self._subscription:
+            self._subscription.lost.set()
+        if self._thread:
+            self._thread.join(STOP_TIMEOUT / 2)
+        for lane in (self.queries, self.actions, self.agents, self.slow):
+            lane.close()
+
+    # Domains
+
+    def reachable(self) -> None:
+        """Raise HostAway at once if the watched connection is down."""
+        if self._thread and not self.up.is_set():
+            raise HostAway(f'libvirt {self.uri} is away: {self.problem or "not connected yet"}',
+                           hint='try again in a moment')
+
+    def find(self, name: str) -> Guest | None:
+        """Return the domain `name`, or None (virDomainLookupByName)."""
+        self.reachable()
+        try:
+            with self.queries.connection(QUERY_TIMEOUT) as connection, \
+                    connection.domain(name, 'virDomainLookupByName') as handle:
+                return Domain(self, *connection.library.identity(handle))
+        except LibvirtError as problem:
+            if problem.code == ERR_NO_DOMAIN:
+                return None
+            raise
+
+    def each(self, running: bool = False) -> list[Guest]:
+        """Return all domains, or those that run, by name."""
+        self.reachable()
+        with self.queries.connection(QUERY_TIMEOUT) as connection:
+            found = connection.domains(LIST_RUNNING if running else 0)
+        return sorted((Domain(self, *item) for item in found), key=lambda guest: guest.name)
+
+
+class Domain(Guest):
+    """A libvirt domain. It holds no handle, so that it outlives any connection."""
+
+    MEANINGS: dict[int, type[GuestError]] = {
+        ERR_NO_DOMAIN: NoGuest, ERR_INVALID: WrongState, ERR_TIMEOUT: Busy}
+
+    def __init__(self, host: Host, uuid: str, name: str) -> None:
+        self.host, self.id, self.name = host, uuid, name
+
+    @contextlib.contextmanager
+    def _on(self, lane: Lane, timeout: float = BUSY_TIMEOUT) -> Iterator[tuple[Connection, int]]:
+        """Lend (connection, virDomainPtr) on `lane`, and give libvirt's errors their meaning."""
+        try:
+            with lane.connection(timeout) as connection, connection.domain(self.id) as handle:
+                yield connection, handle
+        except LibvirtError as problem:
+            meaning = self.MEANINGS.get(problem.code)
+            if meaning:
+                raise meaning(f'{self.name}: {problem}') from None
+            raise
+
+    def _look(self) -> tuple[State, int]:
+        """Return the state and libvirt's reason for it (virDomainGetState)."""
+        with self._on(self.host.queries) as (connection, handle):
+            state, reason = _INT(), _INT()
+            connection.call('virDomainGetState', handle, ctypes.byref(state),
+                            ctypes.byref(reason), 0)
+            found = STATES.get(state.value, State.OFF)
+            if found is State.OFF and connection.call('virDomainHasManagedSaveImage', handle, 0):
+                found = State.SAVED
+            return found, reason.value
+
+    def state(self) -> State:
+        """Return what the domain is doing (virDomainGetState, virDomainHasManagedSaveImage)."""
+        return self._look()[0]
+
+    def _act(self, function: str, *arguments: Any) -> None:
+        with self._on(self.host.actions, START_TIMEOUT) as (connection, handle):
+            connection.call(function, handle, *arguments)
+
+    # state -> (what makes it run, its arguments, in words)
+    STARTERS: dict[State, tuple[str, tuple[int, ...], str]] = {
+        State.OFF: ('virDomainCreateWithFlags', (0,), 'started'),
+        State.SAVED: ('virDomainCreateWithFlags', (0,), 'restored'),
+        State.PAUSED: ('virDomainResume', (), 'resumed'),
+        State.ASLEEP: ('virDomainPMWakeup', (0,), 'woken')}
+
+    def start(self) -> str:
+        """Make it run: virDomainCreateWithFlags, virDomainResume or virDomainPMWakeup.
+
+        More than one may be needed: a state that was saved while paused is restored as paused.
+        Raises WrongState for a crashed domain that libvirt preserves.
+        """
+        deadline = Deadline(START_TIMEOUT)
+        done: list[str] = []
+        while not deadline.passed():
+            state, reason = self._look()
+            if state is State.RUNNING:
+                return done[0] if done else 'already running'
+            if state is State.CRASHED:
+                raise WrongState(f'{self.name} has crashed and is kept for inspection',
+                                 'virsh destroy it first')
+            if state is State.STOPPING or (state is State.PAUSED and reason in BUSY_PAUSES):
+                time.sleep(STATE_POLL)
+                continue
+            function, arguments, says = self.STARTERS[state]
+            if done.count(says) == START_ATTEMPTS:
+                raise WrongState(f'{self.name} is {state.value} again after {START_ATTEMPTS} '
+                                 f'attempts', 'see its log in /var/log/libvirt/qemu')
+            with contextlib.suppress(WrongState):       # somebody else was quicker: look again
+                self._act(function, *arguments)
+            done.append(says)
+            if state is State.ASLEEP:                   # the guest wakes up by itself
+                Deadline(STATE_POLL * 10).poll(lambda: self.state() is not State.ASLEEP)
+        raise Busy(f'{self.name} did not start within {START_TIMEOUT:g} s')
+
+    def stop(self) -> str:
+        """Ask it to shut down: the agent's guest-shutdown if that answers, else
+        virDomainShutdownFlags, the ACPI power button."""
+        state = self.state()
+        if state in (State.OFF, State.SAVED):
+            return 'already off'
+        if state is State.STOPPING:
+            return 'already shutting down'
+        if state is not State.RUNNING:
+            raise WrongState(f'{self.name} is {state.value} and can\'t shut down', 'start it first')
+        if not self._stop_by_agent():
+            self._act('virDomainShutdownFlags', SHUTDOWN_ACPI)
+        return 'asked to shut down'
+
+    def _stop_by_agent(self) -> bool:
+        """Tell whether the agent took guest-shutdown, which has no answer when it works."""
+        try:
+            self.agent('guest-ping')
+        except AgentError:
+            return False
+        try:
+            self.agent('guest-shutdown', {'mode': 'powerdown'})
+        except AgentError as problem:
+            self.host.silent.pop(self.id, None)         # it was asked to go, it is not hung
+            return problem.trouble.name in ('silent', 'not connected')
+        except WrongState:
+            pass                                        # off already
+        return True
+
+    def save(self) -> str:
+        """Save it so that it comes back running (virDomainManagedSave)."""
+        state = self.state()
+        if state is State.SAVED:
+            return 'already saved'
+        if state not in (State.RUNNING, State.PAUSED):
+            raise WrongState(f'{self.name} is {state.value}; there is nothing to save')
+        self._act('virDomainManagedSave', SAVE_RUNNING)
+        return 'saved'
+
+    def autostarts(self) -> bool:
+        """Tell whether libvirtd starts it at boot (virDomainGetAutostart)."""
+        with self._on(self.host.queries) as (connection, handle):
+            flag = _INT()
+            connection.call('virDomainGetAutostart', handle, ctypes.byref(flag))
+            return bool(flag.value)
+
+    def _xml(self) -> xml.etree.ElementTree.Element:
+        """Return its definition (virDomainGetXMLDesc)."""
+        with self._on(self.host.queries) as (connection, handle):
+            text = connection.library.take_string(connection.call('virDomainGetXMLDesc', handle, 0))
+        return xml.etree.ElementTree.fromstring(text)
+
+    # Guest agent
+
+    def _lane(self) -> Lane:
+        return self.host.slow if self.id in self.host.silent else self.host.agents
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[tuple[Connection, int]]:
+        """Lend (connection, virDomainPtr) for an agent call; note whether the agent answers."""
+        began = time.monotonic()
+        try:
+            with self._on(self._lane(), BUSY_TIMEOUT) as (connection, handle):
+                began = time.monotonic()
+                yield connection, handle
+            self.host.silent.pop(self.id, None)
+        except Busy as problem:
+            raise agent_error(self.name, f'state change lock: {problem}') from None
+        except HostAway:
+            raise
+        except LibvirtError as problem:
+            error = agent_error(self.name, str(problem))
+            if error.trouble.passes and time.monotonic() - began > AGENT_SILENT:
+                self.host.silent[self.id] = True
+            elif not error.trouble.passes:
+                self.host.silent.pop(self.id, None)     # a refusal is an answer
+            raise error from None
+
+    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
+              timeout: int = AGENT_TIMEOUT) -> Any:
+        """Return what the guest agent answers (virDomainQemuAgentCommand)."""
+        question = json.dumps({'execute': command, 'arguments': dict(arguments or {})})
+        try:
+            with self._asking() as (connection, handle):
+                text = connection.library.take_string(connection.call(
+                    AGENT_CALL, handle, question.encode(), timeout, 0))
+        except AgentError as problem:
+            if problem.trouble.name == 'blocked' and command != 'guest-fsfreeze-status':
+                self._raise_if_frozen()
+            raise
+        try:
+            return json.loads(text)['return']
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise agent_error(self.name, f'no answer: {text!r:.80}') from None
+
+    def _raise_if_frozen(self) -> None:
+        """Old agents call a command disabled when the file systems are frozen."""
+        with contextlib.suppress(AgentError):
+            if self.agent('guest-fsfreeze-status') == 'frozen':
+                raise agent_error(self.name, 'the agent is in frozen state')
+
+    def agent_state(self) -> str:
+        """Return absent, disconnected, connected or silent, without asking the agent: from the
+        domain's XML, and from how its last call ended."""
+        for channel in self._xml().iterfind('devices/channel/target'):
+            if channel.get('name', '').startswith('org.qemu.guest_agent.'):
+                if self.id in self.host.silent:
+                    return 'silent'
+                return channel.get('state', 'disconnected')
+        return 'absent'
+
+    def _bounded(self, function: str, *arguments: Any) -> None:
+        """Call an agent function that has no time-out of its own.
+
+        Only where libvirt-qemu.so.0 is missing: the time-out belongs to the domain and counts
+        for other programs' calls, too, while it is set.
+        """
+        with self._asking() as (connection, handle):
+            limit = 'virDomainAgentSetResponseTimeout'
+            connection.call(limit, handle, AGENT_SET_TIMEOUT, 0)
+            try:
+                connection.call(function, handle, *arguments)
+            finally:
+                connection.call(limit, handle, RESPONSE_BLOCK, 0)
+
+    def get_time(self) -> int:
+        """Return its clock in ns since 1970 (guest-get-time, else virDomainGetTime)."""
+        if Library.get().has(AGENT_CALL):
+            return super().get_time()
+        seconds, nanoseconds = ctypes.c_longlong(), _UINT()
+        self._bounded('virDomainGetTime', ctypes.byref(seconds), ctypes.byref(nanoseconds), 0)
+        return seconds.value * SECOND + nanoseconds.value
+
+    def set_time(self, when: int | None) -> None:
+        """Set its clock (guest-set-time, else virDomainSetTime).
+
+        A guest with tickpolicy="catchup" is also told to forget the ticks that it missed (QMP
+        rtc-reset-reinjection): it would add them to the time that was just set.
+        """
+        if not Library.get().has(AGENT_CALL):
+            flags = SET_TIME_SYNC if when is None else 0
+            self._bounded('virDomainSetTime', *divmod(when or 0, SECOND), flags)
+            return
+        super().set_time(when)
+        timers = self._xml().iterfind('clock/timer[@name="rtc"]')
+        if any(timer.get('tickpolicy') == 'catchup' for timer in timers):
+            with self._on(self.host.actions) as (connection, handle):
+                answer = _PTR()
+                connection.call('virDomainQemuMonitorCommand', handle,
+                                b'{"execute": "rtc-reset-reinjection"}', ctypes.byref(answer), 0)
+                if answer.value:
+                    connection.library.take_string(answer.value)
+
+
+# === guests =====================================================================================
+
+class Guests:
+    """One name space over the hosts of guests; one command per guest at a time."""
+
+    ACTIONS: dict[str, Callable[[Guest], str]] = {
+        'start': lambda guest: guest.start(), 'stop': lambda guest: guest.stop(),
+        'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake()}
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self.hosts = list(hosts)
+        self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
+        self._free = threading.Condition()          # guards _busy; notified when one ends
+
+    def find(self, name: str) -> Guest:
+        """Return the guest `name`; NoGuest if there is none."""
+        for host in self.hosts:
+            guest = host.find(name)
+            if guest:
+                return guest
+        raise NoGuest(f'no guest is named {name}', '--status lists them')
+
+    def each(self, running: bool = False) -> list[Guest]:
+        """Return all guests, or those that run, by name."""
+        return [guest for host in self.hosts for guest in host.each(running)]
+
+    def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT) -> str:
+        """Carry out a command of ACTIONS and return what was done, in words.
+
+        Raises Busy when another command for this guest does not end within `patience` seconds.
+        """
+        with self._alone(guest, action, Deadline(patience)):
+            return self.ACTIONS[action](guest)
+
+    @contextlib.contextmanager
+    def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
+        with self._free:
+            while guest.id in self._busy:
+                if deadline.passed():
+                    raise self._busy_error(guest)
+                self._free.wait(deadline.left())
+            self._busy[guest.id] = action
+        try:
+            yield
+        finally:
+            with self._free:
+                del self._busy[guest.id]
+                self._free.notify_all()
+
+    def check_free(self, guest: Guest, patience: float) -> None:
+        """Raise Busy if another command is being carried out and there is no time to wait."""
+        with self._free:
+            if not patience and guest.id in self._busy:
+                raise self._busy_error(guest)
+
+    def _busy_error(self, guest: Guest) -> Busy:
+        return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
+                    'try again later')
+
+    def ready(self, stopping: threading.Event) -> bool:
+        """Wait until every host is connected, or (False) until `stopping`."""
+        while not all(host.up.wait(STATE_POLL) for host in self.hosts):
+            if stopping.is_set():
+                return False
+        return True
+
+
+# === clock ======================================================================================
+
+class Reading(NamedTuple):
+    """One look at a guest's clock."""
+
+    offset: int                 # guest minus host, ns; the host's time is that of the middle
+    delay: int                  # ns that the call took: the offset is sure to half of it
+
+
+@dataclasses.dataclass
+class Correction:
+    """What became of one clock job."""
+
+    guest: str
+    cause: str                  # the kind of the event that asked for it
+    before: int                 # offset found, ns
+    after: int                  # offset left, ns
+    method: str = ''            # what set the clock; '' when it was right already
+    right: float = 0.0          # seconds from the trigger to the setting
+    proved: float = 0.0         # ... and to the reading that proved it
+    when: float = 0.0           # time.time() of the proof
+    warning: str = ''           # an error that came although the clock is right
+
+    def __str__(self) -> str:
+        if not self.method:
+            return f'{self.guest}: clock is right, cause={self.cause} offset={span(self.before)}'
+        return (f'{self.guest}: clock corrected, cause={self.cause} before={span(self.before)} '
+                f'after={span(self.after)} right_after={self.right * 1000:.0f}ms '
+                f'proved_after={self.proved * 1000:.0f}ms by={self.method}')
+
+
+def span(offset: int) -> str:
+    """Return a signed offset for people, ns -> ms, or s where that reads better."""
+    if abs(offset) < 10 * SECOND:
+        return f'{offset / MS:+.1f}ms'
+    return f'{offset / SECOND:+.3f}s'
+
+
+def read_clock(guest: Guest) -> Reading:
+    """Read the guest's clock once, between two looks at the host's."""
+    host, began = time.time_ns(), time.monotonic_ns()
+    value = guest.get_time()
+    delay = time.monotonic_ns() - began
+    return Reading(value - host - delay // 2, delay)
+
+
+def measure(guest: Guest, tolerance: int) -> Reading:
+    """Return the best of a few readings, or the first one if that is clearly off: a clock that
+    is wrong by seconds shall not stay so for the sake of a better figure."""
+    best = read_clock(guest)
+    for _ in range(SAMPLES - 1):
+        if abs(best.offset) > tolerance + 2 * best.delay:
+            break
+        best = min(best, read_clock(guest), key=lambda reading: reading.delay)
+    return best
+
+
+def _set_explicit(guest: Guest, ahead: int) -> None:
+    """Set the host's time plus `ahead` ns, what the call and its way will take."""
+    guest.set_time(time.time_ns() + ahead)
+
+
+def _set_from_hardware(guest: Guest, _ahead: int) -> None:
+    """Have the guest read its hardware clock (Linux) or ask its time service (Windows)."""
+    guest.set_time(None)
+
+
+def _set_by_date(guest: Guest, ahead: int) -> None:
+    """Run `date` in the guest, started so that it takes effect at a whole second: not every
+    date takes fractions."""
+    second = (time.time_ns() + ahead) // SECOND + 1
+    time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
+    started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
+    if not isinstance(started, dict) or not isinstance(started.get('pid'), int):
+        raise agent_error(guest.name, f'guest-exec returned {started!r:.80}')
+    status: Any = {}
+
+    def ended() -> bool:
+        nonlocal status
+        status = guest.agent('guest-exec-status', {'pid': started['pid']})
+        return isinstance(status, dict) and bool(status.get('exited'))
+    if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
+        raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
+
+
+class Method(NamedTuple):
+    """A way to set a guest's clock."""
+
+    name: str
+    apply: Callable[[Guest, int], None]
+    rounds: int                 # tries, each made better by what the last one missed by
+    executes: bool = False      # runs a program in the guest
+
+
+METHODS = (                     # from the best to the last resort
+    Method('guest-set-time', _set_explicit, ROUNDS),
+    Method('hardware-clock', _set_from_hardware, 1),
+    Method('guest-exec-date', _set_by_date, ROUNDS, executes=True))
+
+
+def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
+    """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
+
+    Agents report errors although they set the time, and success although they did not: only a
+    reading afterwards counts. Raises AgentError with the reason why it could not be set, or
+    ClockError when setting it did not help.
+    """
+    reading = measure(guest, tolerance)
+    result = Correction(guest.name, '', reading.offset, reading.offset)
+    problem: AgentError | None = None
+    for method in METHODS:
+        ahead = reading.delay // 2
+        for _ in range(method.rounds if allow_exec or not method.executes else 0):
+            if abs(reading.offset) <= tolerance:
+                break
+            failed, began = None, time.monotonic()
+            try:
+                method.apply(guest, ahead)
+            except AgentError as reason:
+                failed, problem = reason, problem or reason
+            result.right, result.method = began + ahead / SECOND, method.name
+            reading = measure(guest, tolerance)
+            ahead -= reading.offset
+            if failed:
+                break
+    result.after, result.proved, result.when = reading.offset, time.monotonic(), time.time()
+    if abs(reading.offset) <= tolerance:
+        result.warning = words(problem) if problem else ''
+        return result
+    if problem:
+        raise problem
+    raise ClockError(f'{guest.name}: clock is still off by {span(reading.offset)}, was '
+                     f'{span(result.before)}; the agent takes {reading.delay / MS:.0f} ms to '
+                     'answer', 'the host may be overloaded; raise monitor.toleranceMs')
+
+
+def synchronise(guest: Guest, config: Config, cause: str, began: float,
+                nudge: threading.Event) -> Correction:
+    """Wait until the guest's agent answers, then correct the clock.
+
+    `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
+    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help.
+    """
+    deadline, pause = Deadline(config.agent_wait), RETRY_FIRST
+    while True:
+        try:
+            result = correct(guest, round(config.tolerance * MS), config.allow_exec)
+        except AgentError as problem:
+            if not problem.trouble.passes or deadline.passed():
+                raise
+        else:
+            result.cause = cause
+            result.right, result.proved = result.right - began, result.proved - began
+            return result
+        nudge.wait(min(pause, deadline.left()))
+        nudge.clear()
+        pause = min(pause * RETRY_FACTOR, RETRY_LAST)
+
+
+class HostClock(NamedTuple):
+    """The host's clocks at one moment, in ns."""
+
+    real: int
+    boot: int                   # goes on while the host sleeps
+    monotonic: int              # does not
+
+    @classmethod
+    def now(cls) -> HostClock:
+        """Read the three as one: of a few attempts, the one that took the least time."""
+        best: tuple[int, HostClock | None] = (sys.maxsize, None)
+        for _ in range(SAMPLES):
+            boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            real, monotonic = time.time_ns(), time.monotonic_ns()
+            took = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot
+            if took < best[0]:
+                best = took, cls(real, boot, monotonic)
+        assert best[1]
+        return best[1]
+
+    def jump_since(self, earlier: HostClock) -> str:
+        """Return what happened to the clocks since `earlier`, or ''."""
+        limit = HOST_CLOCK_JUMP * SECOND
+        if (self.boot - self.monotonic) - (earlier.boot - earlier.monotonic) > limit:
+            return 'host slept'
+        if abs((self.real - self.boot) - (earlier.real - earlier.boot)) > limit:
+            return 'host clock stepped'
+        return ''
+
+
+# === monitor ====================================================================================
+
+class Settings:
+    """The configuration that counts now; a reload replaces it whole."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
+class ClockJob:
+    """The one clock job of a guest; the Monitor's lock guards `again`."""
+
+    def __init__(self, event: GuestEvent) -> None:
+        self.event = event                              # what it is about
+        self.again: GuestEvent | None = None         # came meanwhile: run once more
+        self.nudge = threading.Event()                  # set with `again`
+
+
+class Monitor:
+    """Events -> at most one clock job per guest; a trigger during a job makes it run again."""
+
+    NO_TRIGGERS = frozenset(('booted', 'stopped'))      # a boot is announced by "resumed", too
+    NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
+
+    def __init__(self, guests: Guests, settings: Settings) -> None:
+        self.guests, self.settings = guests, settings
+        self.events: queue.SimpleQueue[GuestEvent | None] = queue.SimpleQueue()
+        self.corrections: dict[str, Correction] = {}    # id -> the last one
+        self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
+        self._told: dict[str, set[str]] = {}            # id -> complaints since its start
+        self._lock = threading.Lock()                   # guards _jobs and _told
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        """Start the threads that take events and watch the host's clock."""
+        spawn('monitor', self._take_events)
+        spawn('host-clock', self._watch_host)
+
+    def stop(self) -> None:
+        """Stop; jobs end by themselves."""
+        self._stopping.set()
+        self.events.put(None)
+
+    def trigger_all(self, cause: str) -> None:
+        """Check every running guest."""
+        for guest in self.guests.each(running=True):
+            self.events.put(GuestEvent(guest, cause, time.monotonic()))
+
+    def _take_events(self) -> None:
+        for event in iter(self.events.get, None):
+            try:
+                self._take(event)
+            except Exception:           # one event that can't be handled must not end the rest
+                log.exception('%s: unexpected error', event.kind)
+
+    def _take(self, event: GuestEvent) -> None:
+        """Start a job, or have the one that runs look again."""
+        key, config = event.guest.id, self.settings.config
+        log.debug('%s: %s', event.guest.name, event.kind)
+        with self._lock:
+            if event.kind in self.NEW_START or event.kind == 'stopped':
+                self._told.pop(key, None)
+            job = self._jobs.get(key)
+            if job and event.kind == 'booted':
+                job.event = job.event._replace(kind='booted')
+            if event.kind in self.NO_TRIGGERS or config.excludes(event.guest.name):
+                return
+            if job:
+                job.again = event
+                job.nudge.set()
+                return
+            job = self._jobs[key] = ClockJob(event)
+        spawn(f'clock {event.guest.name}', self._work, job)
+
+    def _work(self, job: ClockJob) -> None:
+        """Run the job, and again as long as triggers came while it ran."""
+        key = job.event.guest.id
+        while True:
+            try:
+                self._run(job)
+            except Exception:           # a bug in one job must not end the clock of this guest
+                log.exception('%s: unexpected error', job.event.guest.name)
+            with self._lock:
+                if not job.again or self._stopping.is_set():
+                    del self._jobs[key]
+                    return
+                job.event, job.again = job.again, None
+                job.nudge.clear()
+
+    def _run(self, job: ClockJob) -> None:
+        """Correct one clock, and say what came of it."""
+        guest = job.event.guest
+        try:
+            result = synchronise(guest, self.settings.config, job.event.kind, job.event.when,
+                                 job.nudge)
+        except (WrongState, NoGuest, HostAway) as problem:
+            # It was stopped or paused meanwhile, or libvirt is: an event will bring us back.
+            log.debug('%s: clock left alone: %s', guest.name, words(problem))
+            return
+        except Error as problem:
+            kind = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
+            self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
+                           f'{words(problem)}')
+            return
+        result.cause = job.event.kind
+        if result.method or guest.id not in self.corrections:
+            self.corrections[guest.id] = result
+        log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
+        if result.warning:
+            self._complain(guest, 'warning', f'the clock is right, but: {result.warning}')
+
+    def _complain(self, guest: Guest, kind: str, text: str) -> None:
+        """Log a warning, each kind once per start of the guest."""
+        with self._lock:
+            told = self._told.setdefault(guest.id, set())
+            news = kind not in told
+            told.add(kind)
+        log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
+
+    def _watch_host(self) -> None:
+        """Check all guests when the host slept or its clock was set, and every checkInterval:
+        libvirt has no event for these."""
+        seen, checked = HostClock.now(), time.monotonic()
+        while not self._stopping.wait(HOST_CLOCK_POLL):
+            now = HostClock.now()
+            cause, seen = now.jump_since(seen), now
+            interval = self.settings.config.check_interval
+            if not cause and interval and time.monotonic() - checked >= interval:
+                cause = 'periodic check'
+            if not cause:
+                continue
+            checked = time.monotonic()
+            if cause.startswith('host'):
+                log.warning('%s; checking all guests', cause)
+            try:
+                self.trigger_all(cause)
+            except Error as problem:            # the guests are 'found' when libvirt is back
+                log.debug('%s: %s', cause, words(problem))
+
+
+# === startup ====================================================================================
+
+class Startup:
+    """Carry out startup.vmStartupCommands, once."""
+
+    def __init__(self, guests: Guests, lines: Sequence[Step]) -> None:
+        self.guests, self.steps = guests, lines
+        self.stopping = threading.Event()
+        self._results: dict[str, str] = {}          # guest -> what was done, in words
+        self._failed: dict[str, str] = {}           # guest -> why not
+
+    def run(self) -> None:
+        """Wait for libvirt, go through the lines, wait for the last start, and sum up."""
+        if not self.guests.ready(self.stopping):
+            return
+        began, threads = time.monotonic(), []
+        for step in self.steps:
+            if self.stopping.is_set():
+                return
+            if step.verb == 'start':
+                threads.append(spawn(f'start {step.name}', self._start, step.name))
+            elif step.verb == 'delay':
+                self.stopping.wait(step.seconds)
+            else:
+                self._wait(step)
+        for thread in threads:
+            thread.join()
+        if not self.stopping.is_set():
+            done = ', '.join(f'{name} {says}' for name, says in self._results.items())
+            failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
+            log.log(logging.WARNING if failed else logging.INFO,
+                    'startup: ended after %.1f s: %s%s', time.monotonic() - began,
+                    done or 'nothing started', failed and f'; failed: {failed}')
+
+    def _start(self, name: str) -> None:
+        """Start one guest, trying again START_RETRIES times."""
+        for attempt in range(1 + START_RETRIES):
+            if attempt:
+                self.stopping.wait(START_RETRY_PAUSE)
+            if not self.guests.ready(self.stopping):
+                return
+            try:
+                says = self.guests.act('start', self.guests.find(name))
+            except Error as problem:
+                self._failed[name] = words(problem)
+                left = START_RETRIES - attempt
+                log.log(logging.WARNING if left else logging.ERROR,
+                        'startup: start %s failed: %s; %s', name, words(problem),
+                        f'{left} more tries' if left else 'given up')
+            else:
+                self._failed.pop(name, None)
+                self._results[name] = says
+                log.info('startup: %s %s', name, says)
+                return
+
+    def _wait(self, step: Step) -> None:
+        """Wait until a guest runs, or its agent answers, but not longer than the line says.
+
+        The asking has a thread of its own: an agent that hangs holds a call for seconds.
+        """
+        reached = threading.Event()
+        deadline = Deadline(step.seconds)
+
+        def ask() -> bool:
+            with contextlib.suppress(Error):
+                guest = self.guests.find(step.name)
+                if step.until == 'running':
+                    return guest.state() is State.RUNNING
+                guest.agent('guest-ping')
+                return True
+            return self.stopping.is_set()
+
+        def look() -> None:
+            if deadline.poll(ask):
+                reached.set()
+        began = time.monotonic()
+        spawn(f'wait {step.name}', look)
+        while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
+            if self.stopping.is_set():
+                return
+        waited = time.monotonic() - began
+        if reached.is_set():
+            log.info('startup: %s: %s after %.1f s', step.name, step.until, waited)
+        else:
+            log.warning('startup: line %d: %s: not yet "%s" after %.1f s; going on', step.number,
+                        step.name, step.until, waited)
+
+
+# === listener ===================================================================================
+# Server: socket policy. Exchange: the wire. Router: dispatch, and all of the error policy.
+
+class Refusal(Error):
+    """A request that gets another answer than 200."""
+
+    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, tuple(headers)
+
+
+class TooLarge(Error):
+    """A request has more bytes than it may."""
+
+
+class Request(NamedTuple):
+    """One request, read whole."""
+
+    peer: str                   # address
+    method: str
+    target: str                 # path and query
+    headers: email.message.Message
+    body: bytes
+
+
+class Reply(NamedTuple):
+    """One answer: a line for people, and the same for programs."""
+
+    status: int
+    text: str
+    data: Mapping[str, Any] = {}
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Audit:
+    """What the audit line of a request says; filled in as it becomes known."""
+
+    def __init__(self, peer: str) -> None:
+        self.began = time.monotonic()
+        self.peer, self.key, self.command, self.target = peer, '-', '-', '-'
+
+    def write(self, status: int) -> None:
+        """Write the line; no key ever stands in it."""
+        log.info('request peer=%s key=%s cmd=%s target=%s result=%d ms=%.0f', self.peer,
+                 *(json.dumps(text[:100]) if re.search(r'[^\w.:*-]', text) else text[:100]
+                   for text in (self.key, self.command, self.target)),
+                 status, (time.monotonic() - self.began) * 1000)
+
+
+class Throttle:
+    """Counts wrong keys by address, and says when an address has had enough of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wrong: dict[str, tuple[float, int]] = {}      # network -> (window's end, count)
+
+    @staticmethod
+    def _network(peer: str) -> str:
+        """Return what is counted as one: an IPv4 address, or an IPv6 /64, which one host has."""
+        if ':' not in peer:
+            return peer
+        return socket.inet_pton(socket.AF_INET6, peer.partition('%')[0])[:8].hex()
+
+    def wrong(self, peer: str) -> None:
+        """Count a wrong key."""
+        network, now = self._network(peer), time.monotonic()
+        with self._lock:
+            end, count = self._wrong.pop(network, (0.0, 0))
+            if end <= now:
+                end, count = now + WRONG_KEYS_WINDOW, 0
+            if len(self._wrong) >= WRONG_KEYS_PEERS:
+                del self._wrong[next(iter(self._wrong))]
+            self._wrong[network] = end, count + 1
+
+    def seconds(self, peer: str) -> int:
+        """Return for how many seconds this address gets no answer; 0 if it gets one."""
+        with self._lock:
+            end, count = self._wrong.get(self._network(peer), (0.0, 0))
+        return math.ceil(max(0.0, end - time.monotonic())) if count >= WRONG_KEYS else 0
+
+
+class Router:
+    """Turns a request into an action and its outcome into an answer."""
+
+    # The first row that fits gives the status of a failed command.
+    STATUSES: tuple[tuple[type[Error], int], ...] = (
+        (NoGuest, 404), (WrongState, 409), (Busy, 409), (HostAway, 503), (Error, 500))
+    PARAMETERS = frozenset(('key', 'cmd', 'target', 'wait'))
+
+    def __init__(self, guests: Guests, settings: Settings,
+                 corrections: Mapping[str, Correction]) -> None:
+        self.guests, self.settings, self.corrections = guests, settings, corrections
+        self.throttle = Throttle()
+
+    def answer(self, request: Request) -> Reply:
+        """Return the answer to any request, and write its audit line."""
+        audit = Audit(request.peer)
+        try:
+            reply = self._dispatch(request, audit)
+        except Refusal as refusal:
+            reply = Reply(refusal.status, str(refusal), headers=refusal.headers)
+        except Error as problem:
+            status = next(code for kind, code in self.STATUSES if isinstance(problem, kind))
+            reply = Reply(status, words(problem),
+                          headers=(('Retry-After', '2'),) if status == 503 else ())
+        except Exception:               # a boundary: the client gets an answer, the log the bug
+            log.exception('request from %s: unexpected error', request.peer)
+            reply = Reply(500, 'an error in vmmonitor; its log has more')
+        audit.write(reply.status)
+        return reply
+
+    def _dispatch(self, request: Request, audit: Audit) -> Reply:
+        """Check everything in the order in which it may be told, and carry it out."""
+        if request.method not in ('GET', 'POST'):
+            raise Refusal(405, 'use GET or POST', (('Allow', 'GET, POST'),))
+        parameters = self._parameters(request)
+        audit.command = parameters.get('cmd', '-')
+        audit.target = parameters.get('target', '-')
+        key = self._authenticate(request.peer, parameters, audit)
+        command, target = parameters.get('cmd', ''), parameters.get('target', '')
+        if command not in COMMANDS:
+            raise Refusal(400, f'cmd must be one of {", ".join(COMMANDS)}')
+        if bool(target) == (command == 'list'):
+            raise Refusal(400, f'{command} takes no target' if target else
+                          f'target is missing: the name of the guest to {command}')
+        if target and not key.covers(target):
+            self.throttle.wrong(request.peer)       # not to be told from a wrong key
+            raise self._wrong_key()
+        if not self.settings.config.allows(command):
+            raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
+        if command not in key.commands:
+            raise Refusal(403, f'this key may not {command}')
+        wait = self._wait(parameters)
+        if command == 'list':
+            return self._list(key)
+        guest = self.guests.find(target)
+        if command == 'status':
+            return self._status(guest)
+        return self._act(command, guest, wait)
+
+    @staticmethod
+    def _pairs(text: str) -> list[tuple[str, str]]:
+        """Split and decode a query or a form."""
+        if not text:
+            return []
+        try:
+            return urllib.parse.parse_qsl(text, keep_blank_values=True, strict_parsing=True,
+                                          errors='strict', max_num_fields=8)
+        except ValueError:
+            raise Refusal(400, 'parameters must be NAME=VALUE, joined by & and percent-encoded '
+                          'UTF-8') from None
+
+    def _parameters(self, request: Request) -> dict[str, str]:
+        """Collect the parameters from the query, the body and the Authorization header."""
+        url = urllib.parse.urlsplit(request.target)
+        if url.path not in ('/', ''):
+            raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
+        pairs = self._pairs(url.query)
+        kind = request.headers.get('Content-Type', '').partition(';')[0].strip().lower()
+        if request.method == 'POST' and request.body:
+            if kind == 'application/json':
+                pairs += self._json_pairs(request.body)
+            elif kind in ('application/x-www-form-urlencoded', ''):
+                pairs += self._pairs(request.body.decode('latin-1').strip())
+            else:
+                raise Refusal(415, 'send application/x-www-form-urlencoded or application/json')
+        scheme, _, token = request.headers.get('Authorization', '').partition(' ')
+        if scheme.lower() == 'bearer':
+            pairs.append(('key', token.strip()))
+        elif scheme:
+            raise Refusal(401, 'use Authorization: Bearer KEY', (('WWW-Authenticate', 'Bearer'),))
+        found: dict[str, str] = {}
+        for name, value in pairs:
+            if name not in self.PARAMETERS:
+                raise Refusal(400, 'parameters are ' + ', '.join(sorted(self.PARAMETERS)))
+            if name in found:
+                raise Refusal(400, f'{name} stands there twice')
+            if _UNPRINTABLE.search(value):
+                raise Refusal(400, f'{name} has control characters')
+            found[name] = value
+        return found
+
+    @staticmethod
+    def _json_pairs(body: bytes) -> list[tuple[str, str]]:
+        """Read a JSON body: an object whose values are strings or numbers."""
+        try:
+            value = json.loads(body, object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict) or any(
+                isinstance(item, bool) or not isinstance(item, (str, int, float))
+                for item in value.values()):
+            raise Refusal(400, 'the body must be a JSON object, its keys '
+                          'once each, its values strings or numbers')
+        return [(name, str(item)) for name, item in value.items()]
+
+    @staticmethod
+    def _wrong_key() -> Refusal:
+        return Refusal(401, 'wrong key, or not for this target', (('WWW-Authenticate', 'Bearer'),))
+
+    def _authenticate(self, peer: str, parameters: Mapping[str, str], audit: Audit) -> Key:
+        """Return the key of the request; 401, or 429 for an address that guesses."""
+        pause = self.throttle.seconds(peer)
+        if pause:
+            raise Refusal(429, f'too many wrong keys; try again in {pause} s',
+                          (('Retry-After', str(pause)),))
+        if not parameters.get('key'):
+            raise Refusal(401, 'key is missing', (('WWW-Authenticate', 'Bearer'),))
+        digest = hashlib.sha256(parameters['key'].encode(errors='surrogatepass')).digest()
+        found: Key | None = None
+        for key in self.settings.config.keys:       # all of them: the time shall tell nothing
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        if not found:
+            self.throttle.wrong(peer)
+            raise self._wrong_key()
+        audit.key = found.name
+        return found
+
+    @staticmethod
+    def _wait(parameters: Mapping[str, str]) -> float:
+        """Return how many seconds the request waits for its command."""
+        try:
+            wait = float(parameters.get('wait', COMMAND_TIMEOUT))
+        except ValueError:
+            wait = -1.0
+        if not 0 <= wait <= COMMAND_TIMEOUT:
+            raise Refusal(400, f'wait must be a number of seconds from 0 to {COMMAND_TIMEOUT:g}')
+        return wait
+
+    def _act(self, command: str, guest: Guest, wait: float) -> Reply:
+        """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
+        outcome: queue.SimpleQueue[str | Error] = queue.SimpleQueue()
+        waiting = threading.Event()
+        waiting.set()
+
+        def work() -> None:
+            result: str | Error
+            try:
+                result = self.guests.act(command, guest, min(wait, BUSY_TIMEOUT))
+            except Error as problem:
+                result = problem
+            outcome.put(result)
+            if not waiting.is_set():
+                failed = isinstance(result, Error)
+                log.log(logging.WARNING if failed else logging.INFO, '%s %s: %s', command,
+                        guest.name, words(result) if isinstance(result, Error) else result)
+        self.guests.check_free(guest, wait)
+        spawn(f'{command} {guest.name}', work)
+        try:
+            result = outcome.get(timeout=wait) if wait else outcome.get_nowait()
+        except queue.Empty:
+            waiting.clear()
+            return Reply(202, f'{guest.name}: {command} goes on', {
+                'target': guest.name, 'cmd': command, 'result': 'goes on'})
+        if isinstance(result, Error):
+            raise result
+        return Reply(200, f'{guest.name}: {result}', {
+            'target': guest.name, 'cmd': command, 'result': result})
+
+    def _describe(self, guest: Guest) -> dict[str, Any]:
+        """Return what is known of a guest."""
+        state = guest.state()
+        last = self.corrections.get(guest.id)
+        clock = last and {
+            'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
+            'corrected': bool(last.method), 'at': utc(last.when)}
+        return {'name': guest.name, 'state': state.value, 'agent': guest.agent_state(),
+                'clock': clock}
+
+    @staticmethod
+    def _line(known: Mapping[str, Any]) -> str:
+        clock = known['clock']
+        return '{} {} agent={} clock={}'.format(
+            known['name'], known['state'], known['agent'],
+            '{:+.1f}ms at {} after "{}"'.format(clock['afterMs'], clock['at'], clock['cause'])
+            if clock else 'unknown')
+
+    def _status(self, guest: Guest) -> Reply:
+        known = self._describe(guest)
+        return Reply(200, self._line(known), known)
+
+    def _list(self, key: Key) -> Reply:
+        """Return the guests that the key reaches."""
+        found: list[dict[str, Any]] = []
+        for guest in self.guests.each():
+            if key.covers(guest.name):
+                with contextlib.suppress(NoGuest):          # undefined since it was listed
+                    found.append(self._describe(guest))
+        return Reply(200, '\n'.join(map(self._line, found)) or 'no guests', {'guests': found})
+
+
+def utc(when: float) -> str:
+    """Return a time.time() as ISO 8601 in UTC."""
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(when))
+
+
+class Source(io.RawIOBase):
+    """The bytes of a connection, with a limit on how many and on how long one request may take.
+
+    The clock starts with the first byte: a connection that is idle has IDLE_TIMEOUT, and then a
+    request that trickles has REQUEST_TIMEOUT, not that long for every byte.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self.connection = connection
+        self.deadline = Deadline(REQUEST_TIMEOUT)
+        self.began = False                  # whether a byte of the request has come
+        self.budget = HEADER_BYTES
+
+    def readable(self) -> bool:
+        """Say that this is for reading (io.RawIOBase)."""
+        return True
+
+    def expect(self) -> None:
+        """Get ready for another request."""
+        self.deadline, self.began = Deadline(IDLE_TIMEOUT), False
+        self.budget = HEADER_BYTES
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is; TooLarge, or socket.timeout."""
+        if self.budget <= 0:
+            raise TooLarge('request line and headers too large')
+        self.connection.settimeout(max(self.deadline.left(), 0.001))
+        count = self.connection.recv_into(memoryview(buffer)[:self.budget])
+        if not self.began:
+            self.deadline, self.began = Deadline(REQUEST_TIMEOUT), True
+        self.budget -= count
+        return count
+
+
+class Client:
+    """A connection, as the Server sees it."""
+
+    def __init__(self, connection: socket.socket, address: str) -> None:
+        self.connection, self.address = connection, address
+        self.idle = True                    # not in the middle of carrying out a request
+
+    def drop(self) -> None:
+        """End the connection from another thread than its own."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+class Exchange(http.server.BaseHTTPRequestHandler):
+    """The wire: handshake, limits, time-outs, and one write per response."""
+
+    protocol_version = 'HTTP/1.1'
+    server: Server
+
+    def __init__(self, client: Client, server: Server) -> None:
+        self.client = client
+        super().__init__(client.connection, (client.address, 0), server)
+
+    def setup(self) -> None:
+        """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
+        self.client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.client.connection.settimeout(HANDSHAKE_TIMEOUT)
+        self.connection = self.server.context.wrap_socket(
+            self.client.connection, server_side=True, do_handshake_on_connect=False)
+        self.client.connection = self.connection        # wrap_socket() took the descriptor over
+        self.connection.do_handshake()
+        self.source = Source(self.connection)
+        self.rfile = io.BufferedReader(self.source)
+
+    def finish(self) -> None:
+        """Say goodbye in TLS, without waiting for the other end to do so."""
+        with contextlib.suppress(OSError, ValueError):
+            self.connection.settimeout(0)
+            self.connection.unwrap()
+        self.rfile.close()
+
+    def handle_one_request(self) -> None:
+        """Read one request, have the Router answer it."""
+        self.source.expect()
+        self.close_connection = True
+        self.command = ''                               # parse_request() may leave it unset
+        try:
+            self.raw_requestline = self.rfile.readline(HEADER_BYTES + 1)
+            if not self.raw_requestline.strip() or not self.parse_request():
+                return
+            if self.request_version == 'HTTP/0.9':
+                raise Refusal(400, 'not an HTTP request that can be read')
+            body = self._body()
+        except socket.timeout:
+            if self.source.began:
+                self.refuse(408, f'the request took longer than {REQUEST_TIMEOUT:g} s')
+            return
+        except TooLarge as problem:
+            self.refuse(431, str(problem))
+            return
+        except Refusal as refusal:
+            self.refuse(refusal.status, str(refusal))
+            return
+        self.client.idle = False
+        reply = self.server.router.answer(Request(
+            self.client.address, self.command, self.path, self.headers, body))
+        self.respond(reply)
+        self.client.idle = True
+
+    def _body(self) -> bytes:
+        """Read the body of the request."""
+        if 'Transfer-Encoding' in self.headers:
+            raise Refusal(411, 'send the body with a Content-Length')
+        lengths = self.headers.get_all('Content-Length', [])
+        if not lengths:
+            return b''
+        if len(lengths) > 1 or not re.fullmatch(r'[0-9]{1,10}', lengths[0]):
+            raise Refusal(400, 'Content-Length must be one number')
+        length = int(lengths[0])
+        if length > BODY_BYTES:
+            raise Refusal(413, f'the body may have {BODY_BYTES} bytes')
+        self.source.budget = BODY_BYTES
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise Refusal(400, 'the body is shorter than its Content-Length')
+        return body
+
+    def refuse(self, status: int, text: str) -> None:
+        """Answer a request that can't be read, and end the connection."""
+        self.close_connection = True
+        Audit(self.client.address).write(status)
+        self.respond(Reply(status, text))
+
+    def send_error(self, code: int, message: str | None = None,
+                   explain: str | None = None) -> None:
+        """Answer a request that parse_request() can't read."""
+        self.refuse(400 if code == 501 else int(code), 'not an HTTP request that can be read')
+
+    def handle_expect_100(self) -> bool:
+        """Tell a client that waits for it to send its body."""
+        self.connection.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
+        return True
+
+    def respond(self, reply: Reply) -> None:
+        """Send an answer in one write, as JSON to those who accept that."""
+        headers = getattr(self, 'headers', None)
+        as_json = headers is not None and 'application/json' in headers.get('Accept', '')
+        if as_json:
+            data = reply.data or ({'error': reply.text} if reply.status >= 400 else {})
+            text = json.dumps(data)
+        else:
+            text = '\n'.join(map(printable, reply.text.split('\n')))
+        body = text.encode('utf-8', 'replace') + b'\n'
+        kind = 'application/json' if as_json else 'text/plain; charset=utf-8'
+        lines = [f'HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}',
+                 'Server: vmmonitor', f'Date: {self.date_time_string()}',
+                 f'Content-Type: {kind}', f'Content-Length: {len(body)}',
+                 'Cache-Control: no-store', 'X-Content-Type-Options: nosniff',
+                 *(f'{name}: {value}' for name, value in reply.headers),
+                 f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
+        if self.command == 'HEAD':
+            body = b''
+        self.connection.settimeout(SEND_TIMEOUT)
+        self.connection.sendall('\r\n'.join(lines).encode('latin-1') + body)
+
+    def log_message(self, format: str, *args: Any) -> None:     # pylint: disable=redefined-builtin
+        """Log nothing: the Audit does."""
+
+
+class Server(socketserver.TCPServer):
+    """The sockets: who may connect, and how many at once."""
+
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, config: Config, router: Router) -> None:
+        self.router = router
+        self.context = tls_context(config)
+        self.clients: dict[Client, None] = {}       # in the order in which they came
+        self.lock = threading.Lock()                # guards clients
+        self.place = (config.address, int(config.port))
+        self.address_family = socket.AF_INET if '.' in config.address else socket.AF_INET6
+        if not config.address and not _has_ipv6():
+            self.address_family = socket.AF_INET
+        try:
+            super().__init__(self.place, Exchange)      # type: ignore[arg-type]
+        except OSError as problem:
+            raise Error(f'can\'t listen on {self.name()}: {words(problem)}',
+                        'set listener.port and listener.address to what is free here') from None
+
+    def name(self) -> str:
+        """Return address and port for people."""
+        address, port = self.place
+        return f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
+
+    def server_bind(self) -> None:
+        """Bind; without an address, to IPv6 and IPv4 with one socket."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(self.place[0]))
+        super().server_bind()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection in, at the cost of the oldest idle one when there are too many."""
+        address = client_address[0]
+        if address.startswith('::ffff:') and '.' in address:
+            address = address[7:]
+        client = Client(request, address)
+        if self._admit(client):
+            spawn(f'client {address}', self._serve, client)
+        else:
+            self.shutdown_request(request)
+
+    def _admit(self, client: Client) -> bool:
+        """Count the client in, and drop an idle one for it; False if all others are at work."""
+        with self.lock:
+            others = list(self.clients)
+            same = [other for other in others if other.address == client.address]
+            for crowd, limit in ((same, CONNECTIONS_PER_PEER), (others, CONNECTIONS_MAX)):
+                if len(crowd) >= limit:
+                    idle = next((other for other in crowd if other.idle), None)
+                    if not idle:
+                        return False
+                    idle.drop()
+                    self.clients.pop(idle, None)
+            self.clients[client] = None
+            return True
+
+    def _serve(self, client: Client) -> None:
+        """Serve one connection, in its own thread."""
+        try:
+            Exchange(client, self)
+        except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
+            log.debug('client %s: %s', client.address, words(problem))
+        finally:
+            with self.lock:
+                self.clients.pop(client, None)
+            with contextlib.suppress(OSError):
+                client.connection.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what went wrong while a connection was taken in."""
+        log.exception('client %s: unexpected error', client_address)
+
+    def serve(self) -> None:
+        """Accept connections until shutdown()."""
+        self.serve_forever(poll_interval=STATE_POLL)
+
+    def stop(self) -> None:
+        """Accept no more, and end the connections that are idle."""
+        self.shutdown()
+        self.server_close()
+        with self.lock:
+            for client in self.clients:
+                if client.idle:
+                    client.drop()
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(('::', 0))
+        return True
+    return False
+
+
+class Listener:
+    """The https trigger: a Server that can be replaced while the Router stays."""
+
+    def __init__(self, guests: Guests, settings: Settings,
+                 corrections: Mapping[str, Correction]) -> None:
+        self.settings = settings
+        self.router = Router(guests, settings, corrections)
+        self.server: Server | None = None
+
+    def open(self, config: Config) -> None:
+        """Listen where `config` says, and no longer elsewhere; Error if that can't be."""
+        server = Server(config, self.router)
+        self.close()
+        self.server = server
+        spawn('listener', server.serve)
+        log.info('listening on %s', server.name())
+
+    def reload(self, old: Config) -> None:
+        """Take over the new certificate and address; with an Error, all stays as it was."""
+        new = self.settings.config
+        if self.server and (new.address, new.port) == (old.address, old.port):
+            self.server.context = tls_context(new)
+            return
+        if new.port == old.port:
+            self.close()                # "all addresses" and one of them exclude each other
+        try:
+            self.open(new)
+        except Error:
+            if not self.server:
+                self.open(old)
+            raise
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self.server:
+            self.server.stop()
+            self.server = None
+
+
+# === command line ===============================================================================
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+EXAMPLES = """examples:
+  vmmonitor.py --monitor                    correct the clocks of all guests, no config needed
+  vmmonitor.py                              do what config.json enables
+  vmmonitor.py --monitor --startup --listen --config /etc/vmmonitor/config.json
+  vmmonitor.py --check                      is everything there that the config needs?
+  vmmonitor.py --status                     guests, agents, and how far their clocks are off
+  vmmonitor.py --sync                       correct all clocks now, once
+  vmmonitor.py --sync web1 db1 --json       ... of these two, answer for programs
+
+from a guest, once the listener runs:
+  curl --pinnedpubkey sha256//... -H "Authorization: Bearer $KEY" \\
+       "https://host:10000/?cmd=start&target=web1"
+
+SIGHUP has the daemon read config, keys and certificate again. Exit status: 0 done, 1 failed,
+2 usage or configuration."""
+
+
+def notify_systemd(*lines: str) -> None:
+    """Tell systemd about our state (sd_notify(3)); nothing happens outside of it."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    if not address:
+        return
+    if address.startswith('@'):
+        address = '\0' + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.sendto('\n'.join(lines).encode(), address)
+
+
+class Daemon:
+    """The roles that were asked for, until a signal ends them."""
+
+    def __init__(self, config: Config, roles: Sequence[str]) -> None:
+        self.settings = Settings(config)
+        self.roles = list(roles)
+        self.host = Host(config.libvirt_uri)
+        self.guests = Guests([self.host])
+        self.monitor = Monitor(self.guests, self.settings)
+        self.startup = Startup(self.guests, config.steps)
+        self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
+        self.woken = threading.Event()              # a signal came
+        self.stopping = self.reloading = False
+        self._said = ''                             # the last STATUS= for systemd
+
+    def run(self) -> int:
+        """Start the roles, serve until SIGTERM or SIGINT, and return the exit status."""
+        library = Library.get()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        log.info('vmmonitor %s: %s', __version__, ', '.join(self.roles))
+        for warning in self.settings.config.warnings:
+            log.warning('%s', warning)
+        if 'listen' in self.roles:
+            self.listener.open(self.settings.config)
+        if 'monitor' in self.roles:
+            self.monitor.start()
+        self.host.watch(self.monitor.events.put if 'monitor' in self.roles else lambda _: None)
+        if 'startup' in self.roles:
+            spawn('startup', self.startup.run)
+        self._say('READY=1')
+        self._serve(library)
+        notify_systemd('STOPPING=1', 'STATUS=stopping')
+        log.info('stopping')
+        self.startup.stopping.set()
+        self.monitor.stop()
+        self.listener.close()
+        self.host.stop()
+        return 0
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP:
+            self.reloading = True
+        else:
+            self.stopping = True
+        self.woken.set()
+
+    def _serve(self, library: Library) -> None:
+        """Wait for signals; keep systemd's watchdog content as long as events can come."""
+        interval = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6
+        while not self.stopping:
+            self.woken.wait(min(interval / 3 or 1.0, 1.0))
+            self.woken.clear()
+            if self.reloading:
+                self.reloading = False
+                self._reload()
+            stuck = time.monotonic() - library.ticked
+            if stuck < max(interval, 10.0):
+                notify_systemd('WATCHDOG=1')
+            self._say()
+
+    def _say(self, *more: str) -> None:
+        """Tell systemd what `systemctl status` shall show, if that is news."""
+        link = 'libvirt connected' if self.host.up.is_set() else 'waiting for libvirt'
+        status = f'STATUS={", ".join(self.roles)}; {link}'
+        if more or status != self._said:
+            notify_systemd(status, *more)
+        self._said = status
+
+    def _reload(self) -> None:
+        """Read the configuration again; a bad one is refused and the old one kept."""
+        old = self.settings.config
+        notify_systemd('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        try:
+            new = load(old.path, self.roles) if old.path else old
+            self.settings.config = new
+            if 'listen' in self.roles:
+                self.listener.reload(old)
+        except Error as problem:
+            self.settings.config = old
+            lines = problem.problems if isinstance(problem, ConfigError) else [words(problem)]
+            for line in lines:
+                log.error('reload refused, the old configuration stays: %s', line)
+        else:
+            later = [row.key for attribute, row in OPTIONS.values()
+                     if row.restart and getattr(old, attribute) != getattr(new, attribute)]
+            log.info('configuration read again%s', later and
+                     f'; counts after a restart: {", ".join(later)}' or '')
+            for warning in new.warnings:
+                log.warning('%s', warning)
+        self._say('READY=1')
+
+
+class Look(NamedTuple):
+    """A line of --check."""
+
+    good: bool
+    text: str
+
+
+def check(path: str, roles: Sequence[str]) -> Iterator[Look]:
+    """Yield what --check prints: each thing that must be there, in the order of its use."""
+    try:
+        config = load(path, roles) if path else Config()
+    except ConfigError as problem:
+        for line in problem.problems:
+            yield Look(False, f'config {problem.path}: {line}')
+        return
+    roles = roles or enabled_roles(config)
+    yield Look(True, f'config {path or "none, defaults"}: {", ".join(roles) or "nothing enabled"}')
+    for warning in config.warnings:
+        yield Look(False, warning)
+    if 'listen' in roles:
+        yield from _check_listener(config)
+    try:
+        library = Library.get()
+        connection = Connection(config.libvirt_uri)
+    except LibvirtError as problem:
+        yield Look(False, f'libvirt {config.libvirt_uri}: {words(problem)}')
+        return
+    yield Look(True, f'libvirt {config.libvirt_uri}: version {connection.version()}')
+    connection.close()
+    if not library.has(AGENT_CALL):
+        yield Look(False, 'libvirt-qemu.so.0 is missing: agent calls are bounded in a less '
+                   'friendly way; install all of your distribution\'s libvirt client library')
+    yield from _check_guests(config, roles)
+
+
+def _check_listener(config: Config) -> Iterator[Look]:
+    """Look at the certificate's end and at the port."""
+    try:
+        shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend', '1209600', '-in',
+                     beside(config, config.certificate)], QMP_TIMEOUT, check=False)
+        end = shown.stdout.decode(errors='replace').partition('=')[2].partition('\n')[0]
+        yield Look(shown.returncode == 0, f'certificate {config.certificate}: valid until {end}'
+                   + ('' if shown.returncode == 0 else '; renew it'))
+    except CommandError:
+        yield Look(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
+    try:
+        server = Server(config, Router(Guests([]), Settings(config), {}))
+    except Error as problem:
+        yield Look(False, f'{words(problem)}; if the daemon runs already, this is its port')
+    else:
+        yield Look(True, f'port: can listen on {server.name()}')
+        server.server_close()
+
+
+def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Look]:
+    """Look at the guests: their agent channels, and the names in the startup list."""
+    host = Host(config.libvirt_uri)
+    try:
+        guests = {guest.name: guest for guest in host.each()}
+    except LibvirtError as problem:
+        yield Look(False, f'guests: {words(problem)}')
+        return
+    yield Look(True, f'guests: {len(guests)} defined')
+    if 'monitor' in roles:
+        for guest in guests.values():
+            if not config.excludes(guest.name) and guest.agent_state() == 'absent':
+                yield Look(False, words(agent_error(guest.name, 'not configured')))
+    for step in config.steps if 'startup' in roles else ():
+        if step.name and step.name not in guests:
+            yield Look(False, f'startup.vmStartupCommands line {step.number}: no guest is named '
+                       f'{step.name}')
+        elif step.verb == 'start' and guests[step.name].autostarts():
+            yield Look(False, f'{step.name} is started by libvirt, too, before this program runs; '
+                       f'virsh autostart --disable {step.name}')
+    host.stop()
+
+
+def command_check(path: str, roles: Sequence[str], as_json: bool) -> int:
+    """--check: print a line for each thing looked at."""
+    looks = list(check(path, roles))
+    if as_json:
+        print(json.dumps({'ok': all(look.good for look in looks), 'checks': [
+            {'ok': look.good, 'text': look.text} for look in looks]}))
+    else:
+        for look in looks:
+            print('ok   ' if look.good else 'FAIL ', printable(look.text))
+    return 0 if all(look.good for look in looks) else EXIT_FAILED
+
+
+def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, list[Guest]]:
+    """Return the host, and its guests of these names, or all."""
+    host = Host(config.libvirt_uri)
+    guests = Guests([host])
+    return host, [guests.find(name) for name in names] if names else guests.each(running)
+
+
+def _for_each(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
+              ) -> list[dict[str, Any]]:
+    """Ask all guests at once, so that a silent one delays no other; return the answers."""
+    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
+
+    def fill(answer: dict[str, Any], guest: Guest) -> None:
+        try:
+            answer.update(ask(guest))
+        except Error as problem:
+            answer['error'] = words(problem)
+    for thread in [spawn(guest.name, fill, answer, guest)
+                   for answer, guest in zip(answers, guests)]:
+        thread.join()
+    return answers
+
+
+def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
+    """--status: print state, agent and clock of each guest."""
+    def ask(guest: Guest) -> dict[str, Any]:
+        known: dict[str, Any] = {'state': guest.state().value, 'agent': guest.agent_state()}
+        if known['state'] == 'running' and known['agent'] != 'absent':
+            try:
+                reading = measure(guest, round(config.tolerance * MS))
+            except AgentError as problem:
+                return {**known, 'agent': problem.trouble.name, 'error': words(problem)}
+            known.update(agent='answers', offsetMs=reading.offset / MS)
+        return known
+    host, guests = _chosen(config, names, running=False)
+    answers = _for_each(guests, ask)
+    host.stop()
+    if as_json:
+        print(json.dumps({'guests': answers}))
+    else:
+        rows = [('NAME', 'STATE', 'AGENT', 'CLOCK')] + [
+            (known['name'], known.get('state', '?'), known.get('agent', '?'),
+             span(round(known['offsetMs'] * MS)) if 'offsetMs' in known else '-')
+            for known in answers]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        for row in rows:
+            print(printable('  '.join(f'{cell:{width}}' for cell, width in zip(row, widths))
+                            ).rstrip())
+        for known in answers:
+            if 'error' in known:
+                print(printable(known['error']), file=sys.stderr)
+    return 0
+
+
+def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
+    """--sync: correct the clocks of these guests, or of all that run."""
+    def ask(guest: Guest) -> dict[str, Any]:
+        result = synchronise(guest, config, 'sync', time.monotonic(), threading.Event())
+        return {'beforeMs': result.before / MS, 'afterMs': result.after / MS,
+                'corrected': bool(result.method), 'by': result.method, 'warning': result.warning,
+                'text': str(result)}
+    host, guests = _chosen(config, names, running=True)
+    if not names:
+        guests = [guest for guest in guests if not config.excludes(guest.name)]
+    # Once, by hand: a guest whose agent does not answer soon is an answer, too.
+    config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
+    answers = _for_each(guests, ask)
+    host.stop()
+    if as_json:
+        print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
+                                     for known in answers]}))
+    else:
+        for known in answers:
+            print(printable(known.get('text') or known.get('error', '')))
+            if known.get('warning'):
+                print(printable(f'{known["name"]}: {known["warning"]}'), file=sys.stderr)
+        if not answers:
+            print('no guest is running')
+    return EXIT_FAILED if any('error' in known for known in answers) else 0
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog='vmmonitor.py', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Right clocks, staggered starts and an https trigger for the guests of this '
+                    'host. Without an option it does what the configuration enables.')
+    roles = parser.add_argument_group('roles, any of them, in the foreground')
+    roles.add_argument('--monitor', action='store_true', help='correct the clocks of guests')
+    roles.add_argument('--startup', action='store_true', help='carry out vmStartupCommands, once')
+    roles.add_argument('--listen', action='store_true', help='answer https requests')
+    once = parser.add_argument_group('once').add_mutually_exclusive_group()
+    once.add_argument('--check', action='store_true',
+                      help='say whether all is there that is needed, or what to do')
+    once.add_argument('--status', nargs='*', metavar='NAME',
+                      help='show guests, agents and clocks')
+    once.add_argument('--sync', nargs='*', metavar='NAME', help='correct clocks now')
+    once.add_argument('--version', action='version', version=f'vmmonitor {__version__}')
+    parser.add_argument('--config', metavar='FILE',
+                        help='the configuration (default: config.json beside this script)')
+    parser.add_argument('--json', action='store_true',
+                        help='with --status, --sync and --check: answer in JSON')
+    parser.add_argument('--verbose', action='store_true', help='log every event, too')
+    return parser
+
+
+def find_config(given: str | None) -> str:
+    """Return the configuration file to read, or '' if none is given and none is there."""
+    path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
+    return path if given or os.path.exists(path) else ''
+
+
+def dispatch(options: argparse.Namespace) -> int:
+    """Do what the command line says, and return the exit status."""
+    path = find_config(options.config)
+    roles = [role for role in ROLES if getattr(options, role)]
+    once = options.check or options.status is not None or options.sync is not None
+    if options.json and not once:
+        raise ConfigError('--json', ['goes with --status, --sync or --check'])
+    if roles and (options.status is not None or options.sync is not None):
+        raise ConfigError('--' + roles[0], ['does not go with --status or --sync'])
+    if options.check:
+        return command_check(path, roles, options.json)
+    if once:
+        # The listener's keys are none of these commands' business, nor whether they are right.
+        config = load(path, ('monitor',)) if path else Config()
+        if options.status is not None:
+            return command_status(config, options.status, options.json)
+        return command_sync(config, options.sync, options.json)
+    if not path and set(roles) != {'monitor'}:
+        load(find_config(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')))
+    config = load(path, roles) if path else Config()
+    roles = roles or enabled_roles(config)
+    if not roles:
+        raise ConfigError(path, ['nothing is enabled; set monitor.enabled, startup.enabled or '
+                                 'listener.enabled, or say --monitor, --startup or --listen'])
+    return Daemon(config, roles).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit status."""
+    options = arguments().parse_args(argv)
+    set_up_logging(options.verbose)
+    try:
+        return dispatch(options)
+    except ConfigError as problem:
+        for line in problem.problems:
+            log.error('%s: %s', problem.path, line)
+        return EXIT_USAGE
+    except Error as problem:
+        log.error('%s', words(problem))
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:                   # a boundary: a bug is told from a mistake of the user
+        log.exception('unexpected error; this is a bug in vmmonitor')
+        return EXIT_FAILED
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once: a thread that hangs inside libvirt would hold it for ever."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == '__main__':
+    leave(main())
