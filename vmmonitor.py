@@ -263,13 +263,10 @@ def words(problem: BaseException) -> str:
 
 log = logging.getLogger('vmmonitor')
 
-_UNPRINTABLE = re.compile(r'[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffc\U00010000-\U0010ffff]')
-
-
 def printable(text: str) -> str:
     """Return `text` with control characters and line ends escaped, so that no name or answer
     from outside can forge a log line or move a terminal's cursor."""
-    return _UNPRINTABLE.sub(lambda m: ascii(m.group())[1:-1], text)
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class LogFormat(logging.Formatter):
@@ -366,10 +363,10 @@ class Option:
 
 
 def option(key: str, default: Any, read: Callable[[Any], Any], text: str,
-           restart: bool = False) -> Any:
+           restart: bool = False, secret: bool = False) -> Any:
     """Return a dataclass field of Config that carries its row of the table."""
     row = Option(key, text, read, restart)
-    return dataclasses.field(default=default, metadata={'option': row})
+    return dataclasses.field(default=default, repr=not secret, metadata={'option': row})
 
 
 def a_bool(value: Any) -> bool:
@@ -383,7 +380,7 @@ def a_text(value: Any) -> str:
     """Read a string without control characters; null, as in old files, is the empty one."""
     if value is None:
         return ''
-    if not isinstance(value, str) or _UNPRINTABLE.search(value):
+    if not isinstance(value, str) or not value.isprintable():
         raise Problem('must be a string without control characters')
     return value
 
@@ -566,9 +563,10 @@ class Config:
     certificate_key: str = option(
         'listener.certificate.keyPath', '', a_text, 'its private key; "": in the same file')
     certificate_password: str = option(
-        'listener.certificate.password', '', a_text, 'the password of the private key, if it has')
+        'listener.certificate.password', '', a_text,
+        'the password of the private key, if it has one', secret=True)
     key: str = option(
-        'listener.key', '', a_text, 'the key that may do everything')
+        'listener.key', '', a_text, 'the key that may do everything', secret=True)
     key_file: str = option(
         'listener.keyFile', '', a_text, 'a file that holds it instead')
     may_wake: bool = option(
@@ -719,7 +717,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
     elif config.key or config.key_file:
         entries.insert(0, KeyEntry('main', config.key, config.key_file, COMMANDS, ('*',)))
         places.insert(0, 'listener')
-    if not entries:
+    elif not entries:
         problems.append('listener.key: missing; put in what "openssl rand -hex 32" prints')
     keys: list[Key] = []
     for place, entry in zip(places, entries):
@@ -747,7 +745,7 @@ def _secret_file(path: str) -> str:
         secret = Path(path).read_text('utf-8').strip()
     except (OSError, UnicodeDecodeError) as problem:
         raise Problem(f'can\'t be read: {words(problem)}') from None
-    if not secret or _UNPRINTABLE.search(secret):
+    if not secret or not secret.isprintable():
         raise Problem(f'{path} must hold one line, the key')
     return secret
 
@@ -2374,6 +2372,9 @@ class Startup:
 # === listener ===================================================================================
 # Server: socket policy. Exchange: the wire. Router: dispatch, and all of the error policy.
 
+NO_HTTP = 'not an HTTP request that can be read'
+
+
 class Refusal(Error):
     """A request that gets another answer than 200."""
 
@@ -2548,7 +2549,7 @@ class Router:
                 raise Refusal(400, 'parameters are ' + ', '.join(sorted(self.PARAMETERS)))
             if name in found:
                 raise Refusal(400, f'{name} stands there twice')
-            if _UNPRINTABLE.search(value):
+            if not value.isprintable():
                 raise Refusal(400, f'{name} has control characters')
             found[name] = value
         return found
@@ -2603,21 +2604,21 @@ class Router:
 
     def _act(self, command: str, guest: Guest, wait: float) -> Reply:
         """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
-        outcome: queue.SimpleQueue[str | Error] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
         waiting = threading.Event()
         waiting.set()
 
         def work() -> None:
-            result: str | Error
+            result: str | Exception
             try:
                 result = self.guests.act(command, guest, min(wait, BUSY_TIMEOUT))
-            except Error as problem:
+            except Exception as problem:    # all of them are raised where the answer is made
                 result = problem
             outcome.put(result)
             if not waiting.is_set():
-                failed = isinstance(result, Error)
+                failed = isinstance(result, Exception)
                 log.log(logging.WARNING if failed else logging.INFO, '%s %s: %s', command,
-                        guest.name, words(result) if isinstance(result, Error) else result)
+                        guest.name, words(result) if isinstance(result, Exception) else result)
         self.guests.check_free(guest, wait)
         spawn(f'{command} {guest.name}', work)
         try:
@@ -2626,7 +2627,7 @@ class Router:
             waiting.clear()
             return Reply(202, f'{guest.name}: {command} goes on', {
                 'target': guest.name, 'cmd': command, 'result': 'goes on'})
-        if isinstance(result, Error):
+        if isinstance(result, Exception):
             raise result
         return Reply(200, f'{guest.name}: {result}', {
             'target': guest.name, 'cmd': command, 'result': result})
@@ -2751,10 +2752,12 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.command = ''                               # parse_request() may leave it unset
         try:
             self.raw_requestline = self.rfile.readline(HEADER_BYTES + 1)
-            if not self.raw_requestline.strip() or not self.parse_request():
+            if not self.raw_requestline.strip():
                 return
-            if self.request_version == 'HTTP/0.9':
-                raise Refusal(400, 'not an HTTP request that can be read')
+            if b' HTTP/' not in self.raw_requestline:       # it would be taken for HTTP/0.9
+                raise Refusal(400, NO_HTTP)
+            if not self.parse_request():
+                return
             body = self._body()
         except socket.timeout:
             if self.source.began:
@@ -2799,7 +2802,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None,
                    explain: str | None = None) -> None:
         """Answer a request that parse_request() can't read."""
-        self.refuse(400 if code == 501 else int(code), 'not an HTTP request that can be read')
+        self.refuse(int(code), NO_HTTP)
 
     def handle_expect_100(self) -> bool:
         """Tell a client that waits for it to send its body."""
