@@ -1218,10 +1218,6 @@ LIBVIRT_HINTS = {
 
 STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING, 5: State.OFF,
           6: State.CRASHED, 7: State.ASLEEP}            # virDomainState; 2 is "blocked on I/O"
-# virDomainPausedReason of pauses that end by themselves: migration, save, dump, snapshot,
-# starting up, post-copy. To resume such a guest would break what is going on.
-BUSY_PAUSES = frozenset((2, 3, 4, 9, 11, 12))
-
 # (virDomainEventType, detail) -> kind of GuestEvent. A restore ends in RESUMED/FROM_SNAPSHOT.
 STARTED, RESUMED, STOPPED = 2, 4, 5
 LIFECYCLE_KINDS = {
@@ -1312,7 +1308,8 @@ class Library:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
         text = (info.message or name.encode()).decode(errors='replace')
-        error = LibvirtError(text, info.code, info.domain, LIBVIRT_HINTS.get(info.code, ''))
+        hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
+        error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
         return error
 
@@ -1579,6 +1576,8 @@ class Host:
 
     def _link(self, receive: Callable[[GuestEvent], None]) -> None:
         def notify(uuid: str, name: str, kind: str) -> None:
+            if kind == 'agent connected':
+                self.silent.pop(uuid, None)         # a new agent: it may be a better one
             receive(GuestEvent(Domain(self, uuid, name), kind, time.monotonic()))
         pause, since = RECONNECT_FIRST, time.monotonic()
         while not self.stopping.is_set():
@@ -1676,20 +1675,15 @@ class Domain(Guest):
                 raise meaning(f'{self.name}: {problem}') from None
             raise
 
-    def _look(self) -> tuple[State, int]:
-        """Return the state and libvirt's reason for it (virDomainGetState)."""
+    def state(self) -> State:
+        """Return what the domain is doing (virDomainGetState, virDomainHasManagedSaveImage)."""
         with self._on(self.host.queries) as (connection, handle):
-            state, reason = _INT(), _INT()
-            connection.call('virDomainGetState', handle, ctypes.byref(state),
-                            ctypes.byref(reason), 0)
+            state = _INT()
+            connection.call('virDomainGetState', handle, ctypes.byref(state), None, 0)
             found = STATES.get(state.value, State.OFF)
             if found is State.OFF and connection.call('virDomainHasManagedSaveImage', handle, 0):
                 found = State.SAVED
-            return found, reason.value
-
-    def state(self) -> State:
-        """Return what the domain is doing (virDomainGetState, virDomainHasManagedSaveImage)."""
-        return self._look()[0]
+            return found
 
     def _act(self, function: str, *arguments: Any) -> None:
         with self._on(self.host.actions, START_TIMEOUT) as (connection, handle):
@@ -1711,22 +1705,24 @@ class Domain(Guest):
         deadline = Deadline(START_TIMEOUT)
         done: list[str] = []
         while not deadline.passed():
-            state, reason = self._look()
+            state = self.state()
             if state is State.RUNNING:
                 return done[0] if done else 'already running'
             if state is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed and is kept for inspection',
                                  'virsh destroy it first')
-            if state is State.STOPPING or (state is State.PAUSED and reason in BUSY_PAUSES):
+            if state is State.STOPPING:
                 time.sleep(STATE_POLL)
                 continue
             function, arguments, says = self.STARTERS[state]
             if done.count(says) == START_ATTEMPTS:
                 raise WrongState(f'{self.name} is {state.value} again after {START_ATTEMPTS} '
                                  f'attempts', 'see its log in /var/log/libvirt/qemu')
-            with contextlib.suppress(WrongState):       # somebody else was quicker: look again
+            # A save, dump or migration that goes on makes these wait, and then its end counts:
+            # somebody else was quicker, or libvirt has had enough of waiting. Look again.
+            with contextlib.suppress(WrongState, Busy):
                 self._act(function, *arguments)
-            done.append(says)
+                done.append(says)
             if state is State.ASLEEP:                   # the guest wakes up by itself
                 Deadline(STATE_POLL * 10).poll(lambda: self.state() is not State.ASLEEP)
         raise Busy(f'{self.name} did not start within {START_TIMEOUT:g} s')
@@ -1766,7 +1762,7 @@ class Domain(Guest):
         if state is State.SAVED:
             return 'already saved'
         if state not in (State.RUNNING, State.PAUSED):
-            raise WrongState(f'{self.name} is {state.value}; there is nothing to save')
+            raise WrongState(f'{self.name} is {state.value} and can\'t be saved', 'start it first')
         self._act('virDomainManagedSave', SAVE_RUNNING)
         return 'saved'
 
