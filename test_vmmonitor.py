@@ -50,8 +50,8 @@ CACHE = Path('/var/tmp/vmmonitor-test')
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 # The monolithic libvirtd with its QEMU driver, but not libvirt-daemon-system: that would start a
 # second libvirtd, on the host itself.
-PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients', 'qemu-system-x86',
-            'qemu-utils', 'qemu-guest-agent', 'libfaketime', 'busybox-static', 'cpio', 'kmod', 'iproute2',
+PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
+            'qemu-system-x86', 'qemu-utils', 'qemu-guest-agent', 'libfaketime', 'busybox-static', 'cpio', 'kmod', 'iproute2',
             'openssl', 'curl', 'xz-utils')
 
 
@@ -1822,7 +1822,7 @@ class GuestCase(TempCase):
 
     def right(self, guest: Vm, limit: float = BAR_OFFSET) -> None:
         """Assert that the guest's clock is right."""
-        self.assertLessEqual(abs(guest.offset()), limit, guest.name)
+        self.assertLessEqual(abs(guest.offset(15)), limit, guest.name)
 
     def wait_right(self, guest: Vm, timeout: float) -> float:
         """Wait until the guest's clock is right; return how long that took."""
@@ -1902,17 +1902,21 @@ class BarsTest(GuestCase):
         for guest in guests:
             guest.virsh('resume')
         resumed = time.monotonic()
-        guests[2].destroy()
-        healthy = guests[3:]
         took: dict[str, float] = {}
-        while len(took) < len(healthy) and time.monotonic() - began < 10:
-            for guest in healthy:
-                if guest.name not in took and abs(guest.offset(1)) <= BAR_OFFSET:
-                    took[guest.name] = time.monotonic() - resumed
+
+        def watch(guest: Vm) -> None:
+            while guest.name not in took and time.monotonic() - began < 10:
+                with contextlib.suppress(RigError):
+                    if abs(guest.offset(1)) <= BAR_OFFSET:
+                        took[guest.name] = time.monotonic() - resumed
+        threads = [vm.spawn(guest.name, watch, guest) for guest in guests[3:]]
+        guests[2].destroy()
+        for thread in threads:
+            thread.join()
         self.assertEqual(len(took), 5, program.log())
         say(f'five of eight, two hang: right {max(took.values()) * 1000:.0f} ms after the last '
             'resume')
-        self.assertLess(max(took.values()), 1.0, took)
+        self.assertLess(max(took.values()), 1.0, f'{took}\n{program.log()}')
         self.assertEqual(len(re.findall(r'herd[3-7]: clock corrected, cause=resumed',
                                         program.log())), 5)
         status, seconds = program.stop()        # while two agents hang
@@ -2153,11 +2157,9 @@ class LibvirtTest(GuestCase):
         call = connection.library.call
         self.assertEqual(call('virConnectClose', connection.handle), 0, 'references are left')
         for lane in (host.queries, host.agents):
-            for line in lane.lines:
-                if line.current:
-                    self.assertEqual(line.current.users, 0)
-                    handle, line.current = line.current.handle, None
-                    self.assertEqual(call('virConnectClose', handle), 0, 'references are left')
+            self.assertEqual(len(lane.idle), 1, 'one call at a time needs one connection')
+            self.assertEqual(call('virConnectClose', lane.idle.pop().handle), 0,
+                             'references are left')
 
     def test_reconnects_leave_no_descriptors(self) -> None:
         program = self.monitor()

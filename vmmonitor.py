@@ -34,8 +34,8 @@ Rules for threads:
 
   * The libvirt event loop has a thread that does nothing else. Its callbacks only enqueue.
   * A guest agent that hangs delays nobody else: agent calls have connections of their own, a
-    guest whose agent was silent moves to a slow lane, and libvirt never has more than
-    CALLS_PER_CONNECTION calls of one connection in hand.
+    guest whose agent was silent moves to a slow lane, and a connection never carries more than
+    one call.
   * Every wait has a deadline (class Deadline). SIGTERM ends the program within STOP_TIMEOUT,
     whatever hangs: every thread is a daemon thread, and main() leaves by os._exit().
   * Every thread is started by spawn(): it has a name, and an exception in it is logged.
@@ -87,11 +87,10 @@ MS = 1_000_000                 # nanoseconds in a millisecond; clock offsets are
 SECOND = 1_000_000_000         # nanoseconds in a second
 
 # libvirt
-CALLS_PER_CONNECTION = 4       # libvirtd serves 5 requests of one client at a time
-#                                (max_client_requests); the sixth would wait for the slowest
-AGENT_CONNECTIONS = 2          # of the fast lane: 8 agent calls at once ...
-SLOW_CALLS = 3                 # ... and 3 to agents that were silent ...
-ACTION_CONNECTIONS = 2         # ... and 8 starts, saves, stops: 19 of libvirtd's 20 workers
+AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
+SLOW_CALLS = 3                 # ... to those that were silent ...
+ACTION_CALLS = 6               # ... starts, saves, stops ...
+QUERY_CALLS = 2                # ... look-ups: together 19 of libvirtd's 20 workers
 KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed after about
 KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
@@ -111,7 +110,9 @@ AGENT_SILENT = 2.0             # an agent that took this long and failed is hung
 
 # clock
 SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
-ROUNDS = 4                     # settings by one method before the next is tried
+SAMPLES_MAX = 12               # ... of up to so many, while it is too long to be sure
+ROUNDS = 6                     # settings in a row, each made better by what the others missed by
+CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
 RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
 RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
 RETRY_LAST = 2.0               # comes back within 150 ms
@@ -1409,12 +1410,11 @@ _EVENTS: dict[int, Any] = {         # virDomainEventID -> callback; never 2, RTC
 
 
 class Connection:
-    """One virConnectPtr. Calls from several threads at once are allowed."""
+    """One virConnectPtr, for one call at a time (see Lane)."""
 
     def __init__(self, uri: str) -> None:
         self.library = Library.get()
         self.handle = self.library.call('virConnectOpen', uri.encode())
-        self.users = 0                  # threads that are in a call; guarded by the Line's lock
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
@@ -1468,84 +1468,59 @@ class Connection:
         return f'{number.value // 1000000}.{number.value // 1000 % 1000}.{number.value % 1000}'
 
 
-class Line:
-    """A connection that is opened at first use, and opened anew when it was lost."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.users = 0                              # guarded by the Lane's lock
-        self.lock = threading.Lock()
-        self.current: Connection | None = None   # guarded by self.lock
-
-    def take(self, deadline: Deadline) -> Connection:
-        """Return the connection; put() must follow."""
-        if not self.lock.acquire(timeout=deadline.left()):
-            raise HostAway('libvirt does not let us connect', hint=_DAEMON)
-        try:
-            if self.current and not self.current.alive():
-                self._drop(self.current)
-            self.current = self.current or Connection(self.uri)
-            self.current.users += 1
-            return self.current
-        finally:
-            self.lock.release()
-
-    def put(self, connection: Connection) -> None:
-        """Give the connection back; a lost one is closed when its last user did."""
-        with self.lock:
-            connection.users -= 1
-            if connection is not self.current and not connection.users:
-                connection.close()
-
-    def _drop(self, connection: Connection) -> None:
-        self.current = None
-        if not connection.users:
-            connection.close()
-
-    def close(self) -> None:
-        """Close the connection, unless somebody is in a call that hangs."""
-        if self.lock.acquire(timeout=STATE_POLL):
-            try:
-                if self.current:
-                    self._drop(self.current)
-            finally:
-                self.lock.release()
-
-
 class Lane:
-    """Connections for one kind of call, so that calls of another kind never wait for these."""
+    """Connections for one kind of call, so that calls of another kind never wait for these.
 
-    def __init__(self, uri: str, connections: int, calls: int = 0) -> None:
-        self.lines = [Line(uri) for _ in range(connections)]
-        self.room = threading.Semaphore(calls or connections * CALLS_PER_CONNECTION)
+    A connection is lent to one call at a time. libvirt's client allows more, but up to 10.1 it
+    can lose the wake-up of the second thread: measured on 9.0, a healthy guest's agent was
+    pinged 9 times in 15 s beside a call to a hung one, against 5,710 times on another connection.
+    """
+
+    def __init__(self, uri: str, calls: int) -> None:
+        self.uri = uri
+        self.room = threading.Semaphore(calls)
         self.lock = threading.Lock()
+        self.idle: list[Connection] = []                # guarded by self.lock
 
     @contextlib.contextmanager
     def connection(self, timeout: float) -> Iterator[Connection]:
-        """Lend a connection with less than CALLS_PER_CONNECTION calls in hand."""
-        deadline = Deadline(timeout)
+        """Lend a connection, waiting at most `timeout` seconds for a free one."""
         if not self.room.acquire(timeout=timeout):
             raise Busy(f'libvirt is busy: no answer to earlier calls within {timeout:g} s')
         try:
-            with self.lock:
-                line = min(self.lines, key=lambda item: item.users)
-                line.users += 1
+            connection = self._take() or Connection(self.uri)
             try:
-                connection = line.take(deadline)
-                try:
-                    yield connection
-                finally:
-                    line.put(connection)
+                yield connection
             finally:
-                with self.lock:
-                    line.users -= 1
+                self._put(connection)
         finally:
             self.room.release()
 
+    def _take(self) -> Connection | None:
+        """Return an idle connection that still stands, closing those that do not."""
+        while True:
+            with self.lock:
+                if not self.idle:
+                    return None
+                connection = self.idle.pop()
+            if connection.alive():
+                return connection
+            connection.close()
+
+    def _put(self, connection: Connection) -> None:
+        """Take a connection back."""
+        if connection.alive():
+            with self.lock:
+                self.idle.append(connection)
+        else:
+            connection.close()
+
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        for line in self.lines:
-            line.close()
+        with self.lock:
+            idle, self.idle = self.idle, []
+        for connection in idle:
+            connection.close()
 
 
 class Host:
@@ -1553,10 +1528,10 @@ class Host:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.queries = Lane(uri, 1)                     # state, look-ups, XML: quick ones
-        self.actions = Lane(uri, ACTION_CONNECTIONS)    # start, save, stop: seconds to minutes
-        self.agents = Lane(uri, AGENT_CONNECTIONS)      # guest agents that answer
-        self.slow = Lane(uri, 1, SLOW_CALLS)            # guest agents that did not
+        self.queries = Lane(uri, QUERY_CALLS)           # state, look-ups, XML: quick ones
+        self.actions = Lane(uri, ACTION_CALLS)          # start, save, stop: seconds to minutes
+        self.agents = Lane(uri, AGENT_CALLS)            # guest agents that answer
+        self.slow = Lane(uri, SLOW_CALLS)               # guest agents that did not
         self.silent: dict[str, bool] = {}               # UUID -> True: its agent was silent
         self.up = threading.Event()                     # connected, with events registered
         self.stopping = threading.Event()
@@ -1998,8 +1973,9 @@ def measure(guest: Guest, tolerance: int) -> Reading:
     """Return the best of a few readings, or the first one if that is clearly off: a clock that
     is wrong by seconds shall not stay so for the sake of a better figure."""
     best = read_clock(guest)
-    for _ in range(SAMPLES - 1):
-        if abs(best.offset) > tolerance + 2 * best.delay:
+    for taken in range(1, SAMPLES_MAX):
+        clearly_off = abs(best.offset) > tolerance + 2 * best.delay
+        if clearly_off or (taken >= SAMPLES and best.delay // 2 <= tolerance):
             break
         best = min(best, read_clock(guest), key=lambda reading: reading.delay)
     return best
@@ -2048,6 +2024,30 @@ METHODS = (                     # from the best to the last resort
     Method('guest-exec-date', _set_by_date, ROUNDS, executes=True))
 
 
+def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
+           delay: int) -> AgentError | None:
+    """Set the clock by one method until a reading shows that it is right, or rounds are over.
+
+    The call allows for its own way to the guest. A busy host or guest only ever makes that
+    longer, so what counts for the next round is the shortest one seen; but not after the first
+    round: one late setting says nothing, and a clock that is put ahead has to go back.
+    """
+    ahead, ways = delay // 2, []
+    for _ in range(method.rounds):
+        failed, began = None, time.monotonic()
+        try:
+            method.apply(guest, ahead)
+        except AgentError as problem:
+            failed = problem
+        result.right, result.method = began + ahead / SECOND, method.name
+        result.after = measure(guest, tolerance).offset
+        if failed or abs(result.after) <= tolerance:
+            return failed
+        ways.append(ahead - result.after)
+        ahead = max(0, min(ways)) if len(ways) > 1 else ahead
+    return None
+
+
 def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
     """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
 
@@ -2059,29 +2059,21 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
     result = Correction(guest.name, '', reading.offset, reading.offset)
     problem: AgentError | None = None
     for method in METHODS:
-        ahead = reading.delay // 2
-        for _ in range(method.rounds if allow_exec or not method.executes else 0):
-            if abs(reading.offset) <= tolerance:
-                break
-            failed, began = None, time.monotonic()
-            try:
-                method.apply(guest, ahead)
-            except AgentError as reason:
-                failed, problem = reason, problem or reason
-            result.right, result.method = began + ahead / SECOND, method.name
-            reading = measure(guest, tolerance)
-            ahead -= reading.offset
-            if failed:
-                break
-    result.after, result.proved, result.when = reading.offset, time.monotonic(), time.time()
-    if abs(reading.offset) <= tolerance:
+        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
+            break
+        failed = _apply(guest, method, tolerance, result, reading.delay)
+        problem = problem or failed
+        if not failed:                  # it can set the time: a rougher way would not do better
+            break
+    result.proved, result.when = time.monotonic(), time.time()
+    if abs(result.after) <= tolerance:
         result.warning = words(problem) if problem else ''
         return result
     if problem:
         raise problem
-    raise ClockError(f'{guest.name}: clock is still off by {span(reading.offset)}, was '
-                     f'{span(result.before)}; the agent takes {reading.delay / MS:.0f} ms to '
-                     'answer', 'the host may be overloaded; raise monitor.toleranceMs')
+    raise ClockError(f'{guest.name}: clock is still off by {span(result.after)}, was '
+                     f'{span(result.before)}', 'the host or the guest may be overloaded; raise '
+                     'monitor.toleranceMs if this lasts')
 
 
 def synchronise(guest: Guest, config: Config, cause: str, began: float,
@@ -2089,20 +2081,25 @@ def synchronise(guest: Guest, config: Config, cause: str, began: float,
     """Wait until the guest's agent answers, then correct the clock.
 
     `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
-    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help.
+    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help, and
+    ClockError when the clock was not to be put right even after pauses.
     """
-    deadline, pause = Deadline(config.agent_wait), RETRY_FIRST
+    deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
     while True:
         try:
             result = correct(guest, round(config.tolerance * MS), config.allow_exec)
         except AgentError as problem:
             if not problem.trouble.passes or deadline.passed():
                 raise
+        except ClockError:
+            again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
+            if not again:
+                raise
         else:
             result.cause = cause
             result.right, result.proved = result.right - began, result.proved - began
             return result
-        nudge.wait(min(pause, deadline.left()))
+        nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
         nudge.clear()
         pause = min(pause * RETRY_FACTOR, RETRY_LAST)
 
