@@ -129,18 +129,19 @@ for word in $words; do
     noga) noga=1 ;;
     esac
 done
-modprobe -a virtio_pci virtio_console button evdev
-for port in /sys/class/virtio-ports/*; do
-    mkdir -p /dev/virtio-ports
-    read -r name < $port/name && ln -s ../${port##*/} /dev/virtio-ports/$name
-done
-acpid -c /etc/acpi
-# Disk and network after the agent, which is what every test waits for.
-(usleep 500000; modprobe -a $(cat /sys/bus/virtio/devices/*/modalias)) &
+modprobe -a virtio_pci button evdev
+modprobe -a $(cat /sys/bus/virtio/devices/*/modalias)
+acpid -l /dev/null -c /etc/acpi
+mkdir /dev/virtio-ports
 while [ "$noga" ]; do sleep 3600; done
+agent=/dev/virtio-ports/org.qemu.guest_agent.0
 while :; do
-    qemu-ga -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0 -t /run $block
-    sleep 1
+    # The host announces its ports after the module is loaded: they may come late.
+    for port in /sys/class/virtio-ports/*; do
+        read -r name < $port/name && ln -sf ../${port##*/} /dev/virtio-ports/$name
+    done 2>/dev/null
+    [ -e $agent ] && qemu-ga -m virtio-serial -p $agent -t /run $block
+    usleep 200000
 done
 """
 POWER_BUTTON = '#!/bin/sh\nexec poweroff -f\n'
@@ -158,19 +159,24 @@ def guest_image() -> tuple[str, str]:
     with (CACHE / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         deb = None if installed_kernel() else kernel_deb()
-        key = image_key(deb)
-        kernel, initramfs = CACHE / f'vmlinuz-{key}', CACHE / f'initramfs-{key}'
+        version = deb.name.split('_')[0][len('linux-image-'):] if deb else installed_kernel()
+        kernel = CACHE / f'vmlinuz-{version}'
+        initramfs = CACHE / f'initramfs-{version}-{fingerprint(deb)}'
         if not (kernel.exists() and initramfs.exists()):
             say(f'building {initramfs}')
+            for left in CACHE.glob('build-*'):  # by a killed run; the lock is ours, so nobody's
+                shutil.rmtree(left)
             with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
-                build_image(Path(work), deb, kernel, initramfs)
+                build_image(Path(work), deb, version)
+                Path(work, 'kernel').rename(kernel)
+                Path(work, 'initramfs').rename(initramfs)
     return str(kernel), str(initramfs)
 
 
-def installed_kernel() -> str | None:
-    """Return the version of an installed cloud kernel, if there is one with modules."""
+def installed_kernel() -> str:
+    """Return the version of an installed cloud kernel that has its modules, or nothing."""
     found = (path.name[len('vmlinuz-'):] for path in Path('/boot').glob('vmlinuz-*cloud*'))
-    return max((v for v in found if Path('/lib/modules', v, 'modules.dep').exists()), default=None)
+    return max((v for v in found if Path('/lib/modules', v, 'modules.dep').exists()), default='')
 
 
 def kernel_deb() -> Path:
@@ -182,9 +188,8 @@ def kernel_deb() -> Path:
         say(f'downloading {KERNEL_PACKAGE}')
         with contextlib.suppress(RigError):     # stale or missing lists: stay with what we have
             apt('update')
-        depends = run('apt-cache', 'depends', '--important', KERNEL_PACKAGE, timeout=60)
-        package = next(word for word in depends.split() if word.startswith('linux-image-')
-                       and word != KERNEL_PACKAGE)
+        depends = run('apt-cache', 'depends', '--important', KERNEL_PACKAGE, timeout=60).split()
+        package = next(word for word in reversed(depends) if word.startswith('linux-image-'))
         with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
             apt('download', package, cwd=Path(work))
             for path in Path(work).glob('*.deb'):
@@ -192,33 +197,31 @@ def kernel_deb() -> Path:
     return cached()[-1]
 
 
-def image_key(deb: Path | None) -> str:
-    """Name a build after all that goes into it: kernel, scripts, modules, busybox, agent."""
-    digest = hashlib.sha256(repr((IMAGE_RECIPE, MODULES, SCRIPTS)).encode())
+def fingerprint(deb: Path | None) -> str:
+    """Return a digest of what goes into an image besides an installed kernel."""
+    parts = (IMAGE_RECIPE, MODULES, SCRIPTS, deb and deb.name)
+    digest = hashlib.sha256(repr(parts).encode())
     for path in (BUSYBOX, AGENT):
         digest.update(path.read_bytes())
-    return f'{deb.stem if deb else installed_kernel()}-{digest.hexdigest()[:12]}'
+    return digest.hexdigest()[:12]
 
 
-def build_image(work: Path, deb: Path | None, kernel: Path, initramfs: Path) -> None:
-    """Build both files in the directory `work`, then move them to their places."""
+def build_image(work: Path, deb: Path | None, version: str) -> None:
+    """Build the files `kernel` and `initramfs` in the directory `work`."""
     root, stage = Path('/'), work / 'stage'
     if deb:
         root = work / 'deb'
         run('dpkg-deb', '-x', str(deb), str(root), timeout=300)
         if not (root / 'lib').exists():         # merged-/usr packages have /usr/lib only
             (root / 'lib').symlink_to('usr/lib')
-    image = max((root / 'boot').glob('vmlinuz-*cloud*'))
     for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'var'):
         (stage / name).mkdir(parents=True)
     (stage / 'var/run').symlink_to('../run')
     stage_programs(stage)
-    stage_modules(stage, root, image.name[len('vmlinuz-'):])
+    stage_modules(stage, root, version)
     run('sh', '-c', 'find . | cpio --quiet -o -H newc -R 0:0 | gzip -1 > ../initramfs', cwd=stage,
         timeout=120)
-    shutil.copyfile(image, work / 'kernel')
-    (work / 'kernel').rename(kernel)
-    (work / 'initramfs').rename(initramfs)
+    shutil.copyfile(root / 'boot' / f'vmlinuz-{version}', work / 'kernel')
 
 
 def stage_programs(stage: Path) -> None:
@@ -384,7 +387,7 @@ class Libvirtd:
             return
         with (self.dir / 'libvirtd.log').open('ab') as log:
             self.process = subprocess.Popen(
-                ['nsenter', '-t', str(self.holder.pid), '-m', '-n', '/usr/sbin/libvirtd',
+                ['nsenter', '-t', str(self.holder.pid), '-m', '-n', '-r', '/usr/sbin/libvirtd',
                  '-f', '/etc/libvirt/libvirtd.conf', '-p', f'{self.dir}/libvirtd.pid'],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd='/',
                 start_new_session=True, env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'})
@@ -436,10 +439,11 @@ class Libvirtd:
 
 
 # === Guests =====================================================================================
-# The first three words save a third of the boot under TCG.  HPET, since a TSC calibrated while
-# other guests keep the host busy is wrong by a visible rate.
+# "nokaslr ... noreplace-smp" take a third off the boot under TCG.  Without no_timer_check a busy
+# host makes the kernel panic.  HPET, since a TSC calibrated on a busy host would make clocks drift.
 CMDLINE = ('console=ttyS0 quiet panic=-1 nokaslr cryptomgr.notests initcall_blacklist='
-           'crypto_kdf108_init,init_kprobe_trace,load_system_certificate_list clocksource=hpet')
+           'crypto_kdf108_init,init_kprobe_trace,load_system_certificate_list noreplace-smp '
+           'no_timer_check clocksource=hpet')
 DOMAIN = """<domain type='qemu'>
   <name>{name}</name>
   {uuid}
