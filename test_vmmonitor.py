@@ -1136,6 +1136,7 @@ class ClockTest(unittest.TestCase):
                 ('Guest agent is not responding: QEMU guest agent is not connected',
                  'not connected'),
                 ('Guest agent is not responding: Guest agent not available for now', 'silent'),
+                ('internal error: End of file from agent socket', 'not connected'),
                 ('Guest agent is not responding: QEMU guest agent is not available due to an '
                  'error', 'silent'),
                 ('Timed out during operation: cannot acquire state change lock (held by '
@@ -2394,6 +2395,9 @@ class DaemonTest(GuestCase):
                 self.assertEqual(guest.state(), state)
         self.wait_right(guest, 5)
         self.assertRegex(ask('status')[1], r'^web1 running agent=connected clock=[+-]\d\.\dms at ')
+        guest.destroy()             # a guest of this kind that slept can't power itself off
+        self.assertEqual(ask('start'), (200, 'web1: started'))
+        guest.wait_agent()
         self.assertEqual(ask('stop'), (200, 'web1: asked to shut down'))
         guest.wait_state('shut off', 20)
         self.assertEqual(ask('stop'), (200, 'web1: already off'))

@@ -838,7 +838,8 @@ AGENT_TROUBLES = (
         'add a <channel> for org.qemu.guest_agent.0 and install qemu-guest-agent in the guest',
         False),
     AgentTrouble(
-        'not connected', r'not connected|disappeared', 'the guest agent is not connected',
+        'not connected', r'not connected|disappeared|End of file',
+        'the guest agent is not connected',
         'install qemu-guest-agent in the guest and start it', True),
     AgentTrouble(
         'busy', r'state change lock', 'the guest agent is busy with another call: {text}',
