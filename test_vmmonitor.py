@@ -87,6 +87,11 @@ def wait_for(what: str, check: Callable[[], object], timeout: float, pause: floa
     return time.monotonic() - start
 
 
+def random_uuid() -> str:
+    """Return a new UUID."""
+    return Path('/proc/sys/kernel/random/uuid').read_text().strip()
+
+
 # === Debian packages ============================================================================
 def apt(*args: str, cwd: Path | None = None) -> None:
     """Run apt-get without questions, and not as user `_apt`, who may not write to `cwd`."""
@@ -147,7 +152,13 @@ done
 POWER_BUTTON = '#!/bin/sh\nexec poweroff -f\n'
 # What guest-shutdown of qemu-ga runs, with -H, -P or -r.
 SHUTDOWN = '#!/bin/sh\ncase " $* " in *" -r "*) exec reboot -f ;; esac\nexec poweroff -f\n'
-SCRIPTS = {'init': INIT, 'sbin/shutdown': SHUTDOWN, 'etc/acpi/PWRF/00000080': POWER_BUTTON}
+# qemu-ga 5.2 suspends by systemctl or not at all: it asks for the unit (3: inactive), and then.
+SYSTEMCTL = """#!/bin/sh
+[ $1 = status ] && exit 3
+[ $1 = suspend ] && echo mem > /sys/power/state
+"""
+SCRIPTS = {'init': INIT, 'sbin/shutdown': SHUTDOWN, 'bin/systemctl': SYSTEMCTL,
+           'etc/acpi/PWRF/00000080': POWER_BUTTON}
 BUSYBOX, AGENT = Path('/bin/busybox'), Path('/usr/sbin/qemu-ga')
 
 
@@ -316,12 +327,19 @@ def agent_link(uri: str, name: str) -> Iterator[Callable[[str, int], str]]:
 
 # === A libvirtd of our own ======================================================================
 # /run is hidden as a whole: no D-Bus, so no systemd-machined or logind that would learn of our
-# guests.  The cgroups are hidden for the same end.  The shell stays, and with it the name spaces,
+# guests.  The cgroups are hidden for the same end.  libvirt 7.0 does not start without its user,
+# which only libvirt-daemon-system would make.  The shell stays, and with it the name spaces,
 # while our process holds its standard input open; its end, of whatever cause, ends everything.
 HOLDER = r"""set -e
 for dir in /run /var/lib /var/cache /var/log; do mount -t tmpfs -o mode=0755 rig $dir; done
 mount --bind "$1/etc" /etc/libvirt
+for file in passwd group; do
+    grep -q '^libvirt-qemu:' /etc/$file && continue
+    { cat /etc/$file; echo 'libvirt-qemu:x:64055:64055::/:/bin/false'; } > "$1/$file"
+    mount --bind "$1/$file" /etc/$file
+done
 umount -R -l /sys/fs/cgroup 2>/dev/null || true
+echo "${1##*-}" > /proc/sys/kernel/hostname     # migration refuses a host of the same name
 set +e
 echo ready
 cat > /dev/null
@@ -343,6 +361,7 @@ unix_sock_rw_perms = "0770"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 log_outputs = "2:stderr"
+host_uuid = "{uuid}"
 """
 QEMU_CONF = """user = "root"
 group = "root"
@@ -370,11 +389,11 @@ class Libvirtd:
         (self.dir / 'etc').mkdir()
         (self.dir / 'etc/qemu.conf').write_text(QEMU_CONF)
         (self.dir / 'etc/libvirtd.conf').write_text(
-            LIBVIRTD_CONF.format(dir=self.dir, group=group))
+            LIBVIRTD_CONF.format(dir=self.dir, group=group, uuid=random_uuid()))
         # A session of its own: Ctrl-C in the terminal must not reach it.
         self.holder = subprocess.Popen(
-            ['unshare', '-m', '-n', '--propagation', 'slave', 'sh', '-c', HOLDER, 'rig-holder',
-             str(self.dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/',
+            ['unshare', '-m', '-n', '-u', '--propagation', 'slave', 'sh', '-c', HOLDER,
+             'rig-holder', str(self.dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/',
             start_new_session=True)
         atexit.register(self.close)
         if self.holder.stdout is None or self.holder.stdout.readline() != b'ready\n':
@@ -387,8 +406,9 @@ class Libvirtd:
             return
         with (self.dir / 'libvirtd.log').open('ab') as log:
             self.process = subprocess.Popen(
-                ['nsenter', '-t', str(self.holder.pid), '-m', '-n', '-r', '/usr/sbin/libvirtd',
-                 '-f', '/etc/libvirt/libvirtd.conf', '-p', f'{self.dir}/libvirtd.pid'],
+                ['nsenter', '-t', str(self.holder.pid), '-m', '-n', '-u', '-r',
+                 '/usr/sbin/libvirtd', '-f', '/etc/libvirt/libvirtd.conf',
+                 '-p', f'{self.dir}/libvirtd.pid'],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd='/',
                 start_new_session=True, env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'})
         wait_for('libvirtd listens', self.listens, 30, 0.01)
@@ -2029,6 +2049,22 @@ class CauseTest(GuestCase):
         program.wait_log('web1: clock corrected, cause=host clock stepped before=-')
         self.assertAlmostEqual(guest.offset(), 100, delta=1)
 
+    def test_migration(self) -> None:
+        self.only('mover')
+        guest = self.vm('mover')
+        guest.skew(-40)             # so that there is something to see: downtime is too short
+        there = Libvirtd()
+        self.addCleanup(there.close)
+        there.start()
+        program = self.program('--monitor', '--verbose', config=self.config(
+            {'libvirt': {'uri': there.uri}}, name='there.json'))
+        program.wait_log('connected after')
+        guest.virsh('migrate', there.uri, '--live', '--migrateuri',
+                    f'unix://{there.dir}/migration.sock', timeout=90)
+        program.wait_log('mover: clock corrected, cause=migrated before=-(39|40|41)')
+        Vm(there, 'mover').wait_agent()
+        self.right(Vm(there, 'mover'))
+
     def test_excluded(self) -> None:
         guest, program = self.vm('web1'), self.monitor({'monitor': {'exclude': ['we?1']}})
         guest.skew(-50)
@@ -2664,6 +2700,17 @@ def what_is_missing() -> str:
     return f'{", ".join(missing)} not installed; --install does that' if missing else ''
 
 
+def left_behind() -> set[str]:
+    """Return what runs of these tests have left: their files, and the processes of their guests."""
+    found = {str(path) for place in (tempfile.gettempdir(), CACHE.parent)
+             for path in Path(place).glob('vmmonitor-*-*')}
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):
+            if b'vmmonitor-rig-' in path.read_bytes():
+                found.add(str(path))
+    return found
+
+
 def main() -> int:
     """Run the tests that the command line names, or all."""
     parser = argparse.ArgumentParser(description='Test vmmonitor.')
@@ -2679,6 +2726,7 @@ def main() -> int:
         benchmark()
         return 0
     StrictResult.strict = options.strict
+    before = left_behind()              # another run, at the same time or killed
     logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
     logging.lastResort = None
     try:
@@ -2688,7 +2736,10 @@ def main() -> int:
                 verbosity=2, resultclass=StrictResult))     # type: ignore[arg-type]
     finally:
         GuestCase.close_host()
-    return 0 if program.result.wasSuccessful() else 1
+    left = sorted(left_behind() - before)
+    if left:
+        print(f'left behind: {" ".join(left)}', file=sys.stderr)
+    return 0 if program.result.wasSuccessful() and not left else 1
 
 
 if __name__ == '__main__':
