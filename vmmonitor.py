@@ -110,7 +110,7 @@ AGENT_SILENT = 2.0             # an agent that took this long and failed is hung
 
 # clock
 SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
-SAMPLES_MAX = 12               # ... of up to so many, while it is too long to be sure
+SAMPLES_MAX = 8                # ... of up to so many, while it is too long to be sure
 ROUNDS = 6                     # settings in a row, each made better by what the others missed by
 CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
 RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
