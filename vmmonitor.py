@@ -27,7 +27,7 @@ The sections, each using only those above it (grep -n '^# ===' prints them with 
     clock                  measure an offset, correct it, prove it
     monitor                triggers -> at most one clock job per guest
     startup                the list of starts and delays
-    listener               Server, Exchange (the wire), Router (dispatch and all error policy)
+    listener               Server, Exchange (the wire), Dispatcher (dispatch and all error policy)
     command line           options, roles, signals, systemd, main()
 
 Rules for threads:
@@ -2372,7 +2372,7 @@ class Startup:
 
 
 # === listener ===================================================================================
-# Server: socket policy. Exchange: the wire. Router: dispatch, and all of the error policy.
+# Server: socket policy. Exchange: the wire. Dispatcher: dispatch, and all of the error policy.
 
 class Refusal(Error):
     """A request that gets another answer than 200."""
@@ -2452,7 +2452,7 @@ class Throttle:
         return math.ceil(max(0.0, end - time.monotonic())) if count >= WRONG_KEYS else 0
 
 
-class Router:
+class Dispatcher:
     """Turns a request into an action and its outcome into an answer."""
 
     # The first row that fits gives the status of a failed command.
@@ -2745,7 +2745,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
 
     def handle_one_request(self) -> None:
-        """Read one request, have the Router answer it."""
+        """Read one request, have the Dispatcher answer it."""
         self.source.expect()
         self.close_connection = True
         self.command = ''                               # parse_request() may leave it unset
@@ -2838,7 +2838,7 @@ class Server(socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = 128
 
-    def __init__(self, config: Config, router: Router) -> None:
+    def __init__(self, config: Config, router: Dispatcher) -> None:
         self.router = router
         self.context = tls_context(config)
         self.clients: dict[Client, None] = {}       # in the order in which they came
@@ -2928,12 +2928,12 @@ def _has_ipv6() -> bool:
 
 
 class Listener:
-    """The https trigger: a Server that can be replaced while the Router stays."""
+    """The https trigger: a Server that can be replaced while the Dispatcher stays."""
 
     def __init__(self, guests: Guests, settings: Settings,
                  corrections: Mapping[str, Correction]) -> None:
         self.settings = settings
-        self.router = Router(guests, settings, corrections)
+        self.router = Dispatcher(guests, settings, corrections)
         self.server: Server | None = None
 
     def open(self, config: Config) -> None:
@@ -3137,7 +3137,7 @@ def _check_listener(config: Config) -> Iterator[Look]:
     except CommandError:
         yield Look(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
     try:
-        server = Server(config, Router(Guests([]), Settings(config), {}))
+        server = Server(config, Dispatcher(Guests([]), Settings(config), {}))
     except Error as problem:
         yield Look(False, f'{words(problem)}; if the daemon runs already, this is its port')
     else:
