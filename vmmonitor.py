@@ -4796,10 +4796,22 @@ def command_check(path: str, roles: Sequence[str], as_json: bool) -> int:
     if as_json:
         print(json.dumps({'ok': all(look.good for look in looks), 'checks': [
             {'ok': look.good, 'text': look.text} for look in looks]}))
-    else:
-        for look in looks:
-            print('ok   ' if look.good else 'FAIL ', printable(look.text))
+        return 0 if all(look.good for look in looks) else EXIT_FAILED
+    return show_looks(looks)
+
+
+def show_looks(looks: Sequence[Look]) -> int:
+    """Print the lines of --check and --doctor, and return the exit status."""
+    for look in looks:
+        print('ok   ' if look.good else 'FAIL ', printable(look.text))
     return 0 if all(look.good for look in looks) else EXIT_FAILED
+
+
+def command_clean(dry_run: bool, everything: bool) -> int:
+    """--clean: print what is removed."""
+    for name, why in clean(dry_run, everything).items():
+        print(printable(f'{"would remove" if dry_run else "removed"} {name}: {why}'))
+    return 0
 
 
 def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, list[Guest]]:
@@ -4899,9 +4911,16 @@ def arguments() -> argparse.ArgumentParser:
     once.add_argument('--status', nargs='*', metavar='NAME',
                       help='show guests, agents and clocks')
     once.add_argument('--sync', nargs='*', metavar='NAME', help='correct clocks now')
+    once.add_argument('--doctor', action='store_true',
+                      help='say what the host lacks for networks, and what leaked')
+    once.add_argument('--clean', action='store_true',
+                      help='remove what interrupted programs left of networks')
     once.add_argument('--version', action='version', version=f'vmmonitor {__version__}')
     parser.add_argument('--config', metavar='FILE',
                         help='the configuration (default: config.json beside this script)')
+    parser.add_argument('--dry-run', action='store_true', help='with --clean: only show it')
+    parser.add_argument('--all', action='store_true',
+                        help='with --clean: all that was made by programs that have ended')
     parser.add_argument('--json', action='store_true',
                         help='with --status, --sync and --check: answer in JSON')
     parser.add_argument('--verbose', action='store_true', help='log every event, too')
@@ -4923,6 +4942,12 @@ def dispatch(options: argparse.Namespace) -> int:
         raise ConfigError('--json', ['goes with --status, --sync or --check'])
     if roles and (options.status is not None or options.sync is not None):
         raise ConfigError('--' + roles[0], ['does not go with --status or --sync'])
+    if (options.dry_run or options.all) and not options.clean:
+        raise ConfigError('--dry-run, --all', ['go with --clean'])
+    if options.doctor:
+        return show_looks(doctor())
+    if options.clean:
+        return command_clean(options.dry_run, options.all)
     if options.check:
         return command_check(path, roles, options.json)
     if once:
