@@ -65,6 +65,11 @@ def names(namespace: str = '') -> set[str]:
     return {row['ifname'] for row in rows} - {'lo', 'tunl0', 'sit0', 'ip6tnl0', 'ifb0', 'ifb1'}
 
 
+def namespaces() -> list[str]:
+    """Return the names of the namespaces."""
+    return os.listdir('/run/netns') if os.path.exists('/run/netns') else []
+
+
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """Be in a named namespace for a moment; sockets opened there stay there."""
@@ -107,7 +112,7 @@ def reaches(source: str, target: str, address: str, timeout: float = 2.0) -> str
         server.bind(('::' if ':' in address else '0.0.0.0', 0))
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):      # no route, or no neighbour, yet
                 client.sendto(b'ping', (address, server.getsockname()[1]))
             if select.select([server], [], [], 0.1)[0]:
                 _, peer = server.recvfrom(100)
@@ -264,6 +269,26 @@ class TestSwitch(NetCase):
         self.assertEqual(reaches('m2', 'm1', 'fd01::1'), 'fd01::2')
         self.assertEqual(reaches('m1', 'm2', '10.1.0.9', 0.3), '')
 
+    def test_a_firewall_that_drops_and_sees_bridged_frames(self) -> None:
+        """As on a host with Docker: nf_call_iptables 0 of the bridge alone does not help there."""
+        calls = Path('/proc/sys/net/bridge/bridge-nf-call-iptables')
+        if not calls.exists():
+            self.skipTest('br_netfilter is not loaded')
+        calls.write_text('1')
+        for program in ('iptables', 'ip6tables'):
+            subprocess.run([program, '-P', 'FORWARD', 'DROP'], check=True)
+        before = subprocess.run('iptables -S; iptables -t raw -S; ip6tables -S', shell=True,
+                                capture_output=True).stdout
+        switch = vmanager.Switch('lan')
+        for number in (1, 2):
+            vmanager.VirtualNic(f'p{number}', sink=f's{number}').connect(switch)
+            machine(f'm{number}', f's{number}', f'10.1.0.{number}/24', f'fd01::{number}/64')
+        self.assertEqual(reaches('m1', 'm2', '10.1.0.2'), '10.1.0.1')
+        self.assertEqual(reaches('m1', 'm2', 'fd01::2'), 'fd01::1')
+        switch.delete()
+        self.assertEqual(subprocess.run('iptables -S; iptables -t raw -S; ip6tables -S', shell=True,
+                                        capture_output=True).stdout, before)
+
     def test_direct_link_passes_even_what_bridges_keep(self) -> None:
         a, b = vmanager.VirtualNic(namespace='web1'), vmanager.VirtualNic(namespace='web2')
         a.connect(b)
@@ -301,7 +326,7 @@ class TestReading(NetCase):
         self.assertNotIn('eth9', vmanager.interfaces)
         self.assertIsNone(vmanager.interfaces.get('eth9'))
         self.assertIn('w0', vmanager.Interfaces('server'))
-        self.assertEqual(len(vmanager.Routes('server')), 0)
+        self.assertEqual([route.to for route in vmanager.Routes('server') if not route.v6], [])
 
     def test_it_is_live(self) -> None:
         ip('link add name x0 type bridge')
@@ -549,7 +574,7 @@ class TestNic(NetCase):
         nic = vmanager.VirtualNic('n1', namespace='web1')
         for _ in range(2):
             nic.delete()
-        self.assertEqual(set(os.listdir('/run/netns')), set())
+        self.assertEqual(set(namespaces()), set())
 
     def test_namespace_goes_with_its_last_nic_and_comes_again_at_once(self) -> None:
         ip('netns add theirs')
@@ -557,17 +582,17 @@ class TestNic(NetCase):
             one, two = vmanager.VirtualNic.create_many(2, 'web1')
             other = vmanager.VirtualNic(namespace='theirs')
             one.delete()
-            self.assertIn('web1', os.listdir('/run/netns'))
+            self.assertIn('web1', namespaces())
             two.delete()
             other.delete()
-            self.assertEqual(os.listdir('/run/netns'), ['theirs'])
+            self.assertEqual(namespaces(), ['theirs'])
         room = vmanager.Namespace('room')
         vmanager.VirtualNic(namespace='room').delete()
         nic = vmanager.VirtualNic(namespace='room')
         self.assertIn(nic.tap_interface, room.interfaces)
         room.delete()
         self.assertEqual(names(), set())
-        self.assertEqual(os.listdir('/run/netns'), ['theirs'])
+        self.assertEqual(namespaces(), ['theirs'])
         with self.refused(vmanager.NameTaken, 'namespace theirs: exists and is not ours'):
             vmanager.Namespace('theirs')
 
@@ -642,7 +667,6 @@ class TestRouter(NetCase):
         self.assertEqual(reaches('web1', 'server', '2001:db8::1'), '2001:db8::77')
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
         self.assertEqual(reaches('', 'server', '2001:db8::1'), '2001:db8::5')
-        self.assertEqual(reaches('web1', 'web1', '192.0.2.77'), '')     # lo is another matter
         nic = vmanager.VirtualNic(namespace='vm1')
         nic.connect(switch)
         tap = nic.open()
@@ -871,7 +895,7 @@ class TestCrash(NetCase):
                 self.assertEqual(vmanager.clean(), would)
                 vmanager.clean(everything=True)         # the switch, which was whole
                 self.assertEqual(names(), {'theirs'})
-                self.assertEqual(os.listdir('/run/netns'), [])
+                self.assertEqual(namespaces(), [])
                 self.assertEqual(self.records(), {})
         self.assertEqual(len(vmanager.VirtualNic.create_many(50, 'web1')), 50)
 
@@ -880,7 +904,7 @@ class TestCrash(NetCase):
         crash('vmanager.Namespace("web1").delete()', 20)
         self.assertIn('interrupted while deleting', vmanager.leaks()['web1-p0'])
         vmanager.clean()
-        self.assertEqual((names(), os.listdir('/run/netns')), ({'lan'}, []))
+        self.assertEqual((names(), namespaces()), ({'lan'}, []))
 
     def test_failure_in_the_middle_rolls_back_and_names_the_line(self) -> None:
         with ip_fails_at('name web1-p33 '), self.refused(
@@ -890,7 +914,7 @@ class TestCrash(NetCase):
         with ip_fails_at('name web1-p9-tap '), self.refused(
                 vmanager.NetworkError, 'can\'t create macvtap web1-p9-tap in namespace web1'):
             vmanager.VirtualNic.create_many(50, 'web1')
-        self.assertEqual((names(), os.listdir('/run/netns'), self.records()), (set(), [], {}))
+        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
 
     def test_interrupt_rolls_back(self) -> None:
         with mock.patch.object(vmanager, 'tap_open', side_effect=[
@@ -953,18 +977,19 @@ class TestOwnership(NetCase):
                 switch = vmanager.Switch('lan')
         ip('link del dev lan')
         ip('link add name lan type bridge')             # another of the same name
-        self.assertEqual(list(vmanager.leaks()), [])
+        self.assertEqual(vmanager.clean(), {'lan': 'switch, of which a part is gone'})
         switch.delete()
-        self.assertEqual(names(), {'lan'})
+        self.assertEqual((names(), self.records()), ({'lan'}, {}))
 
     def test_namespace_of_the_same_name(self) -> None:
         nic = vmanager.VirtualNic(namespace='web1')
         ip('netns del web1')
         ip('netns add keep')
         ip('netns add web1')
-        self.assertTrue(vmanager.leaks())
+        wait(lambda: not nic.exists)
+        self.assertEqual(set(vmanager.leaks()), {'web1-p0', 'netns/web1'})
         vmanager.clean()
-        self.assertEqual(set(os.listdir('/run/netns')), {'keep', 'web1'})
+        self.assertEqual(set(namespaces()), {'keep', 'web1'})
         nic.delete()
 
     def test_marks_without_a_ledger(self) -> None:
@@ -988,7 +1013,7 @@ class TestOwnership(NetCase):
         with mock.patch.object(vmanager, 'carry_out', spy):
             vmanager.Switch('lan').delete()
         self.assertEqual(seen[0], {'lan': 'creating'})
-        self.assertEqual(seen[1:], [{'lan': 'deleting'}] * 2)
+        self.assertEqual(seen[-1], {'lan': 'deleting'})
         path = vmanager.Ledger().path
         self.assertEqual((path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777),
                          (0o600, 0o700))
@@ -1105,6 +1130,7 @@ class TestDoctor(NetCase):
     def test_doctor_and_clean_on_the_command_line(self) -> None:
         self.assertEqual(self.program('--clean'), (0, 'nothing to clean up\n'))
         crash(TestCrash.FIFTY, 30)
+        vmanager.leaks()                        # waits for the orphan
         before = names()
         status, text = self.program('--doctor')
         self.assertEqual(status, 1)

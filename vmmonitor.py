@@ -2386,11 +2386,14 @@ class Ledger:
         links, _ = look()
         group = self.new_group(links)
         doomed = [name for name in names if name in links and self.owns(name, links[name])]
+        # Of what was not finished, not all that is undone was done.
+        level = logging.WARNING if all(self.records[name].stage == 'ready' for name in names
+                                       ) else logging.DEBUG
         for name in names:
             self.records[name].stage = 'deleting'
         self.save()
         for problem in carry_out(self._way_back(names), force=True, keep=[self.lock]):
-            log.warning('%s', words(problem))
+            log.log(level, '%s', words(problem))
         removal = [Op(f'mark {name}', f'link set dev {name} group {group} alias {_alias(group)}')
                    for name in doomed]
         if doomed:
@@ -2425,6 +2428,14 @@ def _namespace_inode(name: str) -> int:
     with contextlib.suppress(OSError):
         return os.stat(os.path.join(NETNS_DIR, name)).st_ino
     return 0
+
+
+def stands(name: str, row: Record, links: Mapping[str, Link]) -> bool:
+    """Tell whether what a Record stands for is there."""
+    if row.kind == 'namespace':
+        return _namespace_inode(row.facts['space']) == int(row.facts['inode'])
+    space = row.facts.get('namespace', '')
+    return name in links and links[name].ours() and (not space or _namespace_inode(space) > 0)
 
 
 class Site:
@@ -2474,8 +2485,7 @@ class Site:
         row = self.ledger.records.get(name)
         if row is None:
             return False
-        there = name in self.links or (kind == 'namespace' and _namespace_inode(facts['space']))
-        if row.stage != 'ready' or not there:
+        if row.stage != 'ready' or not stands(name, row, self.links):
             self.ledger.remove([name])
             self._look()
             return False
@@ -2883,9 +2893,14 @@ class Switch(Made):
             name = valid_name(name) if name else site.free('switch{}')
             super().__init__(name)
             if not site.standing(name, 'switch'):
-                site.claim(name, 'switch')
+                row = site.claim(name, 'switch')
+                # Else the bridge would answer ARP for all addresses of the host.
+                quiet = Op('keep quiet', f'net/ipv4/conf/{name}/arp_ignore=1', '', 'sysctl')
+                row.undo += map(list, bypass(name, '-D'))
                 site.run([self._bridge(site, site.mac(HOST_MACS['switch'], name))],
-                         [Op(f'bring up {name}', f'link set dev {name} up')])
+                         [quiet, Op(f'bring up {name}', f'link set dev {name} up')])
+                for problem in carry_out(bypass(name, '-I'), force=True):
+                    log.warning('%s', words(problem))
 
     def _bridge(self, site: Site, mac: str) -> Op:
         return Op(f'create bridge {self.name}', f'link add name {self.name} address {mac} group '
@@ -2945,6 +2960,23 @@ class Switch(Made):
             sink = site.ledger.records[fit(nic)].facts['sink']
             site.run(ops, [Op(f'join {self.name} and {other.name}',
                               f'link set dev {sink} master {other.name} up')])
+
+
+def bypass(bridge: str, verb: str) -> Iterator[Op]:
+    """Yield what inserts (verb -I) or deletes (-D) the rules that keep the host's firewall from
+    frames that only cross a bridge.
+
+    With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
+    counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop the
+    frames, and what is known from the bridge would not be masqueraded any more.
+    """
+    for program in ('iptables', 'ip6tables'):
+        with contextlib.suppress(OSError):
+            if Path(f'/proc/sys/net/bridge/bridge-nf-call-{program}').read_text() == '1\n' \
+                    and shutil.which(program):
+                for rule in (f'-t raw {verb} PREROUTING -i {bridge} -m addrtype ! --dst-type LOCAL '
+                             '-j CT --notrack', f'{verb} FORWARD -i {bridge} -o {bridge} -j ACCEPT'):
+                    yield Op(f'let frames pass {bridge}', f'-w {rule}', '', program)
 
 
 def check_loop(links: Mapping[str, Link], one: str, other: str) -> None:
@@ -3253,8 +3285,12 @@ class Router(Switch):
             ops = [self._bridge(site, mac), *self._lan(site, 'p0')]
             after = [Op(f'bring up {self.name}', f'link set dev {self.name} addrgenmode eui64 up'),
                      *self._inner(site, 'p0')]
+            if not nat:
+                row.undo += map(list, bypass(self.name, '-D'))
             site.run(ops, after + (self._nat(site, row) if nat else
                                    site.take_over(self.trunk, self.name, row)))
+            for problem in carry_out([] if nat else bypass(self.name, '-I'), force=True):
+                log.warning('%s', words(problem))
 
     def _lan(self, site: Site, label: str) -> list[Op]:
         return nic_ops(site, f'{self.name}-{label}', 'pair', role='lan', parents=[self.name],
@@ -3489,11 +3525,9 @@ def _leaks(ledger: Ledger, everything: bool) -> dict[str, str]:
     links, _ = look()
     found = {}
     for name, row in ledger.records.items():
-        there = _namespace_inode(row.facts['space']) if row.kind == 'namespace' else name in links
-        space = row.facts.get('namespace', '')
         if row.stage != 'ready':
             found[name] = f'{row.kind}, interrupted while {row.stage}'
-        elif not there or (space and not _namespace_inode(space)):
+        elif not stands(name, row, links):
             found[name] = f'{row.kind}, of which a part is gone'
         elif everything and _started(row.pid) != row.started:
             found[name] = f'{row.kind}, made by process {row.pid}, which has ended'
@@ -4809,7 +4843,10 @@ def show_looks(looks: Sequence[Look]) -> int:
 
 def command_clean(dry_run: bool, everything: bool) -> int:
     """--clean: print what is removed."""
-    for name, why in clean(dry_run, everything).items():
+    found = clean(dry_run, everything)
+    if not found:
+        print('nothing to clean up')
+    for name, why in found.items():
         print(printable(f'{"would remove" if dry_run else "removed"} {name}: {why}'))
     return 0
 
