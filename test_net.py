@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -1192,6 +1193,197 @@ class TestSpeed(NetCase):
               f'{singly * 1e3:.0f} and {one_by_one * 1e3:.0f}', file=sys.stderr)
         self.assertLess(batch, singly / 2)
         self.assertLess(bulk, one_by_one / 3)
+
+
+
+# --- Debian's kernel, in a guest ---
+
+@unittest.skipUnless(os.environ.get('VMM_IN_GUEST'), 'runs in the guest of TestGuest')
+class TestInGuest(NetCase):
+    """What the kernel at hand may lack: bonding and netem."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        ip('netns add server')
+        ip('-n server link add name net type bridge forward_delay 0')
+        ip('-n server link set dev net up')
+        for number in (0, 1):
+            ip(f'link add name e{number} type veth peer name w{number} netns server')
+            ip(f'link set dev e{number} up')
+            ip(f'-n server link set dev w{number} master net up')
+        ip('-n server addr add 192.0.2.1/24 dev net')
+
+    def test_bond_fails_over_while_traffic_flows(self) -> None:
+        ip('addr add 192.0.2.5/24 dev e0')
+        ip('route add 198.51.100.0/24 via 192.0.2.1 dev e0')
+        bond = vmanager.Bond('bond0', interfaces=['e0', vmanager.interfaces['e1']], miimon=20)
+        self.assertEqual(vmanager.Bond('bond0', ['e0', 'e1']).name, 'bond0')
+        self.assertEqual(bond.addresses[0], '192.0.2.5/24')
+        self.assertIn('198.51.100.0/24', [route.to for route in bond.routes])
+        wait(lambda: bond.active)
+        used = bond.active
+        self.assertEqual({port.state for port in bond.status.values()}, {'active', 'backup'})
+        self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
+        lost: list[float] = []
+        stop = threading.Event()
+
+        def flow() -> None:
+            before = time.monotonic()
+            while not stop.is_set():
+                if reaches('', 'server', '192.0.2.1', 0.2):
+                    lost.append(time.monotonic() - before)
+                    before = time.monotonic()
+        thread = threading.Thread(target=flow)
+        thread.start()
+        time.sleep(0.5)
+        ip(f'-n server link set dev w{used[1]} down')
+        wait(lambda: bond.active not in ('', used), 5)
+        time.sleep(1.0)
+        stop.set()
+        thread.join()
+        self.assertGreater(len(lost), 5)
+        print(f'longest gap {max(lost):.2f} s', file=sys.stderr)
+        self.assertLess(max(lost), 1.5)
+        self.assertEqual(bond.status[used].link, 'down')
+        self.assertEqual(bond.status[used].failures, 1)
+        bond.delete()
+        self.assertEqual(vmanager.interfaces['e0'].addresses[0], '192.0.2.5/24')
+        self.assertIn('198.51.100.0/24', [route.to for route in vmanager.interfaces['e0'].routes])
+        self.assertEqual(names(), {'e0', 'e1'})
+
+    def test_bond_modes(self) -> None:
+        for mode in vmanager.Bond.MODES:
+            with self.subTest(mode), vmanager.Bond('bond1', ['e0', 'e1'], mode=mode) as bond:
+                self.assertEqual(set(bond.status), {'e0', 'e1'})
+                self.assertEqual(bond.link().data['mode'], mode)
+        with self.refused(vmanager.InUse, 'e0: is already a port of bond1'):
+            vmanager.Bond('bond1', ['e0'])
+            vmanager.Bond('bond2', ['e0'])
+
+    def test_bond_comes_apart_after_a_crash(self) -> None:
+        ip('addr add 192.0.2.5/24 dev e0')
+        for lines in (1, 4, 6, 99):
+            crash('vmanager.Bond("bond3", ["e0", "e1"])', lines)
+            vmanager.clean()
+            self.assertEqual((names(), self.records()), ({'e0', 'e1'}, {}))
+            self.assertEqual(vmanager.interfaces['e0'].addresses[0], '192.0.2.5/24')
+            self.assertIn('UP', vmanager.interfaces['e0'].link().flags)
+
+    def test_netem(self) -> None:
+        switch = vmanager.Switch('lan')
+        nics = [vmanager.VirtualNic(f'p{number}', sink=f's{number}') for number in (1, 2)]
+        for number, nic in enumerate(nics, 1):
+            nic.connect(switch)
+            nic.far_end.add_address(f'10.1.0.{number}/24')
+        one = vmanager.VirtualNic(namespace='web1')
+        two = vmanager.VirtualNic(namespace='web2')
+        one.connect(two)
+        ends = [one.open(), two.open()]
+
+        def seconds() -> float:
+            """How long a frame takes from machine to machine; 9 when it is lost."""
+            data = frame(two.mac, one.mac, 0x88b5, os.urandom(46))
+            start = time.monotonic()
+            send_tap(ends[0], data)
+            return time.monotonic() - start if received(ends[1], data, 2.0) else 9.0
+        wait(lambda: seconds() < 9)
+        self.assertLess(min(seconds() for _ in range(3)), 0.05)
+        two.impair(delay=0.2)
+        self.assertGreater(seconds(), 0.2)
+        self.assertLess(seconds(), 0.6)
+        one.impair(delay=0.2, jitter=0.01, rate=1_000_000)
+        self.assertGreater(seconds(), 0.38)
+        two.impair(loss=100)
+        self.assertEqual(seconds(), 9.0)
+        one.impair()
+        two.impair()
+        self.assertLess(min(seconds() for _ in range(3)), 0.05)
+        for tap in ends:
+            os.close(tap)
+
+    def test_doctor_finds_all_modules(self) -> None:
+        lacking = [look.text for look in vmanager.doctor() if look.text.startswith('kernel lacks')]
+        self.assertEqual(lacking, [])
+
+
+GUEST_MODULES = ('bonding', 'sch_netem', 'veth', 'bridge', 'macvtap', 'tun', 'sch_ingress',
+                 'cls_u32', 'act_mirred', 'af_packet')
+GUEST_INIT = """#!/bin/sh
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin VMM_IN_GUEST=1 HOME=/root
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs t /run
+ip link set lo up
+modprobe tun
+cd /test
+python3 -W ignore test_net.py $(sed 's/.*tests=//; s/ .*//; s/,/ /g' /proc/cmdline) 2>&1
+echo "guest: status $?"
+poweroff -f
+"""
+
+
+def boot_guest(work: Path, tests: str, timeout: float) -> str:
+    """Boot Debian's cloud kernel with Python, iproute2 and this directory, run `tests` (names for
+    unittest, with commas), and return what the guest printed."""
+    sys.path.insert(0, '/tmp/rig')
+    import rig
+    rig.CACHE.mkdir(mode=0o755, exist_ok=True)
+    root, stage = work / 'deb', work / 'stage'
+    subprocess.run(['dpkg-deb', '-x', rig.kernel_deb(), root], check=True, timeout=60)
+    if not (root / 'lib').exists():
+        (root / 'lib').symlink_to('usr/lib')
+    kernel = max((root / 'boot').glob('vmlinuz-*cloud*'))
+    for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'test',
+                 'root'):
+        (stage / name).mkdir(parents=True)
+    with mock.patch.object(rig, 'MODULES', GUEST_MODULES):
+        rig.stage_modules(stage, root, kernel.name[len('vmlinuz-'):])
+    busybox = vmanager.shutil.which('busybox') or '/bin/busybox'
+    python3 = os.path.realpath('/usr/bin/python3')
+    listing = subprocess.run(
+        [python3, '-S', '-c', 'import sys, encodings.utf_8, encodings.ascii, encodings.latin_1, test_net\n'
+         'for m in list(sys.modules.values()):\n'
+         '    f = getattr(m, "__file__", None)\n'
+         '    if f and f[0] == "/" and "/test" not in f and "vmmonitor" not in f: print(f)'],
+        cwd=HERE, text=True, capture_output=True, check=True, timeout=20).stdout.split()
+    programs = [busybox, python3, *filter(None, map(vmanager.shutil.which, ('ip', 'tc', 'unshare')))]
+    binaries = programs + [path for path in listing if '.so' in path]
+    wanted = set(listing) | set(binaries) | {
+        word for path in binaries for word in subprocess.run(
+            ['ldd', path], text=True, capture_output=True).stdout.split() if word[0] == '/'}
+    wanted |= {str(path) for path in Path('/etc/iproute2').rglob('*') if path.is_file()}
+    wanted |= {cached for path in listing if path.endswith('.py') and os.path.exists(
+        cached := importlib.util.cache_from_source(path))}
+    for path in wanted:
+        target = stage / path.lstrip('/')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        vmanager.shutil.copy2(os.path.realpath(path), target)
+    (stage / 'usr/bin/python3').symlink_to(python3)
+    for name in ('sh', 'mount', 'poweroff', 'sed', 'modprobe', 'printf', 'echo', 'tr', 'cat'):
+        (stage / 'bin' / name).symlink_to(busybox)
+    (stage / 'sbin/modprobe').symlink_to(busybox)
+    for name in ('vmmonitor.py', 'test_net.py'):
+        vmanager.shutil.copy2(HERE / name, stage / 'test')
+    (stage / 'init').write_text(GUEST_INIT)
+    (stage / 'init').chmod(0o755)
+    subprocess.run('find . | cpio --quiet -o -H newc -R 0:0 > ../initramfs', shell=True, check=True,
+                   cwd=stage, timeout=60)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            ['qemu-system-x86_64', '-accel', 'tcg', '-m', '512', '-display', 'none', '-nodefaults',
+             '-serial', f'file:{work}/serial', '-no-reboot', '-kernel', kernel, '-initrd',
+             work / 'initramfs', '-append', f'console=ttyS0 quiet panic=-1 tests={tests}'],
+            stdin=subprocess.DEVNULL, timeout=timeout, check=False)
+    return (work / 'serial').read_text(errors='replace')
+
+
+class TestGuest(unittest.TestCase):
+    def test_bond_and_netem_on_debians_kernel(self) -> None:
+        if os.geteuid() or not vmanager.shutil.which('qemu-system-x86_64'):
+            self.skipTest('needs root and qemu-system-x86_64')
+        with tempfile.TemporaryDirectory() as work:
+            said = boot_guest(Path(work), 'TestInGuest', 60)
+        self.assertIn('guest: status 0', said)
+        self.assertIn('Ran 5 tests', said)
+        self.assertNotIn('skipped', said)
 
 
 if __name__ == '__main__':

@@ -2581,9 +2581,10 @@ class Site:
                 *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
                 *(f'route replace {route.line(device)}' for route in routes_)]
         owner.undo += [list(Op(f'give {device} back', line)) for line in back]
-        # A bond takes only interfaces that are down.
-        forth = [f'address flush dev {device}', f'link set dev {device} down'
-                 if owner.kind == 'bond' else '', f'link set dev {device} master {master} up',
+        # A bond takes only interfaces that are down, and brings them up itself.
+        bond = owner.kind == 'bond'
+        forth = [f'address flush dev {device}', f'link set dev {device} down' if bond else '',
+                 f'link set dev {device} master {master}{"" if bond else " up"}',
                  *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
                  *(f'route replace {route.line(master)}' for route in routes_)]
         return [Op(f'make {device} a port of {master}', line) for line in forth if line]
