@@ -2045,9 +2045,10 @@ def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
     return errors
 
 
-def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
+def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int], before: Sequence[str] = ()
+           ) -> Iterator[tuple[Op, str]]:
     """Yield the operations that `ip -batch` or `tc -batch` refused, with what it said."""
-    argv = [ops[0].tool, *(['-n', ops[0].namespace] if ops[0].namespace else []),
+    argv = [*before, ops[0].tool, *(['-n', ops[0].namespace] if ops[0].namespace else []),
             *(['-force'] if force else []), '-batch', '-']
     text = ''.join(f'{op.line}\n' for op in ops)
     done = run(argv, IP_TIMEOUT, text.encode(), check=False, keep=keep)
@@ -2063,7 +2064,7 @@ def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int]) -> Iterator[tupl
         yield op, said
         rest = ops[ops.index(op) + 1:]
         if force and rest:
-            yield from _batch(rest, force, keep)
+            yield from _batch(rest, force, keep, before)
 
 
 def _sysctl(ops: Sequence[Op], _force: bool, _keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
@@ -2577,7 +2578,8 @@ class Site:
         routes_ = sorted((route for route in self.routes if route.device == device
                           and route.protocol != 'kernel'), key=lambda route: bool(route.gateway))
         up = 'up' if 'UP' in link.flags else 'down'
-        back = [f'address flush dev {master}', f'link set dev {device} nomaster {up}',
+        back = [f'address flush dev {master}', f'link set dev {device} nomaster',
+                f'link set dev {device} {up}',      # a bond leaves it down
                 *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
                 *(f'route replace {route.line(device)}' for route in routes_)]
         owner.undo += [list(Op(f'give {device} back', line)) for line in back]
@@ -3506,11 +3508,12 @@ def _lacking() -> list[Facility]:
     rest = [row for row in FACILITIES if not os.path.exists(f'/sys/module/{row.module}')
             and not (shutil.which('modprobe') and not run(
                 ['modprobe', '-nq', row.module], IP_TIMEOUT, check=False).returncode)]
-    # No module can be loaded by trying these, as there is none; x1 is what macvtap stands on.
-    script = ''.join(f'{row.probe} 2>&1 || echo lacks {row.module}\n' for row in FACILITIES
-                     if row in rest or row.module == 'veth')
-    said = sys_command(['unshare', '-n', 'sh', '-c', script]).decode().split('\n')
-    return [row for row in rest if f'lacks {row.module}' in said]
+    # No module can be loaded by trying these, as there is none; veth is what macvtap stands on.
+    tries = [Op(row.module, row.probe.partition(' ')[2], '', row.probe.partition(' ')[0])
+             for row in FACILITIES if row in rest or row.module == 'veth']
+    refused = {op.what for _, ops in itertools.groupby(tries, lambda op: op.tool)
+               for op, _ in _batch(list(ops), True, (), ('unshare', '-n'))}
+    return [row for row in rest if row.module in refused]
 
 
 def leaks(everything: bool = False) -> dict[str, str]:
