@@ -2037,7 +2037,7 @@ def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
     and the errors returned.
     """
     errors: list[NetworkError] = []
-    for (tool, namespace), group in itertools.groupby(ops, lambda op: (op.tool, op.namespace)):
+    for (tool, _), group in itertools.groupby(ops, lambda op: (op.tool, op.namespace)):
         for op, said in TOOLS.get(tool, _single)(list(group), force, keep):
             errors.append(net_error(op, said))
             if not force:
@@ -2451,7 +2451,6 @@ class Site:
         self.group = 0
         self.macs: set[str] = set()
         self.taps: list[int] = []           # descriptors of taps that vanish with this process
-        self._known = Path('/etc/machine-id').read_text() if Path('/etc/machine-id').exists() else ''
 
     def __enter__(self) -> Site:
         self.ledger.__enter__()
@@ -2525,13 +2524,15 @@ class Site:
                 raise NameTaken(f'{name}: another interface has the MAC {wanted}', 'choose another')
             self.macs.add(wanted.lower())
             return wanted.lower()
-        for attempt in itertools.count():
-            digest = hashlib.sha256(f'{self._known}/{name}/{attempt}'.encode()).hexdigest()
-            mac = ':'.join([prefix, *re.findall('..', digest)])[:17]
-            if mac not in self.macs:
-                self.macs.add(mac)
-                return mac
-        raise NetworkError(f'{name}: no MAC is left')       # itertools.count() has no end
+        host = os.uname().nodename
+        with contextlib.suppress(OSError):
+            host = Path('/etc/machine-id').read_text()
+        digests = (hashlib.sha256(f'{host}/{name}/{attempt}'.encode()).hexdigest()
+                   for attempt in itertools.count())
+        mac = next(mac for mac in (':'.join([prefix, *re.findall('..', digest)])[:17]
+                                   for digest in digests) if mac not in self.macs)
+        self.macs.add(mac)
+        return mac
 
     def namespace(self, name: str, automatic: bool = True) -> list[Op]:
         """Return what makes a namespace, nothing if there is one of that name."""
@@ -2836,8 +2837,6 @@ class Made(Interface):
     Making it twice gives the same thing. As a context it is deleted at the end of that.
     """
 
-    kind_made = ''              # of its Record
-
     def record(self) -> Record:
         """Return what the Ledger says of it."""
         row = Ledger().load().get(self.name)
@@ -2888,8 +2887,6 @@ class Switch(Made):
 
     Switch('lan') makes it, or finds the one that was made before. Raises NameTaken.
     """
-
-    kind_made = 'switch'
 
     def __init__(self, name: str = '') -> None:
         with Site() as site:
@@ -2943,8 +2940,8 @@ class Switch(Made):
     def disconnect(self, thing: Interface | str) -> None:
         """Undo connect(); what is not connected is left alone."""
         if isinstance(thing, Switch):
-            delete_all(VirtualNic.known(name) for name, row in Ledger().load().items()
-                       if row.facts.get('role') == 'join' and {self.name, thing.name} <= set(row.parents))
+            delete_all(VirtualNic.known(name) for name, row in Ledger().load().items() if row.facts
+                       .get('role') == 'join' and {self.name, thing.name} == set(row.parents))
         for port in thing.ports.values() if isinstance(thing, Router) else [thing]:
             name = port.name if isinstance(port, Interface) else port
             link = look()[0].get(name)
@@ -2977,8 +2974,9 @@ def bypass(bridge: str, verb: str) -> Iterator[Op]:
         with contextlib.suppress(OSError):
             if Path(f'/proc/sys/net/bridge/bridge-nf-call-{program}').read_text() == '1\n' \
                     and shutil.which(program):
-                for rule in (f'-t raw {verb} PREROUTING -i {bridge} -m addrtype ! --dst-type LOCAL '
-                             '-j CT --notrack', f'{verb} FORWARD -i {bridge} -o {bridge} -j ACCEPT'):
+                for rule in (f'-t raw {verb} PREROUTING -i {bridge} -m addrtype ! --dst-type '
+                             'LOCAL -j CT --notrack',
+                             f'{verb} FORWARD -i {bridge} -o {bridge} -j ACCEPT'):
                     yield Op(f'let frames pass {bridge}', f'-w {rule}', '', program)
 
 
@@ -3034,8 +3032,8 @@ def nic_ops(site: Site, long: str, shape: str, sink: str = '', namespace: str = 
                   f'link add name {name} address {own} group {group} {plug} type veth peer name '
                   f'{sink} address {guest} group {group}' + (namespace and f' netns {namespace}'))]
     if shape == 'macvtap':
-        ops.append(Op(f'create macvtap {tap}', f'link add link {sink} name {tap} index {index} group '
-                      f'{group} allmulticast on type macvtap mode passthru', namespace))
+        ops.append(Op(f'create macvtap {tap}', f'link add link {sink} name {tap} index {index} '
+                      f'group {group} allmulticast on type macvtap mode passthru', namespace))
     if name != long:
         ops.append(Op(f'call {name} {long}', f'link property add dev {name} altname {long}'))
     return ops
@@ -3051,9 +3049,8 @@ class VirtualNic(Made):
     Raises NameTaken, Lacking.
     """
 
-    kind_made = 'nic'
-
-    def __init__(self, ifname: str = '', sink: str = '', namespace: str = '', mac: str = '') -> None:
+    def __init__(self, ifname: str = '', sink: str = '', namespace: str = '',
+                 mac: str = '') -> None:
         shape = 'macvtap' if namespace else 'pair' if sink else 'tap'
         with Site() as site:
             long = valid_name(ifname) if ifname else site.free(self._pattern(namespace))
@@ -3150,8 +3147,9 @@ class VirtualNic(Made):
         try:
             tap = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as problem:
-            raise InUse(f'{path}: {problem.strerror}', 'needs root, and a /dev that is devtmpfs'
-                        if problem.errno != errno.EBUSY else 'another machine has it open') from None
+            raise InUse(f'{path}: {problem.strerror}', 'another machine has it open'
+                        if problem.errno == errno.EBUSY else
+                        'needs root, and a /dev that is a devtmpfs') from None
         try:
             self._check_tap(tap, path, shown.stdout.decode().strip())
         except BaseException:
@@ -3247,8 +3245,8 @@ class VirtualNic(Made):
                  f'{f" loss {loss:g}%" if loss else ""}{f" rate {rate:.0f}bit" if rate else ""}')
         ends = [(self.name, '')] + ([(self.sink, self.namespace)] if self.sink else [])
         try:
-            carry_out((Op(f'impair {name}', f'qdisc replace dev {name} root netem limit 10000{worse}',
-                          namespace, 'tc') for name, namespace in ends if worse))
+            carry_out((Op(f'impair {name}', f'qdisc replace dev {name} root netem limit 10000'
+                          + worse, namespace, 'tc') for name, namespace in ends if worse))
         except BaseException:
             worse = ''
             raise
@@ -3270,8 +3268,6 @@ class Router(Switch):
     Raises InUse for the interface of the default route, unless `force`, as the host is cut off if
     it goes wrong, and for what is a port of something else.
     """
-
-    kind_made = 'router'
 
     def __init__(self, trunk: Interface | str, name: str = '', force: bool = False,
                  nat: bool = False, subnet: str = '') -> None:
@@ -3381,7 +3377,8 @@ def firewall(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]]:
     table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
     lines = (f'add table {table}',
              f'add chain {table} out {{ type nat hook postrouting priority 100; }}',
-             f'add rule {table} out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} masquerade',
+             f'add rule {table} out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} '
+             'masquerade',
              f'add chain {table} in {{ type filter hook forward priority 0; }}',
              f'add rule {table} in iifname {trunk} oifname {bridge} ct state '
              'established,related accept',
@@ -3411,8 +3408,8 @@ class Bond(Made):
     MODES = ('balance-rr', 'active-backup', 'balance-xor', 'broadcast', '802.3ad', 'balance-tlb',
              'balance-alb')
 
-    def __init__(self, name: str, interfaces: Sequence[Interface | str], mode: str = 'active-backup',
-                 miimon: int = 100, force: bool = False) -> None:
+    def __init__(self, name: str, interfaces: Sequence[Interface | str],
+                 mode: str = 'active-backup', miimon: int = 100, force: bool = False) -> None:
         names = [one.name if isinstance(one, Interface) else one for one in interfaces]
         super().__init__(valid_name(name))
         if mode not in self.MODES or not names:
@@ -3429,8 +3426,8 @@ class Bond(Made):
                 site.check_port(one, name, force)
             row = site.claim(name, 'bond', interfaces=names, mode=mode)
             moves = [op for one in names for op in site.take_over(one, name, row)]
-            site.run([Op(f'create bond {name}', f'link add name {name} group {site.group} type bond '
-                         f'mode {mode} miimon {int(miimon)}')],
+            site.run([Op(f'create bond {name}', f'link add name {name} group {site.group} type '
+                         f'bond mode {mode} miimon {int(miimon)}')],
                      [Op(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up'), *moves])
 
     @property
@@ -3499,8 +3496,8 @@ def _doctor_host() -> Iterator[Look]:
                    f'kernel lacks {row.module}, for {row.use} (modprobe {row.module})')
     with contextlib.suppress(OSError):
         if Path('/proc/sys/net/bridge/bridge-nf-call-iptables').read_text().strip() == '1':
-            yield Look(False, 'the host\'s firewall sees all frames on all bridges and may drop '
-                       'them, whatever the bridge says; sysctl net.bridge.bridge-nf-call-iptables=0')
+            yield Look(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
+                       'crosses bridges; switches get rules to let it pass')
 
 
 def _lacking() -> list[Facility]:
