@@ -181,6 +181,8 @@ class NetCase(unittest.TestCase):
         call(libc.mount(b'none', b'/', None, MS_REC_PRIVATE, None))
         call(libc.mount(b'tmpfs', b'/run', b'tmpfs', 0, None))
         call(libc.mount(b'sysfs', b'/sys', b'sysfs', 0, None))
+        for name in ('accept_dad', 'dad_transmits'):       # saves a second or two for each address
+            Path('/proc/sys/net/ipv6/conf/default', name).write_text('0')
         patch = mock.patch.object(vmanager, 'STATE_DIR', '/run/vmmonitor-test')
         patch.start()
         self.addCleanup(patch.stop)
@@ -1235,10 +1237,10 @@ class TestInGuest(NetCase):
                     before = time.monotonic()
         thread = threading.Thread(target=flow)
         thread.start()
-        time.sleep(0.5)
+        time.sleep(0.3)
         ip(f'-n server link set dev w{used[1]} down')
         wait(lambda: bond.active not in ('', used), 5)
-        time.sleep(1.0)
+        time.sleep(0.5)
         stop.set()
         thread.join()
         self.assertGreater(len(lost), 5)
@@ -1252,7 +1254,7 @@ class TestInGuest(NetCase):
         self.assertEqual(names(), {'e0', 'e1'})
 
     def test_bond_modes(self) -> None:
-        for mode in vmanager.Bond.MODES:
+        for mode in ('balance-rr', '802.3ad', 'balance-alb'):
             with self.subTest(mode), vmanager.Bond('bond1', ['e0', 'e1'], mode=mode) as bond:
                 self.assertEqual(set(bond.status), {'e0', 'e1'})
                 self.assertEqual(bond.link().data['mode'], mode)
@@ -1314,7 +1316,7 @@ mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; m
 ip link set lo up
 modprobe tun
 cd /test
-python3 -W ignore test_net.py $(sed 's/.*tests=//; s/ .*//; s/,/ /g' /proc/cmdline) 2>&1
+python3 -W ignore -c 'import unittest; unittest.main("test_net")' $(sed 's/.*tests=//; s/ .*//; s/,/ /g' /proc/cmdline) 2>&1
 echo "guest: status $?"
 poweroff -f
 """
@@ -1363,6 +1365,9 @@ def boot_guest(work: Path, tests: str, timeout: float) -> str:
     (stage / 'sbin/modprobe').symlink_to(busybox)
     for name in ('vmmonitor.py', 'test_net.py'):
         vmanager.shutil.copy2(HERE / name, stage / 'test')
+    # Compiling takes an emulated processor seconds.
+    subprocess.run([python3, '-m', 'compileall', '-q', '--invalidation-mode', 'unchecked-hash',
+                    stage / 'test'], check=True, timeout=60)
     (stage / 'init').write_text(GUEST_INIT)
     (stage / 'init').chmod(0o755)
     subprocess.run('find . | cpio --quiet -o -H newc -R 0:0 > ../initramfs', shell=True, check=True,

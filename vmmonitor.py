@@ -2320,7 +2320,7 @@ class Ledger:
     def save(self) -> None:
         """Write the file, whole or not at all."""
         draft = self.path.with_suffix('.new')
-        text = json.dumps({name: dataclasses.asdict(row) for name, row in self.records.items()})
+        text = json.dumps(self.records, default=vars)
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as file:
             file.write(text)
             file.flush()
@@ -3073,12 +3073,12 @@ class VirtualNic(Made):
                                'macvtap' if namespace else 'tap', namespace=namespace,
                                master=switch.name if switch else '')
             site.run(ops)
-            return [cls.known(name) for name in site.claimed[before:]]
+            return [cls.known(name, site.ledger) for name in site.claimed[before:]]
 
     @classmethod
-    def known(cls, name: str) -> VirtualNic:
+    def known(cls, name: str, ledger: Ledger | None = None) -> VirtualNic:
         """Return the nic with the port `name`, that was made before; NoInterface if none was."""
-        row = Ledger().load().get(name)
+        row = (ledger.records if ledger else Ledger().load()).get(name)
         if row is None or row.kind != 'nic':
             raise NoInterface(f'{name}: is no VirtualNic', 'make it with VirtualNic()')
         nic = cls.__new__(cls)
