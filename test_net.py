@@ -518,6 +518,12 @@ class TestNic(NetCase):
         os.close(one.open())
         with self.refused(vmanager.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
             two.open()
+        ip(f'-n web2 link set dev {two.tap_interface} down')     # ... even of the same name ...
+        ip(f'-n web2 link set dev {two.tap_interface} name {one.tap_interface}')
+        two.tap_interface, name = one.tap_interface, two.tap_interface
+        with self.refused(vmanager.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
+            two.open()
+        two.tap_interface = name
         # ... and if the numbers agreed, the name would not.
         with mock.patch.object(vmanager, 'run') as run:
             run.return_value.returncode = 0
@@ -903,6 +909,12 @@ class TestCrash(NetCase):
                 self.assertEqual(namespaces(), [])
                 self.assertEqual(self.records(), {})
         self.assertEqual(len(vmanager.VirtualNic.create_many(50, 'web1')), 50)
+
+    def test_kill_before_the_marks_are_whole(self) -> None:
+        crash('vmanager.Switch("lan")', 1)
+        self.assertFalse(vmanager.Interface('lan').link().ours())
+        vmanager.clean()
+        self.assertEqual((names(), self.records()), (set(), {}))
 
     def test_kill_in_the_middle_of_deleting(self) -> None:
         python(self.FIFTY)
