@@ -820,6 +820,23 @@ class TestRouter(NetCase):
         self.assertNotIn('-router', rules)
         self.assertEqual(self.picture(), before)
 
+    def test_nat_with_nft(self) -> None:
+        if not vmanager.shutil.which('nft'):
+            self.skipTest('nft is not installed')
+        which = vmanager.shutil.which
+        with mock.patch.object(vmanager.shutil, 'which',
+                               lambda name: None if 'iptables' in name else which(name)):
+            router = vmanager.Router('eth1', nat=True)
+        router.connect(nic := vmanager.VirtualNic('m0', sink='m0s'))
+        self.assertEqual(nic.master, router.name)
+        machine('web1', 'm0s', '10.77.0.9/24')
+        ip('-n web1 route add default via 10.77.0.1')
+        self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
+        ip('-n server route add 10.77.0.0/24 via 192.0.2.5')
+        self.assertEqual(reaches('server', 'web1', '10.77.0.9', 0.5), '')
+        router.delete()
+        self.assertEqual(vmanager.sys_command(['nft', 'list', 'tables']), b'')
+
     def test_nat_without_a_firewall_program(self) -> None:
         with mock.patch.object(vmanager.shutil, 'which', return_value=None), \
                 self.refused(vmanager.Lacking, 'neither iptables nor nft', 'install nftables'):
@@ -912,6 +929,7 @@ class TestCrash(NetCase):
 
     def test_kill_before_the_marks_are_whole(self) -> None:
         crash('vmanager.Switch("lan")', 1)
+        self.assertEqual(set(vmanager.leaks()), {'lan'})        # waits for the orphan
         self.assertFalse(vmanager.Interface('lan').link().ours())
         vmanager.clean()
         self.assertEqual((names(), self.records()), (set(), {}))
@@ -1328,7 +1346,8 @@ mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; m
 ip link set lo up
 modprobe tun
 cd /test
-python3 -W ignore -c 'import unittest; unittest.main("test_net")' $(sed 's/.*tests=//; s/ .*//; s/,/ /g' /proc/cmdline) 2>&1
+set -- $(sed 's/.*tests=//; s/ .*//; s/,/ /g' /proc/cmdline)
+python3 -W ignore -c 'import unittest; unittest.main("test_net")' "$@" 2>&1
 echo "guest: status $?"
 poweroff -f
 """
