@@ -1284,7 +1284,7 @@ class MonitorTest(unittest.TestCase):
             self.send('restored', *['resumed'] * 20, 'agent connected')
             self.settle()
         self.assertEqual(len(logged.output), 1, logged.output)
-        self.assertIn('cause=restored before=-3', logged.output[0])
+        self.assertRegex(logged.output[0], r'cause=restored before=-(2999|300\d)\.')
         once = 1 + vm.SAMPLES_MAX           # readings of a run that sets the clock
         self.assertEqual(self.guest.calls.count('guest-set-time'), 1)
         self.assertTrue(once < self.guest.calls.count('guest-get-time') <= 2 * once,
@@ -3186,7 +3186,7 @@ class TestNic(NetCase):
             lan.connect(nic)
         self.assertEqual(names(), set())
 
-    def test_vmmonitorem_that_the_kernel_lacks(self) -> None:
+    def test_netem_that_the_kernel_lacks(self) -> None:
         nic = vmanager.VirtualNic(namespace='web1')
         for bad in ({'delay': -1}, {'loss': 101}):
             with self.refused(vmanager.NetworkError, 'percent up to 100'):
@@ -3806,7 +3806,10 @@ class TestSpeed(NetCase):
 
 # --- Debian's kernel, in a guest ---
 
-@unittest.skipUnless(os.environ.get('VMM_IN_GUEST'), 'runs in the guest of TestGuest')
+IN_GUEST = 'runs in the guest of TestGuest'
+
+
+@unittest.skipUnless(os.environ.get('VMM_IN_GUEST'), IN_GUEST)
 class TestInGuest(NetCase):
     """What the kernel at hand may lack: bonding and netem."""
 
@@ -3877,7 +3880,7 @@ class TestInGuest(NetCase):
             self.assertEqual(vmanager.interfaces['e0'].addresses[0], '192.0.2.5/24')
             self.assertIn('UP', vmanager.interfaces['e0'].link().flags)
 
-    def test_vmmonitorem(self) -> None:
+    def test_netem(self) -> None:
         switch = vmanager.Switch('lan')
         nics = [vmanager.VirtualNic(f'p{number}', sink=f's{number}') for number in (1, 2)]
         for number, nic in enumerate(nics, 1):
@@ -4119,6 +4122,8 @@ class StrictResult(unittest.TextTestResult):
         super().stopTest(test)
 
     def addSkip(self, test: unittest.TestCase, reason: str) -> None:
+        if reason == IN_GUEST:              # and its result there is checked
+            return
         if self.strict:
             problem = AssertionError(f'skipped: {reason}')
             self.addFailure(test, (AssertionError, problem, None))      # type: ignore[arg-type]
