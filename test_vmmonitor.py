@@ -4023,7 +4023,7 @@ class TestGuest(unittest.TestCase):
         if os.geteuid() or not shutil.which('qemu-system-x86_64'):
             self.skipTest('needs root and qemu-system-x86_64')
         with tempfile.TemporaryDirectory() as work:
-            said = boot_guest(Path(work), 'TestInGuest', 60)
+            said = boot_guest(Path(work), 'TestInGuest', 240)
         self.assertIn('guest: status 0', said)
         self.assertIn('Ran 5 tests', said)
         self.assertNotIn('skipped', said)
