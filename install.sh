@@ -179,7 +179,7 @@ check_service() {
     status=0
     runuser -u "$NAME" -- python3 -B "$HERE/vmmonitor.py" --config "$HERE/config.json" --check \
         || status=$?
-    [ "$status" = 0 ] || say "(what failed above can be mended later; the service starts anyway)"
+    [ "$status" = 0 ] || say "(mend what failed above; meanwhile the service goes on trying)"
 }
 
 install_unit() {
@@ -189,7 +189,8 @@ install_unit() {
     mv "$UNIT.new" "$UNIT"
     systemctl daemon-reload
     systemctl enable --quiet "$NAME"
-    systemctl restart "$NAME" || die "the service did not start; see: journalctl -u $NAME -n 20"
+    systemctl restart "$NAME" 2>/dev/null \
+        || die "the service did not start; see: journalctl -u $NAME -n 20"
     say "the service runs: systemctl status $NAME"
 }
 

@@ -4793,10 +4793,27 @@ def _check_listener(config: Config) -> Iterator[Look]:
     try:
         server = Server(config, Dispatcher(Guests([]), Settings(config), {}))
     except Error as problem:
-        yield Look(False, f'{words(problem)}; if the daemon runs already, this is its port')
+        served = _is_served(config)
+        yield Look(served, f'port: {config.port} is served with this certificate, by the daemon'
+                   if served else words(problem))
     else:
         yield Look(True, f'port: can listen on {server.name()}')
         server.server_close()
+
+
+def _is_served(config: Config) -> bool:
+    """Tell whether who listens at our port shows our certificate, and so is the daemon."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        ours = Path(beside(config, config.certificate)).read_text('utf-8', 'replace')
+        first = ours[ours.index(ssl.PEM_HEADER):].partition(ssl.PEM_FOOTER)
+        with socket.create_connection((config.address or 'localhost', config.port),
+                                      HANDSHAKE_TIMEOUT) as plain, \
+                context.wrap_socket(plain) as connection:
+            return connection.getpeercert(True) == ssl.PEM_cert_to_DER_cert(''.join(first[:2]))
+    except (OSError, ValueError):
+        return False
 
 
 def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Look]:
