@@ -725,7 +725,7 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
     values, problems = parse(text, path)
     config = Config(**values)
     warnings: list[str] = []
-    if 'listen' in (roles or enabled_roles(config)):
+    if values and 'listen' in (roles or enabled_roles(config)):
         keys = _read_keys(config, problems, warnings)
         config = dataclasses.replace(config, keys=tuple(keys))
         _check_certificate(config, problems, warnings)
@@ -4673,6 +4673,7 @@ class Daemon:
         self.woken = threading.Event()              # a signal came
         self.stopping = self.reloading = False
         self._said = ''                             # the last STATUS= for systemd
+        self._refused = ''                          # added to it after a refused reload
 
     def run(self) -> int:
         """Start the roles, serve until SIGTERM or SIGINT, and return the exit status."""
@@ -4723,7 +4724,7 @@ class Daemon:
     def _say(self, *more: str) -> None:
         """Tell systemd what `systemctl status` shall show, if that is news."""
         link = 'libvirt connected' if self.host.up.is_set() else 'waiting for libvirt'
-        status = f'STATUS={", ".join(self.roles)}; {link}'
+        status = f'STATUS={", ".join(self.roles)}; {link}{self._refused}'
         if more or status != self._said:
             notify_systemd(status, *more)
         self._said = status
@@ -4739,10 +4740,12 @@ class Daemon:
                 self.listener.reload(old)
         except Error as problem:
             self.settings.config = old
+            self._refused = '; the last reload was refused, see the log'
             lines = problem.problems if isinstance(problem, ConfigError) else [words(problem)]
             for line in lines:
                 log.error('reload refused, the old configuration stays: %s', line)
         else:
+            self._refused = ''
             later = [row.key for attribute, row in OPTIONS.values()
                      if row.restart and getattr(old, attribute) != getattr(new, attribute)]
             log.info('configuration read again%s', later and
