@@ -27,8 +27,9 @@ need() {        # need PROGRAM PACKAGE
     command -v "$1" >/dev/null 2>&1 || die "$1 is missing; install it: apt install $2"
 }
 
+RUN='import sys; sys.path.insert(0, sys.argv[1]); exec(sys.stdin.read())'
 python() {      # python HERE [ARGUMENT...]: run the program on stdin, beside vmmonitor.py
-    python3 -I -B -c 'import sys; sys.path.insert(0, sys.argv[1]); exec(sys.stdin.read())' "$@"
+    python3 -I -B -c "$RUN" "$@"
 }
 
 check_host() {
@@ -68,38 +69,46 @@ PYTHON
 }
 
 # Sets CERTIFICATE to make or keep; a config that can't be used ends it all before it began.
-check_config() {
-    CERTIFICATE=$(python "$HERE" <<'PYTHON'
+check_config() {        # check_config [PREFIX...]: as root, or as who the prefix makes it run
+    CERTIFICATE=$("$@" python3 -I -B -c "$RUN" "$HERE" <<'PYTHON'
 import os
 import vmmonitor
 here = sys.argv[1]
 path = os.path.join(here, 'config.json')
-pair = [os.path.join(here, name) for name in ('cert.pem', 'key.pem')]
-wanted, problems = pair, []
-if os.path.lexists(path):
+own = [os.path.join(here, name) for name in ('cert.pem', 'key.pem')]
+pair, config, problems = own, None, []
+if os.access(path, os.R_OK):
     try:
         vmmonitor.load(path)
     except vmmonitor.ConfigError as problem:
-        problems = problem.problems
-    try:
-        with open(path, encoding='utf-8') as file:
-            config = vmmonitor.Config(**vmmonitor.parse(file.read(), path)[0])
-        names = [config.certificate, config.certificate_key or config.certificate]
-        wanted = [vmmonitor.beside(config, name) for name in names]
-        wanted = wanted if config.listener_enabled and config.certificate else []
-    except (OSError, ValueError):
-        wanted = []
-missing = [name for name in wanted if not os.path.lexists(name)]
-make = missing == pair
+        problems = [f'{path}: {line}' for line in problem.problems]
+    values, wrong = vmmonitor.parse(open(path, encoding='utf-8', errors='replace').read(), path)
+    config = vmmonitor.Config(**values)
+    names = [config.certificate, config.certificate_key or config.certificate]
+    pair = [vmmonitor.beside(config, name) for name in names]
+    pair = pair if config.listener_enabled and config.certificate and not wrong else []
+missing = [name for name in pair if not os.path.exists(name)]
+make = missing == own
 if make:
-    problems = [line for line in problems if not line.startswith('listener.certificate:')]
-elif missing and missing != wanted:
-    there = next(name for name in wanted if name not in missing)
-    remove = f', or remove {there} to have both made' if wanted == pair else ''
+    problems = [line for line in problems if ': listener.certificate:' not in line]
+elif missing and missing != pair:
+    there = next(name for name in pair if name not in missing)
+    remove = f', or remove {there} to have both made' if pair == own else ''
     problems = [f'{there} is there, but {missing[0]} is not; put it back{remove}']
+files = [path, *pair]
+if config:
+    files += [vmmonitor.beside(config, name) for name in (
+        config.key_file, *(entry.key_file for entry in config.key_entries)) if name]
+closed = [name for name in dict.fromkeys(files)
+          if os.path.lexists(name) and not os.access(name, os.R_OK)]
+if closed:
+    problems = []
+for name in closed:
+    problems.append(f"the user vmmonitor can't read {name}; " + (
+        f'do: chown root:root {name}; chmod 0640 {name}' if os.path.dirname(name) == here
+        else f'put it into {here}, owned by root:root with mode 0640') + '; then run this again')
 for line in problems:
-    print(f'install.sh: {line}' if line.startswith('/') else f'install.sh: {path}: {line}',
-          file=sys.stderr)
+    print(f'install.sh: {line}', file=sys.stderr)
 print('make' if make else 'keep')
 sys.exit(bool(problems))
 PYTHON
@@ -108,7 +117,10 @@ PYTHON
 
 undo() {        # at every exit; all of it is there or none of it
     rm -f "$HERE/cert.pem.new" "$HERE/key.pem.new" "$HERE/config.json.new"
-    [ "$MADE_USER" = no ] || userdel "$NAME"
+    if [ "$MADE_USER" = yes ]; then
+        regroup "$NAME" root
+        userdel "$NAME"
+    fi
 }
 
 make_user() {
@@ -174,8 +186,6 @@ PYTHON
 }
 
 check_service() {
-    runuser -u "$NAME" -- test -r "$HERE/config.json" || die "the user $NAME can't read" \
-        "$HERE/config.json; do: chown root:$NAME $HERE/config.json; chmod 0640 $HERE/config.json"
     status=0
     runuser -u "$NAME" -- python3 -B "$HERE/vmmonitor.py" --config "$HERE/config.json" --check \
         || status=$?
@@ -201,6 +211,7 @@ show_example() {
     fi
     python "$HERE" "$sudo" "$(hostname -f 2>/dev/null || hostname)" <<'PYTHON'
 import os
+import re
 import shlex
 import vmmonitor
 here, sudo, host = sys.argv[1:]
@@ -210,14 +221,16 @@ if config.key_file:
     secret = f'cat {shlex.quote(vmmonitor.beside(config, config.key_file))}'
 else:
     secret = f'python3 -c \'import json; print(json.load(open("{path}"))["listener"]["key"])\''
-words = ['curl']
 certificate = vmmonitor.beside(config, config.certificate)
-if certificate == os.path.join(here, 'cert.pem'):
-    host = 'localhost'
-    words += ['--cacert', certificate]
-if config.address:
-    address = f'[{config.address}]' if ':' in config.address else config.address
-    words += ['--connect-to', f'"::{address}:"']
+shown = vmmonitor.run(['openssl', 'x509', '-noout', '-subject', '-ext', 'subjectAltName', '-in',
+                       certificate], 10, check=False).stdout.decode(errors='replace')
+names = re.findall(r'DNS:([^\s,*]+)', shown) or re.findall(r'CN ?= ?([^\s,/*]+)', shown)
+if names:
+    host = 'localhost' if 'localhost' in names else names[0]
+address = config.address or 'localhost'
+words = ['curl', '--cacert', shlex.quote(certificate)]
+if address != host:
+    words += ['--connect-to', shlex.quote(f'::[{address}]:' if ':' in address else f'::{address}:')]
 words += ['-H', f'"Authorization: Bearer $({sudo}{secret})"',
           f"'https://{host}:{config.port}/?cmd=list'"]
 if config.listener_enabled and (config.key or config.key_file):
@@ -254,6 +267,7 @@ trap undo EXIT
 trap 'exit 1' HUP INT TERM
 make_user
 regroup root "$NAME"
+check_config runuser -u "$NAME" --
 make_certificate
 make_config
 check_service
