@@ -4007,6 +4007,8 @@ class Startup:
                 guest = self.guests.find(step.name)
                 if step.until == 'running':
                     return guest.state() is State.RUNNING
+                if guest.agent_state() == 'disconnected':
+                    return False                # libvirtd would log an error for each asking
                 guest.agent('guest-ping')
                 return True
             return self.stopping.is_set()
