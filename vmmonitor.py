@@ -1661,6 +1661,10 @@ class Host:
             self._subscription.lost.set()
         if self._thread:
             self._thread.join(STOP_TIMEOUT / 2)
+        # A thread, because closing is a call, too: a libvirtd that hangs does not answer it.
+        spawn('libvirt-close', self._close).join(STOP_TIMEOUT / 4)
+
+    def _close(self) -> None:
         for lane in (self.queries, self.actions, self.agents, self.slow):
             lane.close()
 
