@@ -239,7 +239,10 @@ PYTHON
 }
 
 uninstall() {
+    there=$HERE         # where the service runs, which may be another directory
     if [ -e "$UNIT" ]; then
+        there=$(sed -n 's|^ExecStart=.* \(/.*\)/vmmonitor\.py$|\1|p' "$UNIT")
+        there=${there:-$HERE}
         systemctl disable --now --quiet "$NAME" || true
         rm -f "$UNIT"
         systemctl daemon-reload
@@ -247,10 +250,11 @@ uninstall() {
     fi
     if getent passwd "$NAME" >/dev/null; then
         regroup "$NAME" root
+        [ "$there" = "$HERE" ] || (HERE=$there && regroup "$NAME" root)
         userdel "$NAME"
         say "removed the user $NAME"
     fi
-    say "$HERE stays as it is, with config.json, key and certificate"
+    say "$there stays as it is, with config.json, key and certificate"
 }
 
 case ${1-} in
