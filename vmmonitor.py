@@ -725,7 +725,7 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
     values, problems = parse(text, path)
     config = Config(**values)
     warnings: list[str] = []
-    if 'listen' in (roles or enabled_roles(config)):
+    if values and 'listen' in (roles or enabled_roles(config)):
         keys = _read_keys(config, problems, warnings)
         config = dataclasses.replace(config, keys=tuple(keys))
         _check_certificate(config, problems, warnings)
@@ -1661,6 +1661,10 @@ class Host:
             self._subscription.lost.set()
         if self._thread:
             self._thread.join(STOP_TIMEOUT / 2)
+        # A thread, because closing is a call, too: a libvirtd that hangs does not answer it.
+        spawn('libvirt-close', self._close).join(STOP_TIMEOUT / 4)
+
+    def _close(self) -> None:
         for lane in (self.queries, self.actions, self.agents, self.slow):
             lane.close()
 
@@ -4007,6 +4011,8 @@ class Startup:
                 guest = self.guests.find(step.name)
                 if step.until == 'running':
                     return guest.state() is State.RUNNING
+                if guest.agent_state() == 'disconnected':
+                    return False                # libvirtd would log an error for each asking
                 guest.agent('guest-ping')
                 return True
             return self.stopping.is_set()
@@ -4673,6 +4679,7 @@ class Daemon:
         self.woken = threading.Event()              # a signal came
         self.stopping = self.reloading = False
         self._said = ''                             # the last STATUS= for systemd
+        self._refused = ''                          # added to it after a refused reload
 
     def run(self) -> int:
         """Start the roles, serve until SIGTERM or SIGINT, and return the exit status."""
@@ -4723,7 +4730,7 @@ class Daemon:
     def _say(self, *more: str) -> None:
         """Tell systemd what `systemctl status` shall show, if that is news."""
         link = 'libvirt connected' if self.host.up.is_set() else 'waiting for libvirt'
-        status = f'STATUS={", ".join(self.roles)}; {link}'
+        status = f'STATUS={", ".join(self.roles)}; {link}{self._refused}'
         if more or status != self._said:
             notify_systemd(status, *more)
         self._said = status
@@ -4739,10 +4746,12 @@ class Daemon:
                 self.listener.reload(old)
         except Error as problem:
             self.settings.config = old
+            self._refused = '; the last reload was refused, see the log'
             lines = problem.problems if isinstance(problem, ConfigError) else [words(problem)]
             for line in lines:
                 log.error('reload refused, the old configuration stays: %s', line)
         else:
+            self._refused = ''
             later = [row.key for attribute, row in OPTIONS.values()
                      if row.restart and getattr(old, attribute) != getattr(new, attribute)]
             log.info('configuration read again%s', later and
@@ -4793,10 +4802,27 @@ def _check_listener(config: Config) -> Iterator[Look]:
     try:
         server = Server(config, Dispatcher(Guests([]), Settings(config), {}))
     except Error as problem:
-        yield Look(False, f'{words(problem)}; if the daemon runs already, this is its port')
+        served = _is_served(config)
+        yield Look(served, f'port: {config.port} is served with this certificate, by the daemon'
+                   if served else words(problem))
     else:
         yield Look(True, f'port: can listen on {server.name()}')
         server.server_close()
+
+
+def _is_served(config: Config) -> bool:
+    """Tell whether who listens at our port shows our certificate, and so is the daemon."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        ours = Path(beside(config, config.certificate)).read_text('utf-8', 'replace')
+        first = ours[ours.index(ssl.PEM_HEADER):].partition(ssl.PEM_FOOTER)
+        with socket.create_connection((config.address or 'localhost', config.port),
+                                      HANDSHAKE_TIMEOUT) as plain, \
+                context.wrap_socket(plain) as connection:
+            return connection.getpeercert(True) == ssl.PEM_cert_to_DER_cert(''.join(first[:2]))
+    except (OSError, ValueError):
+        return False
 
 
 def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Look]:
