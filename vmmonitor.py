@@ -124,7 +124,7 @@ ROUNDS = 6                     # settings in a row, each made better by what the
 CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
 RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
 RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
-RETRY_LAST = 2.0               # comes back within 150 ms
+RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
 HOST_CLOCK_POLL = 0.5          # between two looks at the host's own clocks
 HOST_CLOCK_JUMP = 0.05         # NTP slews by 0.25 ms in that time; more than this is a step
 
