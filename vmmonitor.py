@@ -23,6 +23,8 @@ The sections, each using only those above it (grep -n '^# ===' prints them with 
     guest                  what every guest answers, wherever it lives
     json sockets           the line protocol, QMP, GuestAgent
     libvirt                the only place with ctypes: Library, Connection, Lane, Host, Domain
+    disks                  CD, Harddrive over qemu-img
+    machine                Machine: QEMU by QMP; Machines: those of this host
     guests                 one name space over the hosts; one command per guest at a time
     clock                  measure an offset, correct it, prove it
     monitor                triggers -> at most one clock job per guest
@@ -50,6 +52,7 @@ import dataclasses
 import difflib
 import email.message
 import enum
+import fcntl
 import fnmatch
 import hashlib
 import hmac
@@ -63,20 +66,23 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import stat
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
 import xml.etree.ElementTree
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import Any, Callable, NamedTuple, NoReturn, Protocol
 
 __version__ = '1.0'
 
@@ -159,6 +165,7 @@ class Error(Exception):
      |   +- PeerClosed        ... or closed it
      |   +- PeerSilent        ... or did not answer in time
      |   +- ReplyError        ... or answered with an error
+     +- DiskError             a disk image or CD
      +- LibvirtError          libvirt's code, domain and text
      |   +- HostAway          libvirt can't be reached; it is being tried again
      +- GuestError            one guest, one request
@@ -167,6 +174,7 @@ class Error(Exception):
          +- Busy              another command has not ended
          +- AgentError        its guest agent: `trouble` says which row of AGENT_TROUBLES
          +- ClockError        its clock could not be corrected
+         +- MachineError      QEMU refused, failed or does not answer
     """
 
     def __init__(self, message: str, hint: str = '') -> None:
@@ -210,6 +218,10 @@ class ReplyError(ProtocolError):
         self.kind = kind
 
 
+class DiskError(Error):
+    """A disk image or CD can't be used that way."""
+
+
 class LibvirtError(Error):
     """A libvirt call failed. `code` and `domain` are virErrorNumber and virErrorDomain."""
 
@@ -248,6 +260,10 @@ class AgentError(GuestError):
 
 class ClockError(GuestError):
     """A guest's clock could not be corrected."""
+
+
+class MachineError(GuestError):
+    """A machine's QEMU could not be started, refused a command, or does not answer."""
 
 
 def words(problem: BaseException) -> str:
@@ -1883,6 +1899,425 @@ class Domain(Guest):
                                 b'{"execute": "rtc-reset-reinjection"}', ctypes.byref(answer), 0)
                 if answer.value:
                     connection.library.take_string(answer.value)
+
+
+# === disks ======================================================================================
+# QEMU never finds out by itself what an image is: a guest can write any header into a raw disk,
+# and with it name a file of the host as "backing file" (CVE-2024-32498 and its kin). So formats
+# are always given, and a header is read here before any program opens the image.
+
+GIB, MIB = 1 << 30, 1 << 20
+IMAGE_TIMEOUT = 120.0           # for one run of qemu-img; none of its uses here copies data
+QCOW2_MAGIC = b'QFI\xfb'
+EXTERNAL_DATA = 1 << 2          # of the incompatible features: the data are in another file
+IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that it has open
+TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
+#                                 the id of another snapshot
+ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
+
+
+def image_path(filename: str | os.PathLike[str]) -> str:
+    """Return the absolute path, which QEMU can't take for a protocol or an option."""
+    path = os.path.abspath(os.fspath(filename))
+    if not path.isprintable():
+        raise DiskError(f'{path!r}: a file name with control characters', 'rename the file')
+    return path
+
+
+def checked_tag(tag: str) -> str:
+    """Return a snapshot's name; DiskError if QEMU could take it for something else."""
+    if not TAG.fullmatch(tag):
+        raise DiskError(f'{tag!r:.80} can\'t be the name of a snapshot',
+                        'use a letter, then up to 62 letters, digits, ".", "_", "-"')
+    return tag
+
+
+@contextlib.contextmanager
+def whole_file(path: str, replace: bool = False) -> Iterator[str]:
+    """Lend the name of a file beside `path`, which becomes `path` when the block ends well.
+
+    Without `replace`, a file that is there already stays, and DiskError is raised.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix='.vmmonitor-', dir=os.path.dirname(path))
+    except OSError as problem:
+        raise DiskError(f'{path}: can\'t be written: {problem.strerror}') from None
+    os.close(handle)
+    try:
+        yield temporary
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+    except FileExistsError:
+        raise DiskError(f'{path} exists', 'name another file, or remove this one') from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+class Header(NamedTuple):
+    """What the header of a qcow2 image says (docs/interop/qcow2.txt)."""
+
+    size: int                   # of the disk, bytes
+    backing: str                # '' if there is none
+    external: bool              # its data are in another file
+
+
+def qcow2_header(path: str) -> Header | None:
+    """Read the header; None if the file is no qcow2 image."""
+    try:
+        with open(path, 'rb') as image:
+            head = image.read(80).ljust(80, b'\0')
+            if head[:4] != QCOW2_MAGIC:
+                return None
+            version, where, length, _, size = struct.unpack('>IQIIQ', head[4:32])
+            image.seek(where)
+            backing = image.read(min(length, 1023)).decode(errors='replace') if where else ''
+    except OSError as problem:
+        raise DiskError(f'{path}: {problem.strerror}') from None
+    features = struct.unpack('>Q', head[72:])[0] if version > 2 else 0
+    return Header(size, backing, bool(features & EXTERNAL_DATA))
+
+
+class Attached(Protocol):
+    """The place of a disk or CD in a machine, as far as the disk needs to know it."""
+
+    id: str                     # of the device
+    node: str                   # of the block layer
+
+    def alive(self) -> bool:
+        """Tell whether the machine runs."""
+
+    def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
+        """Carry out a QMP command; the file `medium`, if any, is opened here and becomes its
+        argument `filename`."""
+
+
+class Snapshot(NamedTuple):
+    """A snapshot inside a qcow2 image."""
+
+    tag: str
+    when: int                   # seconds since 1970
+    ram: int                    # bytes of a machine's state that are in it; 0: the disk alone
+
+
+def snapshots_of(image: Mapping[str, Any]) -> list[Snapshot]:
+    """Return the snapshots in an ImageInfo of QMP or qemu-img."""
+    return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'])
+            for row in image.get('snapshots', [])]
+
+
+class Harddrive:
+    """A disk image of format qcow2 or raw; created when the file is absent, never overwritten.
+
+    `size` is in GiB. `backing` (a Harddrive, or the path of a qcow2 image) makes a thin copy of
+    another image, which is only read. Raises DiskError for an image that is not of this format,
+    or that names a backing file other than `backing`.
+    """
+
+    def __init__(self, filename: str | os.PathLike[str] = 'harddrive0.qcow2', size: float = 5,
+                 format: str = 'qcow2', backing: Harddrive | str | None = None) -> None:
+        if format not in ('qcow2', 'raw') or (backing and format == 'raw'):
+            raise DiskError(f'{filename}: format {format!r}{backing and " with a backing file"}',
+                            'use qcow2, or raw without a backing file')
+        self.filename, self.format = image_path(filename), format
+        if isinstance(backing, str):
+            self._must_exist(image_path(backing))
+            backing = Harddrive(backing)
+        self.backing = backing
+        self.attached: Attached | None = None       # its place in the machine that has it
+        if not os.path.exists(self.filename):
+            base = backing.info()['virtual-size'] if backing else 0
+            self._create(max(self._bytes(size), base))
+        self.check()
+
+    def __repr__(self) -> str:
+        return f'Harddrive({self.filename!r}, format={self.format!r})'
+
+    @staticmethod
+    def _must_exist(path: str) -> None:
+        if not os.path.exists(path):
+            raise DiskError(f'{path}: no such image', 'a backing image must exist')
+
+    def _bytes(self, size: float) -> int:
+        """Return GiB as bytes, in whole sectors."""
+        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < 1 << 20:
+            raise DiskError(f'{self.filename}: size {size!r}', 'give it as a number of GiB')
+        return -(-round(size * GIB) // 512) * 512
+
+    def _create(self, size: int, replace: bool = False) -> None:
+        base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
+        with whole_file(self.filename, replace) as temporary:
+            self._img('create', '-q', '-f', self.format, *base, temporary, str(size))
+            if replace:
+                old = os.stat(self.filename)
+                os.chown(temporary, old.st_uid, old.st_gid)
+                os.chmod(temporary, stat.S_IMODE(old.st_mode))
+
+    def _img(self, *arguments: str) -> bytes:
+        """Run qemu-img; DiskError with its words."""
+        try:
+            return run(['qemu-img', *arguments], IMAGE_TIMEOUT).stdout
+        except CommandError as problem:
+            in_use = 'lock' in problem.stderr
+            raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {problem.stderr.strip()}',
+                            'stop the machine that uses it first' if in_use else problem.hint
+                            ) from None
+
+    def _explicit(self) -> str:
+        """Return a name for qemu-img that leaves it nothing to find out by itself."""
+        return 'json:' + json.dumps(self.blockdev('image', lambda path, _: path))
+
+    def check(self) -> None:
+        """Raise DiskError unless the image, and what it stands on, are what was named."""
+        header = qcow2_header(self.filename)
+        if self.format == 'raw':
+            return
+        if not header:
+            raise DiskError(f'{self.filename}: not a qcow2 image', "say format='raw' if it is raw")
+        if header.external:
+            raise DiskError(f'{self.filename}: its data are in another file',
+                            'qemu-img convert it to an image of its own')
+        named = os.path.join(os.path.dirname(self.filename), header.backing or '')
+        if header.backing and not (self.backing and os.path.realpath(named)
+                                   == os.path.realpath(self.backing.filename)):
+            raise DiskError(f'{self.filename}: its backing file {header.backing!r} was not named',
+                            'say backing=, if it is yours: a guest can write such a name, too')
+        if self.backing and not header.backing:
+            raise DiskError(f'{self.filename}: has no backing file', 'leave out backing=')
+        if self.backing:
+            self.backing.check()
+
+    def in_use(self) -> bool:
+        """Tell whether a QEMU has the image open, by the locks that it then holds."""
+        with open(self.filename, 'rb') as image:
+            ask = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0)
+            answer = fcntl.fcntl(image, fcntl.F_OFD_GETLK, ask)
+        return bool(struct.unpack('hhqqi4x', answer)[0] != fcntl.F_UNLCK)
+
+    @contextlib.contextmanager
+    def _kept_free(self, what: str) -> Iterator[None]:
+        """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
+        with open(self.filename, 'r+b') as image:
+            try:
+                fcntl.fcntl(image, fcntl.F_OFD_SETLK,
+                            struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0))
+            except OSError:
+                raise DiskError(f'{self.filename}: can\'t {what}: a machine has it open',
+                                'stop the machine first') from None
+            yield
+
+    def _live(self) -> Attached | None:
+        return self.attached if self.attached and self.attached.alive() else None
+
+    def info(self) -> dict[str, Any]:
+        """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
+        self.check()
+        found = json.loads(self._img('info', '-U', '--output=json', '-f', self.format,
+                                     self.filename))
+        if not isinstance(found, dict):
+            raise DiskError(f'{self.filename}: qemu-img info printed {found!r:.80}')
+        return found
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The snapshots that are in the image now."""
+        return snapshots_of(self.info())
+
+    def _known(self, tag: str) -> str:
+        if all(row.tag != checked_tag(tag) for row in self.snapshots):
+            raise DiskError(f'{self.filename}: has no snapshot {tag}', '.snapshots lists them')
+        return tag
+
+    def snapshot(self, name: str = '') -> str:
+        """Snapshot the disk, and return the snapshot's name (qemu-img snapshot -c; of a running
+        machine blockdev-snapshot-internal-sync: as if the power had failed now)."""
+        tag = checked_tag(name or time.strftime('s%Y%m%d-%H%M%S'))
+        if self.format == 'raw':
+            raise DiskError(f'{self.filename}: a raw image can\'t hold snapshots', 'use qcow2')
+        if any(row.tag == tag for row in self.snapshots):
+            raise DiskError(f'{self.filename}: has a snapshot {tag}', 'delete it or name another')
+        live = self._live()
+        if live:
+            live.execute('blockdev-snapshot-internal-sync', device=live.node, name=tag)
+        else:
+            self._img('snapshot', '-q', '-c', tag, self._explicit())
+        return tag
+
+    def load_snapshot(self, name: str) -> None:
+        """Put the disk back to a snapshot (qemu-img snapshot -a); not while in use."""
+        self._img('snapshot', '-q', '-a', self._known(name), self._explicit())
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot (qemu-img snapshot -d, blockdev-snapshot-delete-internal-sync)."""
+        live, tag = self._live(), self._known(name)
+        if live:
+            live.execute('blockdev-snapshot-delete-internal-sync', device=live.node, name=tag)
+        else:
+            self._img('snapshot', '-q', '-d', tag, self._explicit())
+
+    def wipe(self, snapshots_only: bool = False) -> None:
+        """Make it empty (or what its backing image is) at its size, or only delete its snapshots.
+
+        A new image takes the place of the old one in one step. DiskError while it is in use.
+        """
+        self.check()
+        if snapshots_only:
+            for row in self.info().get('snapshots', []):
+                self._img('snapshot', '-q', '-d', row['name'], self._explicit())
+            return
+        size = self.info()['virtual-size']
+        with self._kept_free('wipe it'):
+            self._create(size, replace=True)
+
+    def resize(self, size: float, shrink: bool = False) -> None:
+        """Give the disk a new size in GiB (block_resize, qemu-img resize).
+
+        DiskError for a smaller one, which cuts off what is there, without `shrink`.
+        """
+        wanted, now = self._bytes(size), self.info()['virtual-size']
+        if wanted < now and not shrink:
+            raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
+                            'shrink=True cuts off what is behind; shrink the file system first')
+        live = self._live()
+        if live:
+            live.execute('block_resize', node_name=live.node, size=wanted)
+        else:
+            self._img('resize', '-q', *['--shrink'] * shrink, self._explicit(), str(wanted))
+
+    def chain(self) -> list[Harddrive]:
+        """Return the image and those it stands on."""
+        return [self, *(self.backing.chain() if self.backing else ())]
+
+    def blockdev(self, node: str, name: Callable[[str, bool], str], top: bool = True
+                 ) -> dict[str, Any]:
+        """Return the BlockdevOptions of the image; `name` gives QEMU's name for a path (and
+        whether it is written to)."""
+        told: dict[str, Any] = {
+            'node-name': node, 'driver': self.format, 'read-only': not top,
+            'file': {'node-name': f'{node}-file', 'driver': 'file', 'read-only': not top,
+                     'filename': name(self.filename, top)}}
+        if top:
+            told.update({'discard': 'unmap'})
+        if self.format == 'qcow2':
+            # null: what a header says about a backing file counts for nothing.
+            told['backing'] = self.backing.blockdev(f'{node}-b', name, False) \
+                if self.backing else None
+        return told
+
+    @property
+    def qemu_string(self) -> str:
+        """The options for QEMU's command line that give a machine this disk."""
+        return shlex.join([
+            '-blockdev', json.dumps(self.blockdev('disk0-node', lambda path, _: path)),
+            '-device', 'virtio-blk-pci,id=disk0,drive=disk0-node'])
+
+
+class Tray(NamedTuple):
+    """The state of a CD drive (query-block)."""
+
+    open: bool
+    locked: bool                # by the guest
+    medium: bool                # there is one in the drive
+
+
+class CD:
+    """A CD drive and the ISO image in it, if any; the image is only ever read."""
+
+    def __init__(self, filename: str | os.PathLike[str] | None = None) -> None:
+        self.filename = image_path(filename) if filename else ''
+        self.attached: Attached | None = None
+        self._readable()
+
+    def __repr__(self) -> str:
+        return f'CD({self.filename!r})'
+
+    def _readable(self) -> None:
+        try:
+            if self.filename:
+                open(self.filename, 'rb').close()
+        except OSError as problem:
+            raise DiskError(f'{self.filename}: {problem.strerror}') from None
+
+    def _live(self) -> Attached | None:
+        return self.attached if self.attached and self.attached.alive() else None
+
+    @property
+    def tray(self) -> Tray:
+        """Whether the tray is open, locked by the guest, and has a medium (query-block)."""
+        live = self._live()
+        if not live:
+            return Tray(False, False, bool(self.filename))
+        drive = next(row for row in live.execute('query-block') if row.get('qdev') == live.id)
+        return Tray(bool(drive.get('tray_open')), drive['locked'], 'inserted' in drive)
+
+    def eject(self, force: bool = False) -> None:
+        """Take the medium out (QMP eject).
+
+        DiskError when the guest has locked the tray: it is then asked to open it, and may; with
+        `force` it is not asked.
+        """
+        live = self._live()
+        if live:
+            try:
+                live.execute('eject', id=live.id, force=force)
+            except Error as problem:
+                if 'locked' not in str(problem):
+                    raise
+                raise DiskError(f'{self.filename}: the guest has locked the tray',
+                                'unmount it in the guest, or use force=True') from None
+            if self.tray.medium:
+                raise DiskError(f'{self.filename}: is still in the drive', 'use force=True')
+        self.filename = ''
+
+    def insert(self, other: CD | str | os.PathLike[str], force: bool = False) -> None:
+        """Put another image in (blockdev-change-medium); the old one stays in if that fails."""
+        new = other if isinstance(other, CD) else CD(other)
+        new._readable()
+        live = self._live()
+        if live and new.filename:
+            try:
+                live.execute('blockdev-change-medium', medium=new.filename, id=live.id,
+                             format='raw', read_only_mode='read-only',
+                             **({'force': True} if force else {}))
+            except Error as problem:
+                if 'locked' not in str(problem):
+                    raise
+                raise DiskError(f'{self.filename}: the guest has locked the tray',
+                                'unmount it in the guest, or use force=True') from None
+        elif live:
+            self.eject(force)
+        self.filename = new.filename
+
+    @classmethod
+    def seed(cls, user_data: str, meta_data: str = '', filename: str | os.PathLike[str]
+             = 'seed.iso') -> CD:
+        """Make a cloud-init NoCloud image with xorriso, genisoimage or mkisofs.
+
+        DiskError when none of them is installed, or `filename` exists.
+        """
+        path = image_path(filename)
+        maker = next((maker for maker in ISO_MAKERS if shutil.which(maker[0])), None)
+        if not maker:
+            raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
+        with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place, \
+                whole_file(path) as temporary:
+            for name, text in (('user-data', user_data), ('meta-data', meta_data)):
+                Path(place, name).write_text(text, encoding='utf-8')
+            run([*maker, '-quiet', '-output', temporary, '-volid', 'cidata', '-joliet', '-rock',
+                 place], IMAGE_TIMEOUT)
+        return cls(path)
+
+    @property
+    def qemu_string(self) -> str:
+        """The options for QEMU's command line that give a machine this CD."""
+        medium = {'node-name': 'cd0-node', 'driver': 'raw', 'read-only': True,
+                  'file': {'driver': 'file', 'filename': self.filename}}
+        return shlex.join([
+            *(('-blockdev', json.dumps(medium)) if self.filename else ()),
+            '-device', 'virtio-scsi-pci,id=scsi0', '-device',
+            'scsi-cd,id=cd0,bus=scsi0.0' + (',drive=cd0-node' if self.filename else '')])
 
 
 # === guests =====================================================================================
