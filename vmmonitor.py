@@ -4581,9 +4581,8 @@ class Machine(Guest):
             if not self.is_alive():
                 raise WrongState(f'{self.name} is off{self._last_words()}',
                                  'start it first') from None
-            raise MachineError(f'{self.name}: QEMU: {problem}', problem.hint or (
-                'QEMU is stopped or overloaded' if isinstance(problem, PeerSilent) else '')
-                ) from None
+            raise MachineError(f'{self.name}: QEMU: {problem}', 'QEMU is stopped or overloaded'
+                               if isinstance(problem, PeerSilent) else problem.hint) from None
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
@@ -4890,7 +4889,8 @@ class Machine(Guest):
         facts, thing = device.facts, self._thing(device)
         if device.kind == 'disk':
             thing.check()
-            if not self.incoming and thing.in_use():
+            # One that was just shut down is away for us some ms before it lets its disks go.
+            if not self.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
                 raise DiskError(f'{self.name}: {thing.filename}: another machine has it open',
                                 'stop that one first')
             back = json.dumps(thing.blockdev(f'{device.id}-node', launch.file))
@@ -4978,18 +4978,24 @@ class Machine(Guest):
                 else:
                     raise
             device.pending = not gone
-            if gone:
-                qmp.execute(kind.remove, **_named(kind.key, f'{device.id}-{suffix}'))
+            back = _named(kind.key, f'{device.id}-{suffix}')
+
+            def removed() -> bool:                      # the device's last memory may be in use yet
+                with contextlib.suppress(ReplyError):
+                    qmp.execute(kind.remove, **back)
+                    return True
+                return False
+            if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
+                qmp.execute(kind.remove, **back)
         return gone
 
     def _find(self, kind: str, thing: Any) -> Device:
         """Return the device of a thing, which may also be its id or number."""
         rows = self._devices(kind)
+        wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
         for number, device in enumerate(rows):
-            names = [device.id, number, device.facts.get('name'), self._things.get(device.id),
-                     device.facts.get('chain', [['']])[0][0]]
-            if thing in names or getattr(thing, 'filename', None) in names or (
-                    getattr(thing, 'name', '') in names):
+            chain = device.facts.get('chain')
+            if wanted in (device.id, number, chain[0][0] if chain else device.facts.get('name')):
                 return device
         raise MachineError(f'{self.name}: has no {kind} {thing!r}',
                            f'it has {", ".join(row.id for row in rows) or "none"}')
@@ -5212,16 +5218,21 @@ class Machine(Guest):
         quit, SIGTERM, SIGKILL; with `force` from quit on. The disks' caches are written by all
         but the last.
         """
-        if not self.is_alive():
+        try:
+            process = os.pidfd_open(self.pid())
+        except OSError:
             return 'already off'
-        for name, seconds in STOP_STEPS[2 if force else 0:]:
-            patience = timeout if name == 'power button' else seconds
-            if self._push(name) and Deadline(patience).poll(lambda: not self.is_alive(), 0.01):
-                return f'stopped by {name}'
+        try:
+            for name, seconds in STOP_STEPS[2 if force else 0:]:
+                patience = timeout if name == 'power button' else seconds
+                if self._push(name, process) and select.select([process], [], [], patience)[0]:
+                    return f'stopped by {name}'
+        finally:
+            os.close(process)
         raise MachineError(f'{self.name}: process {self.pid()} does not end, not even by SIGKILL',
                            'its disk or network storage hangs: see dmesg')
 
-    def _push(self, way: str) -> bool:
+    def _push(self, way: str, process: int) -> bool:
         """Ask it to end in one of the ways of STOP_STEPS; tell whether to wait for it."""
         try:
             if way == 'power button':
@@ -5229,25 +5240,20 @@ class Machine(Guest):
                     self.qmp('cont')
                 self.qmp('system_powerdown')
             elif way == 'guest agent':
+                if self.agent_state() != 'connected':
+                    return False
                 self.agent('guest-shutdown', {'mode': 'powerdown'})
             elif way == 'quit':
                 self.qmp('quit')
             else:
-                self._signal(getattr(signal, way))
-        except AgentError as problem:
-            return problem.trouble.name == 'silent'     # guest-shutdown has no answer
-        except (GuestError, ProcessLookupError):
-            return not self.is_alive()                  # quit may end it before it answers
+                signal.pidfd_send_signal(process, getattr(signal, way))
+        except AgentError as problem:                   # guest-shutdown has no answer
+            return problem.trouble.name in ('silent', 'not connected')
+        except GuestError:                              # it may end before it answers
+            return way == 'quit'
+        except ProcessLookupError:
+            pass
         return True
-
-    def _signal(self, number: int) -> None:
-        """Send a signal to its QEMU, and to no process that got its number since."""
-        handle = os.pidfd_open(self.pid())
-        try:
-            if self.is_alive():
-                signal.pidfd_send_signal(handle, number)
-        finally:
-            os.close(handle)
 
     def start(self) -> str:
         """Make it run, from whatever state: start_vm, cont or system_wakeup."""
@@ -5901,7 +5907,7 @@ class Guests:
         'start': lambda guest: guest.start(), 'stop': lambda guest: guest.stop(),
         'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake()}
 
-    def __init__(self, hosts: Sequence[Host]) -> None:
+    def __init__(self, hosts: Sequence[Host | Machines]) -> None:
         self.hosts = list(hosts)
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy; notified when one ends
@@ -7015,7 +7021,8 @@ class Daemon:
         self.settings = Settings(config)
         self.roles = list(roles)
         self.host = Host(config.libvirt_uri)
-        self.guests = Guests([self.host])
+        self.machines = Machines()
+        self.guests = Guests([self.machines, self.host])
         self.monitor = Monitor(self.guests, self.settings)
         self.startup = Startup(self.guests, config.steps)
         self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
