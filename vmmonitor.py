@@ -4123,6 +4123,7 @@ class Kept:
     cd: str = ''                # the medium in the drive
     cd_boot: int = 0
     saved: str = ''             # file with the memory of a saved machine
+    lost: bool = False          # a snapshot was loaded by half: this guest must never run
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
 
@@ -4557,7 +4558,8 @@ class Machine(Guest):
         if not self.is_alive():
             return State.SAVED if self.kept.saved else State.OFF
         try:
-            return QEMU_STATES.get(self._status(), State.RUNNING)
+            return State.CRASHED if self.kept.lost else QEMU_STATES.get(self._status(),
+                                                                        State.RUNNING)
         except WrongState:                      # it ended meanwhile
             return State.OFF
 
@@ -4659,7 +4661,7 @@ class Machine(Guest):
 
     def _spawn(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
-        run_dir = self.run_path('')
+        self.kept.lost, run_dir = False, self.run_path('')
         os.makedirs(run_dir, mode=0o700, exist_ok=True)
         if os.geteuid() == 0:
             os.chown(run_dir, self.kept.uid, self.kept.uid)
@@ -5276,6 +5278,8 @@ class Machine(Guest):
 
     def unfreeze(self) -> None:
         """Let its processors go on; twice is fine (QMP cont)."""
+        if self.state() is State.CRASHED:
+            raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
         self.qmp('cont')
 
     def reset(self) -> None:
@@ -5585,12 +5589,15 @@ class Machine(Guest):
             if started:
                 self.stop(force=True)
             elif not HARMLESS.search(str(problem)):
-                # Half of the old guest and half of the new one: it must never run.
+                # QEMU would let it run now, half the old guest and half the new one.
+                self.kept.lost = True
+                self._write()
                 raise MachineError(f'{problem}; the guest is lost', 'load another snapshot, or '
                                    'stop(force=True) and start again') from None
             elif ran:
                 self.qmp('cont')
             raise
+        self.kept.lost = False
         if ran:
             self.qmp('cont')
 
@@ -7042,7 +7049,9 @@ class Daemon:
             self.listener.open(self.settings.config)
         if 'monitor' in self.roles:
             self.monitor.start()
-        self.host.watch(self.monitor.events.put if 'monitor' in self.roles else lambda _: None)
+        receive = self.monitor.events.put if 'monitor' in self.roles else lambda _: None
+        self.host.watch(receive)
+        self.machines.watch(receive)
         if 'startup' in self.roles:
             spawn('startup', self.startup.run)
         self._say('READY=1')
@@ -7052,6 +7061,7 @@ class Daemon:
         self.startup.stopping.set()
         self.monitor.stop()
         self.listener.close()
+        self.machines.stop()
         self.host.stop()
         return 0
 
@@ -7208,7 +7218,7 @@ def command_clean(dry_run: bool, everything: bool) -> int:
 def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, list[Guest]]:
     """Return the host, and its guests of these names, or all."""
     host = Host(config.libvirt_uri)
-    guests = Guests([host])
+    guests = Guests([Machines(), host])
     return host, [guests.find(name) for name in names] if names else guests.each(running)
 
 
