@@ -4015,7 +4015,8 @@ NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all'
                  '--no-new-privs')
 QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
-UNPLUG_TIMEOUT = 5.0            # Linux takes 0.2 s; without an operating system it never comes
+UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s, or 6 s before QEMU 6.1, where the button of
+#                                 the slot blinks first; without an operating system it never goes
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 DIMM_SLOTS = 16
@@ -4633,6 +4634,8 @@ class Machine(Guest):
         with self._changing():
             if self.is_alive():
                 return 'already running'
+            for device in [row for row in self.kept.devices if row.pending]:
+                self._drop(device)
             self._spawn()
             if self.incoming:
                 self._after_start()
@@ -4824,9 +4827,13 @@ class Machine(Guest):
                     raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
                 drive = Harddrive(filename, format=form, backing=drive)
             return drive
-        if device.kind == 'nic' and facts['name']:
-            return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
-        return None
+        return self._nic(device) if facts.get('mac') and facts['name'] else None
+
+    @staticmethod
+    def _nic(device: Device) -> VirtualNic:
+        """Return the nic of a device, made again if the host has rebooted since."""
+        facts = device.facts
+        return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
 
     def _new_id(self, stem: str) -> str:
         taken = {device.id for device in self.kept.devices}
@@ -5016,19 +5023,19 @@ class Machine(Guest):
 
     def _drop(self, device: Device) -> None:
         self.kept.devices.remove(device)
-        thing = self._things.pop(device.id)
+        thing = self._things.pop(device.id, None)
         if isinstance(thing, Harddrive):
             thing.attached = None
+        if device.facts.get('own'):
+            self._nic(device).delete()
 
     def _remove(self, kind: str, what: Any, timeout: float) -> str:
         with self._changing():
             device = self._find(kind, what)
-            thing = self._thing(device)
             if self.is_alive() and not self._unplug(device, timeout):
-                return f'{device.id}: the guest does not let it go; it goes at the next reset'
+                return (f'{device.id}: the guest does not let it go; it goes when the machine is '
+                        'reset or stopped')
             self._drop(device)
-            if device.facts.get('own'):
-                thing.delete()
         return f'{device.id} removed'
 
     def add_nic(self, nic: Nic | None = None) -> Device:
@@ -5038,12 +5045,7 @@ class Machine(Guest):
         if nic is None:
             nic = VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
         card = nic
-        try:
-            return self._add(lambda: self._plan_nic(card, own))
-        except BaseException:
-            if own:
-                card.delete()
-            raise
+        return self._add(lambda: self._plan_nic(card, own))
 
     def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
         """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
@@ -5316,7 +5318,7 @@ class Machine(Guest):
         self.stop(force=True)
         for device in self._devices('nic'):
             if device.facts['own']:
-                self._thing(device).delete()
+                self._nic(device).delete()
         shutil.rmtree(self.home)
 
     def save(self, file: str = '') -> str:
