@@ -1096,6 +1096,41 @@ class TestLife(Live):
         with self.refused('no qcow2 disk'):
             self.bios('diskless').snapshot('x')
 
+    @unittest.skipUnless(os.access('/usr/bin/python3', os.X_OK), 'needs a python3 for everybody')
+    def test_without_root(self) -> None:
+        script = (
+            'import sys; sys.path.insert(0, sys.argv[1]); import vmmonitor as vm\n'
+            "m = vm.Machine('mine', memory=32, harddrives=sys.argv[2], nics='user')\n"
+            'try:\n'
+            '    m.start_vm(); print(m.state().value, m.screenshot(sys.argv[3]))\n'
+            "    print(m.send('info network').count('nic0'), m.stop(force=True))\n"
+            'finally: m.delete(force=True)')
+        place = Path(self.path('nobody'))
+        place.mkdir()
+        os.chown(place, 65534, 65534)
+        source = shutil.copy(HERE / 'vmmonitor.py', place)
+        done = subprocess.run(
+            ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', '/usr/bin/python3',
+             '-c', script, os.path.dirname(source), place / 'd.qcow2', place / 's.png'],
+            env={**os.environ, 'VMMONITOR_MACHINES': str(place / 'm')}, capture_output=True,
+            check=False, text=True)
+        self.assertEqual(done.stdout.splitlines(), [f'running {place}/s.png', '2 stopped by quit'],
+                         done.stderr)
+        self.assertEqual(os.listdir(place / 'm'), [])
+
+    @unittest.skipUnless(any(os.path.exists(code) for code, _ in vm.OVMF), 'needs ovmf')
+    def test_efi(self) -> None:
+        m = self.bios('efi', efi=True, memory=128, harddrives=self.path('e.qcow2'))
+        m.start_vm()
+        m.console().expect('UEFI|BdsDxe|Boot', BOOT)
+        m.snapshot('s')
+        found = {row['node-name']: row['image'] for row in m.qmp('query-named-block-nodes')}
+        for node in ('disk0-node', 'efi-vars'):
+            self.assertEqual([row['name'] for row in found[node]['snapshots']], ['s'])
+        m.load_snapshot('s')
+        m.screenshot(self.path('e.png'))
+        self.assertGreater(len(colours(self.path('e.png'))), 1)
+
     def test_snapshots_by_hmp(self) -> None:
         """As QEMU before 6.0 does it."""
         real = vm.QMP.execute
