@@ -1230,8 +1230,65 @@ class TestLife(Live):
         return f':{port:04X} ' in Path('/proc/net/tcp').read_text().partition('rem_')[2]
 
 
+# The example of the README, word by word.
+EXAMPLE = '''\
+import vmmonitor as vm
+
+lan = vm.Switch('lan')                          # a switch between the machines
+router = vm.Router('eth1', 'gateway')           # a spare interface of the host is its trunk
+router.connect(lan)                             # its LAN port p0 goes to the switch
+
+machines = []
+for name in ('web', 'db'):
+    disk = vm.Harddrive(f'{name}.qcow2', size=5)        # GiB; created if it is absent
+    machine = vm.Machine(name, harddrives=disk, nics=1, memory=512, kernel=KERNEL,
+                         initrd=INITRD, cmdline=CMDLINE)
+    machine.nics[0].connect(lan)                # its cable goes into the switch
+    machine.start_vm()
+    machines.append(machine)
+
+web, db = machines
+for number, machine in enumerate(machines, 1):
+    machine.wait('agent')                       # the guest agent answers: it has booted
+    machine.exec(['modprobe', 'virtio_net'])
+    machine.exec(['ip', 'address', 'add', f'10.0.0.{number}/24', 'dev', 'eth0'])
+    machine.exec(['ip', 'link', 'set', 'eth0', 'up'])
+print(web.exec(['ping', '-c', '3', '10.0.0.2']).out.decode())
+
+web.snapshot('clean')                           # memory and disks
+web.send_key('ctrl-alt-f2')
+web.screenshot('web.png')
+print(web.load_snapshot('clean'))               # back, with the right time
+for machine in machines:
+    print(machine.name, machine.stop())         # power button, agent, quit, TERM, KILL
+    machine.delete()                            # the machine and its nics, never its disks
+router.delete()
+lan.delete()
+'''
+
+
 class TestNetwork(Live):
     """The README's example, and machines that see each other."""
+
+    def test_example(self) -> None:
+        readme = (HERE / 'README.md').read_text()
+        if 'Library: machines' in readme:
+            self.assertIn(EXAMPLE, readme)
+        subprocess.run('ip link add eth1 type veth peer name wire; ip link set eth1 up', shell=True,
+                       check=True)
+        self.addCleanup(subprocess.run, ['ip', 'link', 'del', 'eth1'], check=True)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(os.path.dirname(self.path('x')))
+        said: list[str] = []
+        exec(EXAMPLE, {'KERNEL': kernel, 'INITRD': initramfs, 'CMDLINE': rig.CMDLINE,
+                       'print': lambda *words: said.append(' '.join(words))})
+        self.assertRegex(said[0], r'3 packets received|[123] packets received')
+        self.assertEqual(said[1:], ['put back to clean, clock set', 'web stopped by power button',
+                                    'db stopped by power button'])
+        self.assertGreater(len(colours('web.png')), 1)
+        self.assertEqual(sorted(os.listdir('.')), ['db.qcow2', 'web.png', 'web.qcow2'])
+        self.assertFalse([name for name in vm.Ledger().load() if re.search('web|db|lan|gate', name)
+                          and 'netns' not in name])
 
     def test_two_machines_reach_each_other(self) -> None:
         switch = vm.Switch('lan')
