@@ -4177,14 +4177,26 @@ class Kind(NamedTuple):
     option: str                 # of the command line ...
     add: str                    # ... and the QMP commands, for the back end
     remove: str
-    key: str                    # the name of the member that names it
+    key: str                    # the name of the member that names it ...
+    type: str                   # ... and of the one that the command line has first
+    suffix: str                 # of its name, after the device's id
 
 
 KINDS = {
-    'disk': Kind('-blockdev', 'blockdev-add', 'blockdev-del', 'node-name'),
-    'nic': Kind('-netdev', 'netdev_add', 'netdev_del', 'id'),
-    'dimm': Kind('-object', 'object-add', 'object-del', 'id'),
-    'chardev': Kind('-chardev', 'chardev-add', 'chardev-remove', 'id')}
+    'disk': Kind('-blockdev', 'blockdev-add', 'blockdev-del', 'node-name', 'driver', 'node'),
+    'nic': Kind('-netdev', 'netdev_add', 'netdev_del', 'id', 'type', 'link'),
+    'dimm': Kind('-object', 'object-add', 'object-del', 'id', 'qom-type', 'memory'),
+    'chardev': Kind('-chardev', 'chardev-add', 'chardev-remove', 'id', 'type', 'host')}
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested QMP structure in the command line's form, which has the outer `type` only,
+    and for a file's name `path`."""
+    told: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flat(value) if isinstance(value, dict) else {'path' if key == 'out' else key: value}
+        told = {**inner, **told}
+    return told
 
 
 class Done(NamedTuple):
@@ -4346,10 +4358,11 @@ class Console:
     @staticmethod
     def _drain(wire: socket.socket) -> None:
         """Throw away what the log has, too: unread, it would stop the guest's writing."""
-        with contextlib.suppress(OSError):
-            while select.select([wire], [], [], 1.0) != ([], [], []) or wire.fileno() >= 0:
-                if select.select([wire], [], [], 0)[0] and not wire.recv(65536):
-                    return
+        with contextlib.suppress(OSError):              # closed
+            while True:
+                with contextlib.suppress(socket.timeout):
+                    if not wire.recv(65536):
+                        return
 
 
 def _no_links(path: str, flags: int) -> int:
@@ -4877,16 +4890,19 @@ class Machine(Guest):
             'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
             'mac': mac, 'up': True, 'own': own}), nic)
 
+    @staticmethod
+    def _back_name(device: Device) -> str:
+        return f'{device.id}-{KINDS[device.kind].suffix}'
+
     def _front(self, device: Device) -> dict[str, Any]:
         """Return the arguments of device_add."""
-        facts: dict[str, dict[str, Any]] = {
-            'disk': {'driver': 'virtio-blk-pci', 'drive': f'{device.id}-node'},
-            'nic': {'driver': 'virtio-net-pci', 'netdev': f'{device.id}-link',
-                    'mac': device.facts.get('mac')},
-            'dimm': {'driver': 'pc-dimm', 'memdev': f'{device.id}-memory'},
-            'chardev': {'driver': 'virtserialport', 'chardev': f'{device.id}-host',
-                        'name': device.facts.get('name')}}
-        told = {**facts[device.kind], 'id': device.id}
+        facts, back = device.facts, self._back_name(device)
+        rows: dict[str, dict[str, Any]] = {
+            'disk': {'driver': 'virtio-blk-pci', 'drive': back},
+            'nic': {'driver': 'virtio-net-pci', 'netdev': back, 'mac': facts.get('mac')},
+            'dimm': {'driver': 'pc-dimm', 'memdev': back},
+            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
+        told = {**rows[device.kind], 'id': device.id}
         if device.bus:
             told['bus'] = device.bus
         if device.boot:
@@ -4895,36 +4911,29 @@ class Machine(Guest):
 
     def _compose_device(self, launch: Launch, device: Device) -> None:
         """Put a device into the command line."""
-        facts, thing = device.facts, self._thing(device)
+        thing = self._thing(device)
         if device.kind == 'disk':
             thing.check()
             # One that was just shut down is away for us some ms before it lets its disks go.
             if not self.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
                 raise DiskError(f'{self.name}: {thing.filename}: another machine has it open',
                                 'stop that one first')
-            back = json.dumps(thing.blockdev(f'{device.id}-node', launch.file))
-        elif device.kind == 'nic':
-            link = {'id': f'{device.id}-link'}
-            back = options('tap', {**link, 'fd': launch.fd(thing.open()), **self._vhost(launch.fd)}
-                           ) if thing else options('user', link)
-        elif device.kind == 'dimm':
-            back = options('memory-backend-ram', {'id': f'{device.id}-memory',
-                                                  'size': f'{facts["mib"]}M'})
+        kind, back, front = KINDS[device.kind], self._back(device, launch.fd, launch.file), \
+            self._front(device)
+        if device.kind == 'disk':
+            launch.add(kind.option, json.dumps(back))
         else:
-            path = {} if facts['type'] == 'pty' else {'path': self.run_path(device.id)}
-            server = {'server': True, 'wait': False} if facts['type'] == 'socket' else {}
-            back = options(facts['type'], {'id': f'{device.id}-host', **path, **server})
-        launch.add(KINDS[device.kind].option, back)
-        launch.add('-device', options(self._front(device).pop('driver'), {
-            key: value for key, value in self._front(device).items() if key != 'driver'}))
+            back = flat(back)
+            launch.add(kind.option, options(back.pop(kind.type), back))
+        launch.add('-device', options(front.pop('driver'), front))
 
     @staticmethod
-    def _vhost(hand: Callable[[int], object]) -> dict[str, Any]:
+    def _vhost(hand: Callable[[int], int | str]) -> dict[str, Any]:
         """Return the options for the kernel's virtio, where it is there: without it, QEMU aborts
         on vhost=on."""
         try:
-            return {'vhost': True, 'vhostfd': hand(os.open('/dev/vhost-net',
-                                                           os.O_RDWR | os.O_CLOEXEC))}
+            return {'vhost': True, 'vhostfd': str(hand(os.open('/dev/vhost-net',
+                                                               os.O_RDWR | os.O_CLOEXEC)))}
         except OSError:
             return {}
 
@@ -4947,30 +4956,27 @@ class Machine(Guest):
                 raise
         device.pending = False
 
-    def _back(self, device: Device, hand: Callable[[int], str],
+    def _back(self, device: Device, hand: Callable[[int], int | str],
               file: Callable[[str, bool], str]) -> dict[str, Any]:
-        """Return the arguments of the QMP command that adds a device's back end."""
-        facts, thing = device.facts, self._thing(device)
+        """Return the arguments of the QMP command that adds a device's back end; `hand` and
+        `file` give QEMU's name for a descriptor and for a path."""
+        facts, thing, name = device.facts, self._thing(device), self._back_name(device)
         if device.kind == 'disk':
-            back: dict[str, Any] = thing.blockdev(f'{device.id}-node', file)
-        elif device.kind == 'nic':
-            back = {'id': f'{device.id}-link', 'type': 'tap' if thing else 'user'}
-            if thing:
-                back.update(fd=hand(thing.open()), **self._vhost(hand))
-        elif device.kind == 'dimm':
-            back = {'id': f'{device.id}-memory', 'qom-type': 'memory-backend-ram',
-                    'size': facts['mib'] * MIB}
-        else:
-            address = {'type': 'unix', 'data': {'path': self.run_path(device.id)}}
-            back = {'id': f'{device.id}-host', 'backend': {'type': facts['type'], 'data': {
-                'pty': {}, 'file': {'out': self.run_path(device.id)},
-                'socket': {'addr': address, 'server': True, 'wait': False}}[facts['type']]}}
-        return back
+            return dict(thing.blockdev(name, file))
+        if device.kind == 'nic':
+            tap = {'fd': str(hand(thing.open())), **self._vhost(hand)} if thing else {}
+            return {'id': name, 'type': 'tap' if thing else 'user', **tap}
+        if device.kind == 'dimm':
+            return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
+        path = self.run_path(device.id)
+        data: dict[str, dict[str, Any]] = {
+            'pty': {}, 'file': {'out': path}, 'socket': {
+                'addr': {'type': 'unix', 'data': {'path': path}}, 'server': True, 'wait': False}}
+        return {'id': name, 'backend': {'type': facts['type'], 'data': data[facts['type']]}}
 
     def _unplug(self, device: Device, timeout: float) -> bool:
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
-        suffix = {'disk': 'node', 'nic': 'link', 'dimm': 'memory', 'chardev': 'host'}[device.kind]
         with self.monitor() as qmp:
             try:
                 qmp.execute('device_del', id=device.id)
@@ -4987,15 +4993,14 @@ class Machine(Guest):
                 else:
                     raise
             device.pending = not gone
-            back = _named(kind.key, f'{device.id}-{suffix}')
 
-            def removed() -> bool:                      # the device's last memory may be in use yet
+            def removed() -> bool:                      # the device may hold it some ms more
                 with contextlib.suppress(ReplyError):
-                    qmp.execute(kind.remove, **back)
+                    qmp.execute(kind.remove, **_named(kind.key, self._back_name(device)))
                     return True
                 return False
             if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
-                qmp.execute(kind.remove, **back)
+                raise MachineError(f'{self.name}: {device.id} is gone, but QEMU keeps its back end')
         return gone
 
     def _find(self, kind: str, thing: Any) -> Device:
