@@ -788,6 +788,7 @@ class TestGuest(Live):
         self.assertIn(self.raw.filename, str(warned.call_args))
         self.assertIs(m.state(), vm.State.RUNNING)
         sh(m, 'echo later > /tmp/later; echo later > /dev/vda; sync')
+        m.nic_state(0, False)                           # this stays, whatever the snapshot says
         time.sleep(1.2)
         for ran in (True, False):
             m.freeze() if not ran else None
@@ -800,6 +801,9 @@ class TestGuest(Live):
             if ran:
                 self.assertLess(abs(m.get_time() - time.time_ns()), 0.5e9)
         m.sync_time()
+        sh(m, 'ip link set eth0 up')
+        self.assertTrue(soon(lambda: sh(m, 'cat /sys/class/net/eth0/carrier') == '0\n'))
+        m.nic_state(0, True)
         with self.refused('has a snapshot s1'):
             m.snapshot('s1')
         for call in (m.load_snapshot, m.delete_snapshot):
@@ -892,6 +896,11 @@ class TestLife(Live):
                 os.environ.pop('VMMONITOR_ACCEL', None)
                 with self.refused(why):
                     vm.Machine(**options)
+        self.assertEqual(sorted(os.listdir(self.home)), before)
+        with mock.patch.object(vm.Machine, '_write', side_effect=OSError('disk full')), \
+                self.assertRaises(OSError):
+            self.bios('full', nics=1)
+        self.assertFalse([name for name in vm.Ledger().load() if name.startswith('full')])
         self.assertEqual(sorted(os.listdir(self.home)), before)
         self.bios('one')
         with self.refused('one exists', 'load'):
@@ -1022,6 +1031,21 @@ class TestLife(Live):
         m.change_boot_device(three)                     # hot-plugged
         m.reset()
         m.console().expect('C', BOOT)
+
+    def test_accelerator(self) -> None:
+        with mock.patch.dict(os.environ, VMMONITOR_ACCEL=''):
+            self.assertEqual(vm.usable_accel('tcg'), 'tcg')
+            for mode, group, uid, kvm in (
+                    (0o660, 108, 70000, True), (0o666, 0, 70000, True), (0o600, 0, 70000, False),
+                    (0o660, 0, 70000, False), (0o600, 0, 0, True)):
+                looks = mock.Mock(st_mode=stat.S_IFCHR | mode, st_gid=group)
+                with mock.patch('os.stat', return_value=looks), \
+                        mock.patch('os.open', return_value=os.dup(0)):
+                    self.assertEqual(vm.usable_accel('auto', uid), 'kvm' if kvm else 'tcg')
+            with mock.patch('os.stat', side_effect=FileNotFoundError):
+                self.assertEqual(vm.usable_accel('auto'), 'tcg')
+        with mock.patch.dict(os.environ, VMMONITOR_ACCEL='tcg'):
+            self.assertEqual(vm.usable_accel('kvm'), 'tcg')
 
     def test_kept_over_a_restart(self) -> None:
         m = self.bios('restart', memory=512, maxmemory=1024, nics='user')

@@ -4254,14 +4254,25 @@ def give(qmp: QMP, name: str, fd: int) -> Iterator[str]:
         raise
 
 
-def usable_accel(wanted: str) -> str:
+def kvm_opens(uid: int) -> bool:
+    """Tell whether /dev/kvm opens, for us and for QEMU as the user `uid` in the device's group."""
+    try:
+        info = os.stat('/dev/kvm')
+        os.close(os.open('/dev/kvm', os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return uid in (0, os.geteuid()) or info.st_mode & 0o006 == 0o006 or (
+        info.st_mode & 0o060 == 0o060 and info.st_gid != 0)
+
+
+def usable_accel(wanted: str, uid: int = 0) -> str:
     """Return kvm if it is wanted, or 'auto', and /dev/kvm opens; else tcg. VMMONITOR_ACCEL
     overrides both."""
     wanted = os.environ.get('VMMONITOR_ACCEL') or wanted
     if wanted not in ('auto', 'kvm', 'tcg'):
         raise MachineError(f'accelerator {wanted!r}', 'use auto, kvm or tcg')
     if wanted == 'auto':
-        return 'kvm' if os.access('/dev/kvm', os.R_OK | os.W_OK) else 'tcg'
+        return 'kvm' if kvm_opens(uid) else 'tcg'
     return wanted
 
 
@@ -4406,14 +4417,9 @@ class Machine(Guest):
                   for drive in _several(harddrives)]
         disc = cd if isinstance(cd, CD) else CD(cd)
         home = self._make_home(name)
-        if nics == 'user':
-            cards: list[Nic | None] = [None]
-        elif isinstance(nics, int):
-            cards = [*VirtualNic.create_many(nics, namespace or os.path.basename(home))] \
-                if nics else []
-        else:
-            cards = _several(nics)
+        cards: list[Nic | None] = []
         try:
+            cards += self._cards(nics, namespace or os.path.basename(home))
             self._set_up(Kept(
                 os.path.basename(home), identity, newest_type(), memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
@@ -4426,12 +4432,20 @@ class Machine(Guest):
                 self._plan_disk(drive)
             for card in cards:
                 self._plan_nic(card, own=isinstance(nics, int))
-            self._boot_order([*(device.id for device in self.kept.devices
-                                if device.kind == 'disk'), 'cd0'])
+            self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
             self._write()
         except BaseException:
+            for card in cards if isinstance(nics, int) else ():
+                if card:
+                    card.delete()
             shutil.rmtree(home)
             raise
+
+    @staticmethod
+    def _cards(nics: Any, namespace: str) -> list[Nic | None]:
+        if isinstance(nics, int):
+            return [*VirtualNic.create_many(nics, namespace)] if nics else []
+        return [None] if nics == 'user' else _several(nics)
 
     @staticmethod
     def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
@@ -4452,13 +4466,17 @@ class Machine(Guest):
     @staticmethod
     def _make_home(name: str) -> str:
         """Make the directory of a machine `name`, or of the first free machineN."""
-        os.makedirs(MACHINES_DIR, mode=0o711, exist_ok=True)
+        for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
+            if not os.path.isdir(place):
+                os.makedirs(place)
+                os.chmod(place, 0o711)          # QEMU's user must come through
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
             if len(home) > 88:                  # a unix socket's path has 107 bytes at most
                 raise MachineError(f'{home}: this path is too long for sockets in it')
             with contextlib.suppress(FileExistsError):
-                os.mkdir(home, 0o711)
+                os.mkdir(home)
+                os.chmod(home, 0o711)
                 return home
         raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
                            'delete() removes it')
@@ -4506,8 +4524,8 @@ class Machine(Guest):
             return Kept(**known)
         except FileNotFoundError:
             raise NoGuest(f'{path}: no such machine') from None
-        except (ValueError, TypeError, KeyError) as problem:
-            raise MachineError(f'{path}: {problem}', 'restore the file') from None
+        except (OSError, ValueError, TypeError, KeyError) as problem:
+            raise MachineError(f'{path}: can\'t be read: {problem}', 'restore the file') from None
 
     def _write(self) -> None:
         self.kept.cd = self.cd.filename
@@ -4709,11 +4727,11 @@ class Machine(Guest):
     def _wrapper(self, launch: Launch) -> list[str]:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
         argv = ['ip', 'netns', 'exec', self.kept.namespace] if self.kept.namespace else []
-        uid = str(self.kept.uid)
-        if os.geteuid() == 0 and self.kept.uid:
-            groups = [f'--groups={os.stat("/dev/kvm").st_gid}'] \
-                if usable_accel(self.kept.accel) == 'kvm' else ['--clear-groups']
-            argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *groups, *NO_PRIVILEGES, '--']
+        uid = self.kept.uid
+        if os.geteuid() == 0 and uid:
+            kvm = 'kvm' in launch.argv and os.stat('/dev/kvm').st_gid
+            argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *NO_PRIVILEGES,
+                     f'--groups={kvm}' if kvm else '--clear-groups', '--']
         return argv
 
     def _last_words(self) -> str:
@@ -4726,7 +4744,7 @@ class Machine(Guest):
 
     def _compose(self, launch: Launch) -> None:
         """Put QEMU's whole command line together."""
-        kept, accel = self.kept, usable_accel(self.kept.accel)
+        kept, accel = self.kept, usable_accel(self.kept.accel, self.kept.uid)
         plain: tuple[tuple[str, ...], ...] = (
                 ('-name', f'guest={kept.name}'), ('-uuid', kept.uuid), ('-no-user-config',),
                 ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
@@ -5862,7 +5880,10 @@ class Machines:
     def each(self, running: bool = False) -> list[Guest]:
         """Return all machines, or those that run, by name."""
         found: list[Guest] = []
-        for name in sorted(os.listdir(MACHINES_DIR)) if os.path.isdir(MACHINES_DIR) else ():
+        names: list[str] = []
+        with contextlib.suppress(OSError):          # there are none, or none of ours
+            names += sorted(os.listdir(MACHINES_DIR))
+        for name in names:
             try:
                 machine = Machine.load(name)
             except Error as problem:                # one broken file must not hide the others
@@ -5895,7 +5916,7 @@ class Machines:
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
                         event = qmp.event(self.EVENTS, STATE_POLL * 10)
-                        if event['data'].get('open', True) if 'data' in event else True:
+                        if event.get('data', {}).get('open', True):
                             receive(GuestEvent(machine, self.EVENTS[event['event']],
                                                time.monotonic()))
         except ProtocolError as problem:
