@@ -4020,6 +4020,7 @@ UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s, or 6 s before QEMU 6.1, whe
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 DIMM_SLOTS = 16
+BALLOON_TIMEOUT = 30.0          # a guest gives back some 100 MiB/s when the host is busy
 HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 64 MiB in the
 #                                 guest: a smaller one can't boot with them
 KEY_HOLD = 10                   # ms that a key is down
@@ -5203,7 +5204,7 @@ class Machine(Guest):
 
         def reached() -> bool:
             return bool(self.qmp('query-balloon')['actual'] == mb * MIB)
-        if Deadline(AGENT_TIMEOUT).poll(reached, STATE_POLL / 2):
+        if Deadline(BALLOON_TIMEOUT).poll(reached, STATE_POLL / 2):
             return f'the guest has {mb} MiB now'
         actual = self.qmp('query-balloon')['actual'] // MIB
         raise MachineError(f'{self.name}: the guest has {actual} MiB, not {mb}',
@@ -5655,13 +5656,18 @@ class Machine(Guest):
     # Screen, keyboard, mouse
 
     def _picture(self, **form: Any) -> bytes:
-        """Return what screendump writes, as a PPM or in the format asked for."""
-        with open(os.memfd_create('screen'), 'rb') as picture, self.monitor() as qmp:
-            handed = os.open(f'/proc/self/fd/{picture.fileno()}', os.O_WRONLY | os.O_CLOEXEC)
-            with lend(qmp, handed) as name:
-                qmp.execute('screendump', filename=name, **form)
-            picture.seek(0)
-            return picture.read()
+        """Return what screendump writes, as a PPM or in the format asked for.
+
+        QEMU writes it into its own directory: of a descriptor (add-fd) 7.2 never lets go.
+        """
+        path = self.run_path(f'screen-{os.urandom(4).hex()}')
+        try:
+            self.qmp('screendump', filename=path, **form)
+            with open(path, 'rb', opener=_no_links) as picture:
+                return picture.read()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def _screen(self) -> bytes:
         try:
