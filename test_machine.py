@@ -633,6 +633,7 @@ class TestGuest(Live):
     def test_cd(self) -> None:
         m = self.machine
         one, two = (vm.CD.seed(f'#disc {n}\n', 'i: 1\n', self.path(f'{n}.iso')) for n in (1, 2))
+        sets = len(m.qmp('query-fdsets'))
         m.insert(one)
         self.assertIn('#disc 1', sh(m, "tr -dc ' -~' < /dev/sr0"))
         m.insert(two.filename)
@@ -651,6 +652,7 @@ class TestGuest(Live):
         sh(m, 'umount /mnt')
         m.eject()
         self.assertEqual(m.cd.tray.medium, False)
+        self.assertEqual(len(m.qmp('query-fdsets')), sets)      # no descriptor is left behind
         self.assertEqual(vm.Machine.load('web').cd.filename, '')
         self.assertNotEqual(m.exec(['sh', '-c', 'dd if=/dev/sr0 count=1']).status, 0)
 
