@@ -686,7 +686,7 @@ class TestGuest(Live):
         nic = vm.VirtualNic(namespace='web')
         device = m.add_nic(nic)
         self.assertTrue(soon(lambda: m.exec(['grep', '-l', nic.mac, '/sys/class/net/eth1/address'])
-                             .status == 0))
+                             .status == 0, 40))
         sh(m, 'ip link set eth1 up')
         carrier = 'cat /sys/class/net/eth1/carrier'
         self.assertTrue(soon(lambda: sh(m, carrier) == '1\n'))

@@ -4997,20 +4997,16 @@ class Machine(Guest):
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
         with self.monitor() as qmp:
+            gone = False
             try:
                 qmp.execute('device_del', id=device.id)
-                event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'], timeout,
-                                  device=device.id)
-                gone = bool(event['event'] == 'DEVICE_DELETED')
-            except PeerSilent:
-                gone = False
             except ReplyError as problem:
-                if problem.kind == 'DeviceNotFound':
-                    gone = True                 # let go since the last try
-                elif 'in the process of unplug' in str(problem):
-                    gone = False
-                else:
+                gone = problem.kind == 'DeviceNotFound'         # let go since the last try
+                if not gone and 'in the process of unplug' not in str(problem):
                     raise
+            with contextlib.suppress(PeerSilent):
+                gone = gone or qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'], timeout,
+                                         device=device.id)['event'] == 'DEVICE_DELETED'
             device.pending = not gone
 
             def removed() -> bool:                      # the device may hold it some ms more
