@@ -24,6 +24,8 @@ The sections, each using only those above it (grep -n '^# ===' prints them with 
     json sockets           the line protocol, QMP, GuestAgent
     libvirt                the only place with ctypes: Library, Connection, Lane, Host, Domain
     host network           interfaces, routes, Interface, Switch, Router, Bond, VirtualNic
+    disks                  CD, Harddrive over qemu-img
+    machine                Machine: QEMU by QMP; Machines: those of this host
     guests                 one name space over the hosts; one command per guest at a time
     clock                  measure an offset, correct it, prove it
     monitor                triggers -> at most one clock job per guest
@@ -66,9 +68,11 @@ import json
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -79,13 +83,16 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
+import uuid
 import xml.etree.ElementTree
+import zlib
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, NoReturn, TypeVar
+from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar
 
 __version__ = '1.0'
 
@@ -177,6 +184,7 @@ class Error(Exception):
      |   +- PeerClosed        ... or closed it
      |   +- PeerSilent        ... or did not answer in time
      |   +- ReplyError        ... or answered with an error
+     +- DiskError             a disk image or CD
      +- LibvirtError          libvirt's code, domain and text
      |   +- HostAway          libvirt can't be reached; it is being tried again
      +- NetworkError          something of the host's network could not be made or changed
@@ -190,6 +198,7 @@ class Error(Exception):
          +- Busy              another command has not ended
          +- AgentError        its guest agent: `trouble` says which row of AGENT_TROUBLES
          +- ClockError        its clock could not be corrected
+         +- MachineError      QEMU refused, failed or does not answer
     """
 
     def __init__(self, message: str, hint: str = '') -> None:
@@ -231,6 +240,10 @@ class ReplyError(ProtocolError):
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class DiskError(Error):
+    """A disk image or CD can't be used that way."""
 
 
 class LibvirtError(Error):
@@ -293,6 +306,10 @@ class AgentError(GuestError):
 
 class ClockError(GuestError):
     """A guest's clock could not be corrected."""
+
+
+class MachineError(GuestError):
+    """A machine's QEMU could not be started, refused a command, or does not answer."""
 
 
 def words(problem: BaseException) -> str:
@@ -1026,11 +1043,14 @@ class LineSocket:
         """Close the socket; QEMU then serves the next client."""
         self.socket.close()
 
-    def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'') -> None:
-        """Send one value as a line, after the raw bytes `prefix`."""
+    def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'',
+             fds: Sequence[int] = ()) -> None:
+        """Send one value as a line, after the raw bytes `prefix`, with descriptors (SCM_RIGHTS)."""
         self.socket.settimeout(max(deadline.left(), 0.001))
+        data = prefix + json.dumps(value).encode() + b'\n'
         try:
-            self.socket.sendall(prefix + json.dumps(value).encode() + b'\n')
+            sent = socket.send_fds(self.socket, [data], fds) if fds else 0
+            self.socket.sendall(data[sent:])
         except socket.timeout:
             raise PeerSilent(f'{self.path}: takes no more bytes') from None
         except OSError as problem:
@@ -1113,16 +1133,19 @@ class QMP:
         """Close the monitor, so that another client can have it."""
         self.wire.close()
 
-    def execute(self, command: str, timeout: float = QMP_TIMEOUT, **arguments: Any) -> Any:
+    def execute(self, command: str, timeout: float = QMP_TIMEOUT, fds: Sequence[int] = (),
+                **arguments: Any) -> Any:
         """Return what QEMU answers to `command`; `_` in argument names stands for `-`.
 
-        Raises ReplyError with QEMU's words, PeerSilent or PeerClosed.
+        `fds` are descriptors for getfd or add-fd; they stay open here. Raises ReplyError with
+        QEMU's words, PeerSilent or PeerClosed.
         """
         with self.lock:
             deadline = Deadline(timeout)
             self.serial += 1
             members = {name.replace('_', '-'): value for name, value in arguments.items()}
-            self.wire.send({'execute': command, 'arguments': members, 'id': self.serial}, deadline)
+            self.wire.send({'execute': command, 'arguments': members, 'id': self.serial}, deadline,
+                           fds=fds)
             while True:
                 answer = self.wire.receive(deadline)
                 if 'event' in answer:
@@ -1135,13 +1158,15 @@ class QMP:
                 raise ProtocolError(f'{self.wire.path}: no answer: {str(answer)[:80]}')
             return answer['return']
 
-    def event(self, names: Iterable[str], timeout: float) -> dict[str, Any]:
-        """Return the next event whose name is in `names`, dropping others; PeerSilent if none."""
+    def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
+        """Return the next event whose name is in `names` (any, if that is empty) and whose data
+        have these members, dropping others; PeerSilent if none comes."""
         wanted, deadline = set(names), Deadline(timeout)
         with self.lock:
             while True:
                 event = self.pending.pop(0) if self.pending else self.wire.receive(deadline)
-                if event.get('event') in wanted:
+                if 'event' in event and (not wanted or event['event'] in wanted) and all(
+                        event.get('data', {}).get(key) == value for key, value in data.items()):
                     return event
 
 
@@ -3525,6 +3550,2368 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
         return found
 
 
+# === disks ======================================================================================
+# QEMU never finds out by itself what an image is: a guest can write any header into a raw disk,
+# and with it name a file of the host as "backing file" (CVE-2024-32498 and its kin). So formats
+# are always given, and a header is read here before any program opens the image.
+
+GIB, MIB = 1 << 30, 1 << 20
+IMAGE_TIMEOUT = 120.0           # for one run of qemu-img; none of its uses here copies data
+QCOW2_MAGIC = b'QFI\xfb'
+EXTERNAL_DATA = 1 << 2          # of the incompatible features: the data are in another file
+IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that it has open
+TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
+#                                 the id of another snapshot
+ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
+
+
+def image_path(filename: str | os.PathLike[str]) -> str:
+    """Return the absolute path, which QEMU can't take for a protocol or an option."""
+    path = os.path.abspath(os.fspath(filename))
+    if not path.isprintable():
+        raise DiskError(f'{path!r}: a file name with control characters', 'rename the file')
+    return path
+
+
+def checked_tag(tag: str) -> str:
+    """Return a snapshot's name; DiskError if QEMU could take it for something else."""
+    if not TAG.fullmatch(tag):
+        raise DiskError(f'{tag!r:.80} can\'t be the name of a snapshot',
+                        'use a letter, then up to 62 letters, digits, ".", "_", "-"')
+    return tag
+
+
+@contextlib.contextmanager
+def whole_file(path: str, replace: bool = False) -> Iterator[str]:
+    """Lend the name of a file beside `path`, which becomes `path` when the block ends well.
+
+    Without `replace`, a file that is there already stays, and DiskError is raised.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix='.vmmonitor-', dir=os.path.dirname(path))
+    except OSError as problem:
+        raise DiskError(f'{path}: can\'t be written: {problem.strerror}') from None
+    os.close(handle)
+    try:
+        yield temporary
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+    except FileExistsError:
+        raise DiskError(f'{path} exists', 'name another file, or remove this one') from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+class Header(NamedTuple):
+    """What the header of a qcow2 image says (docs/interop/qcow2.txt)."""
+
+    size: int                   # of the disk, bytes
+    backing: str                # '' if there is none
+    external: bool              # its data are in another file
+
+
+def qcow2_header(path: str) -> Header | None:
+    """Read the header; None if the file is no qcow2 image."""
+    try:
+        with open(path, 'rb') as image:
+            head = image.read(80).ljust(80, b'\0')
+            if head[:4] != QCOW2_MAGIC:
+                return None
+            version, where, length, _, size = struct.unpack('>IQIIQ', head[4:32])
+            image.seek(where)
+            backing = image.read(min(length, 1023)).decode(errors='replace') if where else ''
+    except OSError as problem:
+        raise DiskError(f'{path}: {problem.strerror}') from None
+    features = struct.unpack('>Q', head[72:])[0] if version > 2 else 0
+    return Header(size, backing, bool(features & EXTERNAL_DATA))
+
+
+class Attached(Protocol):
+    """The place of a disk or CD in a machine, as far as the disk needs to know it."""
+
+    id: str                     # of the device
+    node: str                   # of the block layer
+
+    def alive(self) -> bool:
+        """Tell whether the machine runs."""
+
+    def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
+        """Carry out a QMP command; the file `medium`, if any, is opened here and becomes its
+        argument `filename`."""
+
+
+class Snapshot(NamedTuple):
+    """A snapshot inside a qcow2 image."""
+
+    tag: str
+    when: int                   # seconds since 1970
+    ram: int                    # bytes of a machine's state that are in it; 0: the disk alone
+
+
+def snapshots_of(image: Mapping[str, Any]) -> list[Snapshot]:
+    """Return the snapshots in an ImageInfo of QMP or qemu-img."""
+    return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'])
+            for row in image.get('snapshots', [])]
+
+
+class Harddrive:
+    """A disk image of format qcow2 or raw; created when the file is absent, never overwritten.
+
+    `size` is in GiB. `backing` (a Harddrive, or the path of a qcow2 image) makes a thin copy of
+    another image, which is only read. Raises DiskError for an image that is not of this format,
+    or that names a backing file other than `backing`.
+    """
+
+    def __init__(self, filename: str | os.PathLike[str] = 'harddrive0.qcow2', size: float = 5,
+                 format: str = 'qcow2', backing: Harddrive | str | None = None) -> None:
+        if format not in ('qcow2', 'raw') or (backing and format == 'raw'):
+            raise DiskError(f'{filename}: format {format!r}{backing and " with a backing file"}',
+                            'use qcow2, or raw without a backing file')
+        self.filename, self.format = image_path(filename), format
+        if isinstance(backing, str):
+            self._must_exist(image_path(backing))
+            backing = Harddrive(backing)
+        self.backing = backing
+        self.attached: Attached | None = None       # its place in the machine that has it
+        if not os.path.exists(self.filename):
+            base = backing.info()['virtual-size'] if backing else 0
+            self._create(max(self._bytes(size), base))
+        self.check()
+
+    def __repr__(self) -> str:
+        return f'Harddrive({self.filename!r}, format={self.format!r})'
+
+    @staticmethod
+    def _must_exist(path: str) -> None:
+        if not os.path.exists(path):
+            raise DiskError(f'{path}: no such image', 'a backing image must exist')
+
+    def _bytes(self, size: float) -> int:
+        """Return GiB as bytes, in whole sectors."""
+        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < 1 << 20:
+            raise DiskError(f'{self.filename}: size {size!r}', 'give it as a number of GiB')
+        return -(-round(size * GIB) // 512) * 512
+
+    def _create(self, size: int, replace: bool = False) -> None:
+        base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
+        with whole_file(self.filename, replace) as temporary:
+            self._img('create', '-q', '-f', self.format, *base, temporary, str(size))
+            if replace:
+                old = os.stat(self.filename)
+                os.chown(temporary, old.st_uid, old.st_gid)
+                os.chmod(temporary, stat.S_IMODE(old.st_mode))
+
+    def _img(self, *arguments: str) -> bytes:
+        """Run qemu-img; DiskError with its words."""
+        try:
+            return run(['qemu-img', *arguments], IMAGE_TIMEOUT).stdout
+        except CommandError as problem:
+            in_use = 'lock' in problem.stderr
+            raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {problem.stderr.strip()}',
+                            'stop the machine that uses it first' if in_use else problem.hint
+                            ) from None
+
+    def _explicit(self) -> str:
+        """Return a name for qemu-img that leaves it nothing to find out by itself."""
+        return 'json:' + json.dumps(self.blockdev('image', lambda path, _: path))
+
+    def check(self) -> None:
+        """Raise DiskError unless the image, and what it stands on, are what was named."""
+        header = qcow2_header(self.filename)
+        if self.format == 'raw':
+            return
+        if not header:
+            raise DiskError(f'{self.filename}: not a qcow2 image', "say format='raw' if it is raw")
+        if header.external:
+            raise DiskError(f'{self.filename}: its data are in another file',
+                            'qemu-img convert it to an image of its own')
+        named = os.path.join(os.path.dirname(self.filename), header.backing or '')
+        if header.backing and not (self.backing and os.path.realpath(named)
+                                   == os.path.realpath(self.backing.filename)):
+            raise DiskError(f'{self.filename}: its backing file {header.backing!r} was not named',
+                            'say backing=, if it is yours: a guest can write such a name, too')
+        if self.backing and not header.backing:
+            raise DiskError(f'{self.filename}: has no backing file', 'leave out backing=')
+        if self.backing:
+            self.backing.check()
+
+    def in_use(self) -> bool:
+        """Tell whether a QEMU has the image open, by the locks that it then holds."""
+        with open(self.filename, 'rb') as image:
+            ask = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0)
+            answer = fcntl.fcntl(image, fcntl.F_OFD_GETLK, ask)
+        return bool(struct.unpack('hhqqi4x', answer)[0] != fcntl.F_UNLCK)
+
+    @contextlib.contextmanager
+    def _kept_free(self, what: str) -> Iterator[None]:
+        """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
+        with open(self.filename, 'r+b') as image:
+            try:
+                fcntl.fcntl(image, fcntl.F_OFD_SETLK,
+                            struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0))
+            except OSError:
+                raise DiskError(f'{self.filename}: can\'t {what}: a machine has it open',
+                                'stop the machine first') from None
+            yield
+
+    def _live(self) -> Attached | None:
+        return self.attached if self.attached and self.attached.alive() else None
+
+    def info(self) -> dict[str, Any]:
+        """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
+        self.check()
+        found = json.loads(self._img('info', '-U', '--output=json', '-f', self.format,
+                                     self.filename))
+        if not isinstance(found, dict):
+            raise DiskError(f'{self.filename}: qemu-img info printed {found!r:.80}')
+        return found
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The snapshots that are in the image now."""
+        return snapshots_of(self.info())
+
+    def _known(self, tag: str) -> str:
+        if all(row.tag != checked_tag(tag) for row in self.snapshots):
+            raise DiskError(f'{self.filename}: has no snapshot {tag}', '.snapshots lists them')
+        return tag
+
+    def snapshot(self, name: str = '') -> str:
+        """Snapshot the disk, and return the snapshot's name (qemu-img snapshot -c; of a running
+        machine blockdev-snapshot-internal-sync: as if the power had failed now)."""
+        tag = checked_tag(name or time.strftime('s%Y%m%d-%H%M%S'))
+        if self.format == 'raw':
+            raise DiskError(f'{self.filename}: a raw image can\'t hold snapshots', 'use qcow2')
+        if any(row.tag == tag for row in self.snapshots):
+            raise DiskError(f'{self.filename}: has a snapshot {tag}', 'delete it or name another')
+        live = self._live()
+        if live:
+            live.execute('blockdev-snapshot-internal-sync', device=live.node, name=tag)
+        else:
+            self._img('snapshot', '-q', '-c', tag, self._explicit())
+        return tag
+
+    def load_snapshot(self, name: str) -> None:
+        """Put the disk back to a snapshot (qemu-img snapshot -a); not while in use."""
+        self._img('snapshot', '-q', '-a', self._known(name), self._explicit())
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot (qemu-img snapshot -d, blockdev-snapshot-delete-internal-sync)."""
+        live, tag = self._live(), self._known(name)
+        if live:
+            live.execute('blockdev-snapshot-delete-internal-sync', device=live.node, name=tag)
+        else:
+            self._img('snapshot', '-q', '-d', tag, self._explicit())
+
+    def wipe(self, snapshots_only: bool = False) -> None:
+        """Make it empty (or what its backing image is) at its size, or only delete its snapshots.
+
+        A new image takes the place of the old one in one step. DiskError while it is in use.
+        """
+        self.check()
+        if snapshots_only:
+            for row in self.info().get('snapshots', []):
+                self._img('snapshot', '-q', '-d', row['name'], self._explicit())
+            return
+        size = self.info()['virtual-size']
+        with self._kept_free('wipe it'):
+            self._create(size, replace=True)
+
+    def resize(self, size: float, shrink: bool = False) -> None:
+        """Give the disk a new size in GiB (block_resize, qemu-img resize).
+
+        DiskError for a smaller one, which cuts off what is there, without `shrink`.
+        """
+        wanted, now = self._bytes(size), self.info()['virtual-size']
+        if wanted < now and not shrink:
+            raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
+                            'shrink=True cuts off what is behind; shrink the file system first')
+        live = self._live()
+        if live:
+            live.execute('block_resize', node_name=live.node, size=wanted)
+        else:
+            self._img('resize', '-q', *['--shrink'] * shrink, self._explicit(), str(wanted))
+
+    def chain(self) -> list[Harddrive]:
+        """Return the image and those it stands on."""
+        return [self, *(self.backing.chain() if self.backing else ())]
+
+    def blockdev(self, node: str, name: Callable[[str, bool], str], top: bool = True
+                 ) -> dict[str, Any]:
+        """Return the BlockdevOptions of the image; `name` gives QEMU's name for a path (and
+        whether it is written to)."""
+        told: dict[str, Any] = {
+            'node-name': node, 'driver': self.format, 'read-only': not top,
+            'file': {'node-name': f'{node}-file', 'driver': 'file', 'read-only': not top,
+                     'filename': name(self.filename, top)}}
+        if top:
+            told.update({'discard': 'unmap'})
+        if self.format == 'qcow2':
+            # null: what a header says about a backing file counts for nothing.
+            told['backing'] = self.backing.blockdev(f'{node}-b', name, False) \
+                if self.backing else None
+        return told
+
+    @property
+    def qemu_string(self) -> str:
+        """The options for QEMU's command line that give a machine this disk."""
+        return shlex.join([
+            '-blockdev', json.dumps(self.blockdev('disk0-node', lambda path, _: path)),
+            '-device', 'virtio-blk-pci,id=disk0,drive=disk0-node'])
+
+
+class Tray(NamedTuple):
+    """The state of a CD drive (query-block)."""
+
+    open: bool
+    locked: bool                # by the guest
+    medium: bool                # there is one in the drive
+
+
+class CD:
+    """A CD drive and the ISO image in it, if any; the image is only ever read."""
+
+    def __init__(self, filename: str | os.PathLike[str] | None = None) -> None:
+        self.filename = image_path(filename) if filename else ''
+        self.attached: Attached | None = None
+        self._readable()
+
+    def __repr__(self) -> str:
+        return f'CD({self.filename!r})'
+
+    def _readable(self) -> None:
+        try:
+            if self.filename:
+                open(self.filename, 'rb').close()
+        except OSError as problem:
+            raise DiskError(f'{self.filename}: {problem.strerror}') from None
+
+    def _live(self) -> Attached | None:
+        return self.attached if self.attached and self.attached.alive() else None
+
+    @property
+    def tray(self) -> Tray:
+        """Whether the tray is open, locked by the guest, and has a medium (query-block)."""
+        live = self._live()
+        if not live:
+            return Tray(False, False, bool(self.filename))
+        drive = next(row for row in live.execute('query-block') if row.get('qdev') == live.id)
+        return Tray(bool(drive.get('tray_open')), drive['locked'], 'inserted' in drive)
+
+    def eject(self, force: bool = False) -> None:
+        """Take the medium out (QMP eject).
+
+        DiskError when the guest has locked the tray: it is then asked to open it, and may; with
+        `force` it is not asked.
+        """
+        live = self._live()
+        if live:
+            try:
+                live.execute('eject', id=live.id, force=force)
+            except Error as problem:
+                if 'locked' not in str(problem):
+                    raise
+                raise DiskError(f'{self.filename}: the guest has locked the tray',
+                                'unmount it in the guest, or use force=True') from None
+            if self.tray.medium:
+                raise DiskError(f'{self.filename}: is still in the drive', 'use force=True')
+        self.filename = ''
+
+    def insert(self, other: CD | str | os.PathLike[str], force: bool = False) -> None:
+        """Put another image in (blockdev-change-medium); the old one stays in if that fails."""
+        new = other if isinstance(other, CD) else CD(other)
+        new._readable()
+        live = self._live()
+        if live and new.filename:
+            try:
+                live.execute('blockdev-change-medium', medium=new.filename, id=live.id,
+                             format='raw', read_only_mode='read-only',
+                             **({'force': True} if force else {}))
+            except Error as problem:
+                if 'locked' not in str(problem):
+                    raise
+                raise DiskError(f'{self.filename}: the guest has locked the tray',
+                                'unmount it in the guest, or use force=True') from None
+        elif live:
+            self.eject(force)
+        self.filename = new.filename
+
+    @classmethod
+    def seed(cls, user_data: str, meta_data: str = '', filename: str | os.PathLike[str]
+             = 'seed.iso') -> CD:
+        """Make a cloud-init NoCloud image with xorriso, genisoimage or mkisofs.
+
+        DiskError when none of them is installed, or `filename` exists.
+        """
+        path = image_path(filename)
+        maker = next((maker for maker in ISO_MAKERS if shutil.which(maker[0])), None)
+        if not maker:
+            raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
+        with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place, \
+                whole_file(path) as temporary:
+            for name, text in (('user-data', user_data), ('meta-data', meta_data)):
+                Path(place, name).write_text(text, encoding='utf-8')
+            run([*maker, '-quiet', '-output', temporary, '-volid', 'cidata', '-joliet', '-rock',
+                 place], IMAGE_TIMEOUT)
+        return cls(path)
+
+    @property
+    def qemu_string(self) -> str:
+        """The options for QEMU's command line that give a machine this CD."""
+        medium = {'node-name': 'cd0-node', 'driver': 'raw', 'read-only': True,
+                  'file': {'driver': 'file', 'filename': self.filename}}
+        return shlex.join([
+            *(('-blockdev', json.dumps(medium)) if self.filename else ()),
+            '-device', 'virtio-scsi-pci,id=scsi0', '-device',
+            'scsi-cd,id=cd0,bus=scsi0.0' + (',drive=cd0-node' if self.filename else '')])
+
+
+# === machine ====================================================================================
+# A machine is a directory: HOME/machine.json says what it is, HOME/run (which belongs to the user
+# that QEMU runs as) has its sockets, logs and the pidfile that QEMU keeps locked while it lives.
+# All files are opened here and handed to QEMU as descriptors: it needs no right to any path.
+# Every operation opens a monitor for itself, so that it sees no event from before it began.
+
+QEMU = 'qemu-system-x86_64'
+MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
+    '/var/lib/vmmonitor/machines' if os.geteuid() == 0 else
+    os.path.expanduser('~/.local/state/vmmonitor/machines'))
+NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
+MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
+PORTS = 16                      # PCIe root ports: what is hot-plugged on q35 needs one each
+SPARE_PORTS = 8                 # ... and at least this many are free at first
+MONITORS = 4                    # operations at once; the daemon's events and a person's tool
+#                                 have one more each
+FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
+#                                 systemd give out, below 2^31
+SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
+NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all',
+                 '--no-new-privs')
+QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
+JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
+UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s, or 6 s before QEMU 6.1, where the button of
+#                                 the slot blinks first; without an operating system it never goes
+VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
+DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
+DIMM_SLOTS = 16
+BALLOON_TIMEOUT = 30.0          # a guest gives back some 100 MiB/s when the host is busy
+HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 64 MiB in the
+#                                 guest: a smaller one can't boot with them
+KEY_HOLD = 10                   # ms that a key is down
+KEY_PAUSE = 0.03                # s per key: faster ones pile up, and QEMU drops them unsaid
+GUEST_FILE_BYTES = 48 * 1024     # in one call: an agent takes some MiB, but in memory
+MACHINES_POLL = 1.0             # s between two looks for machines that others started
+CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
+POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
+
+OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
+        ('/usr/share/OVMF/OVMF_CODE.fd', '/usr/share/OVMF/OVMF_VARS.fd'),
+        ('/usr/share/edk2/ovmf/OVMF_CODE.fd', '/usr/share/edk2/ovmf/OVMF_VARS.fd'),
+        ('/usr/share/edk2/x64/OVMF_CODE.4m.fd', '/usr/share/edk2/x64/OVMF_VARS.4m.fd'))
+
+# QEMU's RunState -> what people call it; what is not here is running
+QEMU_STATES = {
+    'paused': State.PAUSED, 'prelaunch': State.PAUSED, 'inmigrate': State.PAUSED,
+    'postmigrate': State.PAUSED, 'finish-migrate': State.PAUSED, 'save-vm': State.PAUSED,
+    'io-error': State.PAUSED, 'watchdog': State.PAUSED, 'suspended': State.ASLEEP,
+    'shutdown': State.STOPPING, 'guest-panicked': State.CRASHED,
+    'internal-error': State.CRASHED, 'restore-vm': State.CRASHED}
+
+# What snapshot-load says before it has touched the guest; after anything else it is lost.
+HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|not support|'
+                      r'migration process|already')
+
+KEY_NAMES: dict[str, str] = {
+    'del': 'delete', 'enter': 'ret', 'return': 'ret', 'space': 'spc', 'escape': 'esc',
+    'win': 'meta_l', 'super': 'meta_l', 'control': 'ctrl', 'ins': 'insert', 'pageup': 'pgup',
+    'pagedown': 'pgdn', 'printscreen': 'print'}
+# character -> its key on a US keyboard, and whether with shift
+KEYS_OF: dict[str, tuple[str, bool]] = {
+    **{c: (c, False) for c in 'abcdefghijklmnopqrstuvwxyz0123456789'},
+    **{c: (c.lower(), True) for c in 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'},
+    **{c: (key, True) for c, key in zip('!@#$%^&*()', '1234567890')},
+    **{pair[place]: (key, bool(place)) for pair, key in {
+        '-_': 'minus', '=+': 'equal', '[{': 'bracket_left', ']}': 'bracket_right',
+        '\\|': 'backslash', ';:': 'semicolon', '\'"': 'apostrophe', '`~': 'grave_accent',
+        ',<': 'comma', '.>': 'dot', '/?': 'slash'}.items() for place in (0, 1)},
+    ' ': ('spc', False), '\n': ('ret', False), '\t': ('tab', False)}
+BUTTONS = {1: 'left', 2: 'middle', 3: 'right', 4: 'wheel-up', 5: 'wheel-down'}
+
+
+class Nic(Protocol):
+    """What a machine wants of a network card: VirtualNic has it."""
+
+    @property
+    def name(self) -> str:
+        """Its interface on the host."""
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of its tap, '' for the host's."""
+
+    @property
+    def mac(self) -> str:
+        """The MAC that the machine shall use."""
+
+    def open(self) -> int:
+        """Return a new descriptor of its tap."""
+
+    def delete(self) -> None:
+        """Remove its interfaces."""
+
+
+@dataclasses.dataclass
+class Device:
+    """Something plugged into a machine, as its file keeps it."""
+
+    id: str                     # disk0, nic0, dimm0, port0
+    kind: str                   # a row of KINDS
+    bus: str = ''               # the root port that it sits on
+    boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
+    pending: bool = False       # the guest has been asked to let it go, and has not
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see KINDS
+
+    def shape(self) -> list[Any]:
+        """Return what a snapshot's guest would miss, if it were different."""
+        return [self.id, self.kind, self.bus, self.facts.get('mib', 0)]
+
+
+@dataclasses.dataclass
+class Kept:
+    """What is kept of a machine in its file."""
+
+    name: str
+    uuid: str
+    type: str                   # versioned, such as pc-q35-7.2: a newer QEMU stays compatible
+    memory: int                 # MiB
+    cpus: int
+    maxmemory: int              # MiB, 0: no room for more
+    namespace: str              # '' for the host's
+    efi: bool
+    accel: str
+    kernel: str
+    initrd: str
+    cmdline: str
+    display: str                # '' or vnc
+    monitor_port: int | None
+    uid: int                    # that QEMU runs as
+    ports: int
+    cd: str = ''                # the medium in the drive
+    cd_boot: int = 0
+    saved: str = ''             # file with the memory of a saved machine
+    lost: bool = False          # a snapshot was loaded by half: this guest must never run
+    devices: list[Device] = dataclasses.field(default_factory=list)
+    snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
+
+    def shape(self) -> list[Any]:
+        """Return all that must be the same for a memory image to fit."""
+        return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
+                *sorted(device.shape() for device in self.devices)]
+
+
+def options(head: str, values: Mapping[str, Any]) -> str:
+    """Return QEMU's key=value form, with commas doubled."""
+    def told(value: Any) -> str:
+        return ('off', 'on')[value] if isinstance(value, bool) else str(value).replace(',', ',,')
+    return ','.join([head, *(f'{key}={told(value)}' for key, value in values.items())])
+
+
+class Launch:
+    """The command line of a QEMU to be, and the descriptors that it inherits."""
+
+    def __init__(self) -> None:
+        self.argv: list[str] = []
+        self.fds: list[int] = []
+        self.sets = 0
+
+    def add(self, option: str, *words_: str) -> None:
+        """Add an option."""
+        self.argv += [option, *words_]
+
+    def fd(self, fd: int) -> int:
+        """Have QEMU inherit a descriptor; ours is closed after the start."""
+        self.fds.append(fd)
+        return fd
+
+    def file(self, path: str, write: bool = False) -> str:
+        """Open a file for QEMU, and return the name by which it finds it."""
+        fd = self.fd(os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))
+        self.sets += 1
+        self.add('-add-fd', f'fd={fd},set={self.sets}')
+        return f'/dev/fdset/{self.sets}'
+
+    def close(self) -> None:
+        """Close our copies."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Kind(NamedTuple):
+    """How one kind of device is plugged: its back end, then the device itself."""
+
+    option: str                 # of the command line ...
+    add: str                    # ... and the QMP commands, for the back end
+    remove: str
+    key: str                    # the name of the member that names it ...
+    type: str                   # ... and of the one that the command line has first
+    suffix: str                 # of its name, after the device's id
+
+
+KINDS = {
+    'disk': Kind('-blockdev', 'blockdev-add', 'blockdev-del', 'node-name', 'driver', 'node'),
+    'nic': Kind('-netdev', 'netdev_add', 'netdev_del', 'id', 'type', 'link'),
+    'dimm': Kind('-object', 'object-add', 'object-del', 'id', 'qom-type', 'memory'),
+    'chardev': Kind('-chardev', 'chardev-add', 'chardev-remove', 'id', 'type', 'host')}
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested QMP structure in the command line's form, which has the outer `type` only,
+    and for a file's name `path`."""
+    told: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flat(value) if isinstance(value, dict) else {'path' if key == 'out' else key: value}
+        told = {**inner, **told}
+    return told
+
+
+class Done(NamedTuple):
+    """The end of a program that ran in a guest."""
+
+    status: int                 # exit status, or 128 + signal
+    out: bytes
+    err: bytes
+
+
+class Place:
+    """Where a Harddrive or CD is: the Attached of *disks*."""
+
+    def __init__(self, machine: Machine, id: str) -> None:
+        self.machine, self.id, self.node = machine, id, f'{id}-node'
+
+    def alive(self) -> bool:
+        """Tell whether the machine runs."""
+        return self.machine.is_alive()
+
+    def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
+        """Carry out a QMP command, with a file opened here as `filename`."""
+        with self.machine.monitor() as qmp:
+            if not medium:
+                return qmp.execute(command, **arguments)
+            with lend(qmp, os.open(medium, os.O_RDONLY | os.O_CLOEXEC)) as name:
+                return qmp.execute(command, filename=name, **arguments)
+
+
+@contextlib.contextmanager
+def lend(qmp: QMP, fd: int) -> Iterator[str]:
+    """Hand QEMU a descriptor, and lend the name by which it opens it meanwhile (add-fd)."""
+    try:
+        number = qmp.execute('add-fd', fds=[fd])['fdset-id']
+        try:
+            yield f'/dev/fdset/{number}'
+        finally:
+            qmp.execute('remove-fd', fdset_id=number)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def give(qmp: QMP, name: str, fd: int) -> Iterator[str]:
+    """Hand QEMU a descriptor under a name that its first use consumes (getfd)."""
+    try:
+        qmp.execute('getfd', fds=[fd], fdname=name)
+    finally:
+        os.close(fd)
+    try:
+        yield name
+    except BaseException:
+        with contextlib.suppress(ProtocolError):
+            qmp.execute('closefd', fdname=name)
+        raise
+
+
+def kvm_opens(uid: int) -> bool:
+    """Tell whether /dev/kvm opens, for us and for QEMU as the user `uid` in the device's group."""
+    try:
+        info = os.stat('/dev/kvm')
+        os.close(os.open('/dev/kvm', os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return uid in (0, os.geteuid()) or info.st_mode & 0o006 == 0o006 or (
+        info.st_mode & 0o060 == 0o060 and info.st_gid != 0)
+
+
+def usable_accel(wanted: str, uid: int = 0) -> str:
+    """Return kvm if it is wanted, or 'auto', and /dev/kvm opens; else tcg. VMMONITOR_ACCEL
+    overrides both."""
+    wanted = os.environ.get('VMMONITOR_ACCEL') or wanted
+    if wanted not in ('auto', 'kvm', 'tcg'):
+        raise MachineError(f'accelerator {wanted!r}', 'use auto, kvm or tcg')
+    if wanted == 'auto':
+        return 'kvm' if kvm_opens(uid) else 'tcg'
+    return wanted
+
+
+def newest_type() -> str:
+    """Return the versioned machine type that q35 stands for in this QEMU."""
+    shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
+    found = re.search(r'alias of (pc-q35-[0-9.]+)', shown)
+    if not found:
+        raise MachineError(f'{QEMU} has no machine type q35', 'install qemu-system-x86')
+    return found[1]
+
+
+def png(picture: bytes) -> bytes:
+    """Return the PNG of a PPM picture (P6 with 8 bits), for QEMU before 7.1."""
+    header = re.match(rb'P6\s+(\d+)\s+(\d+)\s+255\s', picture)
+    if not header:
+        raise MachineError(f'QEMU made no picture: {picture[:40]!r}')
+    width, height = int(header[1]), int(header[2])
+    rows = picture[header.end():]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (struct.pack('>I', len(data)) + kind + data
+                + struct.pack('>I', zlib.crc32(kind + data)))
+    lines = b''.join(b'\0' + rows[line * width * 3:(line + 1) * width * 3]
+                     for line in range(height))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0,
+                                                              0, 0))
+            + chunk(b'IDAT', zlib.compress(lines, 6)) + chunk(b'IEND', b''))
+
+
+class Console:
+    """A machine's serial console: all that it wrote since its start, and a way to type.
+
+    Reading is from QEMU's log of it, so that nothing is missed while nobody looks, and many may
+    look; one at a time may write.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.position = 0                       # in the log: what read() returned
+        self._keep = contextlib.ExitStack()     # the socket, and the claim on it
+        self._wire: socket.socket | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another one write."""
+        self._keep.close()
+        self._wire = None
+
+    def read(self) -> bytes:
+        """Return what was written since the last read(), or since the start."""
+        path = self.machine.run_path('console.log')
+        with contextlib.suppress(FileNotFoundError), open(path, 'rb', opener=_no_links) as text:
+            text.seek(self.position)
+            data = text.read()
+            self.position += len(data)
+            return data
+        return b''
+
+    def expect(self, pattern: str, timeout: float = 30) -> str:
+        """Read until the regular expression matches; return all up to the match's end.
+
+        MachineError, with the last lines, when it does not within `timeout` seconds.
+        """
+        deadline, seen, began = Deadline(timeout), b'', self.position
+        compiled = re.compile(pattern.encode())
+        while True:
+            seen += self.read()
+            found = compiled.search(seen)
+            if found:
+                self.position = began + found.end()
+                return seen[:found.end()].decode(errors='replace')
+            if deadline.passed() or not self.machine.is_alive():
+                tail = seen[-200:].decode(errors='replace')
+                raise MachineError(f'{self.machine.name}: no {pattern!r} on the console within '
+                                   f'{timeout:g} s, only: …{tail!r}')
+            time.sleep(STATE_POLL / 5)
+
+    def write(self, data: bytes | str) -> None:
+        """Type into the console. Raises Busy when somebody else has it open to write."""
+        if not self._wire:
+            self._keep.enter_context(self.machine.claim('console', 1, Deadline(1.0)))
+            self._wire = self._keep.enter_context(socket.socket(socket.AF_UNIX))
+            self._wire.settimeout(QMP_TIMEOUT)
+            self._wire.connect(self.machine.run_path('console'))
+            spawn(f'console {self.machine.name}', self._drain, self._wire)
+        self._wire.sendall(data.encode() if isinstance(data, str) else data)
+
+    @staticmethod
+    def _drain(wire: socket.socket) -> None:
+        """Throw away what the log has, too: unread, it would stop the guest's writing."""
+        with contextlib.suppress(OSError):              # closed
+            while True:
+                with contextlib.suppress(socket.timeout):
+                    if not wire.recv(65536):
+                        return
+
+
+def _no_links(path: str, flags: int) -> int:
+    """Open a file in a directory that QEMU's user can write to."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _named(key: str, value: Any) -> dict[str, Any]:
+    return {key: value}
+
+
+def _several(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+
+
+# What stop() tries, from the kindest: (name, seconds until the next one); see Machine._push.
+STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SIGTERM', 5.0),
+              ('SIGKILL', 5.0))
+
+
+class Machine(Guest):
+    """A virtual machine under this program: QEMU, driven over QMP.
+
+    `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
+    number of them to be made, or 'user' for QEMU's own NAT without any right. `memory` and
+    `maxmemory` (room for increase_ram) are MiB. `monitor_port` puts QEMU's own console (HMP) on
+    that TCP port of 127.0.0.1, 0 on any. `user` is who QEMU runs as, when root starts it; without
+    it, a user of its own. `incoming` has it wait for a migration. A machine stays when the program
+    ends: Machine.load(name) finds it again. Raises MachineError when there is one of that name.
+    """
+
+    def __init__(self, name: str = '', harddrives: Any = None, nics: Any = 0, cd: Any = None,
+                 memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
+                 accel: str = 'auto', kernel: str = '', initrd: str = '', cmdline: str = '',
+                 display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
+                 user: str | int | None = None, incoming: bool = False) -> None:
+        identity = str(uuid.uuid4())
+        self._check_sizes(name, memory, cpus, maxmemory, display, monitor_port)
+        usable_accel(accel)
+        drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
+                  for drive in _several(harddrives)]
+        disc = cd if isinstance(cd, CD) else CD(cd)
+        home = self._make_home(name)
+        cards: list[Nic | None] = []
+        try:
+            cards += self._cards(nics, namespace or os.path.basename(home))
+            self._set_up(Kept(
+                os.path.basename(home), identity, newest_type(), memory, cpus,
+                maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
+                namespace or next((card.namespace for card in cards if card), ''), efi, accel,
+                kernel and image_path(kernel), initrd and image_path(initrd), cmdline,
+                display or '', monitor_port, self._uid(user, identity),
+                max(PORTS, len(drives) + len(cards) + SPARE_PORTS), disc.filename), disc)
+            self.incoming = incoming
+            for drive in drives:
+                self._plan_disk(drive)
+            for card in cards:
+                self._plan_nic(card, own=isinstance(nics, int))
+            self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
+            self._write()
+        except BaseException:
+            for card in cards if isinstance(nics, int) else ():
+                if card:
+                    card.delete()
+            shutil.rmtree(home)
+            raise
+
+    @staticmethod
+    def _cards(nics: Any, namespace: str) -> list[Nic | None]:
+        if isinstance(nics, int):
+            return [*VirtualNic.create_many(nics, namespace)] if nics else []
+        return [None] if nics == 'user' else _several(nics)
+
+    @staticmethod
+    def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
+                     monitor_port: int | None) -> None:
+        for good, what in (
+                (not name or NAME.fullmatch(name), f'name {name!r:.80}: use letters, digits, '
+                 '".", "_", "-", at most 63'),
+                (type(memory) is int and 16 <= memory <= 1 << 24, f'memory {memory!r}: use MiB'),
+                (type(cpus) is int and 1 <= cpus <= 255, f'cpus {cpus!r}: use 1 to 255'),
+                (type(maxmemory) is int and (not maxmemory or maxmemory > memory),
+                 f'maxmemory {maxmemory!r}: use MiB, more than memory'),
+                (display in (None, '', 'vnc'), f'display {display!r}: use None or vnc'),
+                (monitor_port is None or type(monitor_port) is int and 0 <= monitor_port < 65536,
+                 f'monitor_port {monitor_port!r}')):
+            if not good:
+                raise MachineError(f'machine {name[:63]}: {what}')
+
+    @staticmethod
+    def _make_home(name: str) -> str:
+        """Make the directory of a machine `name`, or of the first free machineN."""
+        for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
+            if not os.path.isdir(place):
+                os.makedirs(place)
+                os.chmod(place, 0o711)          # QEMU's user must come through
+        for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
+            home = os.path.join(MACHINES_DIR, chosen)
+            if len(home) > 88:                  # a unix socket's path has 107 bytes at most
+                raise MachineError(f'{home}: this path is too long for sockets in it')
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(home)
+                os.chmod(home, 0o711)
+                return home
+        raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
+                           'delete() removes it')
+
+    @staticmethod
+    def _uid(user: str | int | None, identity: str) -> int:
+        if os.geteuid():
+            if user not in (None, os.geteuid()):
+                raise MachineError(f'user {user!r}: only root can start QEMU as another user')
+            return int(os.geteuid())
+        if user is None:
+            return FIRST_UID + int(identity[:4], 16)
+        try:
+            return user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
+        except KeyError:
+            raise MachineError(f'user {user!r}: no such user') from None
+
+    def _set_up(self, kept: Kept, cd: CD) -> None:
+        self.kept = kept
+        self.name, self.id = kept.name, kept.uuid
+        self.home = os.path.join(MACHINES_DIR, kept.name)
+        self.cd = cd
+        self.cd.attached = Place(self, 'cd0')
+        self.incoming = False                       # the next start waits for a migration
+        self._things: dict[str, Any] = {}           # id of a device -> its Harddrive or Nic
+        self._lock = threading.RLock()              # guards `kept` and its file
+
+    @classmethod
+    def load(cls, name: str) -> Machine:
+        """Return the machine `name`, running or not, that any program made; NoGuest if none."""
+        machine = cls.__new__(cls)
+        if not NAME.fullmatch(name):
+            raise NoGuest(f'no machine is named {name!r:.80}')
+        kept = cls._read(os.path.join(MACHINES_DIR, name, 'machine.json'))
+        machine._set_up(kept, CD())
+        machine.cd.filename = kept.cd
+        return machine
+
+    @staticmethod
+    def _read(path: str) -> Kept:
+        try:
+            with open(path, encoding='utf-8') as text:
+                known = json.load(text)
+            known['devices'] = [Device(**row) for row in known['devices']]
+            return Kept(**known)
+        except FileNotFoundError:
+            raise NoGuest(f'{path}: no such machine') from None
+        except (OSError, ValueError, TypeError, KeyError) as problem:
+            raise MachineError(f'{path}: can\'t be read: {problem}', 'restore the file') from None
+
+    def _write(self) -> None:
+        self.kept.cd = self.cd.filename
+        with whole_file(os.path.join(self.home, 'machine.json'), replace=True) as temporary, \
+                open(temporary, 'w', encoding='utf-8') as text:
+            json.dump(dataclasses.asdict(self.kept), text, indent=1)
+            text.flush()
+            os.fsync(text.fileno())
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the machine's file: one program changes it at a time, on what it says now."""
+        with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
+            cd = self.cd.filename
+            self.kept = self._read(os.path.join(self.home, 'machine.json'))
+            self.cd.filename = cd
+            yield
+            self._write()
+
+    @contextlib.contextmanager
+    def claim(self, what: str, count: int, deadline: Deadline) -> Iterator[int]:
+        """Hold one of `count` locks `what`, among all programs, and lend its number."""
+        while True:
+            for number in range(count):
+                lock = os.open(os.path.join(self.home, f'{what}{number}.lock'),
+                               os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield number
+                    return
+                except BlockingIOError:
+                    pass
+                finally:
+                    os.close(lock)
+            if deadline.passed():
+                raise Busy(f'{self.name}: "{what}" is in use by another program', 'try later')
+            time.sleep(STATE_POLL / 20)
+
+    def run_path(self, name: str) -> str:
+        """Return the path of a file in the directory that belongs to QEMU's user."""
+        return os.path.join(self.home, 'run', name)
+
+    # Is it alive
+
+    def pid(self) -> int:
+        """Return the process id of its QEMU, 0 if none runs: who holds the pidfile's lock."""
+        try:
+            with open(self.run_path('pid'), 'rb', opener=_no_links) as pidfile:
+                ask = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 0, 0, 0)
+                kind, _, _, _, pid = struct.unpack('hhqqi4x',
+                                                   fcntl.fcntl(pidfile, fcntl.F_GETLK, ask))
+        except OSError:
+            return 0
+        return int(pid) if kind != fcntl.F_UNLCK else 0
+
+    def is_alive(self) -> bool:
+        """Tell whether its QEMU runs, without asking it."""
+        return self.pid() > 0
+
+    def state(self) -> State:
+        """Return what the machine is doing (query-status)."""
+        if not self.is_alive():
+            return State.SAVED if self.kept.saved else State.OFF
+        try:
+            return State.CRASHED if self.kept.lost else QEMU_STATES.get(self._status(),
+                                                                        State.RUNNING)
+        except WrongState:                      # it ended meanwhile
+            return State.OFF
+
+    def _status(self) -> str:
+        return str(self.qmp('query-status')['status'])
+
+    # Monitors
+
+    @contextlib.contextmanager
+    def monitor(self, timeout: float = QMP_TIMEOUT) -> Iterator[QMP]:
+        """Lend a QMP connection with no event from before.
+
+        Raises WrongState when the machine is off, Busy, MachineError with QEMU's words.
+        """
+        deadline = Deadline(timeout)
+        try:
+            with self.claim('qmp', MONITORS, deadline) as number, \
+                    QMP(self.run_path(f'qmp{number}'), max(deadline.left(), 0.1)) as qmp:
+                yield qmp
+        except ProtocolError as problem:
+            if not self.is_alive():
+                raise WrongState(f'{self.name} is off{self._last_words()}',
+                                 'start it first') from None
+            raise MachineError(f'{self.name}: QEMU: {problem}', 'QEMU is stopped or overloaded'
+                               if isinstance(problem, PeerSilent) else problem.hint) from None
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
+        with self.monitor() as qmp:
+            return qmp.execute(command, **arguments)
+
+    def events(self, timeout: float) -> Iterator[dict[str, Any]]:
+        """Yield QEMU's events as they come, until none came for `timeout` seconds."""
+        with self.monitor() as qmp, contextlib.suppress(PeerSilent):
+            while True:
+                yield qmp.event((), timeout)
+
+    def send(self, what: bytes | str) -> str:
+        """Press keys, b'ctrl-alt-f2', or run an HMP command, 'info block', and return its text.
+
+        HMP has no errors, only text (human-monitor-command).
+        """
+        if isinstance(what, bytes):
+            self.send_key(what.decode('ascii', 'replace'))
+            return ''
+        return str(self.qmp('human-monitor-command', command_line=what))
+
+    def _job(self, qmp: QMP, command: str, **arguments: Any) -> None:
+        """Carry out a command that is a job, whose answer says nothing of its end."""
+        job = f'vmmonitor-{os.urandom(6).hex()}'
+        qmp.execute(command, job_id=job, **arguments)
+        qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
+        row = next(row for row in qmp.execute('query-jobs') if row['id'] == job)
+        qmp.execute('job-dismiss', id=job)
+        if row.get('error'):
+            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {row["error"]}')
+
+    def _hmp_job(self, qmp: QMP, line: str) -> None:
+        """Carry out an HMP command that prints nothing when it works."""
+        text = qmp.execute('human-monitor-command', JOB_TIMEOUT, command_line=line).strip()
+        if text:
+            raise MachineError(f'{self.name}: {line}: {text}')
+
+    # Start
+
+    def start_vm(self, paused: bool = False) -> str:
+        """Start QEMU, from the saved state if there is one; return what was done, in words.
+
+        Raises MachineError with QEMU's own last words, DiskError for a disk that is in use.
+        """
+        with self._changing():
+            if self.is_alive():
+                return 'already running'
+            for device in [row for row in self.kept.devices if row.pending]:
+                self._drop(device)
+            self._spawn()
+            if self.incoming:
+                self._after_start()
+                return 'waiting for a migration'
+            try:
+                self._after_start()
+                says = self._restore(self.kept.saved) if self.kept.saved else 'started'
+                if not paused:
+                    self.qmp('cont')
+            except BaseException:
+                self.stop(force=True)
+                raise
+            if self.kept.saved == os.path.join(self.home, 'memory'):
+                os.unlink(self.kept.saved)      # it does not fit the disks any more
+            self.kept.saved = ''
+        return says
+
+    def _after_start(self) -> None:
+        """Do what the command line can't say: the medium, and links that are down."""
+        if self.cd.filename:
+            Place(self, 'cd0').execute('blockdev-change-medium', self.cd.filename, id='cd0',
+                                       format='raw', read_only_mode='read-only')
+        for device in self._devices('nic'):
+            if not device.facts['up']:
+                self.qmp('set_link', name=device.id, up=False)
+
+    def _spawn(self) -> None:
+        """Start QEMU, stopped, and wait for its greeting."""
+        self.kept.lost, run_dir = False, self.run_path('')
+        os.makedirs(run_dir, mode=0o700, exist_ok=True)
+        if os.geteuid() == 0:
+            os.chown(run_dir, self.kept.uid, self.kept.uid)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.run_path('console.log'), self.run_path('console.log.1'))
+        launch = Launch()
+        try:
+            self._compose(launch)
+            argv = [*self._wrapper(launch), QEMU, *launch.argv]
+            with open(os.path.join(self.home, 'qemu.log'), 'wb') as words_:
+                process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=words_,
+                                           stderr=words_, cwd='/', start_new_session=True,
+                                           pass_fds=launch.fds)
+        except OSError as problem:
+            raise MachineError(f'{self.name}: can\'t start QEMU: {words(problem)}') from None
+        finally:
+            launch.close()
+        reaper = spawn(f'reap {self.name}', process.wait)
+        try:
+            QMP(self.run_path('qmp0'), QEMU_START_TIMEOUT).close()
+        except ProtocolError as problem:
+            if not isinstance(problem, PeerClosed):
+                process.kill()
+            reaper.join(QMP_TIMEOUT)
+            raise MachineError(f'{self.name}: QEMU did not start'
+                               f'{self._last_words() or ": " + str(problem)}',
+                               f'see {self.home}/qemu.log') from None
+
+    def _wrapper(self, launch: Launch) -> list[str]:
+        """Return what runs QEMU in its namespace and as its user, with no rights at all."""
+        argv = ['ip', 'netns', 'exec', self.kept.namespace] if self.kept.namespace else []
+        uid = self.kept.uid
+        if os.geteuid() == 0 and uid:
+            kvm = 'kvm' in launch.argv and os.stat('/dev/kvm').st_gid
+            argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *NO_PRIVILEGES,
+                     f'--groups={kvm}' if kvm else '--clear-groups', '--']
+        return argv
+
+    def _last_words(self) -> str:
+        """Return ': ' and what QEMU wrote last, or ''."""
+        with contextlib.suppress(OSError):
+            text = Path(self.home, 'qemu.log').read_text(errors='replace').strip()
+            lines = [line.replace(f'{QEMU}: ', '') for line in text.splitlines()[-3:]]
+            return ''.join(f': {line}' for line in lines)
+        return ''
+
+    def _compose(self, launch: Launch) -> None:
+        """Put QEMU's whole command line together."""
+        kept, accel = self.kept, usable_accel(self.kept.accel, self.kept.uid)
+        plain: tuple[tuple[str, ...], ...] = (
+                ('-name', f'guest={kept.name}'), ('-uuid', kept.uuid), ('-no-user-config',),
+                ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
+                ('-cpu', 'host' if accel == 'kvm' else 'qemu64'), ('-smp', str(kept.cpus)),
+                ('-pidfile', self.run_path('pid')), ('-sandbox', SANDBOX),
+                ('-incoming', 'defer') if self.incoming or kept.saved else (),
+                () if self.incoming else ('-S',),
+                ('-m', f'{kept.memory}M' + (f',slots={DIMM_SLOTS},maxmem={kept.maxmemory}M'
+                                            if kept.maxmemory else '')),
+                ('-kernel', kept.kernel) if kept.kernel else (),
+                ('-initrd', kept.initrd) if kept.initrd else (),
+                ('-append', kept.cmdline) if kept.cmdline else (),
+                ('-vnc', f'unix:{self.run_path("vnc")}') if kept.display == 'vnc' else ())
+        launch.argv += itertools.chain(*plain)
+        self._compose_firmware(launch)
+        self._compose_sockets(launch)
+        for text in self._fixed_devices():
+            launch.add('-device', text)
+        for device in kept.devices:
+            self._compose_device(launch, device)
+
+    def _compose_firmware(self, launch: Launch) -> None:
+        flash = ''
+        if self.kept.efi:
+            code, blank = next((pair for pair in OVMF if all(map(os.path.exists, pair))), ('', ''))
+            if not code:
+                raise MachineError(f'{self.name}: no UEFI firmware', 'install ovmf')
+            own = os.path.join(self.home, 'efi-vars.qcow2')
+            if not os.path.exists(own):
+                with whole_file(own) as temporary:
+                    run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, temporary],
+                        IMAGE_TIMEOUT)
+            for node, form, path in (('efi-code', 'raw', code), ('efi-vars', 'qcow2', own)):
+                launch.add('-blockdev', json.dumps({
+                    'node-name': node, 'driver': form, 'read-only': node == 'efi-code',
+                    'file': {'driver': 'file', 'filename': launch.file(path, form == 'qcow2'),
+                             'read-only': node == 'efi-code'}}))
+            flash = ',pflash0=efi-code,pflash1=efi-vars'
+        launch.add('-machine', self.kept.type + flash)
+
+    def _compose_sockets(self, launch: Launch) -> None:
+        """Open the listening sockets here: no polling for them, and no right to make them."""
+        monitors = [*(f'qmp{number}' for number in range(MONITORS)), 'events', 'tool']
+        for name in (*monitors, 'agent', 'console'):
+            path = self.run_path(name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+            listener.listen(4)
+            more = {'logfile': self.run_path('console.log')} if name == 'console' else {}
+            launch.add('-chardev', options('socket', {
+                'id': name, 'fd': launch.fd(listener.detach()), 'server': True, 'wait': False,
+                **more}))
+        for name in monitors:
+            launch.add('-mon', f'chardev={name},mode=control')
+        launch.add('-serial', 'chardev:console')
+        if self.kept.monitor_port is not None:
+            server = socket.create_server(('127.0.0.1', self.kept.monitor_port))
+            self.kept.monitor_port = server.getsockname()[1]
+            launch.add('-chardev', options('socket', {
+                'id': 'hmp', 'fd': launch.fd(server.detach()), 'server': True, 'wait': False}))
+            launch.add('-mon', 'chardev=hmp,mode=readline')
+
+    def _fixed_devices(self) -> Iterator[str]:
+        """Yield the devices that every machine has."""
+        for number in range(self.kept.ports):
+            yield options('pcie-root-port', {
+                'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
+                'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
+        yield 'VGA,id=video'
+        yield 'qemu-xhci,id=usb'
+        yield 'usb-tablet,id=pointer,bus=usb.0'     # every system has a driver for one of the two
+        yield 'virtio-tablet-pci,id=tablet'
+        yield f'virtio-serial-pci,id=serial,max_ports={VIRTIO_PORTS}'
+        yield 'virtserialport,chardev=agent,name=org.qemu.guest_agent.0,bus=serial.0'
+        yield 'virtio-balloon-pci,id=balloon'
+        yield 'virtio-scsi-pci,id=scsi'
+        yield 'scsi-cd,id=cd0,bus=scsi.0' + (f',bootindex={self.kept.cd_boot}'
+                                             if self.kept.cd_boot else '')
+
+    # Devices
+
+    def _devices(self, kind: str) -> list[Device]:
+        return [device for device in self.kept.devices if device.kind == kind]
+
+    @property
+    def harddrives(self) -> list[Harddrive]:
+        """Its disks."""
+        return [self._thing(device) for device in self._devices('disk')]
+
+    @property
+    def nics(self) -> list[Nic | None]:
+        """Its network cards; None is QEMU's own NAT."""
+        return [self._thing(device) for device in self._devices('nic')]
+
+    def _thing(self, device: Device) -> Any:
+        """Return the Harddrive or Nic behind a device, made again after a load()."""
+        if device.id not in self._things:
+            self._things[device.id] = thing = self._remake(device)
+            if isinstance(thing, Harddrive):
+                thing.attached = Place(self, device.id)
+        return self._things[device.id]
+
+    def _remake(self, device: Device) -> Any:
+        facts = device.facts
+        if device.kind == 'disk':
+            drive: Harddrive | None = None
+            for filename, form in facts['chain'][::-1]:
+                if not os.path.exists(filename):
+                    raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
+                drive = Harddrive(filename, format=form, backing=drive)
+            return drive
+        return self._nic(device) if facts.get('mac') and facts['name'] else None
+
+    @staticmethod
+    def _nic(device: Device) -> VirtualNic:
+        """Return the nic of a device, made again if the host has rebooted since."""
+        facts = device.facts
+        return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
+
+    def _new_id(self, stem: str) -> str:
+        taken = {device.id for device in self.kept.devices}
+        return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
+
+    def _free_port(self) -> str:
+        taken = {device.bus for device in self.kept.devices}
+        free = [f'rp{n}' for n in range(self.kept.ports) if f'rp{n}' not in taken]
+        if not free:
+            raise MachineError(f'{self.name}: all {self.kept.ports} PCIe ports are taken',
+                               'remove a device first')
+        return free[0]
+
+    def _plan(self, device: Device, thing: Any) -> Device:
+        self.kept.devices.append(device)
+        self._things[device.id] = thing
+        if isinstance(thing, Harddrive) and not self.incoming:
+            thing.attached = Place(self, device.id)
+        return device
+
+    def _plan_disk(self, drive: Harddrive) -> Device:
+        """Enter a disk into the machine's file."""
+        drive.check()
+        files = {os.path.realpath(row.filename) for other in self.harddrives
+                 for row in other.chain()[:1]}
+        if os.path.realpath(drive.filename) in files:
+            raise DiskError(f'{self.name}: has {drive.filename} already')
+        return self._plan(Device(self._new_id('disk'), 'disk', self._free_port(), facts={
+            'chain': [[row.filename, row.format] for row in drive.chain()]}), drive)
+
+    def _plan_nic(self, nic: Nic | None, own: bool) -> Device:
+        """Enter a network card into the machine's file."""
+        id = self._new_id('nic')
+        mac = nic.mac.lower() if nic else '52:54:00:' + ':'.join(
+            hashlib.sha256(f'{self.id} {id}'.encode()).hexdigest()[at:at + 2] for at in (0, 2, 4))
+        if not MAC.fullmatch(mac):
+            raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
+        if nic and any(nic.name == device.facts['name'] for device in self._devices('nic')):
+            raise MachineError(f'{self.name}: has {nic.name} already')
+        return self._plan(Device(id, 'nic', self._free_port(), facts={
+            'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
+            'mac': mac, 'up': True, 'own': own}), nic)
+
+    @staticmethod
+    def _back_name(device: Device) -> str:
+        return f'{device.id}-{KINDS[device.kind].suffix}'
+
+    def _front(self, device: Device) -> dict[str, Any]:
+        """Return the arguments of device_add."""
+        facts, back = device.facts, self._back_name(device)
+        rows: dict[str, dict[str, Any]] = {
+            'disk': {'driver': 'virtio-blk-pci', 'drive': back},
+            'nic': {'driver': 'virtio-net-pci', 'netdev': back, 'mac': facts.get('mac')},
+            'dimm': {'driver': 'pc-dimm', 'memdev': back},
+            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
+        told = {**rows[device.kind], 'id': device.id}
+        if device.bus:
+            told['bus'] = device.bus
+        if device.boot:
+            told['bootindex'] = device.boot
+        return told
+
+    def _compose_device(self, launch: Launch, device: Device) -> None:
+        """Put a device into the command line."""
+        thing = self._thing(device)
+        if device.kind == 'disk':
+            thing.check()
+            # One that was just shut down is away for us some ms before it lets its disks go.
+            if not self.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
+                raise DiskError(f'{self.name}: {thing.filename}: another machine has it open',
+                                'stop that one first')
+        kind, back, front = KINDS[device.kind], self._back(device, launch.fd, launch.file), \
+            self._front(device)
+        if device.kind == 'disk':
+            launch.add(kind.option, json.dumps(back))
+        else:
+            back = flat(back)
+            launch.add(kind.option, options(back.pop(kind.type), back))
+        launch.add('-device', options(front.pop('driver'), front))
+
+    @staticmethod
+    def _vhost(hand: Callable[[int], int | str]) -> dict[str, Any]:
+        """Return the options for the kernel's virtio, where it is there: without it, QEMU aborts
+        on vhost=on."""
+        try:
+            return {'vhost': True, 'vhostfd': str(hand(os.open('/dev/vhost-net',
+                                                               os.O_RDWR | os.O_CLOEXEC)))}
+        except OSError:
+            return {}
+
+    def _plug(self, device: Device) -> None:
+        """Plug a device into the running machine: back end, then device, or neither."""
+        kind = KINDS[device.kind]
+        with self.monitor() as qmp, contextlib.ExitStack() as handed:
+            def hand(fd: int) -> str:
+                return handed.enter_context(give(qmp, f'fd{fd}', fd))
+
+            def file(path: str, write: bool) -> str:
+                flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
+                return handed.enter_context(lend(qmp, os.open(path, flags)))
+            back = self._back(device, hand, file)
+            qmp.execute(kind.add, **back)
+            try:
+                qmp.execute('device_add', **self._front(device))
+            except BaseException:
+                qmp.execute(kind.remove, **_named(kind.key, back[kind.key]))
+                raise
+        device.pending = False
+
+    def _back(self, device: Device, hand: Callable[[int], int | str],
+              file: Callable[[str, bool], str]) -> dict[str, Any]:
+        """Return the arguments of the QMP command that adds a device's back end; `hand` and
+        `file` give QEMU's name for a descriptor and for a path."""
+        facts, thing, name = device.facts, self._thing(device), self._back_name(device)
+        if device.kind == 'disk':
+            return dict(thing.blockdev(name, file))
+        if device.kind == 'nic':
+            tap = {'fd': str(hand(thing.open())), **self._vhost(hand)} if thing else {}
+            return {'id': name, 'type': 'tap' if thing else 'user', **tap}
+        if device.kind == 'dimm':
+            return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
+        path = self.run_path(device.id)
+        data: dict[str, dict[str, Any]] = {
+            'pty': {}, 'file': {'out': path}, 'socket': {
+                'addr': {'type': 'unix', 'data': {'path': path}}, 'server': True, 'wait': False}}
+        return {'id': name, 'backend': {'type': facts['type'], 'data': data[facts['type']]}}
+
+    def _unplug(self, device: Device, timeout: float) -> bool:
+        """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
+        kind = KINDS[device.kind]
+        with self.monitor() as qmp:
+            gone = False
+            try:
+                qmp.execute('device_del', id=device.id)
+            except ReplyError as problem:
+                gone = problem.kind == 'DeviceNotFound'         # let go since the last try
+                if not gone and 'in the process of unplug' not in str(problem):
+                    raise
+            with contextlib.suppress(PeerSilent):
+                gone = gone or qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'], timeout,
+                                         device=device.id)['event'] == 'DEVICE_DELETED'
+            device.pending = not gone
+
+            def removed() -> bool:                      # the device may hold it some ms more
+                with contextlib.suppress(ReplyError):
+                    qmp.execute(kind.remove, **_named(kind.key, self._back_name(device)))
+                    return True
+                return False
+            if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
+                raise MachineError(f'{self.name}: {device.id} is gone, but QEMU keeps its back end')
+        return gone
+
+    def _find(self, kind: str, thing: Any) -> Device:
+        """Return the device of a thing, which may also be its id or number."""
+        rows = self._devices(kind)
+        wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
+        for number, device in enumerate(rows):
+            chain = device.facts.get('chain')
+            if wanted in (device.id, number, chain[0][0] if chain else device.facts.get('name')):
+                return device
+        raise MachineError(f'{self.name}: has no {kind} {thing!r}',
+                           f'it has {", ".join(row.id for row in rows) or "none"}')
+
+    def _add(self, plan: Callable[[], Device]) -> Device:
+        """Enter a device, and plug it in if the machine runs; or neither."""
+        with self._changing():
+            device = plan()
+            try:
+                if self.is_alive():
+                    self._plug(device)
+            except BaseException:
+                self._drop(device)
+                raise
+        return device
+
+    def _drop(self, device: Device) -> None:
+        self.kept.devices.remove(device)
+        thing = self._things.pop(device.id, None)
+        if isinstance(thing, Harddrive):
+            thing.attached = None
+        if device.facts.get('own'):
+            self._nic(device).delete()
+
+    def _remove(self, kind: str, what: Any, timeout: float) -> str:
+        with self._changing():
+            device = self._find(kind, what)
+            if self.is_alive() and not self._unplug(device, timeout):
+                return (f'{device.id}: the guest does not let it go; it goes when the machine is '
+                        'reset or stopped')
+            self._drop(device)
+        return f'{device.id} removed'
+
+    def add_nic(self, nic: Nic | None = None) -> Device:
+        """Plug in a network card, a new one of its own if none is given, at once if it runs
+        (getfd, netdev_add, device_add)."""
+        own = nic is None
+        if nic is None:
+            nic = VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
+        card = nic
+        return self._add(lambda: self._plan_nic(card, own))
+
+    def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
+
+        When the guest does not let it go, it says so: the card stays until the guest is reset.
+        """
+        return self._remove('nic', nic, timeout)
+
+    def add_harddrive(self, drive: Harddrive | str) -> Device:
+        """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
+        disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
+        return self._add(lambda: self._plan_disk(disk))
+
+    def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
+        return self._remove('disk', drive, timeout)
+
+    def nic_state(self, nic: Any, up: bool) -> None:
+        """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
+        with self._changing():
+            device = self._find('nic', nic)
+            if self.is_alive():
+                self.qmp('set_link', name=device.id, up=up)
+            device.facts['up'] = up
+
+    def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
+        """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
+        self._thing(self._find('disk', drive)).resize(size, shrink)
+
+    def eject(self, force: bool = False) -> None:
+        """Take the CD out (CD.eject)."""
+        with self._changing():
+            self.cd.eject(force)
+
+    def insert(self, medium: CD | str, force: bool = False) -> None:
+        """Put a CD in (CD.insert)."""
+        with self._changing():
+            self.cd.insert(medium, force)
+
+    def _boot_order(self, ids: Sequence[str]) -> None:
+        self.kept.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
+        for device in self.kept.devices:
+            device.boot = ids.index(device.id) + 1 if device.id in ids else 0
+
+    def change_boot_device(self, *devices: Any) -> None:
+        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1.
+
+        It counts from the next reset on, and is kept (qom-set bootindex).
+        """
+        with self._changing():
+            ids = [self._boot_id(device) for device in devices]
+            before = {device.id: device.boot for device in self.kept.devices}
+            before['cd0'] = self.kept.cd_boot
+            self._boot_order(ids)
+            if not self.is_alive():
+                return
+            with self.monitor() as qmp:
+                # First all others out: QEMU refuses a place that is taken.
+                for id, place in [*((id, -1) for id, place in before.items() if place),
+                                  *((id, place) for place, id in enumerate(ids, 1))]:
+                    qmp.execute('qom-set', path=f'/machine/peripheral/{id}',
+                                property='bootindex', value=place)
+
+    def _boot_id(self, thing: Any) -> str:
+        if thing is self.cd or thing in ('cd', 'cd0'):
+            return 'cd0'
+        for kind in ('disk', 'nic'):
+            with contextlib.suppress(MachineError):
+                return self._find(kind, thing).id
+        raise MachineError(f'{self.name}: can\'t boot from {thing!r}',
+                           "name 'cd', or one of its disks or nics")
+
+    # Memory
+
+    def increase_ram(self, mb: int) -> str:
+        """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
+
+        In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
+        that was ballooned down is let out first. Raises MachineError with the reason why not.
+        """
+        if type(mb) is not int or mb <= 0:
+            raise MachineError(f'{self.name}: increase_ram({mb!r})', 'use MiB')
+        if self.is_alive():
+            actual = self.qmp('query-balloon')['actual'] // MIB
+            whole = self._ram()
+            if actual + mb <= whole:
+                return self.balloon(actual + mb)
+        room = self.kept.maxmemory - self._ram()
+        if mb % DIMM_MIB or mb > room:
+            raise MachineError(
+                f'{self.name}: can\'t get {mb} MiB more: '
+                + ('Linux takes memory in blocks of 128 MiB' if mb % DIMM_MIB else
+                   f'there is room for {max(room, 0)} MiB'),
+                f'use a multiple of {DIMM_MIB}' if mb % DIMM_MIB else
+                'make the machine with a larger maxmemory=')
+        blocks = self._memory_blocks() if self.is_alive() else {}
+        device = self._add(lambda: self._plan(Device(self._new_id('dimm'), 'dimm',
+                                                     facts={'mib': mb}), None))
+        return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
+
+    def _ram(self) -> int:
+        return self.kept.memory + int(sum(row.facts['mib'] for row in self._devices('dimm')))
+
+    def _memory_blocks(self) -> dict[int, bool]:
+        with contextlib.suppress(AgentError):
+            return {row['phys-index']: row['online']
+                    for row in self.agent('guest-get-memory-blocks')}
+        return {}
+
+    def _online(self, before: Mapping[int, bool]) -> str:
+        """Switch on the memory blocks that are new, and say what the guest then has."""
+        if not self.is_alive():
+            return 'counts from the next start'
+        if not before:
+            return 'not confirmed: the guest agent does not answer'
+        deadline = Deadline(AGENT_TIMEOUT)
+        while not deadline.passed():
+            off = [index for index, online in self._memory_blocks().items() if not online]
+            if off:
+                self.agent('guest-set-memory-blocks', {
+                    'mem-blks': [{'phys-index': index, 'online': True} for index in off]})
+            new = [index for index, online in self._memory_blocks().items()
+                   if online and index not in before]
+            if new:
+                return f'confirmed by the guest: {len(new)} more blocks are online'
+            time.sleep(STATE_POLL)
+        return 'not confirmed: the guest shows no new memory; it may have no memory hot-plug'
+
+    def balloon(self, mb: int) -> str:
+        """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
+        self.qmp('balloon', value=mb * MIB)
+
+        def reached() -> bool:
+            return bool(self.qmp('query-balloon')['actual'] == mb * MIB)
+        if Deadline(BALLOON_TIMEOUT).poll(reached, STATE_POLL / 2):
+            return f'the guest has {mb} MiB now'
+        actual = self.qmp('query-balloon')['actual'] // MIB
+        raise MachineError(f'{self.name}: the guest has {actual} MiB, not {mb}',
+                           'it needs the virtio_balloon driver, and can\'t have more than '
+                           f'{self._ram()} MiB')
+
+    def create_chardev(self, name: str, kind: str = 'socket') -> str:
+        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
+        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
+        virtserialport). It is kept over restarts; chardevs tells the paths."""
+        if not NAME.fullmatch(name) or kind not in ('pty', 'socket', 'file'):
+            raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
+                               'use a name like org.example.0, and pty, socket or file')
+        if name in self.chardevs:
+            raise MachineError(f'{self.name}: has a chardev {name}')
+        self._add(lambda: self._plan(Device(self._new_id('chardev'), 'chardev', facts={
+            'type': kind, 'name': name}), None))
+        return self.chardevs[name]
+
+    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Take a port away again (device_del, chardev-remove)."""
+        return self._remove('chardev', name, timeout)
+
+    @property
+    def chardevs(self) -> dict[str, str]:
+        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
+        ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')} \
+            if self.is_alive() else {}
+        return {row.facts['name']: ends.get(f'{row.id}-host', '').partition(':')[2]
+                if row.facts['type'] == 'pty' else self.run_path(row.id)
+                for row in self._devices('chardev')}
+
+    # Stop, save
+
+    def stop(self, force: bool = False, timeout: float = STOP_STEPS[0][1]) -> str:
+        """Shut it down, and say what did it; return when it is off.
+
+        The power button (system_powerdown, for `timeout` seconds), the agent (guest-shutdown),
+        quit, SIGTERM, SIGKILL; with `force` from quit on. The disks' caches are written by all
+        but the last.
+        """
+        try:
+            process = os.pidfd_open(self.pid())
+        except OSError:
+            return 'already off'
+        try:
+            for name, seconds in STOP_STEPS[2 if force else 0:]:
+                patience = timeout if name == 'power button' else seconds
+                if self._push(name, process) and select.select([process], [], [], patience)[0]:
+                    return f'stopped by {name}'
+        finally:
+            os.close(process)
+        raise MachineError(f'{self.name}: process {self.pid()} does not end, not even by SIGKILL',
+                           'its disk or network storage hangs: see dmesg')
+
+    def _push(self, way: str, process: int) -> bool:
+        """Ask it to end in one of the ways of STOP_STEPS; tell whether to wait for it."""
+        try:
+            if way == 'power button':
+                if self.state() is State.PAUSED:
+                    self.qmp('cont')
+                self.qmp('system_powerdown')
+            elif way == 'guest agent':
+                if self.agent_state() != 'connected':
+                    return False
+                self.agent('guest-shutdown', {'mode': 'powerdown'})
+            elif way == 'quit':
+                self.qmp('quit')
+            else:
+                signal.pidfd_send_signal(process, getattr(signal, way))
+        except AgentError as problem:                   # guest-shutdown has no answer
+            return problem.trouble.name in ('silent', 'not connected')
+        except GuestError:                              # it may end before it answers
+            return way == 'quit'
+        except ProcessLookupError:
+            pass
+        return True
+
+    def start(self) -> str:
+        """Make it run, from whatever state: start_vm, cont or system_wakeup."""
+        state = self.state()
+        if state is State.CRASHED:
+            raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
+        if state in (State.OFF, State.SAVED):
+            return self.start_vm()
+        if state is State.PAUSED:
+            self.qmp('cont')
+            return 'resumed'
+        if state is State.ASLEEP:
+            self.qmp('system_wakeup')
+            return 'woken'
+        return 'already running'
+
+    def freeze(self) -> None:
+        """Stop its processors; twice is fine (QMP stop)."""
+        self.qmp('stop')
+
+    def unfreeze(self) -> None:
+        """Let its processors go on; twice is fine (QMP cont)."""
+        if self.state() is State.CRASHED:
+            raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
+        self.qmp('cont')
+
+    def reset(self) -> None:
+        """Press the reset button; devices that the guest would not let go are gone with it
+        (system_reset)."""
+        self.qmp('system_reset')
+        for device in [row for row in self.kept.devices if row.pending]:
+            self._remove(device.kind, device.id, UNPLUG_TIMEOUT)
+
+    def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
+        """Wait until it is in a state (running, off, paused ...) or its 'agent' answers.
+
+        Returns the seconds that it took; MachineError when they are more than `timeout`.
+        """
+        began = time.monotonic()
+
+        def reached() -> bool:
+            with contextlib.suppress(GuestError):
+                if what != 'agent':
+                    return self.state() is State(what)
+                self.agent('guest-ping', timeout=1)
+                return True
+            return False
+        if not Deadline(timeout).poll(reached, STATE_POLL / 4):
+            raise MachineError(f'{self.name}: not "{what}" within {timeout:g} s, but '
+                               f'{self.state().value}{self._last_words()}')
+        return time.monotonic() - began
+
+    def delete(self, force: bool = False) -> None:
+        """Forget the machine, with the nics that were made for it and its saved memory; never
+        its disks. WrongState while it runs, without `force`."""
+        if self.is_alive() and not force:
+            raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
+        self.stop(force=True)
+        for device in self._devices('nic'):
+            if device.facts['own']:
+                self._nic(device).delete()
+        shutil.rmtree(self.home)
+
+    def save(self, file: str = '') -> str:
+        """Save its memory to a file (or a place of its own) and end it; start goes on from there.
+
+        Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
+        """
+        with self._changing():
+            state = self.state()
+            if state is State.SAVED:
+                return 'already saved'
+            if state not in (State.RUNNING, State.PAUSED):
+                raise WrongState(f'{self.name} is {state.value}; there is nothing to save')
+            path = image_path(file) if file else os.path.join(self.home, 'memory')
+            if os.path.exists(path):
+                raise DiskError(f'{path} exists', 'name another file, or remove this one')
+            with self._run_state_kept(), whole_file(path) as temporary, self.monitor() as qmp:
+                qmp.execute('stop')
+                with give(qmp, 'memory', os.open(temporary, os.O_WRONLY | os.O_CLOEXEC)):
+                    self._transfer(qmp, 'fd:memory', None, JOB_TIMEOUT)
+                self.kept.saved = path
+            self._write()
+            self.stop(force=True)
+        return 'saved'
+
+    @contextlib.contextmanager
+    def _run_state_kept(self) -> Iterator[None]:
+        """When the block fails, let the guest run again if it ran before."""
+        ran = self._status() == 'running'
+        try:
+            yield
+        except BaseException:
+            if ran and self.is_alive():
+                with contextlib.suppress(GuestError):
+                    self.qmp('cont')
+            raise
+
+    def _restore(self, path: str) -> str:
+        """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
+        with self.monitor() as qmp:
+            self._receive(qmp, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            status = qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
+        return 'restored' if status else ''
+
+    @staticmethod
+    def _receive(qmp: QMP, fd: int) -> None:
+        """Have a QEMU that waits for a migration read it from a descriptor."""
+        qmp.execute('migrate-set-capabilities',
+                    capabilities=[{'capability': 'events', 'state': True}])
+        with give(qmp, 'stream', fd):
+            qmp.execute('migrate-incoming', uri='fd:stream')
+
+    def _transfer(self, qmp: QMP, uri: str, progress: Callable[[int, int], object] | None,
+                  timeout: float) -> None:
+        """Send memory and devices to `uri`, with progress(bytes done, bytes in all)."""
+        qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
+        qmp.execute('migrate', uri=uri)
+        deadline = Deadline(timeout)
+        while True:
+            info = qmp.execute('query-migrate')
+            ram = info.get('ram')
+            if progress and ram:
+                progress(ram['total'] - ram['remaining'], ram['total'])
+            status = info.get('status')
+            if status == 'completed':
+                return
+            if status in ('failed', 'cancelled') or deadline.passed():
+                qmp.execute('migrate_cancel')
+                raise MachineError(f'{self.name}: the transfer of its memory '
+                                   f'{"took too long" if deadline.passed() else status}: '
+                                   f'{info.get("error-desc", status)}')
+            time.sleep(STATE_POLL / 5)
+
+    def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
+                timeout: float = JOB_TIMEOUT) -> str:
+        """Move the running guest to another Machine(..., incoming=True), or to "host:port".
+
+        Both must see the same disks, and have the same devices. `progress` is called with bytes
+        done and in all; cancel() ends it from another thread. The source runs on after any
+        failure, and MachineError has the destination's own words (getfd, migrate).
+        """
+        with self._changing(), self._run_state_kept():
+            target = to if isinstance(to, Machine) else None
+            if target:
+                self._check_fits(target.kept.shape(), f'{target.name} is another kind of machine')
+                ours, theirs = socket.socketpair()
+                with target.monitor() as other:
+                    self._receive(other, theirs.detach())
+            else:
+                ours = self._dial(str(to))
+            try:
+                with self.monitor() as qmp, give(qmp, 'stream', ours.detach()):
+                    self._transfer(qmp, 'fd:stream', progress, timeout)
+                if target:
+                    target._arrived()
+            except MachineError as problem:
+                said = target._last_words() if target and not target.is_alive() else ''
+                raise MachineError(f'{problem}{said}', problem.hint) from None
+        self.stop(force=True)
+        return f'migrated to {target.name if target else to}'
+
+    def _dial(self, to: str) -> socket.socket:
+        host, _, port = to.rpartition(':')
+        try:
+            return socket.create_connection((host.strip('[]'), int(port)), QMP_TIMEOUT)
+        except (OSError, ValueError) as problem:
+            raise MachineError(f'{self.name}: can\'t migrate to {to}: {words(problem)}',
+                               'give host:port of a machine that waits in receive()') from None
+
+    def receive(self, port: int, timeout: float = 60.0, address: str = '') -> None:
+        """Wait on a TCP port for migrate('host:port') of another host to this machine, which
+        was started with incoming=True; return when it has arrived."""
+        with socket.create_server((address, port)) as server:
+            server.settimeout(timeout)
+            try:
+                stream = server.accept()[0]
+            except socket.timeout:
+                raise MachineError(f'{self.name}: nobody came to port {port}') from None
+        stream.setblocking(True)
+        with self.monitor() as qmp:
+            self._receive(qmp, stream.detach())
+            qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
+        self._arrived()
+
+    def _arrived(self) -> None:
+        """See that the guest is here, and take its disks over."""
+        def here() -> bool:
+            return self._status() != 'inmigrate'
+        if not Deadline(QMP_TIMEOUT).poll(here, STATE_POLL / 10):
+            raise MachineError(f'{self.name}: the guest did not arrive')
+        self.incoming = False
+        for device in self._devices('disk'):
+            self._thing(device).attached = Place(self, device.id)
+
+    def cancel(self) -> None:
+        """End a migration that another thread carries out (migrate_cancel)."""
+        self.qmp('migrate_cancel')
+
+    def _check_fits(self, other: Sequence[Any], why: str) -> None:
+        """Raise MachineError unless a memory image of a machine of that shape fits this one."""
+        mine = self.kept.shape()
+        here, there = ([row for row in a if row not in b] for a, b in ((mine, list(other)),
+                                                                     (list(other), mine)))
+        if here or there:
+            raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
+                               f'has {here or "nothing"}',
+                               'add or remove devices until they are the same')
+
+    # Snapshots
+
+    def _layers(self) -> list[tuple[str, Harddrive]]:
+        """Return node and disk of all that can hold a snapshot."""
+        return [(f'{device.id}-node', drive) for device, drive in
+                ((device, self._thing(device)) for device in self._devices('disk'))
+                if drive.format == 'qcow2']
+
+    @property
+    def snapshots(self) -> list[MachineSnapshot]:
+        """The snapshots of the machine's disks as they are now, the oldest first."""
+        rows = [(drive, row) for drive in self.harddrives for row in drive.snapshots]
+        found = []
+        for tag in dict.fromkeys(row.tag for _, row in sorted(rows, key=lambda pair: pair[1].when)):
+            mine = {drive.filename: row for drive, row in rows if row.tag == tag}
+            found.append(MachineSnapshot(
+                tag, min(row.when for row in mine.values()),
+                any(row.ram for row in mine.values()), tuple(mine),
+                tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
+        return found
+
+    def _snapshot(self, tag: str) -> MachineSnapshot:
+        for row in self.snapshots:
+            if row.tag == checked_tag(tag):
+                return row
+        raise MachineError(f'{self.name}: has no snapshot {tag}', '.snapshots lists them')
+
+    def snapshot(self, tag: str = '') -> MachineSnapshot:
+        """Snapshot memory and disks, or of a machine that is off the disks alone.
+
+        It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
+        it. Raises MachineError with the job's own error (snapshot-save; HMP savevm before 6.0).
+        """
+        with self._changing():
+            tag = checked_tag(tag or time.strftime('s%Y%m%d-%H%M%S'))
+            layers = self._layers()
+            if not layers:
+                raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
+                                   'save() works without one')
+            if any(row.tag == tag for row in self.snapshots):
+                raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
+            if self.kept.saved and not self.is_alive():
+                raise WrongState(f'{self.name} is saved', 'start it first')
+            if self.is_alive():
+                self._live_snapshot(tag, layers)
+            else:
+                self._disk_snapshots(tag, [drive for _, drive in layers])
+            taken = self._snapshot(tag)
+        if taken.uncovered:
+            log.warning('%s: snapshot %s is without %s', self.name, tag, ', '.join(taken.uncovered))
+        return taken
+
+    def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
+        ran = self._status() == 'running'
+        try:
+            with self.monitor() as qmp:
+                self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
+        finally:
+            if ran and self.is_alive():
+                self.qmp('cont')
+        self.kept.snapshots[tag] = self.kept.shape()
+
+    @staticmethod
+    def _disk_snapshots(tag: str, drives: Sequence[Harddrive]) -> None:
+        """Snapshot all disks, or none."""
+        done: list[Harddrive] = []
+        try:
+            for drive in drives:
+                drive.snapshot(tag)
+                done.append(drive)
+        except BaseException:
+            for drive in done:
+                drive.delete_snapshot(tag)
+            raise
+
+    def _snapshot_job(self, qmp: QMP, verb: str, tag: str, nodes: Sequence[str]) -> None:
+        """Carry out snapshot-save, -load or -delete, or what older QEMUs have."""
+        if f'snapshot-{verb}' not in {row['name'] for row in qmp.execute('query-commands')}:
+            line = {'save': 'savevm', 'load': 'loadvm', 'delete': 'delvm'}[verb]
+            self._hmp_job(qmp, f'{line} {tag}')
+            return
+        firmware = ['efi-vars'] if self.kept.efi else []
+        memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
+        self._job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
+
+    def load_snapshot(self, tag: str) -> str:
+        """Put memory and disks back to a snapshot, starting the machine if it is off.
+
+        A snapshot of the disks alone needs it to be off. One that was taken with other devices is
+        refused, since its guest would be lost. Then the clock is set (snapshot-load; HMP loadvm).
+        """
+        with self._changing():
+            found = self._snapshot(tag)
+            layers = [row for row in self._layers() if row[1].filename in found.disks]
+            started = not self.is_alive()
+            if started and self.kept.saved:
+                raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
+                                 'start it, then load the snapshot')
+            if not found.ram and not started:
+                raise WrongState(f'{self.name} runs, and snapshot {tag} has no memory in it',
+                                 'stop it first')
+            if not found.ram:
+                for _, drive in layers:
+                    drive.load_snapshot(tag)
+                return f'disks put back to {tag}'
+            self._check_fits(self.kept.snapshots.get(tag, self.kept.shape()),
+                             f'snapshot {tag} is of other devices')
+            if started:
+                self._spawn()
+                self._after_start()
+            self._load(tag, [node for node, _ in layers], started)
+            return f'put back to {tag}{self._settle()}'
+
+    def _load(self, tag: str, nodes: Sequence[str], started: bool) -> None:
+        """Carry out snapshot-load, and leave the run state as it was."""
+        ran = started or self._status() == 'running'
+        try:
+            with self.monitor() as qmp:
+                qmp.execute('stop')
+                self._snapshot_job(qmp, 'load', tag, nodes)
+        except MachineError as problem:
+            if started:
+                self.stop(force=True)
+            elif not HARMLESS.search(str(problem)):
+                # QEMU would let it run now, half the old guest and half the new one.
+                self.kept.lost = True
+                self._write()
+                raise MachineError(f'{problem}; the guest is lost', 'load another snapshot, or '
+                                   'stop(force=True) and start again') from None
+            elif ran:
+                self.qmp('cont')
+            raise
+        self.kept.lost = False
+        if ran:
+            self.qmp('cont')
+
+    def _settle(self) -> str:
+        """Set links and clock right after a load; return what is to be said of it."""
+        for device in self._devices('nic'):
+            self.qmp('set_link', name=device.id, up=device.facts['up'])
+        if self._status() != 'running' or self.agent_state() != 'connected':
+            return ''
+        try:
+            self.sync_time()
+        except (AgentError, ClockError) as problem:
+            log.warning('%s: its clock is that of the snapshot: %s', self.name, words(problem))
+            return ', but its clock is wrong'
+        return ', clock set'
+
+    def delete_snapshot(self, tag: str) -> None:
+        """Delete a snapshot from all disks (snapshot-delete; HMP delvm; qemu-img)."""
+        with self._changing():
+            found = self._snapshot(tag)
+            layers = [row for row in self._layers() if row[1].filename in found.disks]
+            if self.is_alive():
+                with self.monitor() as qmp:
+                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+            else:
+                for _, drive in layers:
+                    drive.delete_snapshot(tag)
+            self.kept.snapshots.pop(tag, None)
+
+    # Screen, keyboard, mouse
+
+    def _picture(self, **form: Any) -> bytes:
+        """Return what screendump writes, as a PPM or in the format asked for.
+
+        QEMU writes it into its own directory: of a descriptor (add-fd) 7.2 never lets go.
+        """
+        path = self.run_path(f'screen-{os.urandom(4).hex()}')
+        try:
+            self.qmp('screendump', filename=path, **form)
+            with open(path, 'rb', opener=_no_links) as picture:
+                return picture.read()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _screen(self) -> bytes:
+        try:
+            return self._picture(format='png')
+        except MachineError:                    # before 7.1, or built without libpng
+            return png(self._picture())
+
+    def screenshot(self, filename: str | os.PathLike[str]) -> str:
+        """Write what the screen shows to a PNG file, and return its path (screendump)."""
+        path, picture = image_path(filename), self._screen()
+        with whole_file(path, replace=True) as temporary:
+            Path(temporary).write_bytes(picture)
+        return path
+
+    def _awake(self) -> None:
+        if self.state() is not State.RUNNING:
+            raise WrongState(f'{self.name} is {self.state().value}: QEMU would drop its input',
+                             'start or unfreeze it')
+
+    def _press(self, qmp: QMP, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
+        qmp.execute('send-key', hold_time=hold,
+                    keys=[{'type': 'qcode', 'data': key} for key in keys])
+        time.sleep(KEY_PAUSE + hold / 1000)
+
+    def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
+        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a' (send-key).
+
+        Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
+        """
+        self._awake()
+        spoken: list[str] = re.findall(r'[^-]+|-(?=-|$)', keys.lower())
+        named = [KEY_NAMES.get(key, KEYS_OF.get(key, (key, False))[0]) for key in spoken]
+        with self.monitor() as qmp:
+            self._press(qmp, named, hold)
+
+    def type_text(self, text: str) -> None:
+        """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
+        strange = sorted({c for c in text if c not in KEYS_OF})
+        if strange:
+            raise MachineError(f'{self.name}: no key for {"".join(strange)!r:.80}',
+                               'type what a US keyboard has')
+        self._awake()
+        with self.monitor() as qmp:
+            for key, shift in (KEYS_OF[c] for c in text):
+                self._press(qmp, [*['shift'] * shift, key])
+
+    def mouse_move(self, x: int, y: int) -> None:
+        """Move the pointer to a place on the screen, in pixels (input-send-event).
+
+        Raises MachineError when the guest has no driver for an absolute pointer.
+        """
+        self._awake()
+        if not any(row['current'] and row['absolute'] for row in self.qmp('query-mice')):
+            raise MachineError(f'{self.name}: the guest uses no absolute pointer',
+                               'it needs a driver for USB or virtio tablets')
+        size = struct.unpack('>II', self._screen()[16:24])
+        self._input(*({'type': 'abs', 'data': {'axis': axis, 'value': round(
+            min(max(place, 0), extent - 1) * POINTER_MAX / max(extent - 1, 1))}}
+            for axis, place, extent in zip('xy', (x, y), size)))
+
+    def mouse_click(self, button: int = 1) -> None:
+        """Click where the pointer is: 1 left, 2 middle, 3 right, 4 and 5 the wheel."""
+        if button not in BUTTONS:
+            raise MachineError(f'{self.name}: mouse button {button!r}', 'use 1 to 5')
+        self._awake()
+        for down in (True, False):
+            time.sleep(CLICK_PAUSE)
+            self._input({'type': 'btn', 'data': {'button': BUTTONS[button], 'down': down}})
+
+    def _input(self, *events: Mapping[str, Any]) -> None:
+        self.qmp('input-send-event', events=events)
+
+    def console(self) -> Console:
+        """Return its serial console."""
+        return Console(self)
+
+    def dump_memory(self, filename: str | os.PathLike[str], format: str = 'elf',
+                    progress: Callable[[int, int], object] | None = None) -> str:
+        """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
+
+        It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
+        """
+        path = image_path(filename)
+        with whole_file(path) as temporary, self.monitor() as qmp:
+            with give(qmp, 'dump', os.open(temporary, os.O_RDWR | os.O_CLOEXEC)):
+                qmp.execute('dump-guest-memory', paging=False, protocol='fd:dump', detach=True,
+                            format=format)
+            deadline = Deadline(JOB_TIMEOUT)
+            while not deadline.passed():
+                info = qmp.execute('query-dump')
+                if progress:
+                    progress(info['completed'], info['total'])
+                if info['status'] in ('completed', 'failed'):
+                    break
+                time.sleep(STATE_POLL / 5)
+            error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT)['data'].get('error')
+            # It comes before the guest goes on, and until then much is refused.
+            Deadline(QMP_TIMEOUT).poll(
+                lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
+            if error:
+                raise MachineError(f'{self.name}: dump to {path}: {error}')
+        return path
+
+    # Guest agent
+
+    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
+              timeout: float = AGENT_TIMEOUT) -> Any:
+        """Return what the guest agent answers, over a socket of its own."""
+        if not self.is_alive():
+            raise WrongState(f'{self.name} is off', 'start it first')
+        with self.claim('agent', 1, Deadline(timeout)):
+            agent = GuestAgent(self.run_path('agent'), self.name)
+            return agent.execute(command, arguments, timeout)
+
+    def agent_state(self) -> str:
+        """Return connected or disconnected: whether the guest has the agent's port open
+        (query-chardev)."""
+        if not self.is_alive():
+            return 'disconnected'
+        rows = self.qmp('query-chardev')
+        opened = any(row['label'] == 'agent' and row['frontend-open'] for row in rows)
+        return 'connected' if opened else 'disconnected'
+
+    def sync_time(self, tolerance: float = 0.1, timeout: float = AGENT_TIMEOUT) -> Correction:
+        """Set the guest's clock if it is off by more than `tolerance` seconds, and prove it."""
+        deadline = Deadline(timeout)
+        while True:
+            try:
+                return correct(self, round(tolerance * SECOND), allow_exec=True)
+            except AgentError as problem:
+                if not problem.trouble.passes or deadline.passed():
+                    raise
+            time.sleep(STATE_POLL)
+
+    def exec(self, argv: Sequence[str], stdin: bytes = b'', timeout: float = 30.0) -> Done:
+        """Run a program in the guest and return its end (guest-exec).
+
+        Raises AgentError when it can't be started, MachineError when it does not end in time: it
+        then goes on, as it does for a child in the background that keeps its output open.
+        """
+        started = self.agent('guest-exec', {
+            'path': argv[0], 'arg': list(argv[1:]), 'capture-output': True,
+            **({'input-data': base64.b64encode(stdin).decode()} if stdin else {})})
+        status: dict[str, Any] = {}
+
+        def ended() -> bool:
+            status.update(self.agent('guest-exec-status', {'pid': started['pid']}))
+            return bool(status['exited'])
+        if not Deadline(timeout).poll(ended, STATE_POLL / 4):
+            raise MachineError(f'{self.name}: {argv[0]} did not end within {timeout:g} s')
+        code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
+        return Done(code, *(base64.b64decode(status.get(key, '')) for key in ('out-data',
+                                                                              'err-data')))
+
+    @contextlib.contextmanager
+    def _guest_file(self, path: str, mode: str) -> Iterator[int]:
+        handle = self.agent('guest-file-open', {'path': path, 'mode': mode})
+        try:
+            yield handle
+        finally:
+            self.agent('guest-file-close', {'handle': handle})
+
+    def read_file(self, path: str) -> bytes:
+        """Return what is in a file of the guest (guest-file-read)."""
+        data = b''
+        with self._guest_file(path, 'rb') as handle:
+            while True:
+                part = self.agent('guest-file-read', {'handle': handle, 'count': GUEST_FILE_BYTES})
+                data += base64.b64decode(part['buf-b64'])
+                if part['eof']:
+                    return data
+
+    def write_file(self, path: str, data: bytes) -> None:
+        """Write a file in the guest (guest-file-write)."""
+        with self._guest_file(path, 'wb') as handle:
+            while data:
+                part = base64.b64encode(data[:GUEST_FILE_BYTES]).decode()
+                done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
+                data = data[done['count']:]
+
+    def interfaces(self) -> list[dict[str, Any]]:
+        """Return the guest's own view of its network (guest-network-get-interfaces)."""
+        return list(self.agent('guest-network-get-interfaces'))
+
+
+class MachineSnapshot(NamedTuple):
+    """A snapshot of a machine."""
+
+    tag: str
+    when: int                   # seconds since 1970
+    ram: bool                   # with its memory
+    disks: tuple[str, ...]      # the images that it is in ...
+    uncovered: tuple[str, ...]  # ... and the machine's others
+
+
+class Machines:
+    """The machines of this host, as `Host` is the domains of a libvirt."""
+
+    # event of QMP -> kind of GuestEvent
+    EVENTS = {'RESUME': 'resumed', 'RESET': 'booted', 'WAKEUP': 'woken',
+              'VSERPORT_CHANGE': 'agent connected'}
+
+    def __init__(self) -> None:
+        self.up = threading.Event()                 # they are always there
+        self.up.set()
+        self.stopping = threading.Event()
+        self._followed: set[str] = set()            # names with a thread for their events
+
+    def find(self, name: str) -> Guest | None:
+        """Return the machine `name`, or None."""
+        try:
+            return Machine.load(name)
+        except NoGuest:
+            return None
+
+    def each(self, running: bool = False) -> list[Guest]:
+        """Return all machines, or those that run, by name."""
+        found: list[Guest] = []
+        names: list[str] = []
+        with contextlib.suppress(OSError):          # there are none, or none of ours
+            names += sorted(os.listdir(MACHINES_DIR))
+        for name in names:
+            try:
+                machine = Machine.load(name)
+            except Error as problem:                # one broken file must not hide the others
+                log.debug('%s: %s', name, words(problem))
+                continue
+            if not running or machine.state() is State.RUNNING:
+                found.append(machine)
+        return found
+
+    def watch(self, receive: Callable[[GuestEvent], None]) -> None:
+        """Give the events of all machines to `receive`, which only enqueues, for ever."""
+        spawn('machines', self._look, receive)
+
+    def _look(self, receive: Callable[[GuestEvent], None]) -> None:
+        kind = 'found'
+        while not self.stopping.is_set():
+            for machine in self.each():
+                if machine.name not in self._followed and isinstance(machine, Machine) \
+                        and machine.is_alive():
+                    self._followed.add(machine.name)
+                    spawn(f'events {machine.name}', self._follow, machine, kind, receive)
+            kind = 'started'
+            self.stopping.wait(MACHINES_POLL)
+
+    def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
+        """Pass on the events of one machine until it ends."""
+        try:
+            with QMP(machine.run_path('events')) as qmp:
+                receive(GuestEvent(machine, kind, time.monotonic()))
+                while not self.stopping.is_set():
+                    with contextlib.suppress(PeerSilent):
+                        event = qmp.event(self.EVENTS, STATE_POLL * 10)
+                        if event.get('data', {}).get('open', True):
+                            receive(GuestEvent(machine, self.EVENTS[event['event']],
+                                               time.monotonic()))
+        except ProtocolError as problem:
+            log.debug('%s: events: %s', machine.name, words(problem))
+        finally:
+            self._followed.discard(machine.name)
+            receive(GuestEvent(machine, 'stopped', time.monotonic()))
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self.stopping.set()
+
+
+machines = Machines()
+
+
 # === guests =====================================================================================
 
 class Guests:
@@ -3534,7 +5921,7 @@ class Guests:
         'start': lambda guest: guest.start(), 'stop': lambda guest: guest.stop(),
         'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake()}
 
-    def __init__(self, hosts: Sequence[Host]) -> None:
+    def __init__(self, hosts: Sequence[Host | Machines]) -> None:
         self.hosts = list(hosts)
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy; notified when one ends
@@ -4672,7 +7059,8 @@ class Daemon:
         self.settings = Settings(config)
         self.roles = list(roles)
         self.host = Host(config.libvirt_uri)
-        self.guests = Guests([self.host])
+        self.machines = Machines()
+        self.guests = Guests([self.machines, self.host])
         self.monitor = Monitor(self.guests, self.settings)
         self.startup = Startup(self.guests, config.steps)
         self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
@@ -4693,7 +7081,9 @@ class Daemon:
             self.listener.open(self.settings.config)
         if 'monitor' in self.roles:
             self.monitor.start()
-        self.host.watch(self.monitor.events.put if 'monitor' in self.roles else lambda _: None)
+        receive = self.monitor.events.put if 'monitor' in self.roles else lambda _: None
+        self.host.watch(receive)
+        self.machines.watch(receive)
         if 'startup' in self.roles:
             spawn('startup', self.startup.run)
         self._say('READY=1')
@@ -4703,6 +7093,7 @@ class Daemon:
         self.startup.stopping.set()
         self.monitor.stop()
         self.listener.close()
+        self.machines.stop()
         self.host.stop()
         return 0
 
@@ -4878,7 +7269,7 @@ def command_clean(dry_run: bool, everything: bool) -> int:
 def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, list[Guest]]:
     """Return the host, and its guests of these names, or all."""
     host = Host(config.libvirt_uri)
-    guests = Guests([host])
+    guests = Guests([Machines(), host])
     return host, [guests.find(name) for name in names] if names else guests.each(running)
 
 
