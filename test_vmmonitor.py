@@ -1070,9 +1070,8 @@ class ScriptedGuest(vm.Guest):
     def agent_state(self) -> str:
         return 'connected'
 
-    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
-              timeout: int = 5) -> Any:
-        arguments = arguments or {}
+    def agent(self, command: str, arguments: vm.Arguments = None, timeout: int = 5) -> Any:
+        arguments = arguments() if callable(arguments) else arguments or {}
         self.calls.append(command)
         time.sleep(self.delay)
         if self.troubles:
@@ -1157,6 +1156,55 @@ class ClockTest(unittest.TestCase):
             vm.correct(guest, TOLERANCE, False)
         self.assertIn('RPC server', str(caught.exception))
         self.assertEqual(vm.agent_error('x', guest.hardware).trouble.name, 'no w32time')
+
+    def test_a_passing_error_does_not_lead_to_a_rougher_way(self) -> None:
+        guest = ScriptedGuest(offset=40 * vm.MS)
+        guest.explicit = 'cannot acquire state change lock'
+        with self.assertRaisesRegex(vm.AgentError, 'busy'):
+            vm.correct(guest, TOLERANCE, True)
+        self.assertEqual(guest.calls.count('guest-set-time'), 1)
+        guest.explicit = NO_HWCLOCK         # and the hardware clock can't mend 40 ms
+        with self.assertRaisesRegex(vm.AgentError, 'not currently supported'):
+            vm.correct(guest, TOLERANCE, False)
+        self.assertEqual(guest.calls.count('guest-set-time'), 2)
+        self.assertAlmostEqual(guest.offset / vm.MS, 40, delta=1)
+
+    def test_errors_after_the_time_was_set_do_not_end_the_rounds(self) -> None:
+        guest = ScriptedGuest()
+        guest.explicit, guest.sets_anyway = 'hwclock failed', True
+        guest.delay = 0.02                  # the first round leaves more than the tolerance
+        result = vm.correct(guest, TOLERANCE, False)
+        self.assertLess(abs(result.after), TOLERANCE)
+        self.assertIn('hwclock', result.warning)
+
+    def test_a_lost_connection_is_tried_again(self) -> None:
+        guest = ScriptedGuest()
+        ask, lost = guest.agent, [vm.HostAway('gone')] * 2
+
+        def agent(*arguments: Any) -> Any:
+            if lost:
+                raise lost.pop()
+            return ask(*arguments)
+        guest.agent = agent                 # type: ignore[method-assign, assignment]
+        vm.synchronise(guest, vm.Config(), '', time.monotonic(), threading.Event())
+        self.assertLess(abs(guest.offset), TOLERANCE)
+
+    def test_old_agents_call_a_command_disabled_when_frozen(self) -> None:
+        domain = vm.Domain(vm.Host('test:///x'), 'id', 'web1')
+        with mock.patch.object(vm.Domain, 'agent', return_value='frozen'), \
+                self.assertRaisesRegex(vm.AgentError, 'file systems are frozen'):
+            domain._raise_if_frozen()
+        with mock.patch.object(vm.Domain, 'agent', return_value='thawed'):
+            domain._raise_if_frozen()
+
+    def test_a_start_that_libvirt_refuses_is_not_tried_for_ever(self) -> None:
+        domain = vm.Domain(vm.Host('test:///x'), 'id', 'web1')
+        refusal = vm.WrongState('web1: network \'default\' is not active')
+        with mock.patch.object(vm.Domain, 'state', return_value=vm.State.OFF), \
+                mock.patch.object(vm.Domain, '_act', side_effect=refusal) as act, \
+                self.assertRaisesRegex(vm.WrongState, 'is not active'):
+            domain.start()
+        self.assertEqual(act.call_count, vm.START_ATTEMPTS)
 
     def test_texts_of_agents(self) -> None:
         for text, trouble in (
@@ -1340,6 +1388,19 @@ class MonitorTest(unittest.TestCase):
         self.assertTrue(vm.Deadline(5).poll(lambda: abs(self.guest.offset) < TOLERANCE))
         self.settle()
         self.assertEqual(self.monitor.corrections[self.guest.id].cause, 'periodic check')
+
+
+    def test_a_missed_check_of_all_is_made_up_for(self) -> None:
+        self.settings.config = vm.Config(check_interval=1)
+        problems = [vm.HostAway('gone')] * 2
+
+        def each(running: bool = False) -> list[vm.Guest]:
+            if problems:
+                raise problems.pop()
+            return [self.guest]
+        self.monitor.guests.each = each         # type: ignore[method-assign]
+        vm.spawn('host-clock', self.monitor._watch_host)
+        self.assertTrue(vm.Deadline(6).poll(lambda: abs(self.guest.offset) < TOLERANCE))
 
 
 class StartupTest(unittest.TestCase):
@@ -1558,7 +1619,10 @@ class ListenerTest(TempCase):
             self.assertEqual(self.ask('cmd=stop&target=web1', *self.BEARER),
                              (200, 'web1: asked to shut down'))
             self.assertGreater(time.monotonic() - began, 0.95, 'the second did not wait')
+            time.sleep(0.3)
         self.assertIn('INFO:vmmonitor:start web1: started', logged.output)
+        self.assertIn('INFO:vmmonitor:stop web1: asked to shut down', logged.output,
+                      'it was said to go on, and did not')
 
     def test_too_many_wrong_keys(self) -> None:
         for _ in range(vm.WRONG_KEYS):
@@ -1635,6 +1699,11 @@ class ListenerTest(TempCase):
                                 (b'POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n', b' 400 '),
                                 (b'POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n'
                                  b'\r\n', b' 400 '),
+                                (b'GET http://[ HTTP/1.1\r\n\r\n', b' 400 '),
+                                (b'POST / HTTP/1.1\r\nX : y\r\nContent-Length: 5\r\n\r\nhello',
+                                 b' 400 '),
+                                (b'POST / HTTP/1.1\r\nX: y\rContent-Length: 5\r\n\r\nhello',
+                                 b' 400 '),
                                 (b'HEAD / HTTP/1.1\r\n\r\n', b' 405 ')):
             with self.subTest(request[:30]):
                 answer = self.connect(request).recv(65536)
