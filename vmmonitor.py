@@ -92,7 +92,7 @@ import xml.etree.ElementTree
 import zlib
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
 __version__ = '1.0'
 
@@ -111,7 +111,7 @@ KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed a
 KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
 RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
-LOOP_TICK_MS = 500             # the event loop wakes up this often, to see that it shall stop
+LOOP_TICK_MS = 500             # the event loop shows this often that it runs
 
 # guests
 START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
@@ -133,7 +133,7 @@ RETRY_FIRST = 0.02             # pause after the first try that the agent did no
 RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
 RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
 HOST_CLOCK_POLL = 0.5          # between two looks at the host's own clocks
-HOST_CLOCK_JUMP = 0.05         # NTP slews by 0.25 ms in that time; more than this is a step
+HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
 
 # startup
 START_RETRIES = 3              # further tries of a guest that failed to start ...
@@ -150,6 +150,7 @@ CONNECTIONS_PER_PEER = 100     # of them for one address
 HEADER_BYTES = 16 * 1024       # request line and headers together
 BODY_BYTES = 16 * 1024
 COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unless wait= says less
+REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
 BUSY_TIMEOUT = 30.0            # how long a command waits for another one on the same guest
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
@@ -565,11 +566,19 @@ def key_entries(value: Any) -> tuple[KeyEntry, ...]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Problem('must be a list of objects such as {"name": "backup", "keyFile": '
                       '"backup.key", "commands": ["save", "start"], "targets": ["db*"]}')
-    entries = tuple(_key_entry(number, item) for number, item in enumerate(value))
+    entries: list[KeyEntry] = []
+    problems: list[str] = []
+    for number, item in enumerate(value):
+        try:
+            entries.append(_key_entry(number, item))
+        except Problem as problem:
+            problems.append(str(problem))
+    if problems:
+        raise Problem('; '.join(problems))
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names) or 'main' in names:
         raise Problem('each key needs a name of its own, and "main" is the one of listener.key')
-    return entries
+    return tuple(entries)
 
 
 def _key_entry(number: int, item: Mapping[str, Any]) -> KeyEntry:
@@ -950,6 +959,11 @@ def agent_error(guest: str, text: str) -> AgentError:
     return AgentError(guest, row, text)
 
 
+# What an agent command is given. A time has to be looked at as late as can be: a call may wait
+# for a free connection. Hence a function may stand in for the arguments.
+Arguments = Union[Mapping[str, Any], Callable[[], Mapping[str, Any]], None]
+
+
 class Guest:
     """A machine, wherever it lives: the few calls that monitor, startup and listener know.
 
@@ -982,7 +996,7 @@ class Guest:
             raise WrongState(f'{self.name} is {state.value}', 'use start')
         return self.start()
 
-    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
+    def agent(self, command: str, arguments: Arguments = None,
               timeout: int = AGENT_TIMEOUT) -> Any:
         """Return what the guest agent answers to `command`; AgentError if it does not."""
         raise NotImplementedError
@@ -1002,10 +1016,10 @@ class Guest:
             raise agent_error(self.name, f'guest-get-time returned {answer!r:.80}')
         return answer
 
-    def set_time(self, when: int | None) -> None:
-        """Set the guest's clock: nanoseconds since 1970, or None for "from its hardware clock"
-        (guest-set-time)."""
-        self.agent('guest-set-time', {} if when is None else {'time': when}, AGENT_SET_TIMEOUT)
+    def set_time(self, when: Callable[[], int] | None) -> None:
+        """Set the guest's clock: to nanoseconds since 1970, asked for when the call goes out, or
+        with None from its hardware clock (guest-set-time)."""
+        self.agent('guest-set-time', (lambda: {'time': when()}) if when else {}, AGENT_SET_TIMEOUT)
 
 
 class GuestEvent(NamedTuple):
@@ -1059,6 +1073,8 @@ class LineSocket:
     def line(self, deadline: Deadline) -> bytes:
         """Return the next line, without its end."""
         while b'\n' not in self.buffer:
+            if deadline.passed():
+                raise PeerSilent(f'{self.path}: did not answer in time')
             if len(self.buffer) > LINE_BYTES:
                 raise ProtocolError(f'{self.path}: a line longer than {LINE_BYTES} bytes')
             self.socket.settimeout(max(deadline.left(), 0.001))
@@ -1183,7 +1199,7 @@ class GuestAgent:
         self.lock = threading.Lock()
         self.serial = int.from_bytes(os.urandom(4), 'big')
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None,
+    def execute(self, command: str, arguments: Arguments = None,
                 timeout: float = AGENT_TIMEOUT) -> Any:
         """Return what the agent answers to `command`; AgentError when it does not."""
         deadline = Deadline(timeout)
@@ -1193,7 +1209,8 @@ class GuestAgent:
             wire = LineSocket(self.path, deadline)
             try:
                 self._synchronise(wire, deadline)
-                wire.send({'execute': command, 'arguments': dict(arguments or {})}, deadline)
+                members = arguments() if callable(arguments) else arguments or {}
+                wire.send({'execute': command, 'arguments': dict(members)}, deadline)
                 answer = wire.receive(deadline)
             finally:
                 wire.close()
@@ -1201,6 +1218,8 @@ class GuestAgent:
             raise agent_error(self.name, 'did not answer') from None
         except PeerClosed as problem:
             raise agent_error(self.name, f'not connected: {problem}') from None
+        except ProtocolError as problem:
+            raise agent_error(self.name, str(problem)) from None
         finally:
             self.lock.release()
         if 'error' in answer:
@@ -1332,7 +1351,6 @@ class Library:
         self.libc = ctypes.CDLL(None)
         self.libc.free.argtypes, self.libc.free.restype = (_PTR,), None
         self.ticked = time.monotonic()          # when the event loop last showed that it runs
-        self.stopping = threading.Event()
         # The loop must be registered before the first connection, or that one has no keepalive
         # and no events. References to the callbacks are kept: C calls them at any time.
         self._silence, self._tick = ErrorCallback(lambda *_: None), TimeoutCallback(self._on_tick)
@@ -1373,7 +1391,7 @@ class Library:
 
     def _run_loop(self) -> None:
         run_once = self.functions['virEventRunDefaultImpl']
-        while not self.stopping.is_set():
+        while True:
             if run_once() < 0:
                 time.sleep(STATE_POLL)          # it will not fail twice for the same reason
 
@@ -1502,7 +1520,10 @@ class Connection:
 
     def __init__(self, uri: str) -> None:
         self.library = Library.get()
-        self.handle = self.library.call('virConnectOpen', uri.encode())
+        try:
+            self.handle = self.library.call('virConnectOpen', uri.encode())
+        except LibvirtError as problem:
+            raise HostAway(str(problem), problem.code, problem.domain, problem.hint) from None
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
@@ -1639,8 +1660,8 @@ class Host:
 
     def _link(self, receive: Callable[[GuestEvent], None]) -> None:
         def notify(uuid: str, name: str, kind: str) -> None:
-            if kind == 'agent connected':
-                self.silent.pop(uuid, None)         # a new agent: it may be a better one
+            if kind in ('agent connected', 'stopped'):
+                self.silent.pop(uuid, None)         # a new agent may be a better one
             receive(GuestEvent(Domain(self, uuid, name), kind, time.monotonic()))
         pause, since = RECONNECT_FIRST, time.monotonic()
         while not self.stopping.is_set():
@@ -1771,6 +1792,7 @@ class Domain(Guest):
         """
         deadline = Deadline(START_TIMEOUT)
         done: list[str] = []
+        refused = 0
         while not deadline.passed():
             state = self.state()
             if state is State.RUNNING:
@@ -1786,10 +1808,18 @@ class Domain(Guest):
                 raise WrongState(f'{self.name} is {state.value} again after {START_ATTEMPTS} '
                                  f'attempts', 'see its log in /var/log/libvirt/qemu')
             # A save, dump or migration that goes on makes these wait, and then its end counts:
-            # somebody else was quicker, or libvirt has had enough of waiting. Look again.
-            with contextlib.suppress(WrongState, Busy):
+            # somebody else was quicker, or libvirt has had enough of waiting. Look again. But
+            # libvirt also says "not valid" of a network that is down, and then nothing changes.
+            try:
                 self._act(function, *arguments)
                 done.append(says)
+            except Busy:
+                pass
+            except WrongState:
+                refused += self.state() is state
+                if refused == START_ATTEMPTS:
+                    raise
+                time.sleep(STATE_POLL)
             if state is State.ASLEEP:                   # the guest wakes up by itself
                 Deadline(STATE_POLL * 10).poll(lambda: self.state() is not State.ASLEEP)
         raise Busy(f'{self.name} did not start within {START_TIMEOUT:g} s')
@@ -1854,13 +1884,15 @@ class Domain(Guest):
     @contextlib.contextmanager
     def _asking(self) -> Iterator[tuple[Connection, int]]:
         """Lend (connection, virDomainPtr) for an agent call; note whether the agent answers."""
-        began = time.monotonic()
+        began, lent = time.monotonic(), False
         try:
             with self._on(self._lane(), BUSY_TIMEOUT) as (connection, handle):
-                began = time.monotonic()
+                began, lent = time.monotonic(), True
                 yield connection, handle
             self.host.silent.pop(self.id, None)
         except Busy as problem:
+            if lent:                    # another program's call to this agent hangs
+                self.host.silent[self.id] = True
             raise agent_error(self.name, f'state change lock: {problem}') from None
         except HostAway:
             raise
@@ -1872,12 +1904,13 @@ class Domain(Guest):
                 self.host.silent.pop(self.id, None)     # a refusal is an answer
             raise error from None
 
-    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
+    def agent(self, command: str, arguments: Arguments = None,
               timeout: int = AGENT_TIMEOUT) -> Any:
         """Return what the guest agent answers (virDomainQemuAgentCommand)."""
-        question = json.dumps({'execute': command, 'arguments': dict(arguments or {})})
         try:
             with self._asking() as (connection, handle):
+                members = arguments() if callable(arguments) else arguments or {}
+                question = json.dumps({'execute': command, 'arguments': dict(members)})
                 text = connection.library.take_string(connection.call(
                     AGENT_CALL, handle, question.encode(), timeout, 0))
         except AgentError as problem:
@@ -1891,9 +1924,11 @@ class Domain(Guest):
 
     def _raise_if_frozen(self) -> None:
         """Old agents call a command disabled when the file systems are frozen."""
+        answer = None
         with contextlib.suppress(AgentError):
-            if self.agent('guest-fsfreeze-status') == 'frozen':
-                raise agent_error(self.name, 'the agent is in frozen state')
+            answer = self.agent('guest-fsfreeze-status')
+        if answer == 'frozen':
+            raise agent_error(self.name, 'the agent is in frozen state')
 
     def agent_state(self) -> str:
         """Return absent, disconnected, connected or silent, without asking the agent: from the
@@ -1927,7 +1962,7 @@ class Domain(Guest):
         self._bounded('virDomainGetTime', ctypes.byref(seconds), ctypes.byref(nanoseconds), 0)
         return seconds.value * SECOND + nanoseconds.value
 
-    def set_time(self, when: int | None) -> None:
+    def set_time(self, when: Callable[[], int] | None) -> None:
         """Set its clock (guest-set-time, else virDomainSetTime).
 
         A guest with tickpolicy="catchup" is also told to forget the ticks that it missed (QMP
@@ -1935,17 +1970,21 @@ class Domain(Guest):
         """
         if not Library.get().has(AGENT_CALL):
             flags = SET_TIME_SYNC if when is None else 0
-            self._bounded('virDomainSetTime', *divmod(when or 0, SECOND), flags)
+            self._bounded('virDomainSetTime', *divmod(when() if when else 0, SECOND), flags)
             return
         super().set_time(when)
-        timers = self._xml().iterfind('clock/timer[@name="rtc"]')
-        if any(timer.get('tickpolicy') == 'catchup' for timer in timers):
-            with self._on(self.host.actions) as (connection, handle):
-                answer = _PTR()
-                connection.call('virDomainQemuMonitorCommand', handle,
-                                b'{"execute": "rtc-reset-reinjection"}', ctypes.byref(answer), 0)
-                if answer.value:
-                    connection.library.take_string(answer.value)
+        try:
+            timers = self._xml().iterfind('clock/timer[@name="rtc"]')
+            if any(timer.get('tickpolicy') == 'catchup' for timer in timers):
+                with self._on(self.host.queries) as (connection, handle):
+                    answer = _PTR()
+                    connection.call('virDomainQemuMonitorCommand', handle,
+                                    b'{"execute": "rtc-reset-reinjection"}',
+                                    ctypes.byref(answer), 0)
+                    if answer.value:
+                        connection.library.take_string(answer.value)
+        except (GuestError, LibvirtError) as problem:       # the time is set all the same
+            log.debug('%s: rtc-reset-reinjection: %s', self.name, words(problem))
 
 
 # === host network ===============================================================================
@@ -5746,7 +5785,7 @@ class Machine(Guest):
 
     # Guest agent
 
-    def agent(self, command: str, arguments: Mapping[str, Any] | None = None,
+    def agent(self, command: str, arguments: Arguments = None,
               timeout: float = AGENT_TIMEOUT) -> Any:
         """Return what the guest agent answers, over a socket of its own."""
         if not self.is_alive():
@@ -5961,12 +6000,6 @@ class Guests:
                 del self._busy[guest.id]
                 self._free.notify_all()
 
-    def check_free(self, guest: Guest, patience: float) -> None:
-        """Raise Busy if another command is being carried out and there is no time to wait."""
-        with self._free:
-            if not patience and guest.id in self._busy:
-                raise self._busy_error(guest)
-
     def _busy_error(self, guest: Guest) -> Busy:
         return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
                     'try again later')
@@ -6039,7 +6072,7 @@ def measure(guest: Guest, tolerance: int) -> Reading:
 
 def _set_explicit(guest: Guest, ahead: int) -> None:
     """Set the host's time plus `ahead` ns, what the call and its way will take."""
-    guest.set_time(time.time_ns() + ahead)
+    guest.set_time(lambda: time.time_ns() + ahead)
 
 
 def _set_from_hardware(guest: Guest, _ahead: int) -> None:
@@ -6071,12 +6104,13 @@ class Method(NamedTuple):
     name: str
     apply: Callable[[Guest, int], None]
     rounds: int                 # tries, each made better by what the last one missed by
+    grain: int = 0              # ns: how much it may leave, and so what it can't improve on
     executes: bool = False      # runs a program in the guest
 
 
 METHODS = (                     # from the best to the last resort
     Method('guest-set-time', _set_explicit, ROUNDS),
-    Method('hardware-clock', _set_from_hardware, 1),
+    Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
     Method('guest-exec-date', _set_by_date, ROUNDS, executes=True))
 
 
@@ -6088,7 +6122,8 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
     longer, so what counts for the next round is the shortest one seen; but not after the first
     round: one late setting says nothing, and a clock that is put ahead has to go back.
     """
-    ahead, ways = delay // 2, []
+    failed: AgentError | None = None
+    ahead, ways, before = delay // 2, [], abs(result.after)
     for _ in range(method.rounds):
         failed, began = None, time.monotonic()
         try:
@@ -6097,11 +6132,11 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
             failed = problem
         result.right, result.method = began + ahead / SECOND, method.name
         result.after = measure(guest, tolerance).offset
-        if failed or abs(result.after) <= tolerance:
-            return failed
+        if abs(result.after) <= tolerance or (failed and abs(result.after) > before // 2):
+            return failed               # right; or it did not move, and this way is none
         ways.append(ahead - result.after)
         ahead = max(0, min(ways)) if len(ways) > 1 else ahead
-    return None
+    return failed
 
 
 def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
@@ -6115,12 +6150,13 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
     result = Correction(guest.name, '', reading.offset, reading.offset)
     problem: AgentError | None = None
     for method in METHODS:
-        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
-            break
+        if abs(result.after) <= max(tolerance, method.grain) \
+                or (method.executes and not allow_exec):
+            continue
         failed = _apply(guest, method, tolerance, result, reading.delay)
         problem = problem or failed
-        if not failed:                  # it can set the time: a rougher way would not do better
-            break
+        if not failed or failed.trouble.passes:     # it can set the time, or may do so later:
+            break                                   # a rougher way would not do better
     result.proved, result.when = time.monotonic(), time.time()
     if abs(result.after) <= tolerance:
         result.warning = words(problem) if problem else ''
@@ -6146,6 +6182,9 @@ def synchronise(guest: Guest, config: Config, cause: str, began: float,
             result = correct(guest, round(config.tolerance * MS), config.allow_exec)
         except AgentError as problem:
             if not problem.trouble.passes or deadline.passed():
+                raise
+        except HostAway:
+            if deadline.passed():       # events would bring us back only if their link fell, too
                 raise
         except ClockError:
             again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
@@ -6262,7 +6301,12 @@ class Monitor:
                 job.nudge.set()
                 return
             job = self._jobs[key] = ClockJob(event)
-        spawn(f'clock {event.guest.name}', self._work, job)
+        try:
+            spawn(f'clock {event.guest.name}', self._work, job)
+        except RuntimeError:                    # no more threads: the next trigger tries again
+            with self._lock:
+                del self._jobs[key]
+            raise
 
     def _work(self, job: ClockJob) -> None:
         """Run the job, and again as long as triggers came while it ran."""
@@ -6312,21 +6356,23 @@ class Monitor:
     def _watch_host(self) -> None:
         """Check all guests when the host slept or its clock was set, and every checkInterval:
         libvirt has no event for these."""
-        seen, checked = HostClock.now(), time.monotonic()
+        seen, checked, missed = HostClock.now(), time.monotonic(), ''
         while not self._stopping.wait(HOST_CLOCK_POLL):
             now = HostClock.now()
-            cause, seen = now.jump_since(seen), now
+            cause, seen = now.jump_since(seen) or missed, now
             interval = self.settings.config.check_interval
             if not cause and interval and time.monotonic() - checked >= interval:
                 cause = 'periodic check'
             if not cause:
                 continue
             checked = time.monotonic()
-            if cause.startswith('host'):
+            if cause.startswith('host') and not missed:
                 log.warning('%s; checking all guests', cause)
             try:
                 self.trigger_all(cause)
-            except Error as problem:            # the guests are 'found' when libvirt is back
+                missed = ''
+            except Error as problem:
+                missed = cause                  # once more, in a moment
                 log.debug('%s: %s', cause, words(problem))
 
 
@@ -6577,7 +6623,10 @@ class Dispatcher:
 
     def _parameters(self, request: Request) -> dict[str, str]:
         """Collect the parameters from the query, the body and the Authorization header."""
-        url = urllib.parse.urlsplit(request.target)
+        try:
+            url = urllib.parse.urlsplit(request.target)
+        except ValueError:
+            raise Refusal(400, NO_HTTP) from None
         if url.path not in ('/', ''):
             raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
         pairs = self._pairs(url.query)
@@ -6662,7 +6711,7 @@ class Dispatcher:
         def work() -> None:
             result: str | Exception
             try:
-                result = self.guests.act(command, guest, min(wait, BUSY_TIMEOUT))
+                result = self.guests.act(command, guest, BUSY_TIMEOUT if wait else 0)
             except Exception as problem:    # all of them are raised where the answer is made
                 result = problem
             outcome.put(result)
@@ -6670,10 +6719,9 @@ class Dispatcher:
                 failed = isinstance(result, Exception)
                 log.log(logging.WARNING if failed else logging.INFO, '%s %s: %s', command,
                         guest.name, words(result) if isinstance(result, Exception) else result)
-        self.guests.check_free(guest, wait)
         spawn(f'{command} {guest.name}', work)
         try:
-            result = outcome.get(timeout=wait) if wait else outcome.get_nowait()
+            result = outcome.get(timeout=max(wait, REFUSAL_TIMEOUT))
         except queue.Empty:
             waiting.clear()
             return Reply(202, f'{guest.name}: {command} goes on', {
@@ -6732,6 +6780,7 @@ class Source(io.RawIOBase):
         self.connection = connection
         self.deadline = Deadline(REQUEST_TIMEOUT)
         self.began = False                  # whether a byte of the request has come
+        self.bare_cr = False                # whether a CR came without its LF
         self.budget = HEADER_BYTES
 
     def readable(self) -> bool:
@@ -6740,7 +6789,7 @@ class Source(io.RawIOBase):
 
     def expect(self) -> None:
         """Get ready for another request."""
-        self.deadline, self.began = Deadline(IDLE_TIMEOUT), False
+        self.deadline, self.began, self.bare_cr = Deadline(IDLE_TIMEOUT), False, False
         self.budget = HEADER_BYTES
 
     def readinto(self, buffer: Any) -> int:
@@ -6752,6 +6801,7 @@ class Source(io.RawIOBase):
         if not self.began:
             self.deadline, self.began = Deadline(REQUEST_TIMEOUT), True
         self.budget -= count
+        self.bare_cr |= bool(re.search(rb'\r[^\n]', memoryview(buffer)[:count]))
         return count
 
 
@@ -6764,8 +6814,8 @@ class Client:
 
     def drop(self) -> None:
         """End the connection from another thread than its own."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):      # not SSLSocket's own, which the owner would notice
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
@@ -6809,6 +6859,10 @@ class Exchange(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, NO_HTTP)
             if not self.parse_request():
                 return
+            # Python's parser stops at a line that it can't read, and takes a bare CR for a line's
+            # end: what follows would be the next request of this connection.
+            if self.headers.defects or self.headers.get_payload() or self.source.bare_cr:
+                raise Refusal(400, NO_HTTP)
             body = self._body()
         except socket.timeout:
             if self.source.began:
@@ -7064,8 +7118,7 @@ class Daemon:
         self.monitor = Monitor(self.guests, self.settings)
         self.startup = Startup(self.guests, config.steps)
         self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
-        self.woken = threading.Event()              # a signal came
-        self.stopping = self.reloading = False
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()      # put() is reentrant
         self._said = ''                             # the last STATUS= for systemd
         self._refused = ''                          # added to it after a refused reload
 
@@ -7098,20 +7151,17 @@ class Daemon:
         return 0
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGHUP:
-            self.reloading = True
-        else:
-            self.stopping = True
-        self.woken.set()
+        self.signals.put(number)
 
     def _serve(self, library: Library) -> None:
         """Wait for signals; keep systemd's watchdog content as long as events can come."""
-        interval = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6
-        while not self.stopping:
-            self.woken.wait(min(interval / 3 or 1.0, 1.0))
-            self.woken.clear()
-            if self.reloading:
-                self.reloading = False
+        interval, number = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6, 0
+        while number not in (signal.SIGTERM, signal.SIGINT):
+            try:
+                number = self.signals.get(timeout=min(interval / 3 or 1.0, 1.0))
+            except queue.Empty:
+                number = 0
+            if number == signal.SIGHUP:
                 self._reload()
             stuck = time.monotonic() - library.ticked
             if stuck < max(interval, 10.0):
@@ -7135,7 +7185,7 @@ class Daemon:
             self.settings.config = new
             if 'listen' in self.roles:
                 self.listener.reload(old)
-        except Error as problem:
+        except (Error, Problem, OSError) as problem:        # files may change under our hands
             self.settings.config = old
             self._refused = '; the last reload was refused, see the log'
             lines = problem.problems if isinstance(problem, ConfigError) else [words(problem)]
@@ -7227,8 +7277,9 @@ def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Look]:
     yield Look(True, f'guests: {len(guests)} defined')
     if 'monitor' in roles:
         for guest in guests.values():
-            if not config.excludes(guest.name) and guest.agent_state() == 'absent':
-                yield Look(False, words(agent_error(guest.name, 'not configured')))
+            with contextlib.suppress(NoGuest):          # undefined since it was listed
+                if not config.excludes(guest.name) and guest.agent_state() == 'absent':
+                    yield Look(False, words(agent_error(guest.name, 'not configured')))
     for step in config.steps if 'startup' in roles else ():
         if step.name and step.name not in guests:
             yield Look(False, f'startup.vmStartupCommands line {step.number}: no guest is named '
@@ -7400,6 +7451,8 @@ def dispatch(options: argparse.Namespace) -> int:
         return show_looks(doctor())
     if options.clean:
         return command_clean(options.dry_run, options.all)
+    if once:                            # libvirt has no deadline for connecting: let Ctrl-C end it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if options.check:
         return command_check(path, roles, options.json)
     if once:
