@@ -4146,7 +4146,7 @@ class Scratch(unittest.TestCase):
         return str(place / name)
 
     @contextlib.contextmanager
-    def refused(self, *words: str, kind: type[Exception] = vm.Error):
+    def refused(self, *words: str, kind: type[Exception] = vm.Error) -> Iterator[None]:
         """Expect an error whose message and hint have all of `words`."""
         with self.assertRaises(kind) as caught:
             yield
@@ -4155,7 +4155,7 @@ class Scratch(unittest.TestCase):
 
 
 @contextlib.contextmanager
-def user_of(path: str):
+def user_of(path: str) -> Iterator[None]:
     """Have a QEMU keep an image open."""
     process = subprocess.Popen(
         ['nice', '-n', '19', QEMU, '-M', 'q35', '-accel', 'tcg', '-nodefaults', '-display', 'none',
@@ -4163,7 +4163,7 @@ def user_of(path: str):
              'driver': 'qcow2', 'node-name': 'd', 'file': {'driver': 'file', 'filename': path}}),
          '-device', 'virtio-blk-pci,drive=d'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        process.stdout.readline()
+        process.stdout.readline()       # type: ignore[union-attr]
         yield
     finally:
         process.kill()
@@ -4324,7 +4324,7 @@ class TestHarddrive(Scratch):
                 self.assertLess(drive.info()['virtual-size'], size)
                 for bad in (0, -1, 'x', True, float('nan')):
                     with self.refused('size'):
-                        drive.resize(bad)
+                        drive.resize(bad)       # type: ignore[arg-type]
 
     def test_qemu_string(self) -> None:
         drive = vm.Harddrive(self.path('q.qcow2'), 0.01)
@@ -4379,7 +4379,7 @@ def sh(machine: vm.Machine, script: str, timeout: float = 30) -> str:
     return done.out.decode()
 
 
-def soon(check, timeout: float = 10, pause: float = 0.05):
+def soon(check: Callable[[], Any], timeout: float = 10, pause: float = 0.05) -> Any:
     """Call `check` until what it returns is true, or time is up; return that."""
     deadline = vm.Deadline(timeout)
     while True:
@@ -4420,6 +4420,7 @@ class Live(Scratch):
     """Tests with machines, in a directory of their own."""
 
     kernel = initramfs = ''
+    home: Path                  # where the machines are kept
     old = False                 # this QEMU is older than 6.0: snapshots by HMP, native PCIe slots
 
     @classmethod
@@ -4430,7 +4431,7 @@ class Live(Scratch):
         cls.addClassCleanup(network.close)
         cls.kernel, cls.initramfs = guest_image()
         shown = subprocess.run([QEMU, '--version'], check=True, capture_output=True).stdout
-        cls.old = int(re.search(rb'version (\d+)', shown)[1]) < 6
+        cls.old = int(re.search(rb'version (\d+)', shown)[1]) < 6      # type: ignore[index]
         cls.home = cls.dir / 'm'
         cls.enterClassContext(mock.patch.object(vm, 'MACHINES_DIR', str(cls.home))) \
             if hasattr(cls, 'enterClassContext') else cls._enter()
@@ -4448,7 +4449,7 @@ class Live(Scratch):
             vm.Machine.load(name).delete(force=True)
 
     @classmethod
-    def guest(cls, name: str, **options) -> vm.Machine:
+    def guest(cls, name: str, **options: Any) -> vm.Machine:
         """Make a machine with the test guest in it."""
         return vm.Machine(name, **{'memory': 160, 'kernel': cls.kernel, 'initrd': cls.initramfs,
                                    'cmdline': CMDLINE, **options})
@@ -4458,6 +4459,8 @@ class TestGuest(Live):
     """All that can be done with one running guest."""
 
     machine: vm.Machine
+    disk: vm.Harddrive
+    raw: vm.Harddrive
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -4581,7 +4584,7 @@ class TestGuest(Live):
             m.unfreeze()
             self.assertIs(m.state(), vm.State.RUNNING)
 
-    def pressed(self, act, seconds: int = 60) -> list[tuple[int, int, int]]:
+    def pressed(self, act: Callable[[], object], seconds: int = 60) -> list[tuple[int, int, int]]:
         """Return the events (type, code, value) of all input devices while `act` is done."""
         m = self.machine
         count = int(sh(m, 'rm -f /tmp/ev.*; ls -d /dev/input/event* | wc -l'))
@@ -4597,8 +4600,10 @@ class TestGuest(Live):
         return [row[2:] for row in rows if row[2]]
 
     def test_keys(self) -> None:
-        events = self.pressed(lambda: (self.machine.send_key('ctrl-shift-z'),
-                                       self.machine.send(b'alt-f2')))
+        def press() -> None:
+            self.machine.send_key('ctrl-shift-z')
+            self.machine.send(b'alt-f2')
+        events = self.pressed(press)
         keys = [(code, value) for kind, code, value in events if kind == 1]
         self.assertEqual(keys, [(29, 1), (42, 1), (44, 1), (44, 0), (42, 0), (29, 0),
                                 (56, 1), (60, 1), (60, 0), (56, 0)])
@@ -4787,8 +4792,8 @@ class TestGuest(Live):
             with self.subTest(kind):
                 name = f'org.example.{kind}'
                 path = m.create_chardev(name, kind)
-                port = soon(lambda name=name: sh(
-                    m, f'grep -l {name} /sys/class/virtio-ports/*/name; true')).split('/')[4]
+                find = f'grep -l {name} /sys/class/virtio-ports/*/name; true'
+                port = soon(functools.partial(sh, m, find)).split('/')[4]
                 with contextlib.ExitStack() as stack:
                     if kind == 'socket':
                         end = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -4798,7 +4803,7 @@ class TestGuest(Live):
                         read = os.open(path, os.O_RDONLY | os.O_NOCTTY)
                         stack.callback(os.close, read)
                     sh(m, f'echo hello > /dev/{port}')
-                    self.assertIn(b'hello', soon(lambda read=read: os.read(read, 100)))
+                    self.assertIn(b'hello', soon(functools.partial(os.read, read, 100)))
                     if kind == 'socket':
                         m.agent('guest-exec', {'path': 'sh', 'arg': [
                             '-c', f'head -n1 /dev/{port} > /tmp/from-host']})
@@ -4913,7 +4918,7 @@ class TestGuest(Live):
         m.qmp('query-commands')
         real = vm.QMP.execute
 
-        def old(qmp: vm.QMP, command: str, *more: object, **arguments: object) -> object:
+        def old(qmp: vm.QMP, command: str, *more: Any, **arguments: Any) -> Any:
             if command == 'query-commands':
                 return []
             return real(qmp, command, *more, **arguments)
@@ -4926,7 +4931,7 @@ class TestGuest(Live):
 class TestLife(Live):
     """Starting and ending machines, and what they leave."""
 
-    def bios(self, name: str, **options) -> vm.Machine:
+    def bios(self, name: str, **options: Any) -> vm.Machine:
         """Make a machine without an operating system: it starts in no time."""
         return vm.Machine(name, **{'memory': 32, **options})
 
@@ -4938,8 +4943,8 @@ class TestLife(Live):
                          ([disk], [None], self.path('c.iso')))
         n = self.bios('', harddrives=[self.path('b.qcow2')], nics=2)
         self.assertEqual(n.name, 'machine0')
-        self.assertEqual([nic.namespace for nic in n.nics], ['machine0'] * 2)
-        self.assertEqual(len({nic.mac for nic in n.nics}), 2)
+        self.assertEqual([nic.namespace for nic in n.nics], ['machine0'] * 2)      # type: ignore[union-attr]
+        self.assertEqual(len({nic.mac for nic in n.nics}), 2)      # type: ignore[union-attr]
         n.start_vm()
         self.assertEqual(os.readlink(f'/proc/{n.pid()}/ns/net'), os.readlink(
             f'/proc/{n.pid()}/ns/net'))
@@ -4948,7 +4953,7 @@ class TestLife(Live):
         self.assertEqual(self.bios('').name, 'machine1')
         self.assertEqual(len(m.qmp('query-block')) if m.start_vm() else 0, 2)
         again = vm.Machine.load('machine0')
-        self.assertEqual([nic.mac for nic in again.nics], [nic.mac for nic in n.nics])
+        self.assertEqual([nic.mac for nic in again.nics], [nic.mac for nic in n.nics])      # type: ignore[union-attr]
         self.assertEqual(again.id, n.id)
         n.delete(force=True)
         self.assertTrue(os.path.exists(self.path('b.qcow2')))
@@ -5255,7 +5260,7 @@ class TestLife(Live):
         """As QEMU before 6.0 does it."""
         real = vm.QMP.execute
 
-        def old(qmp: vm.QMP, command: str, *more: object, **arguments: object) -> object:
+        def old(qmp: vm.QMP, command: str, *more: Any, **arguments: Any) -> Any:
             return [] if command == 'query-commands' else real(qmp, command, *more, **arguments)
         m = self.bios('hmp', harddrives=self.path('h.qcow2'))
         m.start_vm()
@@ -5422,7 +5427,7 @@ class TestNetwork(Live):
         switch = vm.Switch('lan')
         pair = [self.guest(name, memory=112, nics=1) for name in ('left', 'right')]
         for machine in pair:
-            machine.nics[0].connect(switch)
+            machine.nics[0].connect(switch)     # type: ignore[union-attr]
             machine.start_vm()
         for machine, address in zip(pair, ('10.9.0.1', '10.9.0.2')):
             machine.wait('agent', BOOT)
