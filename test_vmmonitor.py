@@ -2168,6 +2168,7 @@ class CauseTest(GuestCase):
         guest = self.vm('catchup', clock="<clock offset='utc'><timer name='rtc' "
                         "tickpolicy='catchup'/></clock>")
         program = self.monitor()
+        program.wait_log('catchup: clock')
         guest.virsh('suspend')
         time.sleep(1)
         guest.virsh('resume')
