@@ -1151,6 +1151,15 @@ class ClockTest(unittest.TestCase):
         self.assertEqual(result.method, 'guest-exec-date')
         self.assertLess(abs(guest.offset), TOLERANCE)
 
+    def test_hardware_clock_where_the_time_can_not_be_given(self) -> None:
+        guest = ScriptedGuest()
+        guest.explicit = 'invalid parameter time'
+        result = vm.correct(guest, TOLERANCE, True)
+        self.assertEqual(result.method, 'hardware-clock')
+        self.assertLess(abs(result.after), vm.SECOND)
+        self.assertIn('invalid parameter time', result.warning)
+        self.assertNotIn('guest-exec', guest.calls)
+
     def test_windows_without_its_time_service(self) -> None:
         guest = ScriptedGuest()
         guest.explicit = 'Failed to set time: the RPC server is unavailable'
@@ -2203,7 +2212,7 @@ class TroubleTest(GuestCase):
         program.stop()
         program = self.monitor({'monitor': {'allowExec': True}})
         program.wait_log('nohw: clock corrected, cause=found before=-.*by=guest-exec-date')
-        self.right(guest)
+        self.right(guest, 0.025)        # the start of a program in the guest takes its time
 
     def test_blocked(self) -> None:
         self.only('blocked')

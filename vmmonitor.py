@@ -2659,9 +2659,11 @@ def tap_open(name: str) -> int:
         fcntl.ioctl(tap, TUNSETIFF, struct.pack('16sH22x', name.encode(), TAP_FLAGS))
     except OSError as problem:
         os.close(tap)
-        hint = ('another program, perhaps a machine, has it open' if problem.errno == errno.EBUSY
-                else 'needs root or CAP_NET_ADMIN')
-        raise InUse(f'tap {name}: {problem.strerror}', hint) from None
+        if problem.errno == errno.EPERM:
+            raise Lacking(f'tap {name}: {problem.strerror}',
+                          'needs root or CAP_NET_ADMIN') from None
+        raise InUse(f'tap {name}: {problem.strerror}',
+                    'another program, perhaps a machine, has it open') from None
     return tap
 
 
@@ -6111,7 +6113,7 @@ class Method(NamedTuple):
 METHODS = (                     # from the best to the last resort
     Method('guest-set-time', _set_explicit, ROUNDS),
     Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
-    Method('guest-exec-date', _set_by_date, ROUNDS, executes=True))
+    Method('guest-exec-date', _set_by_date, ROUNDS, grain=20 * MS, executes=True))
 
 
 def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
@@ -6124,15 +6126,18 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
     """
     failed: AgentError | None = None
     ahead, ways, before = delay // 2, [], abs(result.after)
+    # Better than the tolerance, so that another reading still finds it within that.
+    goal = max(tolerance * 3 // 5, method.grain)
     for _ in range(method.rounds):
         failed, began = None, time.monotonic()
         try:
             method.apply(guest, ahead)
         except AgentError as problem:
             failed = problem
-        result.right, result.method = began + ahead / SECOND, method.name
+        if abs(result.after) > tolerance:
+            result.right, result.method = began + ahead / SECOND, method.name
         result.after = measure(guest, tolerance).offset
-        if abs(result.after) <= tolerance or (failed and abs(result.after) > before // 2):
+        if abs(result.after) <= goal or (failed and abs(result.after) > before // 2):
             return failed               # right; or it did not move, and this way is none
         ways.append(ahead - result.after)
         ahead = max(0, min(ways)) if len(ways) > 1 else ahead
@@ -6149,16 +6154,23 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
     reading = measure(guest, tolerance)
     result = Correction(guest.name, '', reading.offset, reading.offset)
     problem: AgentError | None = None
+    limit = tolerance                   # of what is right: no finer than the way that works
     for method in METHODS:
-        if abs(result.after) <= max(tolerance, method.grain) \
-                or (method.executes and not allow_exec):
-            continue
-        failed = _apply(guest, method, tolerance, result, reading.delay)
-        problem = problem or failed
-        if not failed or failed.trouble.passes:     # it can set the time, or may do so later:
-            break                                   # a rougher way would not do better
+        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
+            break
+        failed = None
+        if abs(result.after) > method.grain:
+            failed = _apply(guest, method, tolerance, result, reading.delay)
+            problem = problem or failed
+        elif not method.executes:
+            continue                    # it would do no better, but the next one may
+        if not failed:
+            limit = max(tolerance, method.grain)
+            break
+        if failed.trouble.passes:       # it may work later: a rougher way would not do better
+            break
     result.proved, result.when = time.monotonic(), time.time()
-    if abs(result.after) <= tolerance:
+    if abs(result.after) <= limit:
         result.warning = words(problem) if problem else ''
         return result
     if problem:
