@@ -1501,7 +1501,8 @@ class ListenerTest(TempCase):
         """Return (status, body) of a curl call that checks the certificate."""
         done = subprocess.run(
             ['curl', '-sS', '--max-time', '20', '--cacert', str(self.directory / 'cert.pem'),
-             '-w', '\n%{http_code}', *arguments, url or self.url], timeout=30,
+             '-w', '\n%{http_code}', *(() if '[' in url else ('-4',)), *arguments,
+             url or self.url], timeout=30,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
         self.assertEqual(done.returncode, 0, done.stderr)
         body, _, status = done.stdout.decode().rpartition('\n')
