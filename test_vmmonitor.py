@@ -118,12 +118,14 @@ def installed(package: str) -> bool:
 
 
 def install() -> None:
-    """Install those of PACKAGES that are missing."""
+    """Install those of PACKAGES that are missing, and begin anew: what this file looked for when
+    it was read may be there now."""
     missing = [package for package in PACKAGES if not installed(package)]
     if missing:
         say(f'installing {" ".join(missing)}')
         apt('update')
         apt('install', '-y', '--no-install-recommends', *missing)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 # === Guest image ================================================================================
