@@ -19,6 +19,7 @@ import atexit
 import base64
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -5496,6 +5497,303 @@ class TestAsGuests(Live):
         with contextlib.suppress(vm.Error):
             return m.get_time() - time.time_ns()
         return 1e18
+
+
+# === data from outside ==========================================================================
+
+FUZZ_SECONDS = float(os.environ.get('FUZZ_SECONDS', '2'))      # for each target
+FUZZ_SEED = int(os.environ.get('FUZZ_SEED', '1'))
+TOKENS = (b'\0', b'\xff', b'\r', b'\n', b'\r\n\r\n', b' ', b'%', b'%00', b'%ff', b'"', b"'", b'\\',
+          b'{', b'}', b'[', b']', b':', b',', b'&', b'=', b'#', b'-', b'../', b'null', b'true',
+          b'1e999', b'NaN', b'-1', b'9' * 60, b'A' * 300, b'[' * 200, b'\xc3\xa9', b'\\ud800')
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1 << 80, 1.5, 1e308, '', 'x' * 300, '\0\n', '../..', '!!!!', [], {},
+    [[]], [None], {'a': None})
+
+
+def mutants(*seeds: bytes) -> Iterator[bytes]:
+    """Yield the seeds, and then what becomes of them by a few random edits, for FUZZ_SECONDS."""
+    yield from seeds
+    rng, deadline = random.Random(FUZZ_SEED), vm.Deadline(FUZZ_SECONDS)
+    while not deadline.passed():
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randint(0, len(data))
+            to = min(len(data), at + rng.choice((0, 1, 1, 2, 8, 40)))
+            data[at:to] = rng.choice((
+                lambda: rng.choice(TOKENS), lambda: b'', lambda: rng.randbytes(2)
+                if hasattr(rng, 'randbytes') else b'\1\2', lambda: bytes(data[at:to] * 2),  # noqa: B023
+                lambda: rng.choice(seeds)[:40]))()
+        yield bytes(data)
+
+
+def warped(rng: random.Random, value: Any) -> Any:
+    """Return a JSON value with one of its parts replaced, or gone."""
+    places = list(value) if isinstance(value, dict) else range(
+        len(value)) if isinstance(value, list) else []
+    if not places or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    place, copy = rng.choice(places), value.copy()
+    if rng.random() < 0.2:
+        del copy[place]
+    else:
+        copy[place] = warped(rng, copy[place])
+    return copy
+
+
+def warps(*seeds: Any) -> Iterator[bytes]:
+    """Yield JSON texts of the seeds, some parts replaced, and some then edited as mutants()."""
+    rng, deadline = random.Random(FUZZ_SEED), vm.Deadline(FUZZ_SECONDS)
+    yield from (json.dumps(seed).encode() for seed in seeds)
+    while not deadline.passed():
+        value = rng.choice(seeds)
+        for _ in range(rng.randint(1, 3)):
+            value = warped(rng, value)
+        yield json.dumps(value).encode()
+
+
+class JsonTest(unittest.TestCase):
+    """parse_json() and the shapes of answers."""
+
+    def test_limits(self) -> None:
+        for text, reason in (
+                ('[' * 65 + ']' * 65, 'nested too deeply'), ('[' * 100000, 'nested too deeply'),
+                ('9' * 5_000_000, 'a number of 5000000 digits'), ('NaN', 'NaN is no number'),
+                ('[1e999]', '1e999 is no number'), ('{"a": 1', 'Expecting'),
+                ('"' + 'x' * vm.JSON_BYTES + '"', 'longer than')):
+            with self.subTest(text[:10]), self.assertRaisesRegex(ValueError, reason):
+                vm.parse_json(text)
+        self.assertEqual(vm.parse_json(b'{"a": [1, 2.5, "x"], "a": null}'), {'a': None})
+        with self.assertRaisesRegex(ValueError, "the key 'a' stands twice"):
+            vm.parse_json('{"a": 1, "a": 2}', unique=True)
+        self.assertEqual(len(vm.parse_json('[' * 60 + ']' * 60)), 1)
+
+    def test_shapes(self) -> None:
+        shape = [{'pid': int, 'out?': str}]
+        for good in ([], [{'pid': 1}], [{'pid': 1, 'out': '', 'more': None}]):
+            self.assertTrue(vm.fits(good, shape), good)
+        wrong: list[Any] = [None, {}, [1], [{}], [{'pid': True}], [{'pid': '1'}],
+                            [{'pid': 1, 'out': None}], [{'pid': 1}, {}]]
+        for bad in wrong:
+            self.assertFalse(vm.fits(bad, shape), bad)
+        self.assertTrue(vm.fits(True, bool) and not vm.fits(1, bool))
+        replies: list[Any] = [None, [], {}, {'return': {'pid': None}}, {'Return': {'pid': 1}}]
+        for reply in replies:
+            with self.assertRaisesRegex(ValueError, 'guest-exec returned'):
+                vm.answer_of('guest-exec', reply)
+
+    def test_every_answer_that_is_looked_into_has_a_shape(self) -> None:
+        """A command whose answer is used, not only waited for, stands in ANSWERS."""
+        text = (HERE / 'vmmonitor.py').read_text()
+        used = re.findall(r"(?:agent|qmp|execute)\(\s*'([a-z_-]+)'[^()]*\)\s*(?:\[|\.get)", text)
+        used += re.findall(r"(?:=|in|return) self\.(?:agent|qmp)\(\s*'([a-z-]+)'", text)
+        self.assertGreater(len(used), 8)
+        self.assertEqual(sorted(set(used) - set(vm.ANSWERS)), [])
+
+
+class FuzzTest(TempCase):
+    """Whatever comes from outside: the documented errors, or a good value."""
+
+    def setUp(self) -> None:
+        self.count = 0
+
+    def tearDown(self) -> None:
+        self.assertGreater(self.count, 100 * min(FUZZ_SECONDS, 1), 'too slow to find anything')
+
+    @contextlib.contextmanager
+    def only(self, data: bytes, *kinds: type[Exception]) -> Iterator[None]:
+        """Let these errors pass; any other one fails, with the data that caused it."""
+        self.count += 1
+        try:
+            yield
+        except kinds as problem:
+            self.assertTrue(vm.printable(vm.words(problem)))
+        except Exception as problem:
+            raise AssertionError(f'{problem!r} after {data!r:.2000}') from problem
+
+    def test_startup_lines(self) -> None:
+        for data in mutants(b'start vm1', b'delay 5', b'wait db agent 60', b"start 'web server'",
+                            b'# nothing', b'wait "a b" running'):
+            with self.only(data, vm.Problem):
+                step = vm.read_step(1, data.decode('utf-8', 'surrogateescape'))
+                self.assertTrue(step is None or (
+                    step.verb in ('start', 'delay', 'wait') and 0 <= step.seconds <= 86400))
+
+    def test_configurations(self) -> None:
+        good = merged(self.GOOD, {
+            'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'targets': ['a*']}]},
+            'startup': {'vmStartupCommands': ['start a', 'wait a 5']},
+            'monitor': {'toleranceMs': 5, 'exclude': ['b']}})
+        path = self.write(good, name='fuzzed.json')
+        text = Path(path).read_bytes()
+        for data in (pair for pairs in zip(warps(good), mutants(text)) for pair in pairs):
+            Path(path).write_bytes(data)
+            with self.only(data, vm.ConfigError):
+                self.assertIsInstance(vm.load(path), vm.Config)
+
+    def test_requests(self) -> None:
+        class Bare(vm.Exchange):
+            """The wire without TLS, which OpenSSL has fuzzed."""
+
+            def setup(self) -> None:
+                self.connection = self.client.connection
+                self.source = vm.Source(self.connection)
+                self.rfile = io.BufferedReader(self.source)
+
+            def finish(self) -> None:
+                self.rfile.close()
+
+        router = vm.Dispatcher(vm.Guests([ScriptedHost(ScriptedGuest())]),
+                               vm.Settings(vm.load(self.write())), {})
+        server = mock.Mock(router=router)
+        head = b'Host: x\r\nAuthorization: Bearer ' + KEY.encode() + b'\r\n'
+        form = f'key={KEY}&cmd=start&target=web1&wait=1'.encode()
+        body = json.dumps({'key': KEY, 'cmd': 'status', 'target': 'web1'}).encode()
+        post = b'POST / HTTP/1.1\r\nContent-Length: %d\r\n%s\r\n\r\n%s'
+        seeds = (b'GET /?cmd=list HTTP/1.1\r\n' + head + b'\r\n',
+                 b'GET /?' + form + b' HTTP/1.1\r\nAccept: application/json\r\n\r\n',
+                 post % (len(form), b'Content-Type: application/x-www-form-urlencoded', form),
+                 post % (len(body), b'Content-Type: application/json', body))
+        statuses = {200, 202, 400, 401, 403, 404, 405, 408, 409, 411, 413, 415, 429, 431, 505}
+        for data in mutants(*seeds):
+            router.throttle = vm.Throttle()
+            near, far = socket.socketpair()
+            with near, far, self.only(data), self.assertNoErrors(), \
+                    mock.patch.object(vm, 'REQUEST_TIMEOUT', 0.2):
+                near.sendall(data)
+                near.shutdown(socket.SHUT_WR)
+                Bare(vm.Client(far, '192.0.2.1'), server)
+                far.shutdown(socket.SHUT_WR)
+                answer = b''.join(iter(lambda: near.recv(1 << 20), b''))        # noqa: B023
+                for status in re.findall(rb'(?m)^HTTP/1.1 (\d+) ', answer):
+                    self.assertIn(int(status), statuses)
+                self.assertRegex(answer, rb'^(HTTP/1.1 \d+ |$)')
+
+    @contextlib.contextmanager
+    def assertNoErrors(self) -> Iterator[None]:
+        """Fail when the program logs an error meanwhile: that is a bug that a boundary caught."""
+        seen: list[str] = []
+        handler = logging.Handler(logging.ERROR)
+        handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+        vm.log.addHandler(handler)
+        try:
+            yield
+        finally:
+            vm.log.removeHandler(handler)
+        self.assertEqual(seen, [])
+
+    REPLIES: dict[str, Any] = {
+        'query-status': {'status': 'running'}, 'query-jobs': [{'id': 'j', 'error': 'e'}],
+        'query-block': [{'qdev': 'cd0', 'locked': False, 'tray_open': True}],
+        'query-migrate': {'status': 'active', 'ram': {'total': 1, 'remaining': 2}}}
+
+    def test_qmp(self) -> None:
+        current: list[bytes] = []
+
+        def serve(connection: socket.socket) -> None:
+            stream = connection.makefile('rb')
+            connection.sendall(GREETING)
+            stream.readline()
+            connection.sendall(b'{"return": {}, "id": 1}\n' + current[0] + b'\n')
+            connection.shutdown(socket.SHUT_WR)
+            stream.read()
+        path = Peer(self, serve).path
+        event = {'event': 'STOP', 'data': {'id': 'j'}, 'timestamp': {}}
+        replies = [{'return': value, 'id': 2} for value in self.REPLIES.values()]
+        lines = [json.dumps(value).encode() for value in [*replies, event]]
+        rng = random.Random(FUZZ_SEED)
+        for data in (pair for pairs in zip(warps(*replies, event), mutants(*lines))
+                     for pair in pairs):
+            current[:] = [data]
+            command = rng.choice(list(self.REPLIES))
+            with self.only(data, vm.ProtocolError), vm.QMP(path, 2) as qmp:
+                if rng.random() < 0.3:
+                    self.assertIsInstance(qmp.event(['STOP'], 1, id='j')['event'], str)
+                else:
+                    answer = qmp.execute(command, timeout=1)
+                    self.assertTrue(vm.fits(answer, vm.ANSWERS[command]))
+
+    def test_agent(self) -> None:
+        """All that a machine reads out of its guest's answers."""
+        current: list[bytes] = []
+
+        def answer(_: dict[str, Any]) -> bytes:
+            return current[0] + b'\n'
+        path = Peer(self, agent_peer(answer)).path
+        machine = vm.Machine.__new__(vm.Machine)
+        machine.name = 'web1'
+        replies: list[Any] = [{'return': value} for value in (
+            {'pid': 1}, {'exited': True, 'exitcode': 0, 'out-data': 'YQ=='}, 5,
+            {'count': 1, 'buf-b64': 'YQ==', 'eof': True}, [{'name': 'lo'}], 10 ** 18,
+            [{'phys-index': 1, 'online': True}], {'count': 3, 'eof': False})]
+        lines = [json.dumps(value).encode() for value in replies]
+        rng = random.Random(FUZZ_SEED)
+        asks: list[Callable[[], object]] = [
+            lambda: machine.exec(['true'], timeout=0.01), lambda: machine.read_file('/x', 99),
+            lambda: machine.write_file('/x', b'abc'), machine.interfaces, machine.get_time,
+            machine._memory_blocks, lambda: vm._set_by_date(machine, vm.SECOND),
+            lambda: vm.measure(machine, vm.MS)]
+        with mock.patch.multiple(
+                vm.Machine, is_alive=lambda *_: True, run_path=lambda *_: path,
+                claim=lambda *_: contextlib.nullcontext(0)), \
+                mock.patch('time.sleep'), mock.patch.object(vm, 'AGENT_SET_TIMEOUT', 0.01):
+            for data in (pair for pairs in zip(warps(*replies), mutants(*lines))
+                         for pair in pairs):
+                current[:] = [data]
+                with self.only(data, vm.AgentError, vm.MachineError):
+                    rng.choice(asks)()
+
+    def printing(self, data: bytes) -> Any:
+        """Have every program that is run print `data`."""
+        return mock.patch.object(vm, 'run', lambda *_, **__: subprocess.CompletedProcess(
+            [], 0, data, b''))
+
+    def test_ip(self) -> None:
+        links = json.loads(subprocess.run(['ip', '-json', '-details', 'address', 'show'],
+                                          check=True, stdout=subprocess.PIPE, timeout=10).stdout)
+        routes = [{'dst': 'default', 'gateway': '192.0.2.1', 'dev': 'eth0', 'flags': []},
+                  {'type': 'unicast', 'dst': '2001:db8::/64', 'dev': 'eth0', 'metric': 256,
+                   'via': {'host': 'fe80::1'}, 'table': '7', 'protocol': 'ra'}]
+        rng = random.Random(FUZZ_SEED)
+        whole = json.dumps(links).encode() + json.dumps(routes).encode()
+        for data in (pair for pairs in zip(warps(links, routes), mutants(whole))
+                     for pair in pairs):
+            text = rng.choice((data, data + whole[-len(json.dumps(routes)):], data * 2))
+            with self.only(text, vm.NetworkError), self.printing(text):
+                found, ways = vm.look()
+                for link in found.values():
+                    self.assertIsInstance(list(link.address_lines(True)), list)
+                for way in ways:
+                    self.assertIsInstance(way.line('eth0'), str)
+
+    def test_images(self) -> None:
+        drive = vm.Harddrive(str(self.directory / 'fuzzed.qcow2'), 0.01)
+        header = Path(drive.filename).read_bytes()[:120]
+        info = {'virtual-size': 1, 'format': 'qcow2', 'snapshots': [
+            {'id': '1', 'name': 'a', 'vm-state-size': 0, 'date-sec': 1}]}
+        path = self.directory / 'header'
+        for printed, data in zip(warps(info), mutants(header, b'QFI\xfb' + header[4:])):
+            with self.only(printed, vm.DiskError), self.printing(printed):
+                self.assertIsInstance(drive.snapshots, list)
+            path.write_bytes(data)
+            with self.only(data, vm.DiskError):
+                vm.qcow2_header(str(path))
+        for data in mutants(b'P6\n2 2\n255\n' + bytes(12)):
+            with self.only(data, vm.MachineError):
+                self.assertEqual(vm.png(data)[:4], b'\x89PNG')
+
+    def test_machine_files(self) -> None:
+        device = dataclasses.asdict(vm.Device('disk0', 'disk', facts={'chain': [['/x', 'raw']]}))
+        kept: dict[str, Any] = {
+            **{field.name: '' for field in dataclasses.fields(vm.Kept)}, 'memory': 64, 'cpus': 1,
+            'maxmemory': 0, 'efi': False, 'monitor_port': None, 'uid': 1, 'ports': 16,
+            'cd_boot': 0, 'lost': False, 'devices': [device], 'snapshots': {}}
+        path = self.directory / 'machine.json'
+        for data in (pair for pairs in zip(warps(kept), mutants(json.dumps(kept).encode()))
+                     for pair in pairs):
+            path.write_bytes(data)
+            with self.only(data, vm.MachineError):
+                vm.Machine._read(str(path))
 
 
 # === packaging ==================================================================================

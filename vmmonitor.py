@@ -18,6 +18,7 @@ The sections, each using only those above it (grep -n '^# ===' prints them with 
     constants and limits   every number that decides something
     errors                 the exception tree, and words() that turns one into a sentence
     logging and threads    one log format, one thread starter, one deadline
+    data from outside      JSON with limits, and the shape that each answer must have
     configuration          the table of options, Config, load()
     processes              run(), sys_command()
     guest                  what every guest answers, wherever it lives
@@ -47,6 +48,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import ctypes
 import ctypes.util
@@ -157,8 +159,11 @@ WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is ove
 WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
 KEY_MINIMUM = 16               # shorter keys draw a warning
 
-# JSON sockets
-LINE_BYTES = 10 * 1024 * 1024  # the longest line from QEMU or an agent; libvirt's own limit
+# JSON, and the sockets that carry it
+JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
+JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
+JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
+EVENTS_KEPT = 1000             # that came while nobody waited for one; the oldest are forgotten
 QMP_TIMEOUT = 10.0
 
 # host network
@@ -407,6 +412,103 @@ class Deadline:
                 return False
             time.sleep(min(pause, self.left()))
         return True
+
+
+# === data from outside ==========================================================================
+# A guest, a client and even a QEMU that a guest has broken into may send anything at all.
+
+def parse_json(text: str | bytes, unique: bool = False) -> Any:
+    """Return the value of a JSON text; with `unique`, no object may have a key twice.
+
+    Raises ValueError for what is no JSON, longer than JSON_BYTES or deeper than JSON_DEPTH, and
+    for numbers that JSON does not have.
+    """
+    if len(text) > JSON_BYTES:
+        raise ValueError(f'longer than {JSON_BYTES} bytes')
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite,
+                           object_pairs_hook=_no_duplicates if unique else None)
+    except RecursionError:
+        raise ValueError('nested too deeply') from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > JSON_DEPTH:
+            raise ValueError('nested too deeply')
+        level = [item for outer in level if isinstance(outer, (dict, list))
+                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > JSON_DIGITS:
+        raise ValueError(f'a number of {len(text)} digits')
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{text} is no number')
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice in one JSON object, where json would take the last."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f'the key {key!r} stands twice in one object; remove one')
+        seen[key] = value
+    return seen
+
+
+# What is read of an answer: a type, [shape] for a list of such, {member: shape} for an object
+# that has these members and maybe others; a member with a "?" may be missing.
+ANSWERS: dict[str, Any] = {
+    'guest-exec': {'pid': int},
+    'guest-exec-status': {'exited': bool, 'exitcode?': int, 'signal?': int, 'out-data?': str,
+                          'err-data?': str},
+    'guest-file-open': int,
+    'guest-file-read': {'buf-b64': str, 'eof': bool},
+    'guest-file-write': {'count': int},
+    'guest-fsfreeze-status': str,
+    'guest-get-memory-blocks': [{'phys-index': int, 'online': bool}],
+    'guest-get-time': int,
+    'guest-network-get-interfaces': [{'name': str}],
+    'add-fd': {'fdset-id': int},
+    'human-monitor-command': str,
+    'query-balloon': {'actual': int},
+    'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
+    'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
+    'query-commands': [{'name': str}],
+    'query-dump': {'status': str, 'completed': int, 'total': int},
+    'query-jobs': [{'id': str, 'error?': str}],
+    'query-mice': [{'current': bool, 'absolute': bool}],
+    'query-migrate': {'status?': str, 'error-desc?': str,
+                      'ram?': {'total': int, 'remaining': int}},
+    'query-status': {'status': str},
+    'qemu-img info': {'virtual-size': int, 'snapshots?': [
+        {'name': str, 'date-sec': int, 'vm-state-size': int}]}}
+EVENT = {'event': str, 'data?': dict}
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Tell whether a value has a shape, as ANSWERS writes it."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value[key.rstrip('?')], inner) if key.rstrip('?') in value else key[-1] == '?'
+            for key, inner in shape.items())
+    return isinstance(value, shape) and (shape is not int or not isinstance(value, bool))
+
+
+def answer_of(command: str, reply: Any) -> Any:
+    """Return the "return" of a reply to a command; ValueError unless it is as ANSWERS says."""
+    if not fits(reply, {'return': ANSWERS.get(command, object)}):
+        raise ValueError(f'{command} returned {reply!r:.80}')
+    return reply['return']
 
 
 # === configuration ==============================================================================
@@ -684,16 +786,6 @@ SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KE
                          'SECRET', 'KEY', 'PASSWORD'))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that stands twice in one JSON object, where json would take the last."""
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f'the key {key!r} stands twice in one object; remove one')
-        seen[key] = value
-    return seen
-
-
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of a parsed file; objects are entered unless they are values."""
     for key, value in tree.items():
@@ -714,11 +806,9 @@ def _unknown(key: str) -> str:
 def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a configuration by attribute, and what is wrong with the others."""
     try:
-        tree = json.loads(text, object_pairs_hook=_no_duplicates)
+        tree = parse_json(text, unique=True)
         if not isinstance(tree, dict):
             raise ValueError('must be an object: {"monitor": {...}, ...}')
-    except RecursionError:
-        return {}, ['not JSON: nested too deeply']
     except ValueError as reason:        # json.JSONDecodeError says line and column
         return {}, [f'not JSON: {reason}']
     values: dict[str, Any] = {'path': path}
@@ -959,6 +1049,14 @@ def agent_error(guest: str, text: str) -> AgentError:
     return AgentError(guest, row, text)
 
 
+def agent_answer(guest: str, command: str, reply: Any) -> Any:
+    """Return what an agent's reply to a command returns; AgentError unless it is well formed."""
+    try:
+        return answer_of(command, reply)
+    except ValueError as problem:
+        raise agent_error(guest, f'no answer: {problem}') from None
+
+
 # What an agent command is given. A time has to be looked at as late as can be: a call may wait
 # for a free connection. Hence a function may stand in for the arguments.
 Arguments = Union[Mapping[str, Any], Callable[[], Mapping[str, Any]], None]
@@ -1011,10 +1109,7 @@ class Guest:
 
     def get_time(self) -> int:
         """Return the guest's clock, in nanoseconds since 1970 (guest-get-time)."""
-        answer = self.agent('guest-get-time')
-        if isinstance(answer, bool) or not isinstance(answer, int):
-            raise agent_error(self.name, f'guest-get-time returned {answer!r:.80}')
-        return answer
+        return int(self.agent('guest-get-time'))
 
     def set_time(self, when: Callable[[], int] | None) -> None:
         """Set the guest's clock: to nanoseconds since 1970, asked for when the call goes out, or
@@ -1075,8 +1170,8 @@ class LineSocket:
         while b'\n' not in self.buffer:
             if deadline.passed():
                 raise PeerSilent(f'{self.path}: did not answer in time')
-            if len(self.buffer) > LINE_BYTES:
-                raise ProtocolError(f'{self.path}: a line longer than {LINE_BYTES} bytes')
+            if len(self.buffer) > JSON_BYTES:
+                raise ProtocolError(f'{self.path}: a line longer than {JSON_BYTES} bytes')
             self.socket.settimeout(max(deadline.left(), 0.001))
             try:
                 data = self.socket.recv(65536)
@@ -1094,8 +1189,8 @@ class LineSocket:
         """Return the next line as a JSON object."""
         line = self.line(deadline).strip()
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise ProtocolError(f'{self.path}: not a JSON object: {line[:80]!r}')
@@ -1121,7 +1216,8 @@ class QMP:
         self.wire = LineSocket(path, deadline)
         self.lock = threading.Lock()            # one exchange at a time
         self.serial = 0                         # of the last command: an answer must carry it
-        self.pending: list[dict[str, Any]] = []     # events that came before anybody asked
+        self.pending: collections.deque[dict[str, Any]] = collections.deque(
+            maxlen=EVENTS_KEPT)                 # events that came before anybody asked
         try:
             self.greeting = self._greeting(deadline)
             self.execute('qmp_capabilities', timeout=deadline.left())
@@ -1170,9 +1266,10 @@ class QMP:
                     break               # an answer to an earlier, timed-out command is dropped
             if 'error' in answer:
                 raise reply_error(self.wire.path, answer)
-            if 'return' not in answer:
-                raise ProtocolError(f'{self.wire.path}: no answer: {str(answer)[:80]}')
-            return answer['return']
+            try:
+                return answer_of(command, answer)
+            except ValueError as problem:
+                raise ProtocolError(f'{self.wire.path}: no answer: {problem}') from None
 
     def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
         """Return the next event whose name is in `names` (any, if that is empty) and whose data
@@ -1180,8 +1277,8 @@ class QMP:
         wanted, deadline = set(names), Deadline(timeout)
         with self.lock:
             while True:
-                event = self.pending.pop(0) if self.pending else self.wire.receive(deadline)
-                if 'event' in event and (not wanted or event['event'] in wanted) and all(
+                event = self.pending.popleft() if self.pending else self.wire.receive(deadline)
+                if fits(event, EVENT) and (not wanted or event['event'] in wanted) and all(
                         event.get('data', {}).get(key) == value for key, value in data.items()):
                     return event
 
@@ -1224,7 +1321,7 @@ class GuestAgent:
             self.lock.release()
         if 'error' in answer:
             raise agent_error(self.name, str(reply_error(self.path, answer)))
-        return answer.get('return')
+        return agent_answer(self.name, command, answer)
 
     def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
         """Have the agent drop what it has read (0xFF), and skip what it had written."""
@@ -1233,8 +1330,8 @@ class GuestAgent:
         wire.send(sync, deadline, prefix=b'\xff')
         while True:
             line = wire.line(deadline).rpartition(b'\xff')[2]
-            with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads(line)
+            with contextlib.suppress(ValueError):
+                answer = parse_json(line)
                 if isinstance(answer, dict) and answer.get('return') == self.serial:
                     return
 
@@ -1874,7 +1971,8 @@ class Domain(Guest):
         """Return its definition (virDomainGetXMLDesc)."""
         with self._on(self.host.queries) as (connection, handle):
             text = connection.library.take_string(connection.call('virDomainGetXMLDesc', handle, 0))
-        return xml.etree.ElementTree.fromstring(text)
+        # libvirt wrote it anew, so that it has no entities but XML's own.
+        return xml.etree.ElementTree.fromstring(text)   # nosec B314
 
     # Guest agent
 
@@ -1918,9 +2016,10 @@ class Domain(Guest):
                 self._raise_if_frozen()
             raise
         try:
-            return json.loads(text)['return']
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise agent_error(self.name, f'no answer: {text!r:.80}') from None
+            reply = parse_json(text)
+        except ValueError as problem:
+            raise agent_error(self.name, f'no answer: {problem}: {text!r:.80}') from None
+        return agent_answer(self.name, command, reply)
 
     def _raise_if_frozen(self) -> None:
         """Old agents call a command disabled when the file systems are frozen."""
@@ -3599,6 +3698,8 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
 GIB, MIB = 1 << 30, 1 << 20
 IMAGE_TIMEOUT = 120.0           # for one run of qemu-img; none of its uses here copies data
 QCOW2_MAGIC = b'QFI\xfb'
+BACKING_LAST = 1 << 21          # byte at which a backing file's name may begin: of one cluster
+BACKING_LENGTH = 1023           # ... and how long it may be
 EXTERNAL_DATA = 1 << 2          # of the incompatible features: the data are in another file
 IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that it has open
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
@@ -3662,8 +3763,10 @@ def qcow2_header(path: str) -> Header | None:
             if head[:4] != QCOW2_MAGIC:
                 return None
             version, where, length, _, size = struct.unpack('>IQIIQ', head[4:32])
+            if where > BACKING_LAST or length > BACKING_LENGTH:
+                raise DiskError(f'{path}: a broken header', 'restore the image from a backup')
             image.seek(where)
-            backing = image.read(min(length, 1023)).decode(errors='replace') if where else ''
+            backing = image.read(length).decode(errors='replace') if where else ''
     except OSError as problem:
         raise DiskError(f'{path}: {problem.strerror}') from None
     features = struct.unpack('>Q', head[72:])[0] if version > 2 else 0
@@ -3761,9 +3864,9 @@ class Harddrive:
 
     def check(self) -> None:
         """Raise DiskError unless the image, and what it stands on, are what was named."""
-        header = qcow2_header(self.filename)
-        if self.format == 'raw':
+        if self.format == 'raw':                # whatever a guest has written into it
             return
+        header = qcow2_header(self.filename)
         if not header:
             raise DiskError(f'{self.filename}: not a qcow2 image', "say format='raw' if it is raw")
         if header.external:
@@ -3804,11 +3907,11 @@ class Harddrive:
     def info(self) -> dict[str, Any]:
         """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
         self.check()
-        found = json.loads(self._img('info', '-U', '--output=json', '-f', self.format,
-                                     self.filename))
-        if not isinstance(found, dict):
-            raise DiskError(f'{self.filename}: qemu-img info printed {found!r:.80}')
-        return found
+        printed = self._img('info', '-U', '--output=json', '-f', self.format, self.filename)
+        try:
+            return dict(answer_of('qemu-img info', {'return': parse_json(printed)}))
+        except ValueError as problem:
+            raise DiskError(f'{self.filename}: {problem}') from None
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -4043,7 +4146,8 @@ HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 
 #                                 guest: a smaller one can't boot with them
 KEY_HOLD = 10                   # ms that a key is down
 KEY_PAUSE = 0.03                # s per key: faster ones pile up, and QEMU drops them unsaid
-GUEST_FILE_BYTES = 48 * 1024     # in one call: an agent takes some MiB, but in memory
+GUEST_FILE_BYTES = 48 * 1024    # in one call: an agent takes some MiB, but in memory
+GUEST_FILE_LIMIT = 64 * MIB     # of a whole file: a guest may never come to its end
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
@@ -4306,11 +4410,11 @@ def newest_type() -> str:
 
 def png(picture: bytes) -> bytes:
     """Return the PNG of a PPM picture (P6 with 8 bits), for QEMU before 7.1."""
-    header = re.match(rb'P6\s+(\d+)\s+(\d+)\s+255\s', picture)
-    if not header:
+    header = re.match(rb'P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s', picture)
+    width, height = map(int, header.groups()) if header else (0, 0)
+    rows = picture[header.end():] if header else b''
+    if not rows or len(rows) != width * height * 3:
         raise MachineError(f'QEMU made no picture: {picture[:40]!r}')
-    width, height = int(header[1]), int(header[2])
-    rows = picture[header.end():]
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (struct.pack('>I', len(data)) + kind + data
@@ -4488,14 +4592,14 @@ class Machine(Guest):
         for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
             if not os.path.isdir(place):
                 os.makedirs(place)
-                os.chmod(place, 0o711)          # QEMU's user must come through
+                os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
             if len(home) > 88:                  # a unix socket's path has 107 bytes at most
                 raise MachineError(f'{home}: this path is too long for sockets in it')
             with contextlib.suppress(FileExistsError):
                 os.mkdir(home)
-                os.chmod(home, 0o711)
+                os.chmod(home, 0o711)   # nosec B103  # ... here, too
                 return home
         raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
                            'delete() removes it')
@@ -4538,7 +4642,7 @@ class Machine(Guest):
     def _read(path: str) -> Kept:
         try:
             with open(path, encoding='utf-8') as text:
-                known = json.load(text)
+                known = parse_json(text.read())
             known['devices'] = [Device(**row) for row in known['devices']]
             return Kept(**known)
         except FileNotFoundError:
@@ -5833,8 +5937,14 @@ class Machine(Guest):
         if not Deadline(timeout).poll(ended, STATE_POLL / 4):
             raise MachineError(f'{self.name}: {argv[0]} did not end within {timeout:g} s')
         code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
-        return Done(code, *(base64.b64decode(status.get(key, '')) for key in ('out-data',
-                                                                              'err-data')))
+        return Done(code, *(self._decoded(status.get(key, '')) for key in ('out-data',
+                                                                           'err-data')))
+
+    def _decoded(self, text: str) -> bytes:
+        try:
+            return base64.b64decode(text)
+        except ValueError:
+            raise agent_error(self.name, f'no base64: {text!r:.80}') from None
 
     @contextlib.contextmanager
     def _guest_file(self, path: str, mode: str) -> Iterator[int]:
@@ -5844,15 +5954,21 @@ class Machine(Guest):
         finally:
             self.agent('guest-file-close', {'handle': handle})
 
-    def read_file(self, path: str) -> bytes:
-        """Return what is in a file of the guest (guest-file-read)."""
-        data = b''
+    def read_file(self, path: str, limit: int = GUEST_FILE_LIMIT) -> bytes:
+        """Return what is in a file of the guest (guest-file-read).
+
+        Raises MachineError when it has more than `limit` bytes.
+        """
+        data = bytearray()
         with self._guest_file(path, 'rb') as handle:
             while True:
                 part = self.agent('guest-file-read', {'handle': handle, 'count': GUEST_FILE_BYTES})
-                data += base64.b64decode(part['buf-b64'])
+                data += self._decoded(part['buf-b64'])
+                if len(data) > limit:
+                    raise MachineError(f'{self.name}: {path} has more than {limit} bytes',
+                                       'say a larger limit=')
                 if part['eof']:
-                    return data
+                    return bytes(data)
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a file in the guest (guest-file-write)."""
@@ -5860,6 +5976,8 @@ class Machine(Guest):
             while data:
                 part = base64.b64encode(data[:GUEST_FILE_BYTES]).decode()
                 done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
+                if done['count'] <= 0:
+                    raise agent_error(self.name, f'wrote {done["count"]} bytes')
                 data = data[done['count']:]
 
     def interfaces(self) -> list[dict[str, Any]]:
@@ -6088,14 +6206,11 @@ def _set_by_date(guest: Guest, ahead: int) -> None:
     second = (time.time_ns() + ahead) // SECOND + 1
     time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
     started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
-    if not isinstance(started, dict) or not isinstance(started.get('pid'), int):
-        raise agent_error(guest.name, f'guest-exec returned {started!r:.80}')
-    status: Any = {}
+    status: dict[str, Any] = {}
 
     def ended() -> bool:
-        nonlocal status
-        status = guest.agent('guest-exec-status', {'pid': started['pid']})
-        return isinstance(status, dict) and bool(status.get('exited'))
+        status.update(guest.agent('guest-exec-status', {'pid': started['pid']}))
+        return bool(status['exited'])
     if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
         raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
 
@@ -6670,8 +6785,8 @@ class Dispatcher:
     def _json_pairs(body: bytes) -> list[tuple[str, str]]:
         """Read a JSON body: an object whose values are strings or numbers."""
         try:
-            value = json.loads(body, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError):
+            value = parse_json(body, unique=True)
+        except ValueError:
             value = None
         if not isinstance(value, dict) or any(
                 isinstance(item, bool) or not isinstance(item, (str, int, float))
