@@ -64,7 +64,7 @@ KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'qemu-system-x86', 'qemu-utils', 'qemu-guest-agent', 'libfaketime', 'busybox-static',
             'cpio', 'kmod', 'iproute2', 'openssl', 'curl', 'xz-utils', 'python3', 'nftables',
-            'iptables', 'xorriso', 'ovmf')
+            'iptables', 'xorriso', 'ovmf', 'testssl.sh')
 
 
 class RigError(Exception):
@@ -641,8 +641,9 @@ class Vm:
 # === configuration ==============================================================================
 
 CERT_ARGS = ('openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256',
-             '-days', '30', '-subj', '/CN=localhost', '-addext',
-             'subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1')
+             '-days', '90', '-subj', '/CN=localhost', '-addext',
+             'subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1',
+             '-addext', 'crlDistributionPoints=URI:http://localhost/crl')
 KEY = 'k' * 32                  # the main key in the tests' configurations
 OTHER_KEY = 'o' * 32
 
@@ -1738,6 +1739,21 @@ class ListenerTest(TempCase):
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 timeout=20, check=False)
             self.assertEqual(done.returncode == 0, works, (version, done.stdout[-300:]))
+
+    @unittest.skipUnless(shutil.which('testssl'), 'needs testssl.sh')
+    def test_testssl_finds_nothing(self) -> None:
+        report = self.directory / 'testssl.json'
+        subprocess.run(
+            ['testssl', '--quiet', '--warnings', 'off', '--nodns', 'none', '--ip', '127.0.0.1',
+             '--add-ca', str(self.directory / 'cert.pem'), '--jsonfile', str(report),
+             '--protocols', '--std', '--fs', '--server-preference', '--server-defaults',
+             '--headers', '--vulnerable', f'localhost:{self.port}'], timeout=300, check=False,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        found = {row['id']: row for row in json.loads(report.read_text())}
+        for id in ('SSLv3', 'heartbleed', 'POODLE_SSL', 'cipherlist_NULL', 'cert_trust'):
+            self.assertEqual(found[id]['severity'], 'OK', found[id])    # it has been looked at
+        self.assertEqual([row for row in found.values()
+                          if row['severity'] in ('MEDIUM', 'HIGH', 'CRITICAL', 'FATAL')], [])
 
     def test_silent_and_trickling_clients_delay_nobody(self) -> None:
         stop = threading.Event()
@@ -5582,6 +5598,19 @@ class JsonTest(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, 'guest-exec returned'):
                 vm.answer_of('guest-exec', reply)
 
+    def test_names_from_outside_reach_no_path(self) -> None:
+        with tempfile.TemporaryDirectory(prefix='vmmonitor-test-') as directory:
+            place = Path(directory, 'evil')
+            place.mkdir()
+            (place / 'machine.json').write_text('{')
+            with mock.patch.object(vm, 'MACHINES_DIR', f'{directory}/machines'):
+                for name in ('../evil', f'{directory}/evil', '..', '.', '', '-x', 'a/b', 'a\nb',
+                             'a' * 64, 'gr\u00fcn'):
+                    self.assertIsNone(vm.Machines().find(name), name)
+            with mock.patch.object(vm, 'MACHINES_DIR', directory), \
+                    self.assertRaises(vm.MachineError):         # this one would be found
+                vm.Machines().find('evil')
+
     def test_every_answer_that_is_looked_into_has_a_shape(self) -> None:
         """A command whose answer is used, not only waited for, stands in ANSWERS."""
         text = (HERE / 'vmmonitor.py').read_text()
@@ -5651,6 +5680,7 @@ class FuzzTest(TempCase):
         body = json.dumps({'key': KEY, 'cmd': 'status', 'target': 'web1'}).encode()
         post = b'POST / HTTP/1.1\r\nContent-Length: %d\r\n%s\r\n\r\n%s'
         seeds = (b'GET /?cmd=list HTTP/1.1\r\n' + head + b'\r\n',
+                 b'GET https://[::1]:1/?cmd=list HTTP/1.1\r\n' + head + b'\r\n',
                  b'GET /?' + form + b' HTTP/1.1\r\nAccept: application/json\r\n\r\n',
                  post % (len(form), b'Content-Type: application/x-www-form-urlencoded', form),
                  post % (len(body), b'Content-Type: application/json', body))
