@@ -1281,7 +1281,8 @@ class ClockTest(unittest.TestCase):
     def test_odd_answers(self) -> None:
         for answer in ('soon', True, None, [1], {'time': 1}):
             guest = ScriptedGuest()
-            guest.agent = lambda *_, answer=answer: answer      # type: ignore[method-assign]
+            guest.agent = lambda command, *_, answer=answer: vm.agent_answer(  # type: ignore
+                'web1', command, {'return': answer})
             with self.subTest(answer=answer), self.assertRaisesRegex(vm.AgentError, 'get-time ret'):
                 vm.correct(guest, TOLERANCE, True)
 
