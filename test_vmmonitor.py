@@ -4223,9 +4223,13 @@ class TestHarddrive(Scratch):
         again = vm.Harddrive(path, size=7)
         self.assertEqual((os.stat(path).st_ino, again.info()['virtual-size']), (inode, 1 << 29))
         with self.refused(path, 'exists'):
-            drive._create(1 << 20)
+            drive._write(1 << 20)
+        again.create(7)
         self.assertEqual(os.stat(path).st_ino, inode)
         self.assertEqual(os.listdir(os.path.dirname(path)), ['a.qcow2'])
+        os.unlink(path)
+        again.create(0.25)
+        self.assertEqual(again.info()['virtual-size'], 1 << 28)
 
     def test_odd_names_are_taken_literally(self) -> None:
         for name in ('a,readonly=on.qcow2', 'nbd:host.qcow2', '-f.qcow2', 'json:{}.qcow2'):
@@ -4325,7 +4329,7 @@ class TestHarddrive(Scratch):
         with mock.patch.object(vm.Harddrive, '_img', side_effect=vm.DiskError('no')):
             inode = os.stat(drive.filename).st_ino
             with contextlib.suppress(vm.DiskError):
-                drive._create(1 << 20, replace=True)
+                drive._write(1 << 20, replace=True)
         self.assertEqual(os.stat(drive.filename).st_ino, inode)
 
     def test_in_use(self) -> None:

@@ -3820,10 +3820,7 @@ class Harddrive:
             backing = Harddrive(backing)
         self.backing = backing
         self.attached: Attached | None = None       # its place in the machine that has it
-        if not os.path.exists(self.filename):
-            base = backing.info()['virtual-size'] if backing else 0
-            self._create(max(self._bytes(size), base))
-        self.check()
+        self.create(size)
 
     def __repr__(self) -> str:
         return f'Harddrive({self.filename!r}, format={self.format!r})'
@@ -3839,7 +3836,15 @@ class Harddrive:
             raise DiskError(f'{self.filename}: size {size!r}', 'give it as a number of GiB')
         return -(-round(size * GIB) // 512) * 512
 
-    def _create(self, size: int, replace: bool = False) -> None:
+    def create(self, size: float = 5) -> None:
+        """Create the image, of `size` GiB, if it is absent (qemu-img create); one that is there
+        is only checked."""
+        if not os.path.exists(self.filename):
+            base = self.backing.info()['virtual-size'] if self.backing else 0
+            self._write(max(self._bytes(size), base))
+        self.check()
+
+    def _write(self, size: int, replace: bool = False) -> None:
         base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
         with whole_file(self.filename, replace) as temporary:
             self._img('create', '-q', '-f', self.format, *base, temporary, str(size))
@@ -3962,7 +3967,7 @@ class Harddrive:
             return
         size = self.info()['virtual-size']
         with self._kept_free('wipe it'):
-            self._create(size, replace=True)
+            self._write(size, replace=True)
 
     def resize(self, size: float, shrink: bool = False) -> None:
         """Give the disk a new size in GiB (block_resize, qemu-img resize).
