@@ -5852,6 +5852,15 @@ class PackagingTest(unittest.TestCase):
         table = (vm.__doc__ or '').partition('The sections')[2].partition('Rules')[0]
         self.assertEqual(re.findall(r'(?m)^    ([a-z]+(?: [a-z]+)*)  ', table), sections)
 
+    def test_the_tests_that_the_readme_names(self) -> None:
+        rows = re.findall(r'(?m)^\| .* \| (`Test.*) \|$', (HERE / 'README.md').read_text())
+        self.assertGreater(len(rows), 20)
+        for row in rows:
+            place: type = type(self)
+            for kind, test in re.findall(r'`(Test\w+)?\.?(test_\w+)?`', row):
+                place = globals()[kind] if kind else place
+                self.assertTrue(not test or hasattr(place, test), f'{place.__name__}.{test}')
+
     def test_unit(self) -> None:
         if not shutil.which('systemd-analyze'):
             self.skipTest('systemd-analyze is not installed')

@@ -4155,6 +4155,7 @@ GUEST_FILE_BYTES = 48 * 1024    # in one call: an agent takes some MiB, but in m
 GUEST_FILE_LIMIT = 64 * MIB     # of a whole file: a guest may never come to its end
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
+PICTURE_BYTES = 256 * MIB       # of the largest screen; what is behind it makes no picture
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
 
 OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
@@ -4505,8 +4506,9 @@ class Console:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Open a file in a directory that QEMU's user can write to."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Open a file in a directory that QEMU's user can write to: no link, and no FIFO that would
+    hold us."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _named(key: str, value: Any) -> dict[str, Any]:
@@ -5354,9 +5356,9 @@ class Machine(Guest):
     @property
     def chardevs(self) -> dict[str, str]:
         """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
-        ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')} \
-            if self.is_alive() else {}
-        return {row.facts['name']: ends.get(f'{row.id}-host', '').partition(':')[2]
+        ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')
+                if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])} if self.is_alive() else {}
+        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
                 if row.facts['type'] == 'pty' else self.run_path(row.id)
                 for row in self._devices('chardev')}
 
@@ -5787,7 +5789,7 @@ class Machine(Guest):
         try:
             self.qmp('screendump', filename=path, **form)
             with open(path, 'rb', opener=_no_links) as picture:
-                return picture.read()
+                return picture.read(PICTURE_BYTES)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -5886,7 +5888,7 @@ class Machine(Guest):
                 if info['status'] in ('completed', 'failed'):
                     break
                 time.sleep(STATE_POLL / 5)
-            error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT)['data'].get('error')
+            error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT).get('data', {}).get('error')
             # It comes before the guest goes on, and until then much is refused.
             Deadline(QMP_TIMEOUT).poll(
                 lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
