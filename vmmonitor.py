@@ -23,12 +23,12 @@ The sections, each using only those above it (grep -n '^# ===' prints them with 
     processes              run(), sys_command()
     guest                  what every guest answers, wherever it lives
     json sockets           the line protocol, QMP, GuestAgent
+    clock                  measure an offset, correct it, prove it
     libvirt                the only place with ctypes: Library, Connection, Lane, Host, Domain
     host network           interfaces, routes, Interface, Switch, Router, Bond, VirtualNic
     disks                  CD, Harddrive over qemu-img
     machine                Machine: QEMU by QMP; Machines: those of this host
     guests                 one name space over the hosts; one command per guest at a time
-    clock                  measure an offset, correct it, prove it
     monitor                triggers -> at most one clock job per guest
     startup                the list of starts and delays
     listener               Server, Exchange (the wire), Dispatcher (dispatch and all error policy)
@@ -1334,6 +1334,230 @@ class GuestAgent:
                 answer = parse_json(line)
                 if isinstance(answer, dict) and answer.get('return') == self.serial:
                     return
+
+
+# === clock ======================================================================================
+
+class Reading(NamedTuple):
+    """One look at a guest's clock."""
+
+    offset: int                 # guest minus host, ns; the host's time is that of the middle
+    delay: int                  # ns that the call took: the offset is sure to half of it
+
+
+@dataclasses.dataclass
+class Correction:
+    """What became of one clock job."""
+
+    guest: str
+    cause: str                  # the kind of the event that asked for it
+    before: int                 # offset found, ns
+    after: int                  # offset left, ns
+    method: str = ''            # what set the clock; '' when it was right already
+    right: float = 0.0          # seconds from the trigger to the setting
+    proved: float = 0.0         # ... and to the reading that proved it
+    when: float = 0.0           # time.time() of the proof
+    warning: str = ''           # an error that came although the clock is right
+
+    def __str__(self) -> str:
+        if not self.method:
+            return f'{self.guest}: clock is right, cause={self.cause} offset={span(self.before)}'
+        return (f'{self.guest}: clock corrected, cause={self.cause} before={span(self.before)} '
+                f'after={span(self.after)} right_after={self.right * 1000:.0f}ms '
+                f'proved_after={self.proved * 1000:.0f}ms by={self.method}')
+
+
+def span(offset: int) -> str:
+    """Return a signed offset for people, ns -> ms, or s where that reads better."""
+    if abs(offset) < 10 * SECOND:
+        return f'{offset / MS:+.1f}ms'
+    return f'{offset / SECOND:+.3f}s'
+
+
+def read_clock(guest: Guest) -> Reading:
+    """Read the guest's clock once, between two looks at the host's."""
+    host, began = time.time_ns(), time.monotonic_ns()
+    value = guest.get_time()
+    delay = time.monotonic_ns() - began
+    return Reading(value - host - delay // 2, delay)
+
+
+def measure(guest: Guest, tolerance: int) -> Reading:
+    """Return the best of a few readings, or the first one if that is clearly off: a clock that
+    is wrong by seconds shall not stay so for the sake of a better figure."""
+    best = read_clock(guest)
+    for taken in range(1, SAMPLES_MAX):
+        clearly_off = abs(best.offset) > tolerance + 2 * best.delay
+        if clearly_off or (taken >= SAMPLES and best.delay // 2 <= tolerance):
+            break
+        best = min(best, read_clock(guest), key=lambda reading: reading.delay)
+    return best
+
+
+def _set_explicit(guest: Guest, ahead: int) -> None:
+    """Set the host's time plus `ahead` ns, what the call and its way will take."""
+    guest.set_time(lambda: time.time_ns() + ahead)
+
+
+def _set_from_hardware(guest: Guest, _ahead: int) -> None:
+    """Have the guest read its hardware clock (Linux) or ask its time service (Windows)."""
+    guest.set_time(None)
+
+
+def _set_by_date(guest: Guest, ahead: int) -> None:
+    """Run `date` in the guest, started so that it takes effect at a whole second: not every
+    date takes fractions."""
+    second = (time.time_ns() + ahead) // SECOND + 1
+    time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
+    started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
+    status: dict[str, Any] = {}
+
+    def ended() -> bool:
+        status.update(guest.agent('guest-exec-status', {'pid': started['pid']}))
+        return bool(status['exited'])
+    if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
+        raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
+
+
+class Method(NamedTuple):
+    """A way to set a guest's clock."""
+
+    name: str
+    apply: Callable[[Guest, int], None]
+    rounds: int                 # tries, each made better by what the last one missed by
+    grain: int = 0              # ns: how much it may leave, and so what it can't improve on
+    executes: bool = False      # runs a program in the guest
+
+
+METHODS = (                     # from the best to the last resort
+    Method('guest-set-time', _set_explicit, ROUNDS),
+    Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
+    Method('guest-exec-date', _set_by_date, ROUNDS, grain=20 * MS, executes=True))
+
+
+def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
+           delay: int) -> AgentError | None:
+    """Set the clock by one method until a reading shows that it is right, or rounds are over.
+
+    The call allows for its own way to the guest. A busy host or guest only ever makes that
+    longer, so what counts for the next round is the shortest one seen; but not after the first
+    round: one late setting says nothing, and a clock that is put ahead has to go back.
+    """
+    failed: AgentError | None = None
+    ahead, ways, before = delay // 2, [], abs(result.after)
+    # Better than the tolerance, so that another reading still finds it within that.
+    goal = max(tolerance * 3 // 5, method.grain)
+    for _ in range(method.rounds):
+        failed, began = None, time.monotonic()
+        try:
+            method.apply(guest, ahead)
+        except AgentError as problem:
+            failed = problem
+        if abs(result.after) > tolerance:
+            result.right, result.method = began + ahead / SECOND, method.name
+        result.after = measure(guest, tolerance).offset
+        if abs(result.after) <= goal or (failed and abs(result.after) > before // 2):
+            return failed               # right; or it did not move, and this way is none
+        ways.append(ahead - result.after)
+        ahead = max(0, min(ways)) if len(ways) > 1 else ahead
+    return failed
+
+
+def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
+    """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
+
+    Agents report errors although they set the time, and success although they did not: only a
+    reading afterwards counts. Raises AgentError with the reason why it could not be set, or
+    ClockError when setting it did not help.
+    """
+    reading = measure(guest, tolerance)
+    result = Correction(guest.name, '', reading.offset, reading.offset)
+    problem: AgentError | None = None
+    limit = tolerance                   # of what is right: no finer than the way that works
+    for method in METHODS:
+        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
+            break
+        failed = None
+        if abs(result.after) > method.grain:
+            failed = _apply(guest, method, tolerance, result, reading.delay)
+            problem = problem or failed
+        elif not method.executes:
+            continue                    # it would do no better, but the next one may
+        if not failed:
+            limit = max(tolerance, method.grain)
+            break
+        if failed.trouble.passes:       # it may work later: a rougher way would not do better
+            break
+    result.proved, result.when = time.monotonic(), time.time()
+    if abs(result.after) <= limit:
+        result.warning = words(problem) if problem else ''
+        return result
+    if problem:
+        raise problem
+    raise ClockError(f'{guest.name}: clock is still off by {span(result.after)}, was '
+                     f'{span(result.before)}', 'the host or the guest may be overloaded; raise '
+                     'monitor.toleranceMs if this lasts')
+
+
+def synchronise(guest: Guest, config: Config, cause: str, began: float,
+                nudge: threading.Event) -> Correction:
+    """Wait until the guest's agent answers, then correct the clock.
+
+    `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
+    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help, and
+    ClockError when the clock was not to be put right even after pauses.
+    """
+    deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
+    while True:
+        try:
+            result = correct(guest, round(config.tolerance * MS), config.allow_exec)
+        except AgentError as problem:
+            if not problem.trouble.passes or deadline.passed():
+                raise
+        except HostAway:
+            if deadline.passed():       # events would bring us back only if their link fell, too
+                raise
+        except ClockError:
+            again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
+            if not again:
+                raise
+        else:
+            result.cause = cause
+            result.right, result.proved = result.right - began, result.proved - began
+            return result
+        nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
+        nudge.clear()
+        pause = min(pause * RETRY_FACTOR, RETRY_LAST)
+
+
+class HostClock(NamedTuple):
+    """The host's clocks at one moment, in ns."""
+
+    real: int
+    boot: int                   # goes on while the host sleeps
+    monotonic: int              # does not
+
+    @classmethod
+    def now(cls) -> HostClock:
+        """Read the three as one: of a few attempts, the one that took the least time."""
+        best: tuple[int, HostClock | None] = (sys.maxsize, None)
+        for _ in range(SAMPLES):
+            boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            real, monotonic = time.time_ns(), time.monotonic_ns()
+            took = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot
+            if took < best[0]:
+                best = took, cls(real, boot, monotonic)
+        assert best[1]
+        return best[1]
+
+    def jump_since(self, earlier: HostClock) -> str:
+        """Return what happened to the clocks since `earlier`, or ''."""
+        limit = HOST_CLOCK_JUMP * SECOND
+        if (self.boot - self.monotonic) - (earlier.boot - earlier.monotonic) > limit:
+            return 'host slept'
+        if abs((self.real - self.boot) - (earlier.real - earlier.boot)) > limit:
+            return 'host clock stepped'
+        return ''
 
 
 # === libvirt ====================================================================================
@@ -6137,230 +6361,6 @@ class Guests:
             if stopping.is_set():
                 return False
         return True
-
-
-# === clock ======================================================================================
-
-class Reading(NamedTuple):
-    """One look at a guest's clock."""
-
-    offset: int                 # guest minus host, ns; the host's time is that of the middle
-    delay: int                  # ns that the call took: the offset is sure to half of it
-
-
-@dataclasses.dataclass
-class Correction:
-    """What became of one clock job."""
-
-    guest: str
-    cause: str                  # the kind of the event that asked for it
-    before: int                 # offset found, ns
-    after: int                  # offset left, ns
-    method: str = ''            # what set the clock; '' when it was right already
-    right: float = 0.0          # seconds from the trigger to the setting
-    proved: float = 0.0         # ... and to the reading that proved it
-    when: float = 0.0           # time.time() of the proof
-    warning: str = ''           # an error that came although the clock is right
-
-    def __str__(self) -> str:
-        if not self.method:
-            return f'{self.guest}: clock is right, cause={self.cause} offset={span(self.before)}'
-        return (f'{self.guest}: clock corrected, cause={self.cause} before={span(self.before)} '
-                f'after={span(self.after)} right_after={self.right * 1000:.0f}ms '
-                f'proved_after={self.proved * 1000:.0f}ms by={self.method}')
-
-
-def span(offset: int) -> str:
-    """Return a signed offset for people, ns -> ms, or s where that reads better."""
-    if abs(offset) < 10 * SECOND:
-        return f'{offset / MS:+.1f}ms'
-    return f'{offset / SECOND:+.3f}s'
-
-
-def read_clock(guest: Guest) -> Reading:
-    """Read the guest's clock once, between two looks at the host's."""
-    host, began = time.time_ns(), time.monotonic_ns()
-    value = guest.get_time()
-    delay = time.monotonic_ns() - began
-    return Reading(value - host - delay // 2, delay)
-
-
-def measure(guest: Guest, tolerance: int) -> Reading:
-    """Return the best of a few readings, or the first one if that is clearly off: a clock that
-    is wrong by seconds shall not stay so for the sake of a better figure."""
-    best = read_clock(guest)
-    for taken in range(1, SAMPLES_MAX):
-        clearly_off = abs(best.offset) > tolerance + 2 * best.delay
-        if clearly_off or (taken >= SAMPLES and best.delay // 2 <= tolerance):
-            break
-        best = min(best, read_clock(guest), key=lambda reading: reading.delay)
-    return best
-
-
-def _set_explicit(guest: Guest, ahead: int) -> None:
-    """Set the host's time plus `ahead` ns, what the call and its way will take."""
-    guest.set_time(lambda: time.time_ns() + ahead)
-
-
-def _set_from_hardware(guest: Guest, _ahead: int) -> None:
-    """Have the guest read its hardware clock (Linux) or ask its time service (Windows)."""
-    guest.set_time(None)
-
-
-def _set_by_date(guest: Guest, ahead: int) -> None:
-    """Run `date` in the guest, started so that it takes effect at a whole second: not every
-    date takes fractions."""
-    second = (time.time_ns() + ahead) // SECOND + 1
-    time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
-    started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
-    status: dict[str, Any] = {}
-
-    def ended() -> bool:
-        status.update(guest.agent('guest-exec-status', {'pid': started['pid']}))
-        return bool(status['exited'])
-    if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
-        raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
-
-
-class Method(NamedTuple):
-    """A way to set a guest's clock."""
-
-    name: str
-    apply: Callable[[Guest, int], None]
-    rounds: int                 # tries, each made better by what the last one missed by
-    grain: int = 0              # ns: how much it may leave, and so what it can't improve on
-    executes: bool = False      # runs a program in the guest
-
-
-METHODS = (                     # from the best to the last resort
-    Method('guest-set-time', _set_explicit, ROUNDS),
-    Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
-    Method('guest-exec-date', _set_by_date, ROUNDS, grain=20 * MS, executes=True))
-
-
-def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
-           delay: int) -> AgentError | None:
-    """Set the clock by one method until a reading shows that it is right, or rounds are over.
-
-    The call allows for its own way to the guest. A busy host or guest only ever makes that
-    longer, so what counts for the next round is the shortest one seen; but not after the first
-    round: one late setting says nothing, and a clock that is put ahead has to go back.
-    """
-    failed: AgentError | None = None
-    ahead, ways, before = delay // 2, [], abs(result.after)
-    # Better than the tolerance, so that another reading still finds it within that.
-    goal = max(tolerance * 3 // 5, method.grain)
-    for _ in range(method.rounds):
-        failed, began = None, time.monotonic()
-        try:
-            method.apply(guest, ahead)
-        except AgentError as problem:
-            failed = problem
-        if abs(result.after) > tolerance:
-            result.right, result.method = began + ahead / SECOND, method.name
-        result.after = measure(guest, tolerance).offset
-        if abs(result.after) <= goal or (failed and abs(result.after) > before // 2):
-            return failed               # right; or it did not move, and this way is none
-        ways.append(ahead - result.after)
-        ahead = max(0, min(ways)) if len(ways) > 1 else ahead
-    return failed
-
-
-def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
-    """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
-
-    Agents report errors although they set the time, and success although they did not: only a
-    reading afterwards counts. Raises AgentError with the reason why it could not be set, or
-    ClockError when setting it did not help.
-    """
-    reading = measure(guest, tolerance)
-    result = Correction(guest.name, '', reading.offset, reading.offset)
-    problem: AgentError | None = None
-    limit = tolerance                   # of what is right: no finer than the way that works
-    for method in METHODS:
-        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
-            break
-        failed = None
-        if abs(result.after) > method.grain:
-            failed = _apply(guest, method, tolerance, result, reading.delay)
-            problem = problem or failed
-        elif not method.executes:
-            continue                    # it would do no better, but the next one may
-        if not failed:
-            limit = max(tolerance, method.grain)
-            break
-        if failed.trouble.passes:       # it may work later: a rougher way would not do better
-            break
-    result.proved, result.when = time.monotonic(), time.time()
-    if abs(result.after) <= limit:
-        result.warning = words(problem) if problem else ''
-        return result
-    if problem:
-        raise problem
-    raise ClockError(f'{guest.name}: clock is still off by {span(result.after)}, was '
-                     f'{span(result.before)}', 'the host or the guest may be overloaded; raise '
-                     'monitor.toleranceMs if this lasts')
-
-
-def synchronise(guest: Guest, config: Config, cause: str, began: float,
-                nudge: threading.Event) -> Correction:
-    """Wait until the guest's agent answers, then correct the clock.
-
-    `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
-    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help, and
-    ClockError when the clock was not to be put right even after pauses.
-    """
-    deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
-    while True:
-        try:
-            result = correct(guest, round(config.tolerance * MS), config.allow_exec)
-        except AgentError as problem:
-            if not problem.trouble.passes or deadline.passed():
-                raise
-        except HostAway:
-            if deadline.passed():       # events would bring us back only if their link fell, too
-                raise
-        except ClockError:
-            again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
-            if not again:
-                raise
-        else:
-            result.cause = cause
-            result.right, result.proved = result.right - began, result.proved - began
-            return result
-        nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
-        nudge.clear()
-        pause = min(pause * RETRY_FACTOR, RETRY_LAST)
-
-
-class HostClock(NamedTuple):
-    """The host's clocks at one moment, in ns."""
-
-    real: int
-    boot: int                   # goes on while the host sleeps
-    monotonic: int              # does not
-
-    @classmethod
-    def now(cls) -> HostClock:
-        """Read the three as one: of a few attempts, the one that took the least time."""
-        best: tuple[int, HostClock | None] = (sys.maxsize, None)
-        for _ in range(SAMPLES):
-            boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-            real, monotonic = time.time_ns(), time.monotonic_ns()
-            took = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot
-            if took < best[0]:
-                best = took, cls(real, boot, monotonic)
-        assert best[1]
-        return best[1]
-
-    def jump_since(self, earlier: HostClock) -> str:
-        """Return what happened to the clocks since `earlier`, or ''."""
-        limit = HOST_CLOCK_JUMP * SECOND
-        if (self.boot - self.monotonic) - (earlier.boot - earlier.monotonic) > limit:
-            return 'host slept'
-        if abs((self.real - self.boot) - (earlier.real - earlier.boot)) > limit:
-            return 'host clock stepped'
-        return ''
 
 
 # === monitor ====================================================================================
