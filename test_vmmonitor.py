@@ -4873,6 +4873,22 @@ class TestGuest(Live):
                 console.expect('never-said', 0.3)
         self.assertIn(b'marker-1', m.console().read())
 
+    def test_console_without_end(self) -> None:
+        m, log = self.machine, Path(self.machine.run_path('console.log'))
+        console = m.console()
+        sh(m, 'seq 3000 > /dev/ttyS0; echo last-word > /dev/ttyS0')
+        console.expect('last-word')
+        with mock.patch.object(vm, 'CONSOLE_BYTES', log.stat().st_size + 1):
+            m.trim_console()
+        self.assertGreater(log.stat().st_size, 3000)
+        with mock.patch.object(vm, 'CONSOLE_BYTES', 1000):
+            m.trim_console()
+        self.assertEqual(log.stat().st_size, 0)
+        old = log.with_name('console.log.1').read_bytes()
+        self.assertEqual((len(old), b'last-word' in old), (1000, True))
+        sh(m, 'echo goes-on > /dev/ttyS0')
+        self.assertIn('goes-on', console.expect('goes-on'))
+
     def test_ram(self) -> None:
         m = self.machine
         total = 'grep MemTotal /proc/meminfo | tr -dc 0-9'

@@ -4379,6 +4379,7 @@ GUEST_FILE_BYTES = 48 * 1024    # in one call: an agent takes some MiB, but in m
 GUEST_FILE_LIMIT = 64 * MIB     # of a whole file: a guest may never come to its end
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
+CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
 PICTURE_BYTES = 256 * MIB       # of the largest screen; what is behind it makes no picture
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
 
@@ -4684,6 +4685,8 @@ class Console:
         """Return what was written since the last read(), or since the start."""
         path = self.machine.run_path('console.log')
         with contextlib.suppress(FileNotFoundError), open(path, 'rb', opener=_no_links) as text:
+            if os.fstat(text.fileno()).st_size < self.position:     # it was begun anew
+                self.position = 0
             text.seek(self.position)
             data = text.read()
             self.position += len(data)
@@ -4695,13 +4698,13 @@ class Console:
 
         MachineError, with the last lines, when it does not within `timeout` seconds.
         """
-        deadline, seen, began = Deadline(timeout), b'', self.position
+        deadline, seen = Deadline(timeout), b''
         compiled = re.compile(pattern.encode())
         while True:
             seen += self.read()
             found = compiled.search(seen)
             if found:
-                self.position = began + found.end()
+                self.position -= len(seen) - found.end()
                 return seen[:found.end()].decode(errors='replace')
             if deadline.passed() or not self.machine.is_alive():
                 tail = seen[-200:].decode(errors='replace')
@@ -4921,6 +4924,17 @@ class Machine(Guest):
     def run_path(self, name: str) -> str:
         """Return the path of a file in the directory that belongs to QEMU's user."""
         return os.path.join(self.home, 'run', name)
+
+    def trim_console(self) -> None:
+        """Keep the last CONSOLE_BYTES of its console's log in console.log.1, and begin the log
+        anew, when it has as many: a guest may write for ever."""
+        with contextlib.suppress(OSError), \
+                open(self.run_path('console.log'), 'r+b', opener=_no_links) as text:
+            if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
+                text.seek(-CONSOLE_BYTES, os.SEEK_END)
+                with whole_file(self.run_path('console.log.1'), replace=True) as old:
+                    Path(old).write_bytes(text.read(CONSOLE_BYTES))
+                text.truncate(0)
 
     # Is it alive
 
@@ -5149,7 +5163,8 @@ class Machine(Guest):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(path)
             listener.listen(4)
-            more = {'logfile': self.run_path('console.log')} if name == 'console' else {}
+            more = {'logfile': self.run_path('console.log'), 'logappend': True} \
+                if name == 'console' else {}
             launch.add('-chardev', options('socket', {
                 'id': name, 'fd': launch.fd(listener.detach()), 'server': True, 'wait': False,
                 **more}))
@@ -6270,8 +6285,10 @@ class Machines:
         kind = 'found'
         while not self.stopping.is_set():
             for machine in self.each():
-                if machine.name not in self._followed and isinstance(machine, Machine) \
-                        and machine.is_alive():
+                if not isinstance(machine, Machine) or not machine.is_alive():
+                    continue
+                machine.trim_console()
+                if machine.name not in self._followed:
                     self._followed.add(machine.name)
                     spawn(f'events {machine.name}', self._follow, machine, kind, receive)
             kind = 'started'
