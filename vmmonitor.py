@@ -54,7 +54,6 @@ import dataclasses
 import difflib
 import email.message
 import enum
-import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -2027,8 +2026,11 @@ class NetTrouble(NamedTuple):
 
 
 NET_TROUBLES = (
+    NetTrouble(r'busy', r'^/dev/', InUse, 'another program, perhaps a machine, has it open'),
+    NetTrouble(r'', r'^/dev/tap', InUse, 'needs root, and a /dev that is a devtmpfs'),
     NetTrouble(r'not permitted|Permission denied|you must be root', r'', Lacking,
                'needs root or CAP_NET_ADMIN'),
+    NetTrouble(r'No such', r'^/dev/net/tun', Lacking, 'kernel lacks tun (modprobe tun)'),
     NetTrouble(r'Unknown device type|not supported', r'type bond\b', Lacking,
                'kernel lacks bonding (modprobe bonding)'),
     NetTrouble(r'Unknown device type|not supported', r'(?<=type )\w+', Lacking,
@@ -2067,12 +2069,21 @@ def net_error(op: Op, said: str) -> NetworkError:
                     row.says.format(found.group()))
 
 
+@contextlib.contextmanager
+def opening(what: str, path: str) -> Iterator[None]:
+    """Turn an OSError about a file into the NetworkError that stands for it."""
+    try:
+        yield
+    except OSError as problem:
+        raise net_error(Op(what, path, '', 'open'), problem.strerror or str(problem)) from None
+
+
 def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
               ) -> list[NetworkError]:
     """Carry out operations in order: one `ip -batch` for each run of them in one namespace.
 
     The first that fails raises its NetworkError and ends the work; with `force` all are tried,
-    and the errors returned.
+    and the errors returned. What is run inherits the descriptors `keep`.
     """
     errors: list[NetworkError] = []
     for (tool, _), group in itertools.groupby(ops, lambda op: (op.tool, op.namespace)):
@@ -2091,18 +2102,15 @@ def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int], before: Sequence
     text = ''.join(f'{op.line}\n' for op in ops)
     done = run(argv, IP_TIMEOUT, text.encode(), check=False, keep=keep)
     said = done.stderr.decode(errors='replace')
-    if not done.returncode:
-        return
     failed = re.findall(r'((?:.*\n)*?)Command failed -:(\d+)', said)
-    for words_, number in failed:
-        yield ops[int(number) - 1], words_
-    if not failed:      # an argument it could not read ends the batch without a line number
-        op = next((op for quoted in re.findall(r'"([^"]+)"', said)
-                   for op in ops if quoted in op.line.split()), ops[0])
-        yield op, said
-        rest = ops[ops.index(op) + 1:]
-        if force and rest:
-            yield from _batch(rest, force, keep, before)
+    for texts, number in failed:
+        yield ops[int(number) - 1], texts
+    if done.returncode and not failed:  # an argument it could not read: it ends without a number
+        place = next((place for quoted in re.findall(r'"([^"]+)"', said)
+                      for place, op in enumerate(ops) if quoted in op.line.split()), 0)
+        yield ops[place], said
+        if force and ops[place + 1:]:
+            yield from _batch(ops[place + 1:], force, keep, before)
 
 
 def _sysctl(ops: Sequence[Op], _force: bool, _keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
@@ -2142,17 +2150,15 @@ class Route:
 
     def line(self, device: str) -> str:
         """Return what follows `ip route replace` to have this route on `device`."""
-        raw = self.raw
-        words_ = [raw.get('type', 'unicast'),
-                  '::/0' if self.v6 and self.to == 'default' else self.to]
-        if self.gateway:
-            words_ += ['via', *(['inet6'] if ':' in self.gateway and not self.v6 else []),
-                       self.gateway]
-        words_ += ['dev', device, 'proto', self.protocol, 'table', self.table]
-        pairs = [('src', raw.get('prefsrc')), ('metric', raw.get('metric')),
-                 ('scope', None if self.v6 else raw.get('scope'))]
-        words_ += [str(word) for pair in pairs if pair[1] for word in pair]
-        return ' '.join(words_ + (['onlink'] if 'onlink' in raw.get('flags', ()) else []))
+        mixed = ':' in self.gateway and not self.v6
+        pairs = {'via': f'inet6 {self.gateway}' if mixed else self.gateway, 'dev': device,
+                 'proto': self.protocol, 'table': self.table, 'src': self.raw.get('prefsrc'),
+                 'metric': self.metric, 'scope': not self.v6 and self.raw.get('scope')}
+        return ' '.join([
+            self.raw.get('type', 'unicast'),
+            '::/0' if self.v6 and self.to == 'default' else self.to,
+            *(f'{key} {value}' for key, value in pairs.items() if value),
+            *(['onlink'] if 'onlink' in self.raw.get('flags', ()) else [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2172,9 +2178,9 @@ class Link:
     group: str
     names: tuple[str, ...]      # name and altnames
     addresses: tuple[str, ...]  # with their prefixes, the link-local ones last
-    data: Mapping[str, Any] = dataclasses.field(repr=False)     # what its kind says of itself
-    slave: Mapping[str, Any] = dataclasses.field(repr=False)    # ... and its master of it
-    raw_addresses: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+    data: Mapping[str, Any]     # what its kind says of itself
+    slave: Mapping[str, Any]    # ... and its master of it
+    raw_addresses: Sequence[Mapping[str, Any]]
 
     def ours(self) -> bool:
         """Tell whether it carries the marks of this program."""
@@ -2187,32 +2193,37 @@ class Link:
             v6 = raw['family'] == 'inet6'
             if raw.get('temporary') or (v6 and raw['scope'] == 'link' and not local):
                 continue
-            parts = [f'{raw["local"]} peer {raw["address"]}/{raw["prefixlen"]}' if 'address' in raw
-                     else f'{raw["local"]}/{raw["prefixlen"]}',
+            peer = f' peer {raw["address"]}' if 'address' in raw else ''
+            parts = [f'{raw["local"]}{peer}/{raw["prefixlen"]}',
                      f'broadcast {raw["broadcast"]}' if 'broadcast' in raw else '',
                      f'scope {raw["scope"]}', 'nodad' if v6 else '',
                      'noprefixroute' if raw.get('noprefixroute') else '']
             yield ' '.join(filter(None, parts))
 
 
+class Sight(NamedTuple):
+    """What one look() saw."""
+
+    links: dict[str, Link]
+    routes: list[Route]
+    at: float                   # when it was (time.monotonic())
+
+
 def parse_links(rows: Iterable[Mapping[str, Any]]) -> dict[str, Link]:
     """Turn the output of `ip -json -details address show` into name -> Link."""
     links = {}
     for row in rows:
-        info = row.get('linkinfo', {})
-        raw = row.get('addr_info', [])
-        ordered = sorted(raw, key=lambda address: address.get('scope') == 'link')
-        links[row['ifname']] = Link(
-            row['ifname'], row['ifindex'], info.get('info_kind', ''), row.get('address', ''),
-            row.get('mtu', 0), row.get('operstate', 'unknown').lower(),
-            tuple(row.get('flags', ())), row.get('master', ''), row.get('link', ''),
-            row.get('ifalias', ''), str(row.get('group', '')),
-            (row['ifname'], *row.get('altnames', ())),
-            tuple(f'{address["local"]}/{address["prefixlen"]}' for address in ordered
-                  if 'local' in address),
+        name, info, raw = row['ifname'], row.get('linkinfo', {}), row.get('addr_info', [])
+        kind = info.get('info_kind', '')
+        links[name] = Link(
+            name, row['ifindex'], kind, row.get('address', ''), row.get('mtu', 0),
+            row.get('operstate', 'unknown').lower(), tuple(row.get('flags', ())),
+            row.get('master', ''), row.get('link', '') if kind == 'veth' else '',
+            row.get('ifalias', ''), str(row.get('group', '')), (name, *row.get('altnames', ())),
+            tuple(f'{address["local"]}/{address["prefixlen"]}' for address in sorted(
+                raw, key=lambda address: address.get('scope') == 'link') if 'local' in address),
             info.get('info_data', {}), info.get('info_slave_data', {}), raw)
-    return {name: link if link.peer not in links or link.kind == 'veth'
-            else dataclasses.replace(link, peer='') for name, link in links.items()}
+    return links
 
 
 def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
@@ -2231,16 +2242,15 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
 
 def parse_documents(text: str) -> list[Any]:
     """Return the JSON documents that follow each other in `text`, as `ip -json -batch` prints."""
-    documents, place = [], 0
-    text = text.strip()
-    while place < len(text):
-        document, place = json.JSONDecoder().raw_decode(text, place)
+    documents = []
+    while text := text.lstrip():
+        document, end = json.JSONDecoder().raw_decode(text)
         documents.append(document)
-        place += len(text[place:]) - len(text[place:].lstrip())
+        text = text[end:]
     return documents
 
 
-def look(namespace: str = '') -> tuple[dict[str, Link], list[Route]]:
+def look(namespace: str = '') -> Sight:
     """Read all links and routes of a namespace ('' is the host's): one `ip -json -batch`."""
     argv = ['ip', *(['-n', valid_namespace(namespace)] if namespace else []),
             '-json', '-details', '-batch', '-']
@@ -2249,7 +2259,7 @@ def look(namespace: str = '') -> tuple[dict[str, Link], list[Route]]:
         raise net_error(Op('read the interfaces', 'address show', namespace),
                         done.stderr.decode(errors='replace'))
     rows, routes_ = parse_documents(done.stdout.decode())
-    return parse_links(rows), parse_routes(routes_)
+    return Sight(parse_links(rows), parse_routes(routes_), time.monotonic())
 
 
 def valid_name(name: str, what: str = 'interface', length: int = NAME_LENGTH) -> str:
@@ -2297,6 +2307,10 @@ def fit(long: str) -> str:
 
 def _alias(group: int) -> str:
     return f'vmmonitor:{group:08x}'
+
+
+def _name(thing: Interface | str) -> str:
+    return thing.name if isinstance(thing, Interface) else thing
 
 
 def _no_interface(name: str, known: Iterable[str], namespace: str = '') -> NoInterface:
@@ -2422,7 +2436,7 @@ class Ledger:
         names = self.family(names)
         if not names:
             return
-        links, _ = look()
+        links = look().links
         group = self.new_group(links)
         doomed = [name for name in names if name in links and self.owns(name, links[name])]
         # Of what was not finished, not all that is undone was done.
@@ -2501,7 +2515,7 @@ class Site:
         return self
 
     def _look(self) -> None:
-        self.links, self.routes = look()
+        self.links, self.routes, _ = look()
         self.macs = {link.mac for link in self.links.values()} | {
             row.facts['mac'] for row in self.ledger.records.values() if 'mac' in row.facts}
 
@@ -2650,30 +2664,47 @@ class Site:
 
 def tap_open(name: str) -> int:
     """Open the tap `name`, made if there is none; return its descriptor (TUNSETIFF)."""
-    try:
+    with opening(f'open tap {name}', '/dev/net/tun'):
         tap = os.open('/dev/net/tun', os.O_RDWR | os.O_CLOEXEC)
-    except OSError as problem:
-        raise Lacking(f'tap {name}: /dev/net/tun: {problem.strerror}',
-                      'kernel lacks tun (modprobe tun), or needs root or CAP_NET_ADMIN') from None
-    try:
-        fcntl.ioctl(tap, TUNSETIFF, struct.pack('16sH22x', name.encode(), TAP_FLAGS))
-    except OSError as problem:
-        os.close(tap)
-        if problem.errno == errno.EPERM:
-            raise Lacking(f'tap {name}: {problem.strerror}',
-                          'needs root or CAP_NET_ADMIN') from None
-        raise InUse(f'tap {name}: {problem.strerror}',
-                    'another program, perhaps a machine, has it open') from None
+        try:
+            fcntl.ioctl(tap, TUNSETIFF, struct.pack('16sH22x', name.encode(), TAP_FLAGS))
+        except BaseException:
+            os.close(tap)
+            raise
     return tap
 
 
 # --- what is there ---
+
+def reads(text: str, read: Callable[[Any], Any]) -> Any:
+    """Return a property that can't be assigned to: what `read` says whenever it is asked for."""
+    return property(read, doc=text)
+
 
 class Interface:
     """A network interface of the host, or of a namespace; what it says is read when asked for.
 
     All of its properties raise NoInterface when it is gone.
     """
+
+    exists: bool = reads('Whether there is an interface of this name.',
+                         lambda self: self.name in self._look().links)
+    mac: str = reads('Its MAC.', lambda self: self.link().mac)
+    state: str = reads('What the kernel says of its link: up, down, lowerlayerdown, unknown, ...',
+                       lambda self: self.link().state)
+    kind: str = reads("bridge, veth, bond, tun, ...; '' for hardware and loopback.",
+                      lambda self: self.link().kind)
+    master: str = reads("The name of the bridge or bond it is a port of, or ''.",
+                        lambda self: self.link().master)
+    addresses: tuple[str, ...] = reads(
+        'Its IPv4 and IPv6 addresses with their prefixes, link-local ones last.',
+        lambda self: self.link().addresses)
+    ip: str = reads("Its first address, without prefix; '' if it has none.",
+                    lambda self: next(iter(self.addresses), '').partition('/')[0])
+    routes: list[Route] = reads('The routes that go out here.', lambda self: [
+        route for route in self._look().routes if route.device == self.name])
+    gateway: str = reads("The gateway of the default route that goes out here, or ''.", lambda self:
+                         next((one.gateway for one in self.routes if one.to == 'default'), ''))
 
     def __init__(self, name: str, namespace: str = '', seen: Sight | None = None) -> None:
         self.name, self.namespace = name, namespace
@@ -2686,7 +2717,7 @@ class Interface:
     def _look(self) -> Sight:
         if self._seen and time.monotonic() - self._seen.at < SEEN_TIMEOUT:
             return self._seen
-        return Sight(*look(self._where), time.monotonic())
+        return look(self._where)
 
     def link(self) -> Link:
         """Return all that `ip -details address` says of it."""
@@ -2696,119 +2727,68 @@ class Interface:
         return links[self.name]
 
     @property
-    def exists(self) -> bool:
-        """Whether there is an interface of this name."""
-        return self.name in self._look().links
-
-    @property
-    def mac(self) -> str:
-        """Its MAC."""
-        return self.link().mac
-
-    @property
-    def state(self) -> str:
-        """What the kernel says of its link: up, down, lowerlayerdown, unknown, ..."""
-        return self.link().state
-
-    @property
-    def kind(self) -> str:
-        """bridge, veth, bond, tun, ...; '' for hardware and loopback."""
-        return self.link().kind
-
-    @property
-    def master(self) -> str:
-        """The name of the bridge or bond it is a port of, or ''."""
-        return self.link().master
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Its IPv4 and IPv6 addresses with their prefixes, link-local ones last."""
-        return self.link().addresses
-
-    @property
-    def ip(self) -> str:
-        """Its first address, without prefix; '' if it has none."""
-        return next(iter(self.addresses), '').partition('/')[0]
-
-    @property
-    def routes(self) -> list[Route]:
-        """The routes that go out here."""
-        return [route for route in self._look().routes if route.device == self.name]
-
-    @property
-    def gateway(self) -> str:
-        """The gateway of the default route that goes out here, or ''."""
-        return next((route.gateway for route in self.routes if route.to == 'default'), '')
-
-    @property
     def mtu(self) -> int:
-        """Its MTU in bytes; assign to it to change it (ip link set mtu)."""
+        """Its MTU in bytes; assign to it to change it (ip link set mtu), of a nic at all parts."""
         return self.link().mtu
 
     @mtu.setter
     def mtu(self, size: int) -> None:
-        self._change(f'give {self.name} an MTU of {size}', f'mtu {int(size)}')
+        self._change(*(Op(f'give {name} an MTU of {size}', f'link set dev {name} mtu {int(size)}',
+                          namespace) for name, namespace in self._parts().items()))
+
+    def _parts(self) -> dict[str, str]:
+        return {self.name: self._where}
 
     def up(self) -> None:
         """Bring it up (ip link set up)."""
-        self._change(f'bring up {self.name}', 'up')
+        self._set(f'bring up {self.name}', 'up')
 
     def down(self) -> None:
         """Bring it down (ip link set down)."""
-        self._change(f'bring down {self.name}', 'down')
+        self._set(f'bring down {self.name}', 'down')
 
     def add_address(self, address: str) -> None:
         """Add an address such as 192.0.2.1/24; there already is fine (ip address replace)."""
-        self._run(Op(f'add {address} to {self.name}',
-                     f'address replace {valid_address(address)} dev {self._checked()}'))
+        self._change(Op(f'add {address} to {self.name}',
+                        f'address replace {valid_address(address)} dev {self.name}', self._where))
 
     def remove_address(self, address: str) -> None:
         """Remove an address, written with its prefix; not there is fine (ip address del)."""
         if valid_address(address) in self.addresses:
-            self._run(Op(f'remove {address} from {self.name}',
-                         f'address del {valid_address(address)} dev {self._checked()}'))
+            self._change(Op(f'remove {address} from {self.name}',
+                            f'address del {valid_address(address)} dev {self.name}', self._where))
 
     def rename(self, name: str) -> None:
         """Give it another name; it is taken down for that, if it is up (ip link set name)."""
-        self._not_ours('renamed')
-        was = 'up' if 'UP' in self.link().flags else 'down'
-        if name in Interface('', self.namespace)._look().links:
+        was = 'up' if 'UP' in self._not_ours('renamed').flags else 'down'
+        if name in self._look().links:
             raise NameTaken(f'{name}: an interface of that name exists', 'choose another name')
-        for words_ in ('down', f'name {valid_name(name)}'):
-            self._change(f'rename {self.name} to {name}', words_)
+        for text in ('down', f'name {valid_name(name)}'):
+            self._set(f'rename {self.name} to {name}', text)
         self.name = name
-        self._change(f'bring up {name}', was)
+        self._set(f'bring up {name}', was)
 
     def move(self, namespace: str) -> None:
         """Move it to another namespace, where it is down and without addresses (ip link set
         netns); hardware comes back when that namespace goes."""
         self._not_ours('moved')
-        self._change(f'move {self.name} to {namespace}', f'netns {valid_namespace(namespace)}')
+        self._set(f'move {self.name} to {namespace}', f'netns {valid_namespace(namespace)}')
         self.namespace = self._where = namespace
 
-    def _not_ours(self, what: str) -> None:
-        if self.link().ours():
+    def _not_ours(self, what: str) -> Link:
+        link = self.link()
+        if link.ours():
             raise InUse(f'{self.name}: made by this program and can\'t be {what}',
                         'delete() it and make another')
+        return link
 
-    def _checked(self) -> str:
-        self.link()
-        return self.name
+    def _set(self, what: str, text: str) -> None:
+        self._change(Op(what, f'link set dev {self.name} {text}', self._where))
 
-    def _change(self, what: str, words_: str) -> None:
-        self._run(Op(what, f'link set dev {self._checked()} {words_}'))
-
-    def _run(self, *ops: Op) -> None:
+    def _change(self, *ops: Op) -> None:
         self._seen = None
-        carry_out(op._replace(namespace=op.namespace or self._where) for op in ops)
-
-
-class Sight(NamedTuple):
-    """What one look() saw, and when (time.monotonic())."""
-
-    links: dict[str, Link]
-    routes: list[Route]
-    at: float
+        self.link()                         # or NoInterface, with a hint
+        carry_out(ops)
 
 
 class Interfaces(Mapping[str, Interface]):
@@ -2822,28 +2802,24 @@ class Interfaces(Mapping[str, Interface]):
         self.namespace = namespace
 
     def __getitem__(self, name: str) -> Interface:
-        links = look(self.namespace)[0]
-        if name not in links:
-            raise _no_interface(name, links, self.namespace)
-        return Interface(name, self.namespace)
+        found = Interface(name, self.namespace)
+        found.link()                        # or NoInterface
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(look(self.namespace)[0])
+        return iter(look(self.namespace).links)
 
     def __len__(self) -> int:
-        return len(look(self.namespace)[0])
-
-    def _all(self) -> dict[str, Interface]:
-        sight = Sight(*look(self.namespace), time.monotonic())
-        return {name: Interface(name, self.namespace, sight) for name in sight.links}
-
-    def values(self) -> ValuesView[Interface]:
-        """Return all, seen at once."""
-        return self._all().values()
+        return len(look(self.namespace).links)
 
     def items(self) -> ItemsView[str, Interface]:
         """Return names and interfaces, seen at once."""
-        return self._all().items()
+        sight = look(self.namespace)
+        return {name: Interface(name, self.namespace, sight) for name in sight.links}.items()
+
+    def values(self) -> ValuesView[Interface]:
+        """Return all, seen at once."""
+        return dict(self.items()).values()
 
 
 class Routes(Sequence[Route]):
@@ -2853,13 +2829,13 @@ class Routes(Sequence[Route]):
         self.namespace = namespace
 
     def __iter__(self) -> Iterator[Route]:
-        return iter(look(self.namespace)[1])
+        return iter(look(self.namespace).routes)
 
     def __getitem__(self, index: Any) -> Any:
-        return look(self.namespace)[1][index]
+        return look(self.namespace).routes[index]
 
     def __len__(self) -> int:
-        return len(look(self.namespace)[1])
+        return len(look(self.namespace).routes)
 
 
 interfaces = Interfaces()
@@ -3138,31 +3114,19 @@ class VirtualNic(Made):
         self.index: int = row.facts['index']            # of the macvtap, and of its /dev/tapN
         self._mac: str = row.facts['mac']
 
-    @property
-    def mac(self) -> str:
-        """The machine's MAC; the port has another one."""
-        return self._mac
-
-    @property
-    def far_end(self) -> Interface:
-        """The sink, as an Interface; of a plain tap, the tap."""
-        return Interface(self.sink or self.name, self.namespace)
+    mac: str = reads("The machine's MAC; the port has another one.", lambda self: self._mac)
+    far_end: Interface = reads('The sink, as an Interface; of a plain tap, the tap.', lambda self:
+                               Interface(self.sink or self.name, self.namespace))
 
     @property
     def peer(self) -> str:
         """The port of the nic it is directly connected to, or ''."""
         return str(self.record().facts.get('peer', ''))
 
-    @property
-    def mtu(self) -> int:
-        """The MTU of port, sink and tap, in bytes; assign to it to change it."""
-        return self.link().mtu
-
-    @mtu.setter
-    def mtu(self, size: int) -> None:
-        ends = [(self.sink, self.namespace), (self.tap_interface, self.namespace), (self.name, '')]
-        self._run(*(Op(f'give {name} an MTU of {size}', f'link set dev {name} mtu {int(size)}',
-                       namespace) for name, namespace in ends if name))
+    def _parts(self) -> dict[str, str]:
+        return {name: namespace for name, namespace in (
+            (self.sink, self.namespace), (self.tap_interface, self.namespace), (self.name, ''))
+            if name}
 
     def open(self) -> int:
         """Open the tap for a machine and return its descriptor, as for QEMU's `tap,fd=`; close it.
@@ -3175,7 +3139,6 @@ class VirtualNic(Made):
                                'make it with namespace=, or without sink=')
         if self.shape == 'tap':
             return tap_open(self.name)
-        path = f'/dev/tap{self.index}'
         # `ip netns exec` shows the namespace's own /sys.
         shown = run(['ip', 'netns', 'exec', self.namespace, 'cat',
                      f'/sys/class/net/{self.tap_interface}/tap{self.index}/dev'], IP_TIMEOUT,
@@ -3184,12 +3147,9 @@ class VirtualNic(Made):
             raise NoInterface(f'{self.tap_interface}: no such tap in {self.namespace}: '
                               + shown.stderr.decode(errors='replace').strip(),
                               'delete() the nic and make it again')
-        try:
+        path = f'/dev/tap{self.index}'
+        with opening(f'open {self.tap_interface}', path):
             tap = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as problem:
-            raise InUse(f'{path}: {problem.strerror}', 'another machine has it open'
-                        if problem.errno == errno.EBUSY else
-                        'needs root, and a /dev that is a devtmpfs') from None
         try:
             self._check_tap(tap, path, shown.stdout.decode().strip())
         except BaseException:
@@ -3563,7 +3523,7 @@ def leaks(everything: bool = False) -> dict[str, str]:
 
 
 def _leaks(ledger: Ledger, everything: bool) -> dict[str, str]:
-    links, _ = look()
+    links = look().links
     found = {}
     for name, row in ledger.records.items():
         if row.stage != 'ready':
@@ -3584,7 +3544,7 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
     with Ledger() as ledger:
         found = _leaks(ledger, everything)
         if not dry_run:
-            links, _ = look()
+            links = look().links
             for name in found.keys() - ledger.records.keys():
                 ledger.records[name] = Record('nic', int(links[name].group), 'deleting')
             ledger.remove(found)
