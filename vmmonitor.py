@@ -1991,12 +1991,11 @@ class Domain(Guest):
 # turn its JSON into Link and Route. Changing is carry_out(): a list of Op, run by one
 # `ip -batch` per namespace.
 #
-# Ownership. Whatever is made gets a line in the Ledger first (a file under the lock of which
-# everything is made and removed), then an interface group of its own and the alias
-# "vmmonitor:GROUP". Only what shows both, or stands in the Ledger as being created with that
-# group, is ever removed. A line holds the way back, too, as a list of Op: a trunk's addresses
-# and routes, firewall rules, forwarding. Rollback, delete() and clean() are the same function,
-# Ledger.remove().
+# Ownership. Whatever is made gets a Record in the Ledger first, then an interface group of its
+# own and the alias "vmmonitor:GROUP". Only what shows both, or stands in the Ledger as being
+# created with that group, is ever removed. A Record has the way back, too, as a list of Op: a
+# trunk's addresses and routes, firewall rules, forwarding. Rollback, delete() and clean() are
+# the same function, Ledger.remove().
 
 STATE_DIR = os.environ.get('VMMONITOR_STATE', '/run/vmmonitor')     # of the Ledger
 NETNS_DIR = '/run/netns'        # where `ip netns` keeps the names of namespaces
@@ -2075,8 +2074,8 @@ def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
               ) -> list[NetworkError]:
     """Carry out operations in order: one `ip -batch` for each run of them in one namespace.
 
-    The first that fails raises its NetworkError and ends the work; with `force` all are tried,
-    and the errors returned. What is run inherits the descriptors `keep`.
+    The first that fails raises its NetworkError; with `force` all are tried, and the errors
+    returned. What is run inherits the descriptors `keep`.
     """
     errors: list[NetworkError] = []
     for (tool, _), group in itertools.groupby(ops, lambda op: (op.tool, op.namespace)):
@@ -2124,7 +2123,7 @@ def _single(ops: Sequence[Op], _force: bool, keep: Sequence[int]) -> Iterator[tu
             yield op, done.stderr.decode(errors='replace')
 
 
-TOOLS: dict[str, Callable[[Sequence[Op], bool, Sequence[int]], Iterator[tuple[Op, str]]]] = {
+TOOLS: dict[str, Callable[..., Iterator[tuple[Op, str]]]] = {
     'ip': _batch, 'tc': _batch, 'sysctl': _sysctl}
 
 
@@ -2213,8 +2212,8 @@ def parse_links(rows: Iterable[Mapping[str, Any]]) -> dict[str, Link]:
 
 
 def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
-    """Turn the output of `ip -json -details route show table all` into Routes; what the kernel
-    keeps for itself (local, broadcast, multicast) is left out."""
+    """Turn the output of `ip -json -details route show table all` into Routes, without those that
+    the kernel keeps for itself."""
     routes = []
     for row in rows:
         if row.get('type', 'unicast') in ('local', 'broadcast', 'multicast', 'anycast'):
@@ -2228,7 +2227,12 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
 
 def parse_documents(text: str) -> list[Any]:
     """Return the JSON documents that follow each other in `text`, as `ip -json -batch` prints."""
-    return [json.loads(line) for line in text.split('\n') if line.strip()]
+    documents = []
+    while text := text.lstrip():
+        document, end = json.JSONDecoder().raw_decode(text)
+        documents.append(document)
+        text = text[end:]
+    return documents
 
 
 def look(namespace: str = '') -> Sight:
@@ -2485,6 +2489,10 @@ class Record:
     def __post_init__(self) -> None:
         self.undo = [Op(*op) for op in self.undo]       # which JSON keeps as lists
 
+    def back(self, what: str, *lines: str, tool: str = 'ip') -> None:
+        """Note a way back."""
+        self.undo += [Op(what, line, tool=tool) for line in lines]
+
 
 def _started(pid: int) -> str:
     """Return when a process began, in clock ticks (proc(5), field 22); '' when it is gone."""
@@ -2609,6 +2617,10 @@ class Ledger:
         self.taken |= {word for name, row in self.records.items()
                        for word in (name, row.facts.get('mac', ''))}
 
+    def then(self, what: str, *lines: str, tool: str = 'ip') -> None:
+        """Plan what follows when the interfaces are made and marked."""
+        self.after += [Op(what, line, tool=tool) for line in lines]
+
     def do(self, ops: Iterable[Op], force: bool = False) -> list[NetworkError]:
         """Carry out operations that inherit the lock."""
         return carry_out(ops, force, [self.lock])
@@ -2685,6 +2697,10 @@ class Ledger:
             raise _no_interface(name, self.links)
         return self.links[name]
 
+    def between(self, one: str, other: str) -> list[str]:
+        """Return what connects two switches, or two nics: a nic, or a cable."""
+        return [name for name, row in self.records.items() if set(row.parents) == {one, other}]
+
     def port(self, device: str, master: str, force: bool = False) -> Link:
         """Return the Link of what shall become a port of `master`, or say why it can't."""
         link = self.link(device)
@@ -2715,8 +2731,7 @@ class Ledger:
                         'or say force=True')
         if link.peer in self.links and self.links[link.peer].master:
             self.no_loop(self.links[link.peer].master, bridge)
-        self.after.append(Op(f'connect {device} to {bridge}',
-                             f'link set dev {device} master {bridge} up'))
+        self.then(f'connect {device} to {bridge}', f'link set dev {device} master {bridge} up')
 
     def no_loop(self, one: str, other: str) -> None:
         """Raise InUse when the bridges `one` and `other` are connected already: switches without a
@@ -2732,22 +2747,20 @@ class Ledger:
         """Plan to make `device` a port of `master` and to move its addresses and routes there; the
         way back is noted with `owner`."""
         link = self.links[device]
-        lines = [route for route in self.routes if route.device == device
-                 and route.protocol != 'kernel']
-        lines.sort(key=lambda route: bool(route.gateway))
-        up = 'up' if 'UP' in link.flags else 'down'
-        back = [f'address flush dev {master}', f'link set dev {device} nomaster',
-                f'link set dev {device} {up}',      # a bond leaves it down
-                *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
-                *(f'route replace {route.line(device)}' for route in lines)]
-        # A bond takes only interfaces that are down, and brings them up itself.
+        moved = sorted((route for route in self.routes if route.device == device
+                        and route.protocol != 'kernel'), key=lambda route: bool(route.gateway))
+        # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
+        was = 'up' if 'UP' in link.flags else 'down'
         bond = owner.kind == 'bond'
-        forth = [f'address flush dev {device}', *([f'link set dev {device} down'] if bond else []),
-                 f'link set dev {device} master {master}{"" if bond else " up"}',
-                 *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
-                 *(f'route replace {route.line(master)}' for route in lines)]
-        owner.undo += [Op(f'give {device} back', line) for line in back]
-        self.after += [Op(f'make {device} a port of {master}', line) for line in forth]
+        owner.back(f'give {device} back', f'address flush dev {master}',
+                   f'link set dev {device} nomaster', f'link set dev {device} {was}',
+                   *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
+                   *(f'route replace {route.line(device)}' for route in moved))
+        self.then(f'make {device} a port of {master}', f'address flush dev {device}',
+                  *([f'link set dev {device} down'] if bond else []),
+                  f'link set dev {device} master {master}{"" if bond else " up"}',
+                  *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
+                  *(f'route replace {route.line(master)}' for route in moved))
 
     def make(self) -> None:
         """Write down what is claimed, make and mark it, and do the rest that was planned.
@@ -2897,9 +2910,8 @@ class Switch(Made):
             if row:
                 self._plan(ledger, row, ledger.mac(HOST_MACS['switch'], self.name))
                 # Else the bridge would answer ARP for all addresses of the host.
-                ledger.after += [Op('keep quiet', f'net/ipv4/conf/{self.name}/arp_ignore=1',
-                                    tool='sysctl'),
-                                 Op(f'bring up {self.name}', f'link set dev {self.name} up')]
+                ledger.then('keep quiet', f'net/ipv4/conf/{self.name}/arp_ignore=1', tool='sysctl')
+                ledger.then(f'bring up {self.name}', f'link set dev {self.name} up')
 
     def _plan(self, ledger: Ledger, row: Record, mac: str, bypassed: bool = True) -> None:
         """Plan the bridge, with rules for the host's firewall if frames shall bypass it."""
@@ -2930,7 +2942,7 @@ class Switch(Made):
         with Ledger.locked() as ledger:
             if not isinstance(thing, Switch):
                 ledger.attach(_name(thing), self.name, force)
-            elif not self._joins(ledger.records, thing):
+            elif not ledger.between(self.name, thing.name):
                 ledger.no_loop(self.name, thing.name)
                 plan_nic(ledger, ledger.free(f'{self.name}-{thing.name}'), 'pair',
                          master=self.name, inner=thing.name, parents=[self.name, thing.name],
@@ -2942,16 +2954,10 @@ class Switch(Made):
             [_name(thing)]
         with Ledger.locked() as ledger:
             if isinstance(thing, Switch):
-                ledger.remove(self._joins(ledger.records, thing))
-            ledger.after += [
-                Op(f'disconnect {name}', f'link set dev {name} nomaster down')
-                for name in names if name in {link.name for link in ledger.links.values()
-                                              if link.master == self.name}]
-
-    def _joins(self, records: Mapping[str, Record], other: Switch) -> list[str]:
-        """Return the nic that joins it with another switch."""
-        return [name for name, row in records.items() if row.facts.get('role') == 'join'
-                and {self.name, other.name} == set(row.parents)]
+                ledger.remove(ledger.between(self.name, thing.name))
+            for name in names:
+                if name in ledger.links and ledger.links[name].master == self.name:
+                    ledger.then(f'disconnect {name}', f'link set dev {name} nomaster down')
 
 
 def filtered(program: str) -> bool:
@@ -3043,8 +3049,7 @@ def plan_nic(ledger: Ledger, long: str, shape: str, sink: str = '', namespace: s
     if name != long:
         ledger.ops.append(Op(f'call {name} {long}', f'link property add dev {name} altname {long}'))
     if inner:
-        ledger.after.append(Op(f'connect {sink} to {inner}',
-                               f'link set dev {sink} master {inner} up'))
+        ledger.then(f'connect {sink} to {inner}', f'link set dev {sink} master {inner} up')
     return name
 
 
@@ -3173,31 +3178,29 @@ class VirtualNic(Made):
     def disconnect(self) -> None:
         """Pull it out of whatever it is connected to; the machine sees its cable unplugged."""
         with Ledger.locked() as ledger:
-            down = Op(f'disconnect {ledger.link(self.name).name}',
-                      f'link set dev {self.name} nomaster down')
+            ledger.link(self.name)
             ledger.remove(plugged(ledger.records, self.name)[:1])
-            ledger.after.append(down)
+            ledger.then(f'disconnect {self.name}', f'link set dev {self.name} nomaster down')
 
     def _direct(self, ledger: Ledger, other: VirtualNic) -> None:
         """Plan to send what comes in at one port out at the other (tc mirred), both ways."""
         ends = (self.name, other.name), (other.name, self.name)
+        if ledger.between(self.name, other.name):
+            return
         for here, there in ends:
             has = ledger.link(here).master or plugged(ledger.records, here)[1]
-            if has == there:
-                return
             if has or here == there:
                 raise InUse(f'{here}: is already connected to {has or "itself"}',
                             'disconnect() it first')
         row = ledger.claim('='.join(ends[0]), 'cable', ends[0])
         what = f'connect {self.name} to {other.name}'
         if row:
-            row.undo = [Op(f'dis{what}', f'qdisc del dev {here} ingress', tool='tc')
-                        for here, _ in ends]
-            ledger.after += [Op(what, f'link set dev {here} up') for here, _ in ends]
-            ledger.after += [Op(what, line, tool='tc') for here, there in ends for line in (
-                f'qdisc add dev {here} ingress',
-                f'filter add dev {here} parent ffff: protocol all u32 match u8 0 0 action mirred '
-                f'egress redirect dev {there}')]
+            ledger.then(what, *(f'link set dev {here} up' for here, _ in ends))
+            for here, there in ends:
+                row.back(f'dis{what}', f'qdisc del dev {here} ingress', tool='tc')
+                ledger.then(what, f'qdisc add dev {here} ingress', f'filter add dev {here} parent '
+                            'ffff: protocol all u32 match u8 0 0 action mirred egress redirect dev '
+                            f'{there}', tool='tc')
 
     def impair(self, delay: float = 0, jitter: float = 0, loss: float = 0, rate: float = 0) -> None:
         """Make the cable worse, each way (tc netem): `delay` and `jitter` in seconds, `loss` in
@@ -3249,8 +3252,7 @@ class Router(Switch):
                 raise InUse(f'{self.trunk}: is the loopback', 'take an interface with a cable')
             self._plan(ledger, row, ledger.mac(HOST_MACS['router'], self.name) if nat else link.mac,
                        bypassed=not nat)
-            ledger.after.append(Op(f'bring up {self.name}',
-                                   f'link set dev {self.name} addrgenmode eui64 up'))
+            ledger.then(f'bring up {self.name}', f'link set dev {self.name} addrgenmode eui64 up')
             self._plan_lan(ledger, 'p0')
             if nat:
                 self._plan_nat(ledger, row)
@@ -3265,18 +3267,18 @@ class Router(Switch):
         """Plan a network of its own behind the bridge; the way back goes into `row`."""
         subnet = row.facts['subnet'] = row.facts['subnet'] or free_subnet(ledger)
         network = ipaddress.ip_network(subnet)
+        ledger.then(f'give {self.name} its address',
+                    f'address replace {network[1]}/{network.prefixlen} dev {self.name}')
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
         inner, trunk = (f'net/ipv4/conf/{name}/forwarding' for name in (self.name, self.trunk))
+        ledger.then('forward', f'{inner}=1', f'{trunk}=1', tool='sysctl')
         back = Op('stop forwarding', f'{trunk}=0', tool='sysctl')
         if Path('/proc/sys', trunk).read_text() == '0\n' or any(
                 back in other.undo for other in ledger.records.values()):
             row.undo.append(back)
         forth, undo = masquerade(self.name, self.trunk, subnet)
+        ledger.after += forth
         row.undo += undo
-        ledger.after += [
-            Op(f'give {self.name} its address',
-               f'address replace {network[1]}/{network.prefixlen} dev {self.name}'),
-            *(Op('forward', f'{path}=1', tool='sysctl') for path in (inner, trunk)), *forth]
 
     @property
     def ports(self) -> Mapping[str, VirtualNic]:
@@ -3360,8 +3362,7 @@ class Bond(Made):
                 return
             ledger.ops.append(Op(f'create bond {name}', f'link add name {name} group '
                                  f'{ledger.group} type bond mode {mode} miimon {int(miimon)}'))
-            ledger.after.append(Op(f'bring up {name}',
-                                   f'link set dev {name} addrgenmode eui64 up'))
+            ledger.then(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up')
             for one in names:
                 ledger.port(one, name, force)
                 ledger.hand_over(one, name, row)
