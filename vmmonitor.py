@@ -2167,6 +2167,7 @@ class Link:
         self.mtu: int = row.get('mtu', 0)
         self.state: str = row.get('operstate', 'unknown').lower()
         self.flags: tuple[str, ...] = tuple(row.get('flags', ()))
+        self.set = 'up' if 'UP' in self.flags else 'down'       # whatever its cable says
         self.master: str = row.get('master', '')        # the bridge or bond it is a port of
         self.peer: str = row.get('link', '') if self.kind == 'veth' else ''     # in this namespace
         self.alias: str = row.get('ifalias', '')
@@ -2263,10 +2264,10 @@ def valid_namespace(name: str) -> str:
     return valid_name(name, 'namespace', 100)
 
 
-def valid_address(address: str) -> str:
+def valid_address(address: str, kind: Callable[[str], object] = ipaddress.ip_interface) -> str:
     """Return an IP address with prefix, checked, as `ip` wants it."""
     try:
-        return str(ipaddress.ip_interface(address))
+        return str(kind(address))
     except ValueError as problem:
         raise NetworkError(f'{address!r} is no IP address: {problem}',
                            'write one such as 192.0.2.1/24 or 2001:db8::1/64') from None
@@ -2389,7 +2390,7 @@ class Interface:
 
     def rename(self, name: str) -> None:
         """Give it another name; it is taken down for that, if it is up (ip link set name)."""
-        was = 'up' if 'UP' in self._not_ours('renamed').flags else 'down'
+        was = self._movable('renamed').set
         if name in self._look().links:
             raise NameTaken(f'{name}: an interface of that name exists', 'choose another name')
         for text in ('down', f'name {valid_name(name)}'):
@@ -2400,11 +2401,11 @@ class Interface:
     def move(self, namespace: str) -> None:
         """Move it to another namespace, where it is down and without addresses (ip link set
         netns); hardware comes back when that namespace goes."""
-        self._not_ours('moved')
+        self._movable('moved')
         self._set(f'move {self.name} to {namespace}', f'netns {valid_namespace(namespace)}')
         self.namespace = self._where = namespace
 
-    def _not_ours(self, what: str) -> Link:
+    def _movable(self, what: str) -> Link:
         link = self.link()
         if link.ours():
             raise InUse(f'{self.name}: made by this program and can\'t be {what}',
@@ -2635,10 +2636,7 @@ class Ledger:
 
     def claim(self, name: str, kind: str, parents: Sequence[str] = (), **facts: Any
               ) -> Record | None:
-        """Reserve a name for what shall be made; None when this very thing stands already.
-
-        Raises NameTaken when something else has the name.
-        """
+        """Reserve a name for what shall be made; None when it stands already. Raises NameTaken."""
         row = self.standing(name)
         if row:
             other = {key: row.facts.get(key) for key, value in facts.items()
@@ -2734,8 +2732,7 @@ class Ledger:
         self.then(f'connect {device} to {bridge}', f'link set dev {device} master {bridge} up')
 
     def no_loop(self, one: str, other: str) -> None:
-        """Raise InUse when the bridges `one` and `other` are connected already: switches without a
-        spanning tree send frames round a loop for ever."""
+        """Raise InUse when two bridges are connected: frames would go round a loop for ever."""
         pairs = [(link.master, self.links[link.peer].master) for link in self.links.values()
                  if link.master and link.peer in self.links]
         if other in closure([one], lambda found: (there for here, there in pairs
@@ -2744,16 +2741,14 @@ class Ledger:
                         'disconnect the first way')
 
     def hand_over(self, device: str, master: str, owner: Record) -> None:
-        """Plan to make `device` a port of `master` and to move its addresses and routes there; the
-        way back is noted with `owner`."""
+        """Plan to make `device` a port of `master`, with its addresses and routes; and back."""
         link = self.links[device]
         moved = sorted((route for route in self.routes if route.device == device
                         and route.protocol != 'kernel'), key=lambda route: bool(route.gateway))
         # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
-        was = 'up' if 'UP' in link.flags else 'down'
         bond = owner.kind == 'bond'
         owner.back(f'give {device} back', f'address flush dev {master}',
-                   f'link set dev {device} nomaster', f'link set dev {device} {was}',
+                   f'link set dev {device} nomaster', f'link set dev {device} {link.set}',
                    *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
                    *(f'route replace {route.line(device)}' for route in moved))
         self.then(f'make {device} a port of {master}', f'address flush dev {device}',
@@ -2788,8 +2783,7 @@ class Ledger:
             self.save()
 
     def family(self, names: Iterable[str]) -> list[str]:
-        """Return these names and all that goes with them: children, and namespaces that were
-        made for what goes."""
+        """Return these names, their children, and namespaces that were made for what goes."""
         def follow(gone: set[str]) -> Iterator[str]:
             needed = {parent for name, row in self.records.items() if name not in gone
                       for parent in row.parents}
@@ -3077,6 +3071,7 @@ class VirtualNic(Made):
                                Interface(self.sink or self.name, self.namespace))
     peer: str = reads("The port of the nic it is directly connected to, or ''.", lambda self:
                       plugged(Ledger().load(), self.name)[1])
+
     def __init__(self, ifname: str = '', sink: str = '', namespace: str = '',
                  mac: str = '') -> None:
         with Ledger.locked() as ledger:
@@ -3242,6 +3237,7 @@ class Router(Switch):
     def __init__(self, trunk: Interface | str, name: str = '', force: bool = False,
                  nat: bool = False, subnet: str = '') -> None:
         self.trunk = _name(trunk)
+        subnet = subnet and valid_address(subnet, ipaddress.IPv4Network)
         Interface.__init__(self, valid_name(name) if name else fit(f'{self.trunk}-router'))
         with Ledger.locked() as ledger:
             row = ledger.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet)
@@ -3268,7 +3264,7 @@ class Router(Switch):
         subnet = row.facts['subnet'] = row.facts['subnet'] or free_subnet(ledger)
         network = ipaddress.ip_network(subnet)
         ledger.then(f'give {self.name} its address',
-                    f'address replace {network[1]}/{network.prefixlen} dev {self.name}')
+                    f'address replace {next(network.hosts())}/{network.prefixlen} dev {self.name}')
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
         inner, trunk = (f'net/ipv4/conf/{name}/forwarding' for name in (self.name, self.trunk))
         ledger.then('forward', f'{inner}=1', f'{trunk}=1', tool='sysctl')
@@ -3407,12 +3403,10 @@ FACILITIES = (
 
 def doctor() -> list[Look]:
     """Say what of the network part is missing on this host, and what leaked; changes nothing."""
-    return [*_doctor_host(), *(Look(False, f'{name}: {why}; {CLEAN} removes it')
-                               for name, why in leaks().items())]
+    return [*_doctor()]
 
 
-def _doctor_host() -> Iterator[Look]:
-    """Look at rights, programs, kernel and settings."""
+def _doctor() -> Iterator[Look]:
     caps = re.search(r'CapEff:\s*(\w+)', Path('/proc/self/status').read_text())
     admin = bool(caps and int(caps.group(1), 16) >> 12 & 1)
     yield Look(admin, 'rights: ' + ('CAP_NET_ADMIN' if admin else 'needs root or CAP_NET_ADMIN'))
@@ -3429,6 +3423,8 @@ def _doctor_host() -> Iterator[Look]:
     if filtered('iptables'):
         yield Look(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
                    'crosses bridges; switches get rules to let it pass')
+    for name, why in leaks().items():
+        yield Look(False, f'{name}: {why}; {CLEAN} removes it')
 
 
 def _lacking() -> list[Facility]:
