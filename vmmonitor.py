@@ -2167,7 +2167,7 @@ class Link:
         self.mtu: int = row.get('mtu', 0)
         self.state: str = row.get('operstate', 'unknown').lower()
         self.flags: tuple[str, ...] = tuple(row.get('flags', ()))
-        self.set = 'up' if 'UP' in self.flags else 'down'       # whatever its cable says
+        self.admin = 'up' if 'UP' in self.flags else 'down'     # as set, whatever its cable says
         self.master: str = row.get('master', '')        # the bridge or bond it is a port of
         self.peer: str = row.get('link', '') if self.kind == 'veth' else ''     # in this namespace
         self.alias: str = row.get('ifalias', '')
@@ -2306,9 +2306,10 @@ def _no_interface(name: str, known: Iterable[str], namespace: str = '') -> NoInt
                        f'did you mean {near[0]}?' if near else 'see ip link')
 
 
-def reads(text: str, read: Callable[[Any], Any]) -> Any:
-    """Return a property that can't be assigned to: what `read` says whenever it is asked for."""
-    return property(read, doc=text)
+def reads(text: str, read: Callable[[Any], Any], write: Callable[[Any, Any], None] | None = None
+          ) -> Any:
+    """Return a property: what `read` says whenever it is asked for, and what `write` assigns."""
+    return property(read, write, doc=text)
 
 
 class Interface:
@@ -2320,15 +2321,16 @@ class Interface:
     exists: bool = reads('Whether there is an interface of this name.',
                          lambda self: self.name in self._look().links)
     mac: str = reads('Its MAC.', lambda self: self.link().mac)
+    mtu: int = reads('Its MTU in bytes; assign to it to change it (ip link set mtu).',
+                     lambda self: self.link().mtu, lambda self, size: self._set_mtu(size))
     state: str = reads('What the kernel says of its link: up, down, lowerlayerdown, unknown, ...',
                        lambda self: self.link().state)
     kind: str = reads("bridge, veth, bond, tun, ...; '' for hardware and loopback.",
                       lambda self: self.link().kind)
     master: str = reads("The name of the bridge or bond it is a port of, or ''.",
                         lambda self: self.link().master)
-    addresses: tuple[str, ...] = reads(
-        'Its IPv4 and IPv6 addresses with their prefixes, link-local ones last.',
-        lambda self: self.link().addresses)
+    addresses: tuple[str, ...] = reads('With their prefixes, link-local ones last.',
+                                       lambda self: self.link().addresses)
     ip: str = reads("Its first address, without prefix; '' if it has none.",
                     lambda self: next(iter(self.addresses), '').partition('/')[0])
     routes: list[Route] = reads('The routes that go out here.', lambda self: [
@@ -2356,13 +2358,7 @@ class Interface:
             raise _no_interface(self.name, links, self._where)
         return links[self.name]
 
-    @property
-    def mtu(self) -> int:
-        """Its MTU in bytes; assign to it to change it (ip link set mtu), of a nic at all parts."""
-        return self.link().mtu
-
-    @mtu.setter
-    def mtu(self, size: int) -> None:
+    def _set_mtu(self, size: int) -> None:
         self._change(*(Op(f'give {name} an MTU of {size}', f'link set dev {name} mtu {int(size)}',
                           namespace) for name, namespace in self._parts().items()))
 
@@ -2390,7 +2386,7 @@ class Interface:
 
     def rename(self, name: str) -> None:
         """Give it another name; it is taken down for that, if it is up (ip link set name)."""
-        was = self._movable('renamed').set
+        was = self._movable('renamed').admin
         if name in self._look().links:
             raise NameTaken(f'{name}: an interface of that name exists', 'choose another name')
         for text in ('down', f'name {valid_name(name)}'):
@@ -2622,10 +2618,6 @@ class Ledger:
         """Plan what follows when the interfaces are made and marked."""
         self.after += [Op(what, line, tool=tool) for line in lines]
 
-    def do(self, ops: Iterable[Op], force: bool = False) -> list[NetworkError]:
-        """Carry out operations that inherit the lock."""
-        return carry_out(ops, force, [self.lock])
-
     def standing(self, name: str) -> Record | None:
         """Return the Record of what stands under a name; what is left of a broken one goes."""
         row = self.records.get(name)
@@ -2748,7 +2740,7 @@ class Ledger:
         # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
         bond = owner.kind == 'bond'
         owner.back(f'give {device} back', f'address flush dev {master}',
-                   f'link set dev {device} nomaster', f'link set dev {device} {link.set}',
+                   f'link set dev {device} nomaster', f'link set dev {device} {link.admin}',
                    *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
                    *(f'route replace {route.line(device)}' for route in moved))
         self.then(f'make {device} a port of {master}', f'address flush dev {device}',
@@ -2770,10 +2762,10 @@ class Ledger:
         for space in sorted({op.namespace for op in self.ops}):
             todo += [op for op in self.ops if op.namespace == space]
             todo.append(Op('mark what was made', f'{mark} up' if space else mark, space))
-        self.do(todo + self.after)
+        carry_out(todo + self.after, keep=[self.lock])
         for tap in self.taps:
             fcntl.ioctl(tap, TUNSETPERSIST, 1)
-        for problem in self.do(self.tries, force=True):
+        for problem in carry_out(self.tries, True, [self.lock]):
             log.warning('%s', words(problem))
         for row in map(self.records.__getitem__, self.claimed):
             row.stage = 'ready'
@@ -2826,8 +2818,9 @@ class Ledger:
         for row in going.values():
             row.stage = 'deleting'
         self.save()
-        for problem in self.do((op for row in going.values() for op in row.undo
-                                if op.tool != 'sysctl' or op not in needed), force=True):
+        undo = [op for row in going.values() for op in row.undo
+                if op.tool != 'sysctl' or op not in needed]
+        for problem in carry_out(undo, True, [self.lock]):
             log.log(logging.WARNING if ready else logging.DEBUG, '%s', words(problem))
         mark = f'group {self.group} alias {_alias(self.group)}'
         removal = [Op(f'mark {name}', f'link set dev {name} {mark}') for name in doomed]
@@ -2838,7 +2831,7 @@ class Ledger:
         removal += [Op(f'delete namespace {space}', f'netns del {space}')
                     for space, inode in spaces.items()
                     if _namespace_inode(space) and inode in (0, _namespace_inode(space))]
-        self.do(removal)
+        carry_out(removal, keep=[self.lock])
         for name in going:
             del self.records[name]
         self.save()
@@ -2919,7 +2912,7 @@ class Switch(Made):
     def ports(self) -> Mapping[str, Interface]:
         """Its ports by the names of their interfaces."""
         records = Ledger().load()
-        return {link.name: VirtualNic.known(link.name) if link.name in records else
+        return {link.name: VirtualNic.known(link.name, records) if link.name in records else
                 Interface(link.name) for link in look().links.values() if link.master == self.name}
 
     def connect(self, thing: Interface | str, *, force: bool = False) -> None:
@@ -2939,8 +2932,7 @@ class Switch(Made):
             elif not ledger.between(self.name, thing.name):
                 ledger.no_loop(self.name, thing.name)
                 plan_nic(ledger, ledger.free(f'{self.name}-{thing.name}'), 'pair',
-                         master=self.name, inner=thing.name, parents=[self.name, thing.name],
-                         role='join')
+                         master=self.name, inner=thing.name, parents=[self.name, thing.name])
 
     def disconnect(self, thing: Interface | str) -> None:
         """Undo connect(); what is not connected is left alone."""
@@ -3007,27 +2999,26 @@ def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]
 
 
 def plan_nic(ledger: Ledger, long: str, shape: str, sink: str = '', namespace: str = '',
-             mac: str = '', master: str = '', inner: str = '', parents: Sequence[str] = (),
-             role: str = '', label: str = '') -> str:
+             mac: str = '', master: str = '', inner: str = '', parents: Sequence[str] = ()) -> str:
     """Plan a nic, three operations at most, unless it stands; return the name of its port.
 
     The port becomes a port of the bridge `master`, the sink one of `inner`.
     """
     name, tap, group = fit(valid_name(long, length=127)), fit(f'{long}-tap'), ledger.group
     row = ledger.claim(name, 'nic', parents, shape=shape, sink=sink and valid_name(sink),
-                       namespace=namespace, mac=mac.lower(), role=role, label=label)
+                       namespace=namespace, mac=mac.lower())
     if not row:
         return name
     if namespace:
         row.parents += ledger.namespace(namespace)
     sink = sink or fit(f'{long}-sink')
     own = ledger.mac(HOST_MACS['tap' if shape == 'tap' else 'port'], name)
-    guest = ledger.mac(HOST_MACS['join'] if role else GUEST_MAC, long, mac)
+    guest = ledger.mac(HOST_MACS['join'] if inner else GUEST_MAC, long, mac)
     index = next(index for index in iter(lambda: random.choice(TAP_INDEX), 0)
                  if not os.path.exists(f'/dev/tap{index}'))
     row.facts.update(sink=sink, mac=guest, tap=name if shape == 'tap' else tap, index=index)
     plug = f'up master {master}' if master else ''
-    if shape == 'tap':
+    if shape == 'tap':      # which is gone with this process, until make() lets it stay
         ledger.taps.append(tap_open(name))
         ledger.ops.append(Op(f'set up tap {name}',
                              f'link set dev {name} group {group} address {own} {plug}'))
@@ -3256,8 +3247,7 @@ class Router(Switch):
                 ledger.hand_over(self.trunk, self.name, row)
 
     def _plan_lan(self, ledger: Ledger, label: str) -> None:
-        plan_nic(ledger, f'{self.name}-{label}', 'pair', inner=self.name, parents=[self.name],
-                 role='lan', label=label)
+        plan_nic(ledger, f'{self.name}-{label}', 'pair', inner=self.name, parents=[self.name])
 
     def _plan_nat(self, ledger: Ledger, row: Record) -> None:
         """Plan a network of its own behind the bridge; the way back goes into `row`."""
@@ -3280,9 +3270,8 @@ class Router(Switch):
     def ports(self) -> Mapping[str, VirtualNic]:
         """Its LAN ports by label: p0, p1, ..."""
         records = Ledger().load()
-        return {row.facts['label']: VirtualNic.known(name, records)
-                for name, row in records.items()
-                if row.facts.get('role') == 'lan' and self.name in row.parents}
+        return {name.rpartition('-')[2]: VirtualNic.known(name, records)
+                for name, row in records.items() if row.parents == [self.name]}
 
     def connect(self, thing: Interface | str, to: Interface | str | None = None, *,
                 force: bool = False) -> None:
