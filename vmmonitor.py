@@ -2000,6 +2000,7 @@ class Domain(Guest):
 STATE_DIR = os.environ.get('VMMONITOR_STATE', '/run/vmmonitor')     # of the Ledger
 NETNS_DIR = '/run/netns'        # where `ip netns` keeps the names of namespaces
 CLEAN = 'vmmonitor.py --clean'
+LENGTHS = {'interface': NAME_LENGTH, 'namespace': 100, 'nic': 127}  # a nic's can be an altname
 GUEST_MAC = '52:54:00'          # how the MACs of guests begin, unless mac= says another
 
 # How the MACs of our own host interfaces begin: locally administered, and FE keeps a bridge
@@ -2067,7 +2068,7 @@ def opening(what: str, path: str) -> Iterator[contextlib.ExitStack]:
             yield undo
             undo.pop_all()
         except OSError as problem:
-            raise net_error(Op(what, path, tool='open'), problem.strerror or '') from None
+            raise net_error(Op(what, path, tool='open'), problem.strerror or str(problem)) from None
 
 
 def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
@@ -2238,7 +2239,7 @@ def parse_documents(text: str) -> list[Any]:
 
 def look(namespace: str = '') -> Sight:
     """Read all links and routes of a namespace ('' is the host's): one `ip -json -batch`."""
-    argv = ['ip', *(['-n', valid_namespace(namespace)] if namespace else []),
+    argv = ['ip', *(['-n', valid_name(namespace, 'namespace')] if namespace else []),
             '-json', '-details', '-batch', '-']
     done = run(argv, IP_TIMEOUT, b'address show\nroute show table all\n', check=False)
     if done.returncode:
@@ -2248,8 +2249,9 @@ def look(namespace: str = '') -> Sight:
     return Sight(parse_links(rows), parse_routes(routes_), time.monotonic())
 
 
-def valid_name(name: str, what: str = 'interface', length: int = NAME_LENGTH) -> str:
+def valid_name(name: str, what: str = 'interface') -> str:
     """Return a name that is safe to give to `ip` and in a path; NetworkError says what is wrong."""
+    length = LENGTHS[what]
     if not re.fullmatch(rf'[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{length - 1}}}', name) or \
             name in ('lo', 'all', 'default'):
         raise NetworkError(
@@ -2257,11 +2259,6 @@ def valid_name(name: str, what: str = 'interface', length: int = NAME_LENGTH) ->
             f'take 1 to {length} of the characters A-Z a-z 0-9 _ . -, the first a letter, a digit '
             'or _, but not lo, all or default')
     return name
-
-
-def valid_namespace(name: str) -> str:
-    """Return the name of a network namespace, checked."""
-    return valid_name(name, 'namespace', 100)
 
 
 def valid_address(address: str, kind: Callable[[str], object] = ipaddress.ip_interface) -> str:
@@ -2398,7 +2395,7 @@ class Interface:
         """Move it to another namespace, where it is down and without addresses (ip link set
         netns); hardware comes back when that namespace goes."""
         self._movable('moved')
-        self._set(f'move {self.name} to {namespace}', f'netns {valid_namespace(namespace)}')
+        self._set(f'move {self.name} to {namespace}', f'netns {valid_name(namespace, "namespace")}')
         self.namespace = self._where = namespace
 
     def _movable(self, what: str) -> Link:
@@ -2670,7 +2667,7 @@ class Ledger:
 
     def namespace(self, name: str, automatic: bool = True) -> list[str]:
         """Plan a namespace, unless there is one; return what it is called here, if it is ours."""
-        key = f'netns/{valid_namespace(name)}'
+        key = f'netns/{valid_name(name, "namespace")}'
         if key in self.claimed or self.standing(key):
             return [key]
         if _namespace_inode(name):
@@ -2876,7 +2873,7 @@ class Namespace(Made):
                                    Interfaces(self.namespace))
 
     def __init__(self, name: str) -> None:
-        super().__init__(f'netns/{valid_namespace(name)}', name)
+        super().__init__(f'netns/{valid_name(name, "namespace")}', name)
         with Ledger.locked() as ledger:
             ledger.namespace(name, automatic=False)
             ledger.records[self.name].facts['automatic'] = False
@@ -3004,7 +3001,7 @@ def plan_nic(ledger: Ledger, long: str, shape: str, sink: str = '', namespace: s
 
     The port becomes a port of the bridge `master`, the sink one of `inner`.
     """
-    name, tap, group = fit(valid_name(long, length=127)), fit(f'{long}-tap'), ledger.group
+    name, tap, group = fit(valid_name(long, 'nic')), fit(f'{long}-tap'), ledger.group
     row = ledger.claim(name, 'nic', parents, shape=shape, sink=sink and valid_name(sink),
                        namespace=namespace, mac=mac.lower())
     if not row:
@@ -3094,7 +3091,7 @@ class VirtualNic(Made):
 
     @staticmethod
     def _free(ledger: Ledger, namespace: str) -> str:
-        return ledger.free(f'{valid_namespace(namespace) if namespace else "nic"}-p')
+        return ledger.free(f'{valid_name(namespace, "namespace") if namespace else "nic"}-p')
 
     def _recall(self, name: str, row: Record) -> None:
         super().__init__(name)
