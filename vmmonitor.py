@@ -2544,6 +2544,10 @@ class Ledger:
         self.after: list[Op] = []           # ... what follows when they are marked ...
         self.tries: list[Op] = []           # ... and what is done if it can be
         self.taps: list[int] = []           # descriptors of taps that vanish with this process
+        self.maker = os.getpid(), _started(os.getpid())
+        self.host = os.uname().nodename     # what the MACs of this host stand on
+        with contextlib.suppress(OSError):
+            self.host = Path('/etc/machine-id').read_text()
 
     @classmethod
     @contextlib.contextmanager
@@ -2640,8 +2644,8 @@ class Ledger:
             raise NameTaken(f'{name}: a {holder.kind or "network"} interface of that name exists '
                             'that is not ours to use',
                             f'choose another name; see ip -d link show dev {name}')
-        self.records[name] = row = Record(kind, self.group, 'creating', os.getpid(),
-                                          _started(os.getpid()), list(parents), [], facts)
+        row = Record(kind, self.group, 'creating', *self.maker, list(parents), [], facts)
+        self.records[name] = row
         self.claimed.append(name)
         self.taken.add(name)
         return row
@@ -2653,10 +2657,7 @@ class Ledger:
 
     def mac(self, prefix: str, name: str, wanted: str = '') -> str:
         """Return the MAC for a name: always the same on this host, and never one that is known."""
-        host = os.uname().nodename
-        with contextlib.suppress(OSError):
-            host = Path('/etc/machine-id').read_text()
-        digests = (hashlib.sha256(f'{host}/{name}/{attempt}'.encode()).hexdigest()
+        digests = (hashlib.sha256(f'{self.host}/{name}/{attempt}'.encode()).hexdigest()
                    for attempt in itertools.count())
         derived = (':'.join([prefix, *re.findall('..', digest)])[:17] for digest in digests)
         mac = valid_mac(wanted) if wanted else next(one for one in derived if one not in self.taken)
