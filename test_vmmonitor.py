@@ -5811,7 +5811,7 @@ class FuzzTest(TempCase):
                      for pair in pairs):
             text = rng.choice((data, data + whole[-len(json.dumps(routes)):], data * 2))
             with self.only(text, vm.NetworkError), self.printing(text):
-                found, ways = vm.look()
+                found, ways, _ = vm.look()
                 for link in found.values():
                     self.assertIsInstance(list(link.address_lines(True)), list)
                 for way in ways:

@@ -416,19 +416,39 @@ class Deadline:
 # === data from outside ==========================================================================
 # A guest, a client and even a QEMU that a guest has broken into may send anything at all.
 
-def parse_json(text: str | bytes, unique: bool = False) -> Any:
-    """Return the value of a JSON text; with `unique`, no object may have a key twice.
+def parse_documents(text: str | bytes, unique: bool = False) -> list[Any]:
+    """Return the JSON values that follow each other in a text; with `unique`, no object may have
+    a key twice.
 
     Raises ValueError for what is no JSON, longer than JSON_BYTES or deeper than JSON_DEPTH, and
     for numbers that JSON does not have.
     """
     if len(text) > JSON_BYTES:
         raise ValueError(f'longer than {JSON_BYTES} bytes')
-    try:
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite,
-                           object_pairs_hook=_no_duplicates if unique else None)
-    except RecursionError:
-        raise ValueError('nested too deeply') from None
+    text = (text if isinstance(text, str) else text.decode()).strip()
+    decoder = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite,
+                               object_pairs_hook=_no_duplicates if unique else None)
+    values, place = [], 0
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except RecursionError:
+            raise ValueError('nested too deeply') from None
+        values.append(_shallow(value))
+        while text[place:place + 1].isspace():
+            place += 1
+    return values
+
+
+def parse_json(text: str | bytes, unique: bool = False) -> Any:
+    """Return the one value of a JSON text, as parse_documents() does."""
+    values = parse_documents(text, unique)
+    if len(values) != 1:
+        raise ValueError('more than one value' if values else 'nothing in it')
+    return values[0]
+
+
+def _shallow(value: Any) -> Any:
     level, depth = [value], 0
     while level:
         depth += 1
@@ -487,6 +507,14 @@ ANSWERS: dict[str, Any] = {
     'query-migrate': {'status?': str, 'error-desc?': str,
                       'ram?': {'total': int, 'remaining': int}},
     'query-status': {'status': str},
+    'ip address': [{
+        'ifname': str, 'ifindex': int, 'address?': str, 'mtu?': int, 'operstate?': str,
+        'flags?': [str], 'master?': str, 'link?': str, 'ifalias?': str, 'altnames?': [str],
+        'linkinfo?': {'info_kind?': str, 'info_data?': dict, 'info_slave_data?': dict},
+        'addr_info?': [{'family?': str, 'local?': str, 'prefixlen?': int, 'scope?': str}]}],
+    'ip route': [{
+        'dst': str, 'gateway?': str, 'via?': {'host?': str}, 'dev?': str, 'metric?': int,
+        'table?': str, 'protocol?': str, 'type?': str, 'flags?': [str]}],
     'qemu-img info': {'virtual-size': int, 'snapshots?': [
         {'name': str, 'date-sec': int, 'vm-state-size': int}]}}
 EVENT = {'event': str, 'data?': dict}
@@ -2499,10 +2527,12 @@ class Link:
         self.names: tuple[str, ...] = (self.name, *row.get('altnames', ()))
         self.data: Mapping[str, Any] = info.get('info_data', {})        # what its kind says of it
         self.slave: Mapping[str, Any] = info.get('info_slave_data', {})         # ... its master
-        self.raw_addresses: Sequence[Mapping[str, Any]] = row.get('addr_info', [])
+        self.raw_addresses: Sequence[Mapping[str, Any]] = [
+            raw for raw in row.get('addr_info', ())
+            if raw.keys() >= {'family', 'local', 'prefixlen', 'scope'}]
         self.addresses = tuple(                 # with their prefixes, the link-local ones last
             f'{raw["local"]}/{raw["prefixlen"]}' for raw in sorted(
-                self.raw_addresses, key=lambda raw: raw.get('scope') == 'link') if 'local' in raw)
+                self.raw_addresses, key=lambda raw: raw['scope'] == 'link'))
 
     def ours(self) -> bool:
         """Tell whether it carries the marks of this program."""
@@ -2550,16 +2580,6 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
     return routes
 
 
-def parse_documents(text: str) -> list[Any]:
-    """Return the JSON documents that follow each other in `text`, as `ip -json -batch` prints."""
-    documents = []
-    while text := text.lstrip():
-        document, end = json.JSONDecoder().raw_decode(text)
-        documents.append(document)
-        text = text[end:]
-    return documents
-
-
 def look(namespace: str = '') -> Sight:
     """Read all links and routes of a namespace ('' is the host's): one `ip -json -batch`."""
     argv = ['ip', *(['-n', valid_name(namespace, 'namespace')] if namespace else []),
@@ -2568,8 +2588,12 @@ def look(namespace: str = '') -> Sight:
     if done.returncode:
         raise net_error(Op('read the interfaces', 'address show', namespace),
                         done.stderr.decode(errors='replace'))
-    rows, routes_ = parse_documents(done.stdout.decode())
-    return Sight(parse_links(rows), parse_routes(routes_), time.monotonic())
+    try:
+        rows, ways = (answer_of(command, {'return': value}) for command, value in zip(
+            ('ip address', 'ip route'), parse_documents(done.stdout)))
+    except ValueError as problem:
+        raise NetworkError(f'ip printed no such list: {problem}', 'update iproute2') from None
+    return Sight(parse_links(rows), parse_routes(ways), time.monotonic())
 
 
 def valid_name(name: str, what: str = 'interface') -> str:
@@ -2911,7 +2935,7 @@ class Ledger:
     def load(self) -> dict[str, Record]:
         """Read the file; what is not there yet is empty."""
         try:
-            rows = json.loads(self.path.read_text())
+            rows = parse_json(self.path.read_bytes())
             self.records = {name: Record(**row) for name, row in rows.items()}
         except FileNotFoundError:
             self.records = {}
