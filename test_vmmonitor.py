@@ -3079,7 +3079,7 @@ class TestParsing(unittest.TestCase):
     def test_documents(self) -> None:
         for text, wanted in (('', []), ('[]\n[]\n', [[], []]), ('[{"a":1}]', [[{'a': 1}]]),
                              ('[1] \n\n [2]\n', [[1], [2]])):
-            self.assertEqual(vmanager.parse_documents(text), wanted)
+            self.assertEqual([*vmanager.parse_documents(text)], wanted)
 
     def test_links(self) -> None:
         links = vmanager.parse_links([

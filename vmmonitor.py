@@ -416,8 +416,8 @@ class Deadline:
 # === data from outside ==========================================================================
 # A guest, a client and even a QEMU that a guest has broken into may send anything at all.
 
-def parse_documents(text: str | bytes, unique: bool = False) -> list[Any]:
-    """Return the JSON values that follow each other in a text; with `unique`, no object may have
+def parse_documents(text: str | bytes, unique: bool = False) -> Iterator[Any]:
+    """Yield the JSON values that follow each other in a text; with `unique`, no object may have
     a key twice.
 
     Raises ValueError for what is no JSON, longer than JSON_BYTES or deeper than JSON_DEPTH, and
@@ -428,21 +428,20 @@ def parse_documents(text: str | bytes, unique: bool = False) -> list[Any]:
     text = (text if isinstance(text, str) else text.decode()).strip()
     decoder = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite,
                                object_pairs_hook=_no_duplicates if unique else None)
-    values, place = [], 0
+    place = 0
     while place < len(text):
         try:
             value, place = decoder.raw_decode(text, place)
         except RecursionError:
             raise ValueError('nested too deeply') from None
-        values.append(_shallow(value))
+        yield _shallow(value)
         while text[place:place + 1].isspace():
             place += 1
-    return values
 
 
 def parse_json(text: str | bytes, unique: bool = False) -> Any:
     """Return the one value of a JSON text, as parse_documents() does."""
-    values = parse_documents(text, unique)
+    values = [*itertools.islice(parse_documents(text, unique), 2)]
     if len(values) != 1:
         raise ValueError('more than one value' if values else 'nothing in it')
     return values[0]
