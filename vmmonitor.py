@@ -4244,8 +4244,10 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
-PORTS = 16                      # PCIe root ports: what is hot-plugged on q35 needs one each
+PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
 SPARE_PORTS = 8                 # ... and at least this many are free at first
+PC_SLOT = 8                     # on a `pc` they begin there; fixed devices are below
+PORTS_MAX = {'q35': 15 * 8, 'i440fx': 32 - PC_SLOT}
 MONITORS = 4                    # operations at once; the daemon's events and a person's tool
 #                                 have one more each
 FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
@@ -4255,8 +4257,7 @@ NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all'
                  '--no-new-privs')
 QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
-UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s, or 6 s before QEMU 6.1, where the button of
-#                                 the slot blinks first; without an operating system it never goes
+UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 DIMM_SLOTS = 16
@@ -4335,7 +4336,7 @@ class Device:
 
     id: str                     # disk0, nic0, dimm0, port0
     kind: str                   # a row of KINDS
-    bus: str = ''               # the root port that it sits on
+    bus: str = ''               # the port that it sits on, see Machine._slot
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see KINDS
@@ -4521,12 +4522,17 @@ def usable_accel(wanted: str, uid: int = 0) -> str:
 
 
 def newest_type() -> str:
-    """Return the versioned machine type that q35 stands for in this QEMU."""
+    """Return the versioned machine type that q35 stands for in this QEMU, or before 7.2 `pc`.
+
+    There a reset of a q35 under TCG never ends: SeaBIOS 1.14 to 1.16.0 looks for the chipset by
+    the memory that the reset has just taken away, and resets again. It also has no ACPI hot-plug.
+    """
     shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
-    found = re.search(r'alias of (pc-q35-[0-9.]+)', shown)
-    if not found:
-        raise MachineError(f'{QEMU} has no machine type q35', 'install qemu-system-x86')
-    return found[1]
+    found = dict(re.findall(r'alias of pc-(q35|i440fx)-([0-9.]+)', shown))
+    if len(found) < 2:
+        raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
+    kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
+    return f'pc-{kind}-{found[kind]}'
 
 
 def png(picture: bytes) -> bytes:
@@ -4667,13 +4673,15 @@ class Machine(Guest):
         cards: list[Nic | None] = []
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
+            kind = newest_type()
             self._set_up(Kept(
-                os.path.basename(home), identity, newest_type(), memory, cpus,
+                os.path.basename(home), identity, kind, memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
                 kernel and image_path(kernel), initrd and image_path(initrd), cmdline,
                 display or '', monitor_port, self._uid(user, identity),
-                max(PORTS, len(drives) + len(cards) + SPARE_PORTS), disc.filename), disc)
+                min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
+                    PORTS_MAX[kind.split('-')[1]]), disc.filename), disc)
             self.incoming = incoming
             for drive in drives:
                 self._plan_disk(drive)
@@ -5070,7 +5078,7 @@ class Machine(Guest):
 
     def _fixed_devices(self) -> Iterator[str]:
         """Yield the devices that every machine has."""
-        for number in range(self.kept.ports):
+        for number in range(self.kept.ports if 'q35' in self.kept.type else 0):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
                 'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
@@ -5133,9 +5141,15 @@ class Machine(Guest):
         taken = {device.bus for device in self.kept.devices}
         free = [f'rp{n}' for n in range(self.kept.ports) if f'rp{n}' not in taken]
         if not free:
-            raise MachineError(f'{self.name}: all {self.kept.ports} PCIe ports are taken',
+            raise MachineError(f'{self.name}: all {self.kept.ports} PCI ports are taken',
                                'remove a device first')
         return free[0]
+
+    def _slot(self, port: str) -> dict[str, str]:
+        """Return where a port is: q35 has root ports to plug into, of `pc` it is a place."""
+        if 'q35' in self.kept.type:
+            return {'bus': port}
+        return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
 
     def _plan(self, device: Device, thing: Any) -> Device:
         self.kept.devices.append(device)
@@ -5181,7 +5195,7 @@ class Machine(Guest):
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
         told = {**rows[device.kind], 'id': device.id}
         if device.bus:
-            told['bus'] = device.bus
+            told.update(self._slot(device.bus))
         if device.boot:
             told['bootindex'] = device.boot
         return told
@@ -5762,7 +5776,7 @@ class Machine(Guest):
             mine = {drive.filename: row for drive, row in rows if row.tag == tag}
             found.append(MachineSnapshot(
                 tag, min(row.when for row in mine.values()),
-                any(row.ram for row in mine.values()), tuple(mine),
+                tag in self.kept.snapshots or any(row.ram for row in mine.values()), tuple(mine),
                 tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
         return found
 
@@ -5791,6 +5805,7 @@ class Machine(Guest):
             if self.is_alive():
                 self._live_snapshot(tag, layers)
             else:
+                self.kept.snapshots.pop(tag, None)      # of one that was deleted elsewhere
                 self._disk_snapshots(tag, [drive for _, drive in layers])
             taken = self._snapshot(tag)
         if taken.uncovered:
