@@ -1762,7 +1762,7 @@ class Library:
         if not last:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
-        text = (info.message or name.encode()).decode(errors='replace')
+        text = (info.message or name.encode()).decode('utf-8', 'replace')
         hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
         error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
