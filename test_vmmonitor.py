@@ -5566,6 +5566,23 @@ class TestAsGuests(Live):
             return m.get_time() - time.time_ns()
         return 1e18
 
+    def test_one_that_hangs_hides_and_delays_no_other(self) -> None:
+        names = ['a-fine', 'b-hangs', 'c-hangs', 'd-fine']
+        for name in names:
+            vm.Machine(name, memory=32).start_vm()
+        stopped = [vm.Machine.load(name).pid() for name in names[1:3]]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        patience = vm.Machine.monitor.__wrapped__       # type: ignore[attr-defined]
+        with mock.patch.object(patience, '__defaults__', (1.0,)):
+            found = [guest.name for guest in vm.Machines().each(running=True)]
+        took = time.monotonic() - began
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        self.assertEqual(found, ['a-fine', 'd-fine'])
+        self.assertLess(took, 1.9)
+
 
 # === data from outside ==========================================================================
 

@@ -1144,6 +1144,22 @@ class Guest:
         self.agent('guest-set-time', (lambda: {'time': when()}) if when else {}, AGENT_SET_TIMEOUT)
 
 
+def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
+            ) -> list[dict[str, Any]]:
+    """Ask all guests at once, so that a silent one delays no other; return the answers."""
+    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
+
+    def fill(answer: dict[str, Any], guest: Guest) -> None:
+        try:
+            answer.update(ask(guest))
+        except Error as problem:
+            answer['error'] = words(problem)
+    for thread in [spawn(guest.name, fill, answer, guest)
+                   for answer, guest in zip(answers, guests)]:
+        thread.join()
+    return answers
+
+
 class GuestEvent(NamedTuple):
     """Something happened to a guest.
 
@@ -6167,20 +6183,21 @@ class Machines:
             return None
 
     def each(self, running: bool = False) -> list[Guest]:
-        """Return all machines, or those that run, by name."""
+        """Return all machines, or those that run, by name; not those that hang."""
         found: list[Guest] = []
         names: list[str] = []
         with contextlib.suppress(OSError):          # there are none, or none of ours
             names += sorted(os.listdir(MACHINES_DIR))
         for name in names:
             try:
-                machine = Machine.load(name)
+                found.append(Machine.load(name))
             except Error as problem:                # one broken file must not hide the others
                 log.debug('%s: %s', name, words(problem))
-                continue
-            if not running or machine.state() is State.RUNNING:
-                found.append(machine)
-        return found
+        if not running:
+            return found
+        states = ask_all(found, lambda guest: {'state': guest.state()})
+        return [guest for guest, known in zip(found, states)
+                if known.get('state') is State.RUNNING]
 
     def watch(self, receive: Callable[[GuestEvent], None]) -> None:
         """Give the events of all machines to `receive`, which only enqueues, for ever."""
@@ -7380,22 +7397,6 @@ def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, 
     return host, [guests.find(name) for name in names] if names else guests.each(running)
 
 
-def _for_each(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
-              ) -> list[dict[str, Any]]:
-    """Ask all guests at once, so that a silent one delays no other; return the answers."""
-    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
-
-    def fill(answer: dict[str, Any], guest: Guest) -> None:
-        try:
-            answer.update(ask(guest))
-        except Error as problem:
-            answer['error'] = words(problem)
-    for thread in [spawn(guest.name, fill, answer, guest)
-                   for answer, guest in zip(answers, guests)]:
-        thread.join()
-    return answers
-
-
 def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
     """--status: print state, agent and clock of each guest."""
     def ask(guest: Guest) -> dict[str, Any]:
@@ -7408,7 +7409,7 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
     host, guests = _chosen(config, names, running=False)
-    answers = _for_each(guests, ask)
+    answers = ask_all(guests, ask)
     host.stop()
     if as_json:
         print(json.dumps({'guests': answers}))
@@ -7439,7 +7440,7 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
         guests = [guest for guest in guests if not config.excludes(guest.name)]
     # Once, by hand: a guest whose agent does not answer soon is an answer, too.
     config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
-    answers = _for_each(guests, ask)
+    answers = ask_all(guests, ask)
     host.stop()
     if as_json:
         print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
