@@ -4668,10 +4668,11 @@ class Machine(Guest):
 
     `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
     number of them to be made, or 'user' for QEMU's own NAT without any right. `memory` and
-    `maxmemory` (room for increase_ram) are MiB. `monitor_port` puts QEMU's own console (HMP) on
-    that TCP port of 127.0.0.1, 0 on any. `user` is who QEMU runs as, when root starts it; without
-    it, a user of its own. `incoming` has it wait for a migration. A machine stays when the program
-    ends: Machine.load(name) finds it again. Raises MachineError when there is one of that name.
+    `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on run_path('vnc').
+    `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
+    who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
+    for a migration. A machine stays when the program ends: Machine.load(name) finds it again.
+    Raises MachineError when there is one of that name.
     """
 
     def __init__(self, name: str = '', harddrives: Any = None, nics: Any = 0, cd: Any = None,
