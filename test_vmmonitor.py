@@ -4806,8 +4806,9 @@ class TestGuest(Live):
         with self.refused('locked'):
             m.insert(one)
         sh(m, 'umount /mnt')
-        m.eject()
-        self.assertEqual(m.cd.tray.medium, False)
+        for _ in range(2):                              # twice is fine
+            m.eject()
+            self.assertEqual(m.cd.tray.medium, False)
         self.assertEqual(len(m.qmp('query-fdsets')), sets)      # no descriptor is left behind
         self.assertEqual(vm.Machine.load('web').cd.filename, '')
         self.assertNotEqual(m.exec(['sh', '-c', 'dd if=/dev/sr0 count=1']).status, 0)
@@ -4968,6 +4969,8 @@ class TestGuest(Live):
             self.assertIn(drive.filename, str(warned.call_args))
         self.assertIs(m.state(), vm.State.RUNNING)
         sh(m, 'echo later > /tmp/later; echo later > /dev/vda; sync')
+        size = self.disk.info()['virtual-size']
+        m.resize_harddrive(self.disk, 0.2)
         m.nic_state(0, False)                           # this stays, whatever the snapshot says
         time.sleep(1.2)
         for ran in (True, False):
@@ -4978,6 +4981,7 @@ class TestGuest(Live):
             m.unfreeze()
             self.assertNotEqual(m.exec(['cat', '/tmp/later']).status, 0)
             self.assertNotIn('later', sh(m, 'head -c 5 /dev/vda'))
+            self.assertEqual(self.disk.info()['virtual-size'], size)
             if ran:
                 self.assertLess(abs(m.get_time() - time.time_ns()), 0.5e9)
         m.sync_time()
@@ -5588,14 +5592,18 @@ class TestNetwork(Live):
 
     def test_two_machines_reach_each_other(self) -> None:
         switch = vm.Switch('lan')
-        pair = [self.guest(name, memory=112, nics=1) for name in ('left', 'right')]
+        pair = [self.guest(name, memory=112, nics=number) for name, number in (('left', 1),
+                                                                               ('right', 0))]
         for machine in pair:
-            machine.nics[0].connect(switch)     # type: ignore[union-attr]
             machine.start_vm()
         for machine, address in zip(pair, ('10.9.0.1', '10.9.0.2')):
             machine.wait('agent', BOOT)
-            sh(machine, 'modprobe virtio_net; sleep 0.2; ip link set eth0 up; '
-                        f'ip addr add {address}/24 dev eth0')
+            sh(machine, 'modprobe virtio_net')
+            if not machine.nics:
+                machine.add_nic()
+            machine.nics[0].connect(switch)     # type: ignore[union-attr]
+            self.assertTrue(soon(functools.partial(sh, machine, 'ls -d /sys/class/net/e*; true')))
+            sh(machine, f'ip link set eth0 up; ip addr add {address}/24 dev eth0')
         left, right = pair
         ping = ['ping', '-c', '1', '-W', '1', '10.9.0.2']
         self.assertTrue(soon(lambda: left.exec(ping).status == 0))
