@@ -3349,13 +3349,15 @@ def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]
     if not shutil.which('nft'):
         raise Lacking(f'can\'t {what}: there is neither iptables nor nft', 'install nftables')
     table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
-    return ([Op(what, rule, tool='nft') for rule in (
+    return ([Op(what, rule, tool='nft') for rule in (      # nft 0.9 takes "out" for its own word
         f'add table {table}',
-        f'add chain {table} out {{ type nat hook postrouting priority 100\\; }}',
-        f'add rule {table} out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} masquerade',
-        f'add chain {table} in {{ type filter hook forward priority 0\\; }}',
-        f'add rule {table} in iifname {trunk} oifname {bridge} ct state established,related accept',
-        f'add rule {table} in iifname != {bridge} oifname {bridge} drop')],
+        f'add chain {table} vm_out {{ type nat hook postrouting priority 100\\; }}',
+        f'add rule {table} vm_out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} '
+        'masquerade',
+        f'add chain {table} vm_in {{ type filter hook forward priority 0\\; }}',
+        f'add rule {table} vm_in iifname {trunk} oifname {bridge} ct state '
+        'established,related accept',
+        f'add rule {table} vm_in iifname != {bridge} oifname {bridge} drop')],
         [Op(f'no longer {what}', f'delete table {table}', tool='nft')])
 
 
