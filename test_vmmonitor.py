@@ -1353,7 +1353,8 @@ class MonitorTest(unittest.TestCase):
         self.assertEqual(len(logged.output), 1, logged.output)
         self.assertRegex(logged.output[0], r'cause=restored before=-(2999|300\d)\.')
         once = 1 + vm.SAMPLES_MAX           # readings of a run that sets the clock
-        self.assertEqual(self.guest.calls.count('guest-set-time'), 1)
+        # A second one where the host was too busy for the first to be exact.
+        self.assertIn(self.guest.calls.count('guest-set-time'), (1, 2))
         self.assertTrue(once < self.guest.calls.count('guest-get-time') <= 2 * once,
                         self.guest.calls)
 
@@ -4078,7 +4079,8 @@ def boot_guest(work: Path, tests: str, timeout: float) -> str:
     busybox = shutil.which('busybox') or '/bin/busybox'
     python3 = os.path.realpath('/usr/bin/python3')
     listing = subprocess.run(
-        [python3, '-S', '-c', 'import sys, encodings.ascii, encodings.latin_1, test_vmmonitor\n'
+        [python3, '-S', '-c',
+         'import sys, site, encodings.ascii, encodings.latin_1, test_vmmonitor\n'
          'for m in list(sys.modules.values()):\n'
          '    f = getattr(m, "__file__", None)\n'
          '    if f and f[0] == "/" and "/test" not in f and "vmmonitor" not in f: print(f)'],
@@ -4090,6 +4092,8 @@ def boot_guest(work: Path, tests: str, timeout: float) -> str:
         word for path in binaries for word in subprocess.run(
             ['ldd', path], text=True, capture_output=True).stdout.split() if word[0] == '/'}
     wanted |= {str(path) for path in Path('/etc/iproute2').rglob('*') if path.is_file()}
+    # glibc before 2.34 loads it when a thread ends.
+    wanted |= {str(path) for path in Path('/lib').glob('*/libgcc_s.so.1')}
     wanted |= {cached for path in listing if path.endswith('.py') and os.path.exists(
         cached := importlib.util.cache_from_source(path))}
     for path in wanted:
@@ -5174,7 +5178,7 @@ class TestLife(Live):
             self.assertEqual(bios.stop(force=True), 'stopped by SIGTERM')
 
     def test_paused_and_as_another_user(self) -> None:
-        m = self.bios('other', cpus=2, user='nobody')
+        m = self.bios('patient', cpus=2, user='nobody')
         m.start_vm(paused=True)
         self.assertIs(m.state(), vm.State.PAUSED)
         self.assertEqual(m.start(), 'resumed')
@@ -5987,10 +5991,10 @@ class PackagingTest(unittest.TestCase):
     """What stands beside the program."""
 
     def test_top_level(self) -> None:
-        done = subprocess.run(['git', 'ls-files'], cwd=HERE, timeout=30, stdout=subprocess.PIPE,
-                              check=False)
+        done = subprocess.run(['sh', '-c', 'git ls-files'], cwd=HERE, timeout=30, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if done.returncode:
-            self.skipTest('not a git checkout')
+            self.skipTest('not a git checkout, or no git')
         names = {name.split('/')[0] for name in done.stdout.decode().splitlines()}
         self.assertEqual({name for name in names if not name.startswith('.')}, {
             'vmmonitor.py', 'test_vmmonitor.py', 'config.json.sample', 'install.sh',
