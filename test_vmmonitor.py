@@ -1411,17 +1411,25 @@ class MonitorTest(unittest.TestCase):
 
 
     def test_a_missed_check_of_all_is_made_up_for(self) -> None:
-        problems = [vm.HostAway('gone')] * 2
+        problems, asked = [vm.HostAway('gone')] * 2, []
+        other = ScriptedGuest('other')          # on a host that is there
         jumps = iter(['host slept'])            # once: what follows is the making up
 
         def each(running: bool = False) -> list[vm.Guest]:
             if problems:
                 raise problems.pop()
             return [self.guest]
-        self.monitor.guests.each = each         # type: ignore[method-assign]
+
+        def each_there(running: bool = False) -> list[vm.Guest]:
+            asked.append(len(problems))
+            return [other]
+        self.monitor.guests.hosts[0].each = each                # type: ignore[method-assign]
+        self.monitor.guests.hosts.append(mock.Mock(each=each_there))
         with mock.patch.object(vm.HostClock, 'jump_since', lambda *_: next(jumps, '')):
             vm.spawn('host-clock', self.monitor._watch_host)
             self.assertTrue(vm.Deadline(6).poll(lambda: abs(self.guest.offset) < TOLERANCE))
+        self.assertLess(abs(other.offset), TOLERANCE)
+        self.assertEqual(asked, [1])            # at once, and only then
 
 
 class StartupTest(unittest.TestCase):

@@ -6348,10 +6348,17 @@ class Monitor:
         self._stopping.set()
         self.events.put(None)
 
-    def trigger_all(self, cause: str) -> None:
-        """Check every running guest."""
-        for guest in self.guests.each(running=True):
-            self.events.put(GuestEvent(guest, cause, time.monotonic()))
+    def trigger_all(self, cause: str, hosts: Sequence[Host | Machines]) -> list[Host | Machines]:
+        """Check every running guest of these hosts; return those that can't be asked now."""
+        away = []
+        for host in hosts:
+            try:
+                for guest in host.each(running=True):
+                    self.events.put(GuestEvent(guest, cause, time.monotonic()))
+            except Error as problem:
+                log.debug('%s: %s', cause, words(problem))
+                away.append(host)
+        return away
 
     def _take_events(self) -> None:
         for event in iter(self.events.get, None):
@@ -6432,24 +6439,23 @@ class Monitor:
     def _watch_host(self) -> None:
         """Check all guests when the host slept or its clock was set, and every checkInterval:
         libvirt has no event for these."""
-        seen, checked, missed = HostClock.now(), time.monotonic(), ''
+        seen, checked, cause = HostClock.now(), time.monotonic(), ''
+        away: list[Host | Machines] = []        # they are asked once more, in a moment
         while not self._stopping.wait(HOST_CLOCK_POLL):
-            now = HostClock.now()
-            cause, seen = now.jump_since(seen) or missed, now
+            now, hosts = HostClock.now(), self.guests.hosts
+            jump, seen = now.jump_since(seen), now
             interval = self.settings.config.check_interval
-            if not cause and interval and time.monotonic() - checked >= interval:
-                cause = 'periodic check'
-            if not cause:
-                continue
-            checked = time.monotonic()
-            if cause.startswith('host') and not missed:
+            if jump:
+                cause = jump
                 log.warning('%s; checking all guests', cause)
-            try:
-                self.trigger_all(cause)
-                missed = ''
-            except Error as problem:
-                missed = cause                  # once more, in a moment
-                log.debug('%s: %s', cause, words(problem))
+            elif interval and time.monotonic() - checked >= interval:
+                cause = 'periodic check'
+            elif away:
+                hosts = away
+            else:
+                continue
+            checked = checked if hosts is away else time.monotonic()
+            away = self.trigger_all(cause, hosts)
 
 
 # === startup ====================================================================================
