@@ -1143,6 +1143,22 @@ class Guest:
         self.agent('guest-set-time', (lambda: {'time': when()}) if when else {}, AGENT_SET_TIMEOUT)
 
 
+def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
+            ) -> list[dict[str, Any]]:
+    """Ask all guests at once, so that a silent one delays no other; return the answers."""
+    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
+
+    def fill(answer: dict[str, Any], guest: Guest) -> None:
+        try:
+            answer.update(ask(guest))
+        except Error as problem:
+            answer['error'] = words(problem)
+    for thread in [spawn(guest.name, fill, answer, guest)
+                   for answer, guest in zip(answers, guests)]:
+        thread.join()
+    return answers
+
+
 class GuestEvent(NamedTuple):
     """Something happened to a guest.
 
@@ -1761,7 +1777,7 @@ class Library:
         if not last:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
-        text = (info.message or name.encode()).decode(errors='replace')
+        text = (info.message or name.encode()).decode('utf-8', 'replace')
         hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
         error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
@@ -3332,13 +3348,15 @@ def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]
     if not shutil.which('nft'):
         raise Lacking(f'can\'t {what}: there is neither iptables nor nft', 'install nftables')
     table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
-    return ([Op(what, rule, tool='nft') for rule in (
+    return ([Op(what, rule, tool='nft') for rule in (      # nft 0.9 takes "out" for its own word
         f'add table {table}',
-        f'add chain {table} out {{ type nat hook postrouting priority 100\\; }}',
-        f'add rule {table} out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} masquerade',
-        f'add chain {table} in {{ type filter hook forward priority 0\\; }}',
-        f'add rule {table} in iifname {trunk} oifname {bridge} ct state established,related accept',
-        f'add rule {table} in iifname != {bridge} oifname {bridge} drop')],
+        f'add chain {table} vm_out {{ type nat hook postrouting priority 100\\; }}',
+        f'add rule {table} vm_out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} '
+        'masquerade',
+        f'add chain {table} vm_in {{ type filter hook forward priority 0\\; }}',
+        f'add rule {table} vm_in iifname {trunk} oifname {bridge} ct state '
+        'established,related accept',
+        f'add rule {table} vm_in iifname != {bridge} oifname {bridge} drop')],
         [Op(f'no longer {what}', f'delete table {table}', tool='nft')])
 
 
@@ -4243,8 +4261,10 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
-PORTS = 16                      # PCIe root ports: what is hot-plugged on q35 needs one each
+PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
 SPARE_PORTS = 8                 # ... and at least this many are free at first
+PC_SLOT = 8                     # on a `pc` they begin there; fixed devices are below
+PORTS_MAX = {'q35': 15 * 8, 'i440fx': 32 - PC_SLOT}
 MONITORS = 4                    # operations at once; the daemon's events and a person's tool
 #                                 have one more each
 FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
@@ -4254,8 +4274,7 @@ NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all'
                  '--no-new-privs')
 QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
-UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s, or 6 s before QEMU 6.1, where the button of
-#                                 the slot blinks first; without an operating system it never goes
+UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 DIMM_SLOTS = 16
@@ -4334,7 +4353,7 @@ class Device:
 
     id: str                     # disk0, nic0, dimm0, port0
     kind: str                   # a row of KINDS
-    bus: str = ''               # the root port that it sits on
+    bus: str = ''               # the port that it sits on, see Machine._slot
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see KINDS
@@ -4520,12 +4539,17 @@ def usable_accel(wanted: str, uid: int = 0) -> str:
 
 
 def newest_type() -> str:
-    """Return the versioned machine type that q35 stands for in this QEMU."""
+    """Return the versioned machine type that q35 stands for in this QEMU, or before 7.2 `pc`.
+
+    There a reset of a q35 under TCG never ends: SeaBIOS 1.14 to 1.16.0 looks for the chipset by
+    the memory that the reset has just taken away, and resets again. It also has no ACPI hot-plug.
+    """
     shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
-    found = re.search(r'alias of (pc-q35-[0-9.]+)', shown)
-    if not found:
-        raise MachineError(f'{QEMU} has no machine type q35', 'install qemu-system-x86')
-    return found[1]
+    found = dict(re.findall(r'alias of pc-(q35|i440fx)-([0-9.]+)', shown))
+    if len(found) < 2:
+        raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
+    kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
+    return f'pc-{kind}-{found[kind]}'
 
 
 def png(picture: bytes) -> bytes:
@@ -4645,10 +4669,11 @@ class Machine(Guest):
 
     `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
     number of them to be made, or 'user' for QEMU's own NAT without any right. `memory` and
-    `maxmemory` (room for increase_ram) are MiB. `monitor_port` puts QEMU's own console (HMP) on
-    that TCP port of 127.0.0.1, 0 on any. `user` is who QEMU runs as, when root starts it; without
-    it, a user of its own. `incoming` has it wait for a migration. A machine stays when the program
-    ends: Machine.load(name) finds it again. Raises MachineError when there is one of that name.
+    `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on run_path('vnc').
+    `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
+    who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
+    for a migration. A machine stays when the program ends: Machine.load(name) finds it again.
+    Raises MachineError when there is one of that name.
     """
 
     def __init__(self, name: str = '', harddrives: Any = None, nics: Any = 0, cd: Any = None,
@@ -4666,13 +4691,15 @@ class Machine(Guest):
         cards: list[Nic | None] = []
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
+            kind = newest_type()
             self._set_up(Kept(
-                os.path.basename(home), identity, newest_type(), memory, cpus,
+                os.path.basename(home), identity, kind, memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
                 kernel and image_path(kernel), initrd and image_path(initrd), cmdline,
                 display or '', monitor_port, self._uid(user, identity),
-                max(PORTS, len(drives) + len(cards) + SPARE_PORTS), disc.filename), disc)
+                min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
+                    PORTS_MAX[kind.split('-')[1]]), disc.filename), disc)
             self.incoming = incoming
             for drive in drives:
                 self._plan_disk(drive)
@@ -5069,7 +5096,7 @@ class Machine(Guest):
 
     def _fixed_devices(self) -> Iterator[str]:
         """Yield the devices that every machine has."""
-        for number in range(self.kept.ports):
+        for number in range(self.kept.ports if 'q35' in self.kept.type else 0):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
                 'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
@@ -5132,9 +5159,15 @@ class Machine(Guest):
         taken = {device.bus for device in self.kept.devices}
         free = [f'rp{n}' for n in range(self.kept.ports) if f'rp{n}' not in taken]
         if not free:
-            raise MachineError(f'{self.name}: all {self.kept.ports} PCIe ports are taken',
+            raise MachineError(f'{self.name}: all {self.kept.ports} PCI ports are taken',
                                'remove a device first')
         return free[0]
+
+    def _slot(self, port: str) -> dict[str, str]:
+        """Return where a port is: q35 has root ports to plug into, of `pc` it is a place."""
+        if 'q35' in self.kept.type:
+            return {'bus': port}
+        return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
 
     def _plan(self, device: Device, thing: Any) -> Device:
         self.kept.devices.append(device)
@@ -5180,7 +5213,7 @@ class Machine(Guest):
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
         told = {**rows[device.kind], 'id': device.id}
         if device.bus:
-            told['bus'] = device.bus
+            told.update(self._slot(device.bus))
         if device.boot:
             told['bootindex'] = device.boot
         return told
@@ -5761,7 +5794,7 @@ class Machine(Guest):
             mine = {drive.filename: row for drive, row in rows if row.tag == tag}
             found.append(MachineSnapshot(
                 tag, min(row.when for row in mine.values()),
-                any(row.ram for row in mine.values()), tuple(mine),
+                tag in self.kept.snapshots or any(row.ram for row in mine.values()), tuple(mine),
                 tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
         return found
 
@@ -5790,6 +5823,7 @@ class Machine(Guest):
             if self.is_alive():
                 self._live_snapshot(tag, layers)
             else:
+                self.kept.snapshots.pop(tag, None)      # of one that was deleted elsewhere
                 self._disk_snapshots(tag, [drive for _, drive in layers])
             taken = self._snapshot(tag)
         if taken.uncovered:
@@ -6151,20 +6185,21 @@ class Machines:
             return None
 
     def each(self, running: bool = False) -> list[Guest]:
-        """Return all machines, or those that run, by name."""
+        """Return all machines, or those that run, by name; not those that hang."""
         found: list[Guest] = []
         names: list[str] = []
         with contextlib.suppress(OSError):          # there are none, or none of ours
             names += sorted(os.listdir(MACHINES_DIR))
         for name in names:
             try:
-                machine = Machine.load(name)
+                found.append(Machine.load(name))
             except Error as problem:                # one broken file must not hide the others
                 log.debug('%s: %s', name, words(problem))
-                continue
-            if not running or machine.state() is State.RUNNING:
-                found.append(machine)
-        return found
+        if not running:
+            return found
+        states = ask_all(found, lambda guest: {'state': guest.state()})
+        return [guest for guest, known in zip(found, states)
+                if known.get('state') is State.RUNNING]
 
     def watch(self, receive: Callable[[GuestEvent], None]) -> None:
         """Give the events of all machines to `receive`, which only enqueues, for ever."""
@@ -6312,10 +6347,17 @@ class Monitor:
         self._stopping.set()
         self.events.put(None)
 
-    def trigger_all(self, cause: str) -> None:
-        """Check every running guest."""
-        for guest in self.guests.each(running=True):
-            self.events.put(GuestEvent(guest, cause, time.monotonic()))
+    def trigger_all(self, cause: str, hosts: Sequence[Host | Machines]) -> list[Host | Machines]:
+        """Check every running guest of these hosts; return those that can't be asked now."""
+        away = []
+        for host in hosts:
+            try:
+                for guest in host.each(running=True):
+                    self.events.put(GuestEvent(guest, cause, time.monotonic()))
+            except Error as problem:
+                log.debug('%s: %s', cause, words(problem))
+                away.append(host)
+        return away
 
     def _take_events(self) -> None:
         for event in iter(self.events.get, None):
@@ -6396,24 +6438,23 @@ class Monitor:
     def _watch_host(self) -> None:
         """Check all guests when the host slept or its clock was set, and every checkInterval:
         libvirt has no event for these."""
-        seen, checked, missed = HostClock.now(), time.monotonic(), ''
+        seen, checked, cause = HostClock.now(), time.monotonic(), ''
+        away: list[Host | Machines] = []        # they are asked once more, in a moment
         while not self._stopping.wait(HOST_CLOCK_POLL):
-            now = HostClock.now()
-            cause, seen = now.jump_since(seen) or missed, now
+            now, hosts = HostClock.now(), self.guests.hosts
+            jump, seen = now.jump_since(seen), now
             interval = self.settings.config.check_interval
-            if not cause and interval and time.monotonic() - checked >= interval:
-                cause = 'periodic check'
-            if not cause:
-                continue
-            checked = time.monotonic()
-            if cause.startswith('host') and not missed:
+            if jump:
+                cause = jump
                 log.warning('%s; checking all guests', cause)
-            try:
-                self.trigger_all(cause)
-                missed = ''
-            except Error as problem:
-                missed = cause                  # once more, in a moment
-                log.debug('%s: %s', cause, words(problem))
+            elif interval and time.monotonic() - checked >= interval:
+                cause = 'periodic check'
+            elif away:
+                hosts = away
+            else:
+                continue
+            checked = checked if hosts is away else time.monotonic()
+            away = self.trigger_all(cause, hosts)
 
 
 # === startup ====================================================================================
@@ -7364,22 +7405,6 @@ def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, 
     return host, [guests.find(name) for name in names] if names else guests.each(running)
 
 
-def _for_each(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
-              ) -> list[dict[str, Any]]:
-    """Ask all guests at once, so that a silent one delays no other; return the answers."""
-    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
-
-    def fill(answer: dict[str, Any], guest: Guest) -> None:
-        try:
-            answer.update(ask(guest))
-        except Error as problem:
-            answer['error'] = words(problem)
-    for thread in [spawn(guest.name, fill, answer, guest)
-                   for answer, guest in zip(answers, guests)]:
-        thread.join()
-    return answers
-
-
 def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
     """--status: print state, agent and clock of each guest."""
     def ask(guest: Guest) -> dict[str, Any]:
@@ -7392,7 +7417,7 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
     host, guests = _chosen(config, names, running=False)
-    answers = _for_each(guests, ask)
+    answers = ask_all(guests, ask)
     host.stop()
     if as_json:
         print(json.dumps({'guests': answers}))
@@ -7423,7 +7448,7 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
         guests = [guest for guest in guests if not config.excludes(guest.name)]
     # Once, by hand: a guest whose agent does not answer soon is an answer, too.
     config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
-    answers = _for_each(guests, ask)
+    answers = ask_all(guests, ask)
     host.stop()
     if as_json:
         print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
