@@ -4665,14 +4665,6 @@ class TestGuest(Live):
             m.unfreeze()
             self.assertIs(m.state(), vm.State.RUNNING)
 
-    def test_sleep(self) -> None:
-        m = self.machine
-        m.agent('guest-exec', {'path': 'sh', 'arg': [
-            '-c', 'sleep 0.3; echo mem > /sys/power/state']})
-        m.wait('asleep', BOOT)
-        self.assertEqual(m.wake(), 'woken')
-        m.wait('agent', BOOT)
-
     def test_descriptors_of_failed_commands_are_closed(self) -> None:
         null = os.open('/dev/null', os.O_RDWR)
         with self.machine.monitor() as qmp:
@@ -5363,6 +5355,16 @@ class TestLife(Live):
             m.start_vm()
         self.assertIs(m.state(), vm.State.SAVED)
         self.assertTrue(os.path.exists(self.path('memory')))
+
+    def test_sleep(self) -> None:
+        m = self.guest('sleeper')               # its own: it sees no hot-plug after its wake-up
+        m.start_vm()
+        m.wait('agent', BOOT)
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'sleep 0.3; echo mem > /sys/power/state']})
+        m.wait('asleep', BOOT)
+        self.assertEqual(m.wake(), 'woken')
+        m.wait('agent', BOOT)
 
     def test_snapshot_when_off(self) -> None:
         one, two = (vm.Harddrive(self.path(f'{n}.qcow2'), 0.01) for n in (1, 2))

@@ -4275,6 +4275,8 @@ NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all'
 QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
+UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
+#                                 a taking back, where a slot has a button
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 DIMM_SLOTS = 16
@@ -5287,16 +5289,7 @@ class Machine(Guest):
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
         with self.monitor() as qmp:
-            gone = False
-            try:
-                qmp.execute('device_del', id=device.id)
-            except ReplyError as problem:
-                gone = problem.kind == 'DeviceNotFound'         # let go since the last try
-                if not gone and 'in the process of unplug' not in str(problem):
-                    raise
-            with contextlib.suppress(PeerSilent):
-                gone = gone or qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'], timeout,
-                                         device=device.id)['event'] == 'DEVICE_DELETED'
+            gone = self._let_go(qmp, device.id, Deadline(timeout))
             device.pending = not gone
 
             def removed() -> bool:                      # the device may hold it some ms more
@@ -5307,6 +5300,25 @@ class Machine(Guest):
             if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
                 raise MachineError(f'{self.name}: {device.id} is gone, but QEMU keeps its back end')
         return gone
+
+    @staticmethod
+    def _let_go(qmp: QMP, id: str, deadline: Deadline) -> bool:
+        """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
+        can miss a request."""
+        while True:
+            try:
+                qmp.execute('device_del', id=id)
+            except ReplyError as problem:
+                if problem.kind == 'DeviceNotFound':            # let go since the last request
+                    return True
+                if 'in the process of unplug' not in str(problem):
+                    raise
+            with contextlib.suppress(PeerSilent):
+                event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
+                                  min(UNPLUG_AGAIN, deadline.left()), device=id)
+                return bool(event['event'] == 'DEVICE_DELETED')
+            if deadline.passed():
+                return False
 
     def _find(self, kind: str, thing: Any) -> Device:
         """Return the device of a thing, which may also be its id or number."""
