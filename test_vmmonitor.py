@@ -2616,12 +2616,12 @@ class DaemonTest(GuestCase):
     def test_stop_without_an_agent_uses_acpi(self) -> None:
         self.only('noagent')
         guest = self.vm('noagent', cmdline='noga')
-        time.sleep(4)                       # no agent that would say that acpid is up
         host = vm.Host(self.host.uri)
         found = host.find('noagent')
         assert found
         self.assertEqual(found.stop(), 'asked to shut down')
-        guest.wait_state('shut off', 20)
+        # Before the guest has booted, its button does nothing; no agent says when it has.
+        wait_for('noagent shut off', lambda: guest.state() == 'shut off' or not found.stop(), 60, 1)
         host.stop()
 
 
