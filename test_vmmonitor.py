@@ -808,6 +808,50 @@ class ConfigTest(TempCase):
             with self.assertRaisesRegex(vm.ConfigError, 'certificate.password open the key'):
                 vm.load(self.write(change, {'listener': {'certificate': {'password': wrong}}}))
 
+    # As a user who may not read the private key, which root as a tester may.
+    HANDED = """import os, sys, vmmonitor as vm
+if not os.getuid():
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+try:
+    config = vm.load(sys.argv[1])
+    print(vm.beside(config, 'cert.pem'), vm.beside(config, 'cert.key'), *vm.handed_over(config))
+except vm.ConfigError as problem:
+    print(*problem.problems)
+"""
+
+    def test_what_systemd_hands_over(self) -> None:
+        """A file that may be read is read itself, else systemd's copy, and it is said so."""
+        place = self.directory / 'place'
+        copies = self.directory / 'copies'
+        for directory in (place, copies):
+            directory.mkdir()
+            shutil.copy(self.directory / 'cert.pem', directory)
+        shutil.copy(vm.__file__, place)
+        shutil.copyfile(self.write(), place / 'config.json')
+        shutil.copyfile(self.directory / 'cert.key', copies / 'cert.key')
+        shutil.copyfile(self.directory / 'cert.key', place / 'cert.key')
+        for path in (self.directory, place, copies, *place.iterdir(), *copies.iterdir()):
+            path.chmod(0o755)
+
+        def look(**environ: str) -> str:
+            return subprocess.run(
+                [sys.executable, '-B', '-c', self.HANDED, str(place / 'config.json')], cwd=place,
+                env={'PATH': os.environ['PATH'], **environ}, timeout=30, check=True,
+                stdout=subprocess.PIPE).stdout.decode().strip()
+
+        handed = str(copies)
+        both = f'{place}/cert.pem {place}/cert.key'
+        self.assertEqual(look(CREDENTIALS_DIRECTORY=handed), both)
+        (place / 'cert.key').chmod(0)
+        self.assertEqual(look(CREDENTIALS_DIRECTORY=handed),
+                         f'{place}/cert.pem {copies}/cert.key cert.key')
+        self.assertIn('cert.key: this user may not read it', look())
+        self.assertIn('cert.key: this user may not read it', look(CREDENTIALS_DIRECTORY='/'))
+        make_certificate(self.directory, 'renewed')
+        shutil.copyfile(self.directory / 'renewed.pem', place / 'cert.pem')
+        self.assertRegex(look(CREDENTIALS_DIRECTORY=handed),
+                         'belong together.*copies are renewed by: systemctl restart vmmonitor')
+
     def test_secrets_stay_out_of_repr(self) -> None:
         config = vm.load(self.write({'listener': {
             'keys': [{'name': 'a', 'key': OTHER_KEY}], 'certificate': {'password': 'pass-word'}}}))
