@@ -276,7 +276,7 @@ except vmmonitor.Error as problem:
     print(vmmonitor.words(problem))
 PYTHON
     ) || :
-    [ -z "$problem" ] || die "$problem"
+    [ -z "$problem" ] || die "$(say "$problem" | tail -n 1)"
 }
 
 # Sets CERTIFICATE to make or keep; a config that can't be used ends it all before it began.
@@ -379,7 +379,7 @@ copy_files() {
         while [ ! -d "$(dirname "$parent")" ]; do
             parent=$(dirname "$parent")
         done
-        later "find '$parent' -depth -type d -exec rmdir {} ;"
+        later "find '$parent' -depth -type d -exec rmdir {} +"
         mkdir -p "$HERE" || die "$HERE can't be made; choose another --prefix"
     fi
     for file in $FILES; do
@@ -675,8 +675,7 @@ install_unit() {        # and enable it
 }
 
 start_service() {
-    if systemctl is-active --quiet "$NAME"; then
-        later "systemctl restart $NAME"
+    if [ "$WAS_ACTIVE" = yes ]; then
         install_unit
         if [ "$CHANGED" = no ] && ! newer_than_service; then
             say "nothing has changed; the service runs: systemctl status $NAME"
@@ -687,7 +686,9 @@ start_service() {
         install_unit
         later "systemctl stop $NAME"
     fi
-    systemctl restart "$NAME" 2>/dev/null || die "the service did not start: $(last_words)"
+    since=$(date +%s)
+    RESTARTED=$WAS_ACTIVE
+    systemctl restart "$NAME" 2>/dev/null || die "the service did not start: $(last_words "$since")"
     say "the service runs: systemctl status $NAME"
 }
 
@@ -712,8 +713,10 @@ sys.exit(not any(os.stat(name).st_ctime > time.time() - age for name in names))
 PYTHON
 }
 
-last_words() {          # what the service said before it ended
-    words=$(journalctl -q -u "$NAME" -o cat -n 20 -p err --no-pager 2>/dev/null | tail -n 1)
+last_words() {          # last_words SECONDS: what the service said since then before it ended
+    journalctl --sync 2>/dev/null || :
+    words=$(journalctl -q -u "$NAME" -t "$NAME" --since "@$1" -o cat -p err --no-pager 2>/dev/null \
+        | tail -n 1)
     say "${words:-see: journalctl -u $NAME -n 20}"
 }
 
@@ -741,7 +744,7 @@ except vmmonitor.Error as problem:
     print(vmmonitor.words(problem))
 PYTHON
     ) || :
-    [ -z "$problem" ] || die "$problem"
+    [ -z "$problem" ] || die "$(say "$problem" | tail -n 1)"
 }
 
 show_example() {
@@ -875,7 +878,15 @@ begin() {
     SAVED=$(mktemp -d)
     trap undo EXIT
     trap 'exit 1' HUP INT TERM
+    # Last of all, when its files are back.
+    WAS_ACTIVE=no RESTARTED=no
+    if [ "$SYSTEMD" = yes ] && systemctl is-active --quiet "$NAME"; then
+        WAS_ACTIVE=yes
+    fi
+    later restart_old
 }
+
+restart_old() { [ "$RESTARTED" = no ] || systemctl restart "$NAME"; }
 
 finish() {      # from here on nothing is taken back
     UNDO=''
@@ -892,7 +903,13 @@ run_in_foreground() {
     say "systemd does not run here: this is the service now, as $ACCOUNT; Ctrl-C ends it"
     rm -rf "$SAVED"
     trap - EXIT HUP INT TERM
-    exec runuser -u "$ACCOUNT" -- "$PYTHON" "$HERE/vmmonitor.py"
+    # Not runuser, which would stay as its parent.
+    exec "$PYTHON" -I -c 'import os, pwd, sys
+account = pwd.getpwnam(sys.argv[1])
+os.initgroups(account.pw_name, account.pw_gid)
+os.setgid(account.pw_gid)
+os.setuid(account.pw_uid)
+os.execv(sys.executable, [sys.executable, sys.argv[2]])' "$ACCOUNT" "$HERE/vmmonitor.py"
 }
 
 install() {
