@@ -366,8 +366,16 @@ start_daemon() {        # start_daemon NAME, and have it started at boot
             later "kill \$(cat /run/virtlogd.pid)"
         fi
         later "kill \$(cat /run/$1.pid)"
-        "$1" -d >/dev/null 2>&1
+        libvirt_settings "$1" >"/run/libvirt/$NAME.conf"
+        "$1" -d -f "/run/libvirt/$NAME.conf" >/dev/null 2>&1
     fi
+}
+
+# Its own settings, but for who may connect: there may be no D-Bus and no polkit to ask.
+libvirt_settings() {
+    sed '/^ *\(auth_unix_rw\|unix_sock_group\|unix_sock_rw_perms\)/d' "/etc/libvirt/$1.conf" \
+        2>/dev/null || :
+    printf '%s\n' 'auth_unix_rw = "none"' 'unix_sock_group = "libvirt"' 'unix_sock_rw_perms = "0770"'
 }
 
 # --- the directory and its user --------------------------------------------------------------

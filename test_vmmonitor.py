@@ -6141,13 +6141,13 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
                 'systemctl disable --now libvirtd.service libvirtd.socket libvirtd-ro.socket '
                 'libvirtd-admin.socket')
         with subprocess.Popen(
-                self.box.command('exec python3 -c "import socket, time; s = socket.create_server('
-                                 '(\'\', 10000)); print(1, flush=True); time.sleep(600)"'),
-                env=ENVIRONMENT, stdout=subprocess.PIPE) as holder:
-            assert holder.stdout
+                self.box.command('exec python3 -c "import socket; s = socket.create_server('
+                                 '(\'\', 10000)); print(1, flush=True); input()"'),
+                env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin and holder.stdout
             holder.stdout.readline()
             self.refused(f'{place}/install.sh', 'did not start: .*10000.* in use')
-            holder.kill()
+            holder.stdin.write(b'\n')
         for broken, options, reason in (
                 ('printf "{" > config.json', '', 'config.json: not JSON: '),
                 ('echo > cert.pem', '', 'cert.pem is there, but .*key.pem is not; put it back'),
@@ -6179,14 +6179,14 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         script = 'ip link set lo up; mount -t tmpfs run /run; mkdir /run/lock; ' \
                  f'exec /srv/vmmonitor/install.sh --prefix {self.here}'
         with subprocess.Popen(
-                self.box.command('exec unshare -m -n -p -f --kill-child --mount-proc sh -c '
+                self.box.command('exec timeout -s KILL 120 unshare -m -n -p -f --kill-child --mount-proc sh -c '
                                  + shlex.quote(script)), env=ENVIRONMENT, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             try:
                 assert process.stdout
-                shown = self._until(process.stdout, 'listening on')
+                shown = self._until(process.stdout, 'connected after')
                 self.assertIn('systemd does not run here', shown)
-                child = descendant(process.pid, 'nsenter', 'unshare')
+                child = descendant(process.pid, 'nsenter', 'timeout', 'unshare')
                 self.assertNotEqual(os.stat(f'/proc/{child}').st_uid, 0)
                 self.answers(within=f'nsenter -t {self._inside(child)} -n')
                 os.kill(child, signal.SIGTERM)
