@@ -5654,8 +5654,10 @@ class Container:
         root = bare_root(suite)
         self.nspawn = subprocess.Popen(
             ['setpriv', '--pdeathsig', 'KILL', 'unshare', '-m', '-p', '-f', '--kill-child',
-             '--mount-proc', 'sh', '-c', NSPAWN, 'fresh', '-q', '--register=no', '--keep-unit', '-D', str(root), '--volatile=overlay', '--boot',
-             '--console=pipe', '--private-network', '--capability=all', '--resolv-conf=off',
+             '--mount-proc', 'sh', '-c', NSPAWN, 'fresh', '-q', '--register=no', '--keep-unit',
+             '-D', str(root), '--volatile=overlay', '--boot', '--console=pipe',
+             '--private-network', '--resolv-conf=off', '--capability=all',
+             '--drop-capability=CAP_SYS_MODULE',        # there are none in it to load
              f'--machine=fresh-{suite}', '--bind=/dev/net/tun',
              f'--bind={CACHE}/fresh/{suite}-packages:/var/cache/apt/archives'],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -5835,7 +5837,8 @@ class Fresh(unittest.TestCase):
     @step
     def boots(self) -> None:
         """it boots, with neither Python nor libvirt"""
-        self.assertEqual(self.sh('systemctl is-system-running --wait'), 'running')
+        shown = self.box.run('systemctl is-system-running --wait; systemctl --failed --no-pager')
+        self.assertEqual(shown.stdout.splitlines()[0], 'running', shown.stdout)
         self.assertNotEqual(self.box.status('command -v python3 || command -v libvirtd'), 0)
         self.box.set_up_apt()
 
@@ -6178,9 +6181,9 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
                 'libvirtd-admin.socket virtlogd.service virtlogd.socket virtlogd-admin.socket')
         script = 'ip link set lo up; mount -t tmpfs run /run; mkdir /run/lock; ' \
                  f'exec /srv/vmmonitor/install.sh --prefix {self.here}'
+        command = 'exec timeout -s KILL 120 unshare -m -n -p -f --kill-child --mount-proc sh -c '
         with subprocess.Popen(
-                self.box.command('exec timeout -s KILL 120 unshare -m -n -p -f --kill-child --mount-proc sh -c '
-                                 + shlex.quote(script)), env=ENVIRONMENT, text=True,
+                self.box.command(command + shlex.quote(script)), env=ENVIRONMENT, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             try:
                 assert process.stdout
