@@ -603,8 +603,7 @@ PYTHON
 
 write_dropin() {        # print it
     cat <<'DROPIN'
-# Written by install.sh --with-machines; install.sh --without-machines takes it away.
-#
+# By install.sh --with-machines; --without-machines takes it away.
 # It lets the service start machines made with the library, and gives this away: the service is
 # root, sees and may write all files, makes namespaces, interfaces and mounts, and opens /dev/kvm
 # and taps. Whoever takes it over has the host. A QEMU itself has no rights: it runs as a user of
@@ -614,7 +613,8 @@ Wants=modprobe@tun.service modprobe@macvtap.service
 After=modprobe@tun.service modprobe@macvtap.service
 
 [Service]
-User=root
+# That is root; if it is named, systemd 257 takes CAP_SETUID away.
+User=
 UMask=0022
 # For namespaces and interfaces, for QEMU's own user, and for its sockets and its end.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN
@@ -696,6 +696,7 @@ start_service() {
     fi
     since=$(date +%s)
     RESTARTED=$WAS_ACTIVE
+    systemctl reset-failed "$NAME" 2>/dev/null || :     # and with it, how often it was started
     systemctl restart "$NAME" 2>/dev/null || die "the service did not start: $(last_words "$since")"
     say "the service runs: systemctl status $NAME"
 }
@@ -725,7 +726,7 @@ last_words() {          # last_words SECONDS: what the service said since then b
     journalctl --sync 2>/dev/null || :
     words=$(journalctl -q -u "$NAME" -t "$NAME" --since "@$1" -o cat -p err --no-pager 2>/dev/null \
         | tail -n 1)
-    say "${words:-see: journalctl -u $NAME -n 20}"
+    say "${words:-$(systemctl show -p Result "$NAME"); see: journalctl -u $NAME -n 20}"
 }
 
 check_service() {       # in the service's place, and with what systemd hands it
@@ -801,7 +802,7 @@ if config.listener_enabled and found and found[1] == found[2]:
     pin = base64.b64encode(hashlib.sha256(public).digest()).decode()
     print(f'to know it from elsewhere: curl --pinnedpubkey sha256//{pin}')
 PYTHON
-    [ "$MACHINES" != yes ] || sed -n '/^# It lets/,/^\[Unit\]/s/^# //p' "$DROPIN"
+    [ "$MACHINES" != yes ] || write_dropin | sed -n '2,/^\[Unit\]/s/^# *//p'
 }
 
 # --- taking away -----------------------------------------------------------------------------
@@ -894,7 +895,12 @@ begin() {
     later restart_old
 }
 
-restart_old() { [ "$RESTARTED" = no ] || systemctl restart "$NAME"; }
+restart_old() {
+    if [ "$RESTARTED" = yes ]; then
+        systemctl reset-failed "$NAME"
+        systemctl restart "$NAME"
+    fi
+}
 
 finish() {      # from here on nothing is taken back
     UNDO=''
