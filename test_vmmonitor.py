@@ -5911,8 +5911,10 @@ class Fresh(unittest.TestCase):
         self.box.path('/root/web1.xml').write_text(xml)
         self.sh('virsh -q define /root/web1.xml; virsh -q start web1')
         wait_for('the agent of web1', self._ping, 60, 0.5)
+        fed = int(self.service('WatchdogTimestampMonotonic'))
         self.assertEqual(self.ask('save&target=web1'), (200, 'web1: saved'))
         time.sleep(3)
+        self.assertGreater(int(self.service('WatchdogTimestampMonotonic')), fed)
         since = self.cursor()
         self.assertEqual(self.ask('start&target=web1'), (200, 'web1: restored'))
         self.logged(since, 'web1: clock corrected, cause=.* before=-[34]')
@@ -6172,6 +6174,15 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
                 self.sh(f'rm -rf {place}')
                 self.copy(place)
         self.refused('/root/closed/install.sh', "can't read .*say --prefix /opt/vmmonitor")
+        before, ends = self.state(), []
+        for seconds in (0.3, 0.8, 1.4, 2.0, 2.6):       # interrupted, wherever it is then
+            ends.append(self.box.status(f'timeout {seconds} {place}/install.sh'))
+            if ends[-1] == 0:
+                break
+            self.same(before, self.state(), f'an installation that ended after {seconds} s')
+        self.assertEqual(ends[0], 124)
+        if ends[-1] == 0:
+            self.sh(f'{place}/install.sh --uninstall --purge')
         self.sh(f'rm -r /root/closed {place}; userdel bob; systemctl enable -q --now libvirtd')
 
     @step
