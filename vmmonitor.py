@@ -18,16 +18,17 @@ The sections, each using only those above it (grep -n '^# ===' prints them with 
     constants and limits   every number that decides something
     errors                 the exception tree, and words() that turns one into a sentence
     logging and threads    one log format, one thread starter, one deadline
+    data from outside      JSON with limits, and the shape that each answer must have
     configuration          the table of options, Config, load()
     processes              run(), sys_command()
     guest                  what every guest answers, wherever it lives
     json sockets           the line protocol, QMP, GuestAgent
+    clock                  measure an offset, correct it, prove it
     libvirt                the only place with ctypes: Library, Connection, Lane, Host, Domain
     host network           interfaces, routes, Interface, Switch, Router, Bond, VirtualNic
     disks                  CD, Harddrive over qemu-img
     machine                Machine: QEMU by QMP; Machines: those of this host
     guests                 one name space over the hosts; one command per guest at a time
-    clock                  measure an offset, correct it, prove it
     monitor                triggers -> at most one clock job per guest
     startup                the list of starts and delays
     listener               Server, Exchange (the wire), Dispatcher (dispatch and all error policy)
@@ -47,6 +48,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import ctypes
 import ctypes.util
@@ -54,7 +56,6 @@ import dataclasses
 import difflib
 import email.message
 import enum
-import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -157,8 +158,11 @@ WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is ove
 WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
 KEY_MINIMUM = 16               # shorter keys draw a warning
 
-# JSON sockets
-LINE_BYTES = 10 * 1024 * 1024  # the longest line from QEMU or an agent; libvirt's own limit
+# JSON, and the sockets that carry it
+JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
+JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
+JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
+EVENTS_KEPT = 1000             # that came while nobody waited for one; the oldest are forgotten
 QMP_TIMEOUT = 10.0
 
 # host network
@@ -407,6 +411,130 @@ class Deadline:
                 return False
             time.sleep(min(pause, self.left()))
         return True
+
+
+# === data from outside ==========================================================================
+# A guest, a client and even a QEMU that a guest has broken into may send anything at all.
+
+def parse_documents(text: str | bytes, unique: bool = False) -> Iterator[Any]:
+    """Yield the JSON values that follow each other in a text; with `unique`, no object may have
+    a key twice.
+
+    Raises ValueError for what is no JSON, longer than JSON_BYTES or deeper than JSON_DEPTH, and
+    for numbers that JSON does not have.
+    """
+    if len(text) > JSON_BYTES:
+        raise ValueError(f'longer than {JSON_BYTES} bytes')
+    text = (text if isinstance(text, str) else text.decode()).strip()
+    decoder = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite,
+                               object_pairs_hook=_no_duplicates if unique else None)
+    place = 0
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except RecursionError:
+            raise ValueError('nested too deeply') from None
+        yield _shallow(value)
+        while text[place:place + 1].isspace():
+            place += 1
+
+
+def parse_json(text: str | bytes, unique: bool = False) -> Any:
+    """Return the one value of a JSON text, as parse_documents() does."""
+    values = [*itertools.islice(parse_documents(text, unique), 2)]
+    if len(values) != 1:
+        raise ValueError('more than one value' if values else 'nothing in it')
+    return values[0]
+
+
+def _shallow(value: Any) -> Any:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > JSON_DEPTH:
+            raise ValueError('nested too deeply')
+        level = [item for outer in level if isinstance(outer, (dict, list))
+                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > JSON_DIGITS:
+        raise ValueError(f'a number of {len(text)} digits')
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{text} is no number')
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice in one JSON object, where json would take the last."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f'the key {key!r} stands twice in one object; remove one')
+        seen[key] = value
+    return seen
+
+
+# What is read of an answer: a type, [shape] for a list of such, {member: shape} for an object
+# that has these members and maybe others; a member with a "?" may be missing.
+ANSWERS: dict[str, Any] = {
+    'guest-exec': {'pid': int},
+    'guest-exec-status': {'exited': bool, 'exitcode?': int, 'signal?': int, 'out-data?': str,
+                          'err-data?': str},
+    'guest-file-open': int,
+    'guest-file-read': {'buf-b64': str, 'eof': bool},
+    'guest-file-write': {'count': int},
+    'guest-fsfreeze-status': str,
+    'guest-get-memory-blocks': [{'phys-index': int, 'online': bool}],
+    'guest-get-time': int,
+    'guest-network-get-interfaces': [{'name': str}],
+    'add-fd': {'fdset-id': int},
+    'human-monitor-command': str,
+    'query-balloon': {'actual': int},
+    'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
+    'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
+    'query-commands': [{'name': str}],
+    'query-dump': {'status': str, 'completed': int, 'total': int},
+    'query-jobs': [{'id': str, 'error?': str}],
+    'query-mice': [{'current': bool, 'absolute': bool}],
+    'query-migrate': {'status?': str, 'error-desc?': str,
+                      'ram?': {'total': int, 'remaining': int}},
+    'query-status': {'status': str},
+    'ip address': [{
+        'ifname': str, 'ifindex': int, 'address?': str, 'mtu?': int, 'operstate?': str,
+        'flags?': [str], 'master?': str, 'link?': str, 'ifalias?': str, 'altnames?': [str],
+        'linkinfo?': {'info_kind?': str, 'info_data?': dict, 'info_slave_data?': dict},
+        'addr_info?': [{'family?': str, 'local?': str, 'prefixlen?': int, 'scope?': str}]}],
+    'ip route': [{
+        'dst': str, 'gateway?': str, 'via?': {'host?': str}, 'dev?': str, 'metric?': int,
+        'table?': str, 'protocol?': str, 'type?': str, 'flags?': [str]}],
+    'qemu-img info': {'virtual-size': int, 'snapshots?': [
+        {'name': str, 'date-sec': int, 'vm-state-size': int}]}}
+EVENT = {'event': str, 'data?': dict}
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Tell whether a value has a shape, as ANSWERS writes it."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value[key.rstrip('?')], inner) if key.rstrip('?') in value else key[-1] == '?'
+            for key, inner in shape.items())
+    return isinstance(value, shape) and (shape is not int or not isinstance(value, bool))
+
+
+def answer_of(command: str, reply: Any) -> Any:
+    """Return the "return" of a reply to a command; ValueError unless it is as ANSWERS says."""
+    if not fits(reply, {'return': ANSWERS.get(command, object)}):
+        raise ValueError(f'{command} returned {reply!r:.80}')
+    return reply['return']
 
 
 # === configuration ==============================================================================
@@ -684,16 +812,6 @@ SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KE
                          'SECRET', 'KEY', 'PASSWORD'))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that stands twice in one JSON object, where json would take the last."""
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f'the key {key!r} stands twice in one object; remove one')
-        seen[key] = value
-    return seen
-
-
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of a parsed file; objects are entered unless they are values."""
     for key, value in tree.items():
@@ -714,11 +832,9 @@ def _unknown(key: str) -> str:
 def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a configuration by attribute, and what is wrong with the others."""
     try:
-        tree = json.loads(text, object_pairs_hook=_no_duplicates)
+        tree = parse_json(text, unique=True)
         if not isinstance(tree, dict):
             raise ValueError('must be an object: {"monitor": {...}, ...}')
-    except RecursionError:
-        return {}, ['not JSON: nested too deeply']
     except ValueError as reason:        # json.JSONDecodeError says line and column
         return {}, [f'not JSON: {reason}']
     values: dict[str, Any] = {'path': path}
@@ -979,6 +1095,14 @@ def agent_error(guest: str, text: str) -> AgentError:
     return AgentError(guest, row, text)
 
 
+def agent_answer(guest: str, command: str, reply: Any) -> Any:
+    """Return what an agent's reply to a command returns; AgentError unless it is well formed."""
+    try:
+        return answer_of(command, reply)
+    except ValueError as problem:
+        raise agent_error(guest, f'no answer: {problem}') from None
+
+
 # What an agent command is given. A time has to be looked at as late as can be: a call may wait
 # for a free connection. Hence a function may stand in for the arguments.
 Arguments = Union[Mapping[str, Any], Callable[[], Mapping[str, Any]], None]
@@ -1031,15 +1155,28 @@ class Guest:
 
     def get_time(self) -> int:
         """Return the guest's clock, in nanoseconds since 1970 (guest-get-time)."""
-        answer = self.agent('guest-get-time')
-        if isinstance(answer, bool) or not isinstance(answer, int):
-            raise agent_error(self.name, f'guest-get-time returned {answer!r:.80}')
-        return answer
+        return int(self.agent('guest-get-time'))
 
     def set_time(self, when: Callable[[], int] | None) -> None:
         """Set the guest's clock: to nanoseconds since 1970, asked for when the call goes out, or
         with None from its hardware clock (guest-set-time)."""
         self.agent('guest-set-time', (lambda: {'time': when()}) if when else {}, AGENT_SET_TIMEOUT)
+
+
+def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
+            ) -> list[dict[str, Any]]:
+    """Ask all guests at once, so that a silent one delays no other; return the answers."""
+    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
+
+    def fill(answer: dict[str, Any], guest: Guest) -> None:
+        try:
+            answer.update(ask(guest))
+        except Error as problem:
+            answer['error'] = words(problem)
+    for thread in [spawn(guest.name, fill, answer, guest)
+                   for answer, guest in zip(answers, guests)]:
+        thread.join()
+    return answers
 
 
 class GuestEvent(NamedTuple):
@@ -1095,8 +1232,8 @@ class LineSocket:
         while b'\n' not in self.buffer:
             if deadline.passed():
                 raise PeerSilent(f'{self.path}: did not answer in time')
-            if len(self.buffer) > LINE_BYTES:
-                raise ProtocolError(f'{self.path}: a line longer than {LINE_BYTES} bytes')
+            if len(self.buffer) > JSON_BYTES:
+                raise ProtocolError(f'{self.path}: a line longer than {JSON_BYTES} bytes')
             self.socket.settimeout(max(deadline.left(), 0.001))
             try:
                 data = self.socket.recv(65536)
@@ -1114,8 +1251,8 @@ class LineSocket:
         """Return the next line as a JSON object."""
         line = self.line(deadline).strip()
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise ProtocolError(f'{self.path}: not a JSON object: {line[:80]!r}')
@@ -1141,7 +1278,8 @@ class QMP:
         self.wire = LineSocket(path, deadline)
         self.lock = threading.Lock()            # one exchange at a time
         self.serial = 0                         # of the last command: an answer must carry it
-        self.pending: list[dict[str, Any]] = []     # events that came before anybody asked
+        self.pending: collections.deque[dict[str, Any]] = collections.deque(
+            maxlen=EVENTS_KEPT)                 # events that came before anybody asked
         try:
             self.greeting = self._greeting(deadline)
             self.execute('qmp_capabilities', timeout=deadline.left())
@@ -1190,9 +1328,10 @@ class QMP:
                     break               # an answer to an earlier, timed-out command is dropped
             if 'error' in answer:
                 raise reply_error(self.wire.path, answer)
-            if 'return' not in answer:
-                raise ProtocolError(f'{self.wire.path}: no answer: {str(answer)[:80]}')
-            return answer['return']
+            try:
+                return answer_of(command, answer)
+            except ValueError as problem:
+                raise ProtocolError(f'{self.wire.path}: no answer: {problem}') from None
 
     def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
         """Return the next event whose name is in `names` (any, if that is empty) and whose data
@@ -1200,8 +1339,8 @@ class QMP:
         wanted, deadline = set(names), Deadline(timeout)
         with self.lock:
             while True:
-                event = self.pending.pop(0) if self.pending else self.wire.receive(deadline)
-                if 'event' in event and (not wanted or event['event'] in wanted) and all(
+                event = self.pending.popleft() if self.pending else self.wire.receive(deadline)
+                if fits(event, EVENT) and (not wanted or event['event'] in wanted) and all(
                         event.get('data', {}).get(key) == value for key, value in data.items()):
                     return event
 
@@ -1244,7 +1383,7 @@ class GuestAgent:
             self.lock.release()
         if 'error' in answer:
             raise agent_error(self.name, str(reply_error(self.path, answer)))
-        return answer.get('return')
+        return agent_answer(self.name, command, answer)
 
     def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
         """Have the agent drop what it has read (0xFF), and skip what it had written."""
@@ -1253,10 +1392,234 @@ class GuestAgent:
         wire.send(sync, deadline, prefix=b'\xff')
         while True:
             line = wire.line(deadline).rpartition(b'\xff')[2]
-            with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads(line)
+            with contextlib.suppress(ValueError):
+                answer = parse_json(line)
                 if isinstance(answer, dict) and answer.get('return') == self.serial:
                     return
+
+
+# === clock ======================================================================================
+
+class Reading(NamedTuple):
+    """One look at a guest's clock."""
+
+    offset: int                 # guest minus host, ns; the host's time is that of the middle
+    delay: int                  # ns that the call took: the offset is sure to half of it
+
+
+@dataclasses.dataclass
+class Correction:
+    """What became of one clock job."""
+
+    guest: str
+    cause: str                  # the kind of the event that asked for it
+    before: int                 # offset found, ns
+    after: int                  # offset left, ns
+    method: str = ''            # what set the clock; '' when it was right already
+    right: float = 0.0          # seconds from the trigger to the setting
+    proved: float = 0.0         # ... and to the reading that proved it
+    when: float = 0.0           # time.time() of the proof
+    warning: str = ''           # an error that came although the clock is right
+
+    def __str__(self) -> str:
+        if not self.method:
+            return f'{self.guest}: clock is right, cause={self.cause} offset={span(self.before)}'
+        return (f'{self.guest}: clock corrected, cause={self.cause} before={span(self.before)} '
+                f'after={span(self.after)} right_after={self.right * 1000:.0f}ms '
+                f'proved_after={self.proved * 1000:.0f}ms by={self.method}')
+
+
+def span(offset: int) -> str:
+    """Return a signed offset for people, ns -> ms, or s where that reads better."""
+    if abs(offset) < 10 * SECOND:
+        return f'{offset / MS:+.1f}ms'
+    return f'{offset / SECOND:+.3f}s'
+
+
+def read_clock(guest: Guest) -> Reading:
+    """Read the guest's clock once, between two looks at the host's."""
+    host, began = time.time_ns(), time.monotonic_ns()
+    value = guest.get_time()
+    delay = time.monotonic_ns() - began
+    return Reading(value - host - delay // 2, delay)
+
+
+def measure(guest: Guest, tolerance: int) -> Reading:
+    """Return the best of a few readings, or the first one if that is clearly off: a clock that
+    is wrong by seconds shall not stay so for the sake of a better figure."""
+    best = read_clock(guest)
+    for taken in range(1, SAMPLES_MAX):
+        clearly_off = abs(best.offset) > tolerance + 2 * best.delay
+        if clearly_off or (taken >= SAMPLES and best.delay // 2 <= tolerance):
+            break
+        best = min(best, read_clock(guest), key=lambda reading: reading.delay)
+    return best
+
+
+def _set_explicit(guest: Guest, ahead: int) -> None:
+    """Set the host's time plus `ahead` ns, what the call and its way will take."""
+    guest.set_time(lambda: time.time_ns() + ahead)
+
+
+def _set_from_hardware(guest: Guest, _ahead: int) -> None:
+    """Have the guest read its hardware clock (Linux) or ask its time service (Windows)."""
+    guest.set_time(None)
+
+
+def _set_by_date(guest: Guest, ahead: int) -> None:
+    """Run `date` in the guest, started so that it takes effect at a whole second: not every
+    date takes fractions."""
+    second = (time.time_ns() + ahead) // SECOND + 1
+    time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
+    started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
+    status: dict[str, Any] = {}
+
+    def ended() -> bool:
+        status.update(guest.agent('guest-exec-status', {'pid': started['pid']}))
+        return bool(status['exited'])
+    if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
+        raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
+
+
+class Method(NamedTuple):
+    """A way to set a guest's clock."""
+
+    name: str
+    apply: Callable[[Guest, int], None]
+    rounds: int                 # tries, each made better by what the last one missed by
+    grain: int = 0              # ns: how much it may leave, and so what it can't improve on
+    executes: bool = False      # runs a program in the guest
+
+
+METHODS = (                     # from the best to the last resort
+    Method('guest-set-time', _set_explicit, ROUNDS),
+    Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
+    Method('guest-exec-date', _set_by_date, ROUNDS, grain=20 * MS, executes=True))
+
+
+def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
+           delay: int) -> AgentError | None:
+    """Set the clock by one method until a reading shows that it is right, or rounds are over.
+
+    The call allows for its own way to the guest. A busy host or guest only ever makes that
+    longer, so what counts for the next round is the shortest one seen; but not after the first
+    round: one late setting says nothing, and a clock that is put ahead has to go back.
+    """
+    failed: AgentError | None = None
+    ahead, ways, before = delay // 2, [], abs(result.after)
+    # Better than the tolerance, so that another reading still finds it within that.
+    goal = max(tolerance * 3 // 5, method.grain)
+    for _ in range(method.rounds):
+        failed, began = None, time.monotonic()
+        try:
+            method.apply(guest, ahead)
+        except AgentError as problem:
+            failed = problem
+        if abs(result.after) > tolerance:
+            result.right, result.method = began + ahead / SECOND, method.name
+        result.after = measure(guest, tolerance).offset
+        if abs(result.after) <= goal or (failed and abs(result.after) > before // 2):
+            return failed               # right; or it did not move, and this way is none
+        ways.append(ahead - result.after)
+        ahead = max(0, min(ways)) if len(ways) > 1 else ahead
+    return failed
+
+
+def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
+    """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
+
+    Agents report errors although they set the time, and success although they did not: only a
+    reading afterwards counts. Raises AgentError with the reason why it could not be set, or
+    ClockError when setting it did not help.
+    """
+    reading = measure(guest, tolerance)
+    result = Correction(guest.name, '', reading.offset, reading.offset)
+    problem: AgentError | None = None
+    limit = tolerance                   # of what is right: no finer than the way that works
+    for method in METHODS:
+        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
+            break
+        failed = None
+        if abs(result.after) > method.grain:
+            failed = _apply(guest, method, tolerance, result, reading.delay)
+            problem = problem or failed
+        elif not method.executes:
+            continue                    # it would do no better, but the next one may
+        if not failed:
+            limit = max(tolerance, method.grain)
+            break
+        if failed.trouble.passes:       # it may work later: a rougher way would not do better
+            break
+    result.proved, result.when = time.monotonic(), time.time()
+    if abs(result.after) <= limit:
+        result.warning = words(problem) if problem else ''
+        return result
+    if problem:
+        raise problem
+    raise ClockError(f'{guest.name}: clock is still off by {span(result.after)}, was '
+                     f'{span(result.before)}', 'the host or the guest may be overloaded; raise '
+                     'monitor.toleranceMs if this lasts')
+
+
+def synchronise(guest: Guest, config: Config, cause: str, began: float,
+                nudge: threading.Event) -> Correction:
+    """Wait until the guest's agent answers, then correct the clock.
+
+    `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
+    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help, and
+    ClockError when the clock was not to be put right even after pauses.
+    """
+    deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
+    while True:
+        try:
+            result = correct(guest, round(config.tolerance * MS), config.allow_exec)
+        except AgentError as problem:
+            if not problem.trouble.passes or deadline.passed():
+                raise
+        except HostAway:
+            if deadline.passed():       # events would bring us back only if their link fell, too
+                raise
+        except ClockError:
+            again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
+            if not again:
+                raise
+        else:
+            result.cause = cause
+            result.right, result.proved = result.right - began, result.proved - began
+            return result
+        nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
+        nudge.clear()
+        pause = min(pause * RETRY_FACTOR, RETRY_LAST)
+
+
+class HostClock(NamedTuple):
+    """The host's clocks at one moment, in ns."""
+
+    real: int
+    boot: int                   # goes on while the host sleeps
+    monotonic: int              # does not
+
+    @classmethod
+    def now(cls) -> HostClock:
+        """Read the three as one: of a few attempts, the one that took the least time."""
+        best: tuple[int, HostClock | None] = (sys.maxsize, None)
+        for _ in range(SAMPLES):
+            boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            real, monotonic = time.time_ns(), time.monotonic_ns()
+            took = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot
+            if took < best[0]:
+                best = took, cls(real, boot, monotonic)
+        assert best[1]
+        return best[1]
+
+    def jump_since(self, earlier: HostClock) -> str:
+        """Return what happened to the clocks since `earlier`, or ''."""
+        limit = HOST_CLOCK_JUMP * SECOND
+        if (self.boot - self.monotonic) - (earlier.boot - earlier.monotonic) > limit:
+            return 'host slept'
+        if abs((self.real - self.boot) - (earlier.real - earlier.boot)) > limit:
+            return 'host clock stepped'
+        return ''
 
 
 # === libvirt ====================================================================================
@@ -1434,7 +1797,7 @@ class Library:
         if not last:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
-        text = (info.message or name.encode()).decode(errors='replace')
+        text = (info.message or name.encode()).decode('utf-8', 'replace')
         hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
         error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
@@ -1894,7 +2257,8 @@ class Domain(Guest):
         """Return its definition (virDomainGetXMLDesc)."""
         with self._on(self.host.queries) as (connection, handle):
             text = connection.library.take_string(connection.call('virDomainGetXMLDesc', handle, 0))
-        return xml.etree.ElementTree.fromstring(text)
+        # libvirt wrote it anew, so that it has no entities but XML's own.
+        return xml.etree.ElementTree.fromstring(text)   # nosec B314
 
     # Guest agent
 
@@ -1938,9 +2302,10 @@ class Domain(Guest):
                 self._raise_if_frozen()
             raise
         try:
-            return json.loads(text)['return']
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise agent_error(self.name, f'no answer: {text!r:.80}') from None
+            reply = parse_json(text)
+        except ValueError as problem:
+            raise agent_error(self.name, f'no answer: {problem}: {text!r:.80}') from None
+        return agent_answer(self.name, command, reply)
 
     def _raise_if_frozen(self) -> None:
         """Old agents call a command disabled when the file systems are frozen."""
@@ -2012,16 +2377,16 @@ class Domain(Guest):
 # turn its JSON into Link and Route. Changing is carry_out(): a list of Op, run by one
 # `ip -batch` per namespace.
 #
-# Ownership. Whatever is made gets a line in the Ledger first (a file under the lock of which
-# everything is made and removed), then an interface group of its own and the alias
-# "vmmonitor:GROUP". Only what shows both, or stands in the Ledger as being created with that
-# group, is ever removed. A line holds the way back, too, as a list of Op: a trunk's addresses
-# and routes, firewall rules, forwarding. Rollback, delete() and clean() are the same function,
-# Ledger.remove().
+# Ownership. Whatever is made gets a Record in the Ledger first, then an interface group of its
+# own and the alias "vmmonitor:GROUP". Only what shows both, or stands in the Ledger as being
+# created with that group, is ever removed. A Record has the way back, too, as a list of Op: a
+# trunk's addresses and routes, firewall rules, forwarding. Rollback, delete() and clean() are
+# the same function, Ledger.remove().
 
 STATE_DIR = os.environ.get('VMMONITOR_STATE', '/run/vmmonitor')     # of the Ledger
 NETNS_DIR = '/run/netns'        # where `ip netns` keeps the names of namespaces
 CLEAN = 'vmmonitor.py --clean'
+LENGTHS = {'interface': NAME_LENGTH, 'namespace': 100, 'nic': 127}  # a nic's can be an altname
 GUEST_MAC = '52:54:00'          # how the MACs of guests begin, unless mac= says another
 
 # How the MACs of our own host interfaces begin: locally administered, and FE keeps a bridge
@@ -2037,33 +2402,26 @@ TUNSETIFF, TUNSETPERSIST, TUNGETIFF = 0x400454ca, 0x400454cb, 0x800454d2
 TAP_FLAGS = 0x0002 | 0x1000 | 0x4000        # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 
 
-class NetTrouble(NamedTuple):
-    """A row of the table of what `ip`, `tc` and the kernel refuse."""
-
-    said: str                   # found in stderr ...
-    line: str                   # ... of an operation in which this is found
-    kind: type[NetworkError]
-    says: str                   # {0} is what `line` matched
-
-
-NET_TROUBLES = (
-    NetTrouble(r'not permitted|Permission denied|you must be root', r'', Lacking,
-               'needs root or CAP_NET_ADMIN'),
-    NetTrouble(r'Unknown device type|not supported', r'type bond\b', Lacking,
-               'kernel lacks bonding (modprobe bonding)'),
-    NetTrouble(r'Unknown device type|not supported', r'(?<=type )\w+', Lacking,
-               'kernel lacks {0} (modprobe {0})'),
-    NetTrouble(r'kind is unknown|No such file', r'\bnetem\b', Lacking,
-               'kernel lacks netem (modprobe sch_netem)'),
-    NetTrouble(r'kind is unknown|No such file|classifier|action', r'mirred|ingress', Lacking,
-               'kernel lacks redirection (modprobe sch_ingress cls_u32 act_mirred)'),
-    NetTrouble(r'File exists', r'', NameTaken, 'something has that name or number; see ip link'),
-    NetTrouble(r'Cannot find device|does not exist', r'', NoInterface,
-               'it went away meanwhile; see ip link'),
-    NetTrouble(r'network namespace|"netns" value', r'', NoInterface,
-               'no such namespace; see ip netns'),
-    NetTrouble(r'busy', r'master|link ', InUse, 'it belongs to something else; see ip -d link'),
-    NetTrouble(r'', r'', NetworkError, ''))
+# What `ip`, `tc` and the kernel refuse: found in what was said, found in the line of the operation
+# (the first row with both counts), the error, and its hint: {0} is what was found in the line.
+NET_TROUBLES: tuple[tuple[str, str, type[NetworkError], str], ...] = (
+    ('busy', '^/dev/', InUse, 'another program, perhaps a machine, has it open'),
+    ('', '^/dev/tap', InUse, 'needs root, and a /dev that is a devtmpfs'),
+    ('not permitted|Permission denied|must be root', '', Lacking, 'needs root or CAP_NET_ADMIN'),
+    ('No such', '^/dev/net/tun', Lacking, 'kernel lacks tun (modprobe tun)'),
+    ('Unknown device type|not supported', r'type bond\b', Lacking,
+     'kernel lacks bonding (modprobe bonding)'),
+    ('Unknown device type|not supported', r'(?<=type )\w+', Lacking,
+     'kernel lacks {0} (modprobe {0})'),
+    ('kind is unknown|No such file', r'\bnetem\b', Lacking,
+     'kernel lacks netem (modprobe sch_netem)'),
+    ('kind is unknown|No such file|classifier|action', 'mirred|ingress', Lacking,
+     'kernel lacks redirection (modprobe sch_ingress cls_u32 act_mirred)'),
+    ('File exists', '', NameTaken, 'something has that name or number; see ip link'),
+    ('Cannot find device|does not exist', '', NoInterface, 'it went away meanwhile; see ip link'),
+    ('network namespace|"netns" value', '', NoInterface, 'no such namespace; see ip netns'),
+    ('busy', 'master|link ', InUse, 'it belongs to something else; see ip -d link'),
+    ('', '', NetworkError, ''))
 
 
 class Op(NamedTuple):
@@ -2079,20 +2437,32 @@ def net_error(op: Op, said: str) -> NetworkError:
     """Return the error that stands for what a tool said about an operation."""
     said = re.sub(r'^(RTNETLINK answers|Error): |^Command failed.*\n?', '', said.strip(),
                   flags=re.MULTILINE).strip()
-    row, found = next((row, found) for row in NET_TROUBLES
-                      for found in [re.search(row.line, op.line)]
-                      if found and re.search(row.said, said))
+    kind, hint, found = next(
+        (kind, hint, found) for pattern, line, kind, hint in NET_TROUBLES
+        for found in [re.search(line, op.line)] if found and re.search(pattern, said))
     where = f' in namespace {op.namespace}' if op.namespace else ''
-    return row.kind(f'can\'t {op.what}{where}: {said} ({op.tool} {op.line})',
-                    row.says.format(found.group()))
+    return kind(f'can\'t {op.what}{where}: {said} ({op.tool} {op.line})',
+                hint.format(found.group()))
+
+
+@contextlib.contextmanager
+def opening(what: str, path: str) -> Iterator[contextlib.ExitStack]:
+    """Turn an OSError into the NetworkError that stands for it; what is put on the stack is done
+    only if something goes wrong."""
+    with contextlib.ExitStack() as undo:
+        try:
+            yield undo
+            undo.pop_all()
+        except OSError as problem:
+            raise net_error(Op(what, path, tool='open'), problem.strerror or str(problem)) from None
 
 
 def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
               ) -> list[NetworkError]:
     """Carry out operations in order: one `ip -batch` for each run of them in one namespace.
 
-    The first that fails raises its NetworkError and ends the work; with `force` all are tried,
-    and the errors returned.
+    The first that fails raises its NetworkError; with `force` all are tried, and the errors
+    returned. What is run inherits the descriptors `keep`.
     """
     errors: list[NetworkError] = []
     for (tool, _), group in itertools.groupby(ops, lambda op: (op.tool, op.namespace)):
@@ -2111,18 +2481,15 @@ def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int], before: Sequence
     text = ''.join(f'{op.line}\n' for op in ops)
     done = run(argv, IP_TIMEOUT, text.encode(), check=False, keep=keep)
     said = done.stderr.decode(errors='replace')
-    if not done.returncode:
-        return
     failed = re.findall(r'((?:.*\n)*?)Command failed -:(\d+)', said)
-    for words_, number in failed:
-        yield ops[int(number) - 1], words_
-    if not failed:      # an argument it could not read ends the batch without a line number
-        op = next((op for quoted in re.findall(r'"([^"]+)"', said)
-                   for op in ops if quoted in op.line.split()), ops[0])
-        yield op, said
-        rest = ops[ops.index(op) + 1:]
-        if force and rest:
-            yield from _batch(rest, force, keep, before)
+    for texts, number in failed:
+        yield ops[int(number) - 1], texts
+    if done.returncode and not failed:  # an argument it could not read: it ends without a number
+        place = next((place for quoted in re.findall(r'"([^"]+)"', said)
+                      for place, op in enumerate(ops) if quoted in op.line.split()), 0)
+        yield ops[place], said
+        if force and ops[place + 1:]:
+            yield from _batch(ops[place + 1:], force, keep, before)
 
 
 def _sysctl(ops: Sequence[Op], _force: bool, _keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
@@ -2143,9 +2510,11 @@ def _single(ops: Sequence[Op], _force: bool, keep: Sequence[int]) -> Iterator[tu
             yield op, done.stderr.decode(errors='replace')
 
 
-TOOLS: dict[str, Callable[[Sequence[Op], bool, Sequence[int]], Iterator[tuple[Op, str]]]] = {
+TOOLS: dict[str, Callable[..., Iterator[tuple[Op, str]]]] = {
     'ip': _batch, 'tc': _batch, 'sysctl': _sysctl}
 
+
+# --- what is there ---
 
 @dataclasses.dataclass(frozen=True)
 class Route:
@@ -2162,39 +2531,43 @@ class Route:
 
     def line(self, device: str) -> str:
         """Return what follows `ip route replace` to have this route on `device`."""
-        raw = self.raw
-        words_ = [raw.get('type', 'unicast'),
-                  '::/0' if self.v6 and self.to == 'default' else self.to]
-        if self.gateway:
-            words_ += ['via', *(['inet6'] if ':' in self.gateway and not self.v6 else []),
-                       self.gateway]
-        words_ += ['dev', device, 'proto', self.protocol, 'table', self.table]
-        pairs = [('src', raw.get('prefsrc')), ('metric', raw.get('metric')),
-                 ('scope', None if self.v6 else raw.get('scope'))]
-        words_ += [str(word) for pair in pairs if pair[1] for word in pair]
-        return ' '.join(words_ + (['onlink'] if 'onlink' in raw.get('flags', ()) else []))
+        mixed = ':' in self.gateway and not self.v6
+        pairs = {'via': f'inet6 {self.gateway}' if mixed else self.gateway, 'dev': device,
+                 'proto': self.protocol, 'table': self.table, 'src': self.raw.get('prefsrc'),
+                 'metric': self.metric, 'scope': not self.v6 and self.raw.get('scope')}
+        return ' '.join([
+            self.raw.get('type', 'unicast'),
+            '::/0' if self.v6 and self.to == 'default' else self.to,
+            *(f'{key} {value}' for key, value in pairs.items() if value),
+            *(['onlink'] if 'onlink' in self.raw.get('flags', ()) else [])])
 
 
-@dataclasses.dataclass(frozen=True)
 class Link:
     """An interface as `ip -json -details address` shows it."""
 
-    name: str
-    index: int
-    kind: str                   # bridge, veth, ...; '' for hardware and loopback
-    mac: str
-    mtu: int
-    state: str                  # up, down, lowerlayerdown, unknown, ...
-    flags: tuple[str, ...]
-    master: str                 # the bridge or bond it is a port of, or ''
-    peer: str                   # of a veth, in the same namespace; or ''
-    alias: str
-    group: str
-    names: tuple[str, ...]      # name and altnames
-    addresses: tuple[str, ...]  # with their prefixes, the link-local ones last
-    data: Mapping[str, Any] = dataclasses.field(repr=False)     # what its kind says of itself
-    slave: Mapping[str, Any] = dataclasses.field(repr=False)    # ... and its master of it
-    raw_addresses: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        info = row.get('linkinfo', {})
+        self.name: str = row['ifname']
+        self.index: int = row['ifindex']
+        self.kind: str = info.get('info_kind', '')      # bridge, veth, ...
+        self.mac: str = row.get('address', '')
+        self.mtu: int = row.get('mtu', 0)
+        self.state: str = row.get('operstate', 'unknown').lower()
+        self.flags: tuple[str, ...] = tuple(row.get('flags', ()))
+        self.admin = 'up' if 'UP' in self.flags else 'down'     # as set, whatever its cable says
+        self.master: str = row.get('master', '')        # the bridge or bond it is a port of
+        self.peer: str = row.get('link', '') if self.kind == 'veth' else ''     # in this namespace
+        self.alias: str = row.get('ifalias', '')
+        self.group = str(row.get('group', ''))
+        self.names: tuple[str, ...] = (self.name, *row.get('altnames', ()))
+        self.data: Mapping[str, Any] = info.get('info_data', {})        # what its kind says of it
+        self.slave: Mapping[str, Any] = info.get('info_slave_data', {})         # ... its master
+        self.raw_addresses: Sequence[Mapping[str, Any]] = [
+            raw for raw in row.get('addr_info', ())
+            if raw.keys() >= {'family', 'local', 'prefixlen', 'scope'}]
+        self.addresses = tuple(                 # with their prefixes, the link-local ones last
+            f'{raw["local"]}/{raw["prefixlen"]}' for raw in sorted(
+                self.raw_addresses, key=lambda raw: raw['scope'] == 'link'))
 
     def ours(self) -> bool:
         """Tell whether it carries the marks of this program."""
@@ -2207,37 +2580,30 @@ class Link:
             v6 = raw['family'] == 'inet6'
             if raw.get('temporary') or (v6 and raw['scope'] == 'link' and not local):
                 continue
-            parts = [f'{raw["local"]} peer {raw["address"]}/{raw["prefixlen"]}' if 'address' in raw
-                     else f'{raw["local"]}/{raw["prefixlen"]}',
+            peer = f' peer {raw["address"]}' if 'address' in raw else ''
+            parts = [f'{raw["local"]}{peer}/{raw["prefixlen"]}',
                      f'broadcast {raw["broadcast"]}' if 'broadcast' in raw else '',
                      f'scope {raw["scope"]}', 'nodad' if v6 else '',
                      'noprefixroute' if raw.get('noprefixroute') else '']
             yield ' '.join(filter(None, parts))
 
 
+class Sight(NamedTuple):
+    """What one look() saw."""
+
+    links: dict[str, Link]
+    routes: list[Route]
+    at: float                   # when it was (time.monotonic())
+
+
 def parse_links(rows: Iterable[Mapping[str, Any]]) -> dict[str, Link]:
     """Turn the output of `ip -json -details address show` into name -> Link."""
-    links = {}
-    for row in rows:
-        info = row.get('linkinfo', {})
-        raw = row.get('addr_info', [])
-        ordered = sorted(raw, key=lambda address: address.get('scope') == 'link')
-        links[row['ifname']] = Link(
-            row['ifname'], row['ifindex'], info.get('info_kind', ''), row.get('address', ''),
-            row.get('mtu', 0), row.get('operstate', 'unknown').lower(),
-            tuple(row.get('flags', ())), row.get('master', ''), row.get('link', ''),
-            row.get('ifalias', ''), str(row.get('group', '')),
-            (row['ifname'], *row.get('altnames', ())),
-            tuple(f'{address["local"]}/{address["prefixlen"]}' for address in ordered
-                  if 'local' in address),
-            info.get('info_data', {}), info.get('info_slave_data', {}), raw)
-    return {name: link if link.peer not in links or link.kind == 'veth'
-            else dataclasses.replace(link, peer='') for name, link in links.items()}
+    return {row['ifname']: Link(row) for row in rows}
 
 
 def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
-    """Turn the output of `ip -json -details route show table all` into Routes; what the kernel
-    keeps for itself (local, broadcast, multicast) is left out."""
+    """Turn the output of `ip -json -details route show table all` into Routes, without those that
+    the kernel keeps for itself."""
     routes = []
     for row in rows:
         if row.get('type', 'unicast') in ('local', 'broadcast', 'multicast', 'anycast'):
@@ -2249,31 +2615,25 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
     return routes
 
 
-def parse_documents(text: str) -> list[Any]:
-    """Return the JSON documents that follow each other in `text`, as `ip -json -batch` prints."""
-    documents, place = [], 0
-    text = text.strip()
-    while place < len(text):
-        document, place = json.JSONDecoder().raw_decode(text, place)
-        documents.append(document)
-        place += len(text[place:]) - len(text[place:].lstrip())
-    return documents
-
-
-def look(namespace: str = '') -> tuple[dict[str, Link], list[Route]]:
+def look(namespace: str = '') -> Sight:
     """Read all links and routes of a namespace ('' is the host's): one `ip -json -batch`."""
-    argv = ['ip', *(['-n', valid_namespace(namespace)] if namespace else []),
+    argv = ['ip', *(['-n', valid_name(namespace, 'namespace')] if namespace else []),
             '-json', '-details', '-batch', '-']
     done = run(argv, IP_TIMEOUT, b'address show\nroute show table all\n', check=False)
     if done.returncode:
         raise net_error(Op('read the interfaces', 'address show', namespace),
                         done.stderr.decode(errors='replace'))
-    rows, routes_ = parse_documents(done.stdout.decode())
-    return parse_links(rows), parse_routes(routes_)
+    try:
+        rows, ways = (answer_of(command, {'return': value}) for command, value in zip(
+            ('ip address', 'ip route'), parse_documents(done.stdout)))
+    except ValueError as problem:
+        raise NetworkError(f'ip printed no such list: {problem}', 'update iproute2') from None
+    return Sight(parse_links(rows), parse_routes(ways), time.monotonic())
 
 
-def valid_name(name: str, what: str = 'interface', length: int = NAME_LENGTH) -> str:
+def valid_name(name: str, what: str = 'interface') -> str:
     """Return a name that is safe to give to `ip` and in a path; NetworkError says what is wrong."""
+    length = LENGTHS[what]
     if not re.fullmatch(rf'[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{length - 1}}}', name) or \
             name in ('lo', 'all', 'default'):
         raise NetworkError(
@@ -2283,15 +2643,10 @@ def valid_name(name: str, what: str = 'interface', length: int = NAME_LENGTH) ->
     return name
 
 
-def valid_namespace(name: str) -> str:
-    """Return the name of a network namespace, checked."""
-    return valid_name(name, 'namespace', 100)
-
-
-def valid_address(address: str) -> str:
+def valid_address(address: str, kind: Callable[[str], object] = ipaddress.ip_interface) -> str:
     """Return an IP address with prefix, checked, as `ip` wants it."""
     try:
-        return str(ipaddress.ip_interface(address))
+        return str(kind(address))
     except ValueError as problem:
         raise NetworkError(f'{address!r} is no IP address: {problem}',
                            'write one such as 192.0.2.1/24 or 2001:db8::1/64') from None
@@ -2319,11 +2674,177 @@ def _alias(group: int) -> str:
     return f'vmmonitor:{group:08x}'
 
 
+def _name(thing: Interface | str) -> str:
+    return thing.name if isinstance(thing, Interface) else thing
+
+
 def _no_interface(name: str, known: Iterable[str], namespace: str = '') -> NoInterface:
     """Return the error for a name that no interface has, with the closest one that there is."""
     near = difflib.get_close_matches(name, list(known), 1)
     return NoInterface(f'{name}: no such interface' + (namespace and f' in {namespace}'),
                        f'did you mean {near[0]}?' if near else 'see ip link')
+
+
+def reads(text: str, read: Callable[[Any], Any], write: Callable[[Any, Any], None] | None = None
+          ) -> Any:
+    """Return a property: what `read` says whenever it is asked for, and what `write` assigns."""
+    return property(read, write, doc=text)
+
+
+class Interface:
+    """A network interface of the host, or of a namespace; what it says is read when asked for.
+
+    All of its properties raise NoInterface when it is gone.
+    """
+
+    exists: bool = reads('Whether there is an interface of this name.',
+                         lambda self: self.name in self._look().links)
+    mac: str = reads('Its MAC.', lambda self: self.link().mac)
+    mtu: int = reads('Its MTU in bytes; assign to it to change it (ip link set mtu).',
+                     lambda self: self.link().mtu, lambda self, size: self._set_mtu(size))
+    state: str = reads('What the kernel says of its link: up, down, lowerlayerdown, unknown, ...',
+                       lambda self: self.link().state)
+    kind: str = reads("bridge, veth, bond, tun, ...; '' for hardware and loopback.",
+                      lambda self: self.link().kind)
+    master: str = reads("The name of the bridge or bond it is a port of, or ''.",
+                        lambda self: self.link().master)
+    addresses: tuple[str, ...] = reads('With their prefixes, link-local ones last.',
+                                       lambda self: self.link().addresses)
+    ip: str = reads("Its first address, without prefix; '' if it has none.",
+                    lambda self: next(iter(self.addresses), '').partition('/')[0])
+    routes: list[Route] = reads('The routes that go out here.', lambda self: [
+        route for route in self._look().routes if route.device == self.name])
+    gateway: str = reads("The gateway of the default route that goes out here, or ''.", lambda self:
+                         next((one.gateway for one in self.routes if one.to == 'default'), ''))
+
+    def __init__(self, name: str, namespace: str = '', seen: Sight | None = None) -> None:
+        self.name, self.namespace = name, namespace
+        self._where = namespace             # a nic's port is not in its namespace
+        self._seen = seen                   # from interfaces.values(): counts for a moment
+
+    def __repr__(self) -> str:
+        return f'<{type(self).__name__} {self.name}>'
+
+    def _look(self) -> Sight:
+        if self._seen and time.monotonic() - self._seen.at < SEEN_TIMEOUT:
+            return self._seen
+        return look(self._where)
+
+    def link(self) -> Link:
+        """Return all that `ip -details address` says of it."""
+        links = self._look().links
+        if self.name not in links:
+            raise _no_interface(self.name, links, self._where)
+        return links[self.name]
+
+    def _set_mtu(self, size: int) -> None:
+        self._change(*(Op(f'give {name} an MTU of {size}', f'link set dev {name} mtu {int(size)}',
+                          namespace) for name, namespace in self._parts().items()))
+
+    def _parts(self) -> dict[str, str]:
+        return {self.name: self._where}
+
+    def up(self) -> None:
+        """Bring it up (ip link set up)."""
+        self._set(f'bring up {self.name}', 'up')
+
+    def down(self) -> None:
+        """Bring it down (ip link set down)."""
+        self._set(f'bring down {self.name}', 'down')
+
+    def add_address(self, address: str) -> None:
+        """Add an address such as 192.0.2.1/24; there already is fine (ip address replace)."""
+        self._change(Op(f'add {address} to {self.name}',
+                        f'address replace {valid_address(address)} dev {self.name}', self._where))
+
+    def remove_address(self, address: str) -> None:
+        """Remove an address, written with its prefix; not there is fine (ip address del)."""
+        if valid_address(address) in self.addresses:
+            self._change(Op(f'remove {address} from {self.name}',
+                            f'address del {valid_address(address)} dev {self.name}', self._where))
+
+    def rename(self, name: str) -> None:
+        """Give it another name; it is taken down for that, if it is up (ip link set name)."""
+        was = self._movable('renamed').admin
+        if name in self._look().links:
+            raise NameTaken(f'{name}: an interface of that name exists', 'choose another name')
+        for text in ('down', f'name {valid_name(name)}'):
+            self._set(f'rename {self.name} to {name}', text)
+        self.name = name
+        self._set(f'bring up {name}', was)
+
+    def move(self, namespace: str) -> None:
+        """Move it to another namespace, where it is down and without addresses (ip link set
+        netns); hardware comes back when that namespace goes."""
+        self._movable('moved')
+        self._set(f'move {self.name} to {namespace}', f'netns {valid_name(namespace, "namespace")}')
+        self.namespace = self._where = namespace
+
+    def _movable(self, what: str) -> Link:
+        link = self.link()
+        if link.ours():
+            raise InUse(f'{self.name}: made by this program and can\'t be {what}',
+                        'delete() it and make another')
+        return link
+
+    def _set(self, what: str, text: str) -> None:
+        self._change(Op(what, f'link set dev {self.name} {text}', self._where))
+
+    def _change(self, *ops: Op) -> None:
+        self._seen = None
+        self.link()                         # or NoInterface, with a hint
+        carry_out(ops)
+
+
+class Interfaces(Mapping[str, Interface]):
+    """The interfaces of the host, or of a namespace, by name; each use looks anew.
+
+    values() and items() look once for all: what those Interfaces say stays as it was for
+    SEEN_TIMEOUT seconds. Raises NoInterface (a KeyError) for a name that is not there.
+    """
+
+    def __init__(self, namespace: str = '') -> None:
+        self.namespace = namespace
+
+    def __getitem__(self, name: str) -> Interface:
+        found = Interface(name, self.namespace)
+        found.link()                        # or NoInterface
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(look(self.namespace).links)
+
+    def __len__(self) -> int:
+        return len(look(self.namespace).links)
+
+    def items(self) -> ItemsView[str, Interface]:
+        """Return names and interfaces, seen at once."""
+        sight = look(self.namespace)
+        return {name: Interface(name, self.namespace, sight) for name in sight.links}.items()
+
+    def values(self) -> ValuesView[Interface]:
+        """Return all, seen at once."""
+        return dict(self.items()).values()
+
+
+class Routes(Sequence[Route]):
+    """All routes of the host, or of a namespace, IPv4 and IPv6; each use looks anew."""
+
+    def __init__(self, namespace: str = '') -> None:
+        self.namespace = namespace
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(look(self.namespace).routes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return look(self.namespace).routes[index]
+
+    def __len__(self) -> int:
+        return len(look(self.namespace).routes)
+
+
+interfaces = Interfaces()
+routes = Routes()
 
 
 # --- what was made ---
@@ -2332,14 +2853,21 @@ def _no_interface(name: str, known: Iterable[str], namespace: str = '') -> NoInt
 class Record:
     """A line of the Ledger: one thing that was made, and the way back."""
 
-    kind: str                                   # switch, router, bond, nic or namespace
+    kind: str                                   # switch, router, bond, nic, cable or namespace
     group: int                                  # the mark of its interfaces
     stage: str = 'creating'                     # then ready, and deleting
     pid: int = 0                                # the process that made it ...
     started: str = ''                           # ... and when that began, in clock ticks
     parents: list[str] = dataclasses.field(default_factory=list)    # it goes when one of them goes
-    undo: list[list[str]] = dataclasses.field(default_factory=list)     # Ops
+    undo: list[Op] = dataclasses.field(default_factory=list)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # what its class needs
+
+    def __post_init__(self) -> None:
+        self.undo = [Op(*op) for op in self.undo]       # which JSON keeps as lists
+
+    def back(self, what: str, *lines: str, tool: str = 'ip') -> None:
+        """Note a way back."""
+        self.undo += [Op(what, line, tool=tool) for line in lines]
 
 
 def _started(pid: int) -> str:
@@ -2349,12 +2877,39 @@ def _started(pid: int) -> str:
     return ''
 
 
+def _namespace_inode(name: str) -> int:
+    """Return what tells a namespace from a later one of the same name; 0 when there is none."""
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(NETNS_DIR, name)).st_ino
+    return 0
+
+
+def closure(start: Iterable[str], follow: Callable[[set[str]], Iterable[str]]) -> set[str]:
+    """Return `start`, what follows from it, what follows from that, and so on."""
+    found: set[str] = set()
+    more = set(start)
+    while more:
+        found |= more
+        more = set(follow(found)) - found
+    return found
+
+
+def plugged(records: Mapping[str, Record], nic: str) -> tuple[str, str]:
+    """Return the cable that is in a nic, and the nic at its other end; '' for none."""
+    if nic not in records:
+        raise NoInterface(f'{nic}: is not one of ours any more', 'make it again')
+    return next(((name, row.parents[row.parents[0] == nic]) for name, row in records.items()
+                 if row.kind == 'cable' and nic in row.parents), ('', ''))
+
+
 class Ledger:
     """What this program made in this network namespace: name -> Record, in a file.
 
-    Use it as a context: it is locked meanwhile, and `ip` inherits the lock, so that nobody looks
-    before an `ip` whose parent was killed has ended. A Record that is not ready while somebody
-    else holds the lock is therefore what a crash left.
+    All is changed in a transaction, `with Ledger.locked()`: what is planned in it is written down
+    and made at its end. An exception, there or in the making, Ctrl-C included, removes what was
+    claimed and undoes what was done. `ip` inherits the lock, so that nobody looks before an `ip`
+    whose parent was killed has ended: a Record that is not ready while somebody else has the lock
+    is what a crash left.
     """
 
     def __init__(self) -> None:
@@ -2362,15 +2917,64 @@ class Ledger:
         self.path = Path(STATE_DIR, f'net-{inode}.json')
         self.lock = -1
         self.records: dict[str, Record] = {}
+        self.links: dict[str, Link] = {}
+        self.routes: list[Route] = []
+        self.taken: set[str] = set()        # names, MACs and groups that something has
+        self.group = 0                      # the mark of what this transaction makes or deletes
+        self.claimed: list[str] = []        # the names of what is planned ...
+        self.ops: list[Op] = []             # ... what makes its interfaces ...
+        self.after: list[Op] = []           # ... what follows when they are marked ...
+        self.tries: list[Op] = []           # ... and what is done if it can be
+        self.taps: list[int] = []           # descriptors of taps that vanish with this process
+        self.maker = os.getpid(), _started(os.getpid())
+        self.host = os.uname().nodename     # what the MACs of this host stand on
+        with contextlib.suppress(OSError):
+            self.host = Path('/etc/machine-id').read_text()
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls) -> Iterator[Ledger]:
+        """Have the Ledger to oneself; make what is planned meanwhile, or leave all as it was."""
+        ledger = cls()
+        lock = ledger.path.with_suffix('.lock')
+        with opening('write down what is made', str(lock)):
+            lock.parent.mkdir(0o700, parents=True, exist_ok=True)
+            ledger.lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not Deadline(LOCK_TIMEOUT).poll(ledger._lock, 0.01):
+                raise InUse(f'another process has been changing the network for {LOCK_TIMEOUT:g} s',
+                            f'see fuser {lock}')
+            ledger.load()
+            ledger.look()
+            ledger.group = next(group for group in iter(lambda: random.randrange(
+                GROUP_FIRST, 2 * GROUP_FIRST), 0) if str(group) not in ledger.taken)
+            try:
+                yield ledger
+                if ledger.ops or ledger.after:
+                    ledger.make()
+            except BaseException:
+                if ledger.claimed:
+                    ledger.look()
+                    ledger.remove(ledger.claimed)
+                raise
+        finally:
+            for descriptor in (*ledger.taps, ledger.lock):
+                os.close(descriptor)
+
+    def _lock(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
 
     def load(self) -> dict[str, Record]:
         """Read the file; what is not there yet is empty."""
         try:
-            rows = json.loads(self.path.read_text())
+            rows = parse_json(self.path.read_bytes())
             self.records = {name: Record(**row) for name, row in rows.items()}
         except FileNotFoundError:
             self.records = {}
-        except (OSError, ValueError, TypeError) as problem:
+        except (OSError, ValueError, TypeError, AttributeError) as problem:
             raise NetworkError(f'{self.path}: can\'t be read: {words(problem)}',
                                f'if it is broken, remove it and run {CLEAN}') from None
         return self.records
@@ -2385,276 +2989,91 @@ class Ledger:
             os.fsync(file.fileno())
         os.replace(draft, self.path)
 
-    def __enter__(self) -> Ledger:
-        try:
-            self.path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            self.lock = os.open(self.path.with_suffix('.lock'),
-                                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as problem:
-            raise Lacking(f'can\'t write down what is made: {words(problem)}',
-                          'needs root or CAP_NET_ADMIN') from None
-        if not Deadline(LOCK_TIMEOUT).poll(self._locked, 0.01):
-            os.close(self.lock)
-            raise InUse(f'another process has been changing the network for {LOCK_TIMEOUT:g} s',
-                        f'see fuser {self.path.with_suffix(".lock")}')
-        self.load()
-        return self
+    def look(self) -> None:
+        """See what is there, and what can't be had any more."""
+        self.links, self.routes, _ = look()
+        self.taken = {word for link in self.links.values()
+                      for word in (*link.names, link.mac, link.group)}
+        self.taken |= {word for name, row in self.records.items()
+                       for word in (name, row.facts.get('mac', ''))}
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self.lock)
+    def then(self, what: str, *lines: str, tool: str = 'ip') -> None:
+        """Plan what follows when the interfaces are made and marked."""
+        self.after += [Op(what, line, tool=tool) for line in lines]
 
-    def _locked(self) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
+    def standing(self, name: str) -> Record | None:
+        """Return the Record of what stands under a name; what is left of a broken one goes."""
+        row = self.records.get(name)
+        if row and (row.stage != 'ready' or not self.stands(name)):
+            self.remove([name])
+            self.look()
+        return self.records.get(name)
 
-    def new_group(self, links: Mapping[str, Link]) -> int:
-        """Return a group that nothing has."""
-        taken = {link.group for link in links.values()}
-        return next(group for group in iter(
-            lambda: random.randrange(GROUP_FIRST, 2 * GROUP_FIRST), 0) if str(group) not in taken)
-
-    def family(self, names: Iterable[str]) -> list[str]:
-        """Return these names and all that goes with them: children, and namespaces that were
-        made for what goes."""
-        gone = set(names) & self.records.keys()
-        size = -1
-        while size != len(gone):
-            size = len(gone)
-            gone |= {name for name, row in self.records.items() if gone & set(row.parents)}
-            gone |= {name for name, row in self.records.items() if row.facts.get('automatic')
-                     and all(child in gone for child, other in self.records.items()
-                             if name in other.parents)}
-        return [name for name in self.records if name in gone]
-
-    def owns(self, name: str, link: Link) -> bool:
-        """Tell whether an interface is what the Record of that name stands for."""
-        row = self.records[name]
-        return link.ours() or (row.stage != 'ready' and link.group == str(row.group))
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Undo and remove what was made under these names; interfaces first, in one go.
-
-        Deleting one by one takes 22 ms each, a group of any size 30 ms. What can't be undone is
-        logged; what can't be removed raises, and stays in the Ledger.
-        """
-        names = self.family(names)
-        if not names:
-            return
-        links, _ = look()
-        group = self.new_group(links)
-        doomed = [name for name in names if name in links and self.owns(name, links[name])]
-        # Of what was not finished, not all that is undone was done.
-        level = logging.WARNING if all(self.records[name].stage == 'ready' for name in names
-                                       ) else logging.DEBUG
-        for name in names:
-            self.records[name].stage = 'deleting'
-        self.save()
-        for problem in carry_out(self._way_back(names), force=True, keep=[self.lock]):
-            log.log(level, '%s', words(problem))
-        removal = [Op(f'mark {name}', f'link set dev {name} group {group} alias {_alias(group)}')
-                   for name in doomed]
-        if doomed:
-            removal.append(Op(f'delete {", ".join(doomed)}', f'link delete group {group}'))
-        carry_out([*removal, *self._namespaces(names)], keep=[self.lock])
-        for name in names:
-            del self.records[name]
-        for row in self.records.values():
-            if row.facts.get('peer') in names:
-                del row.facts['peer']
-                row.undo.clear()
-        self.save()
-
-    def _way_back(self, names: Sequence[str]) -> Iterator[Op]:
-        """Yield the undo operations of these; not for a sysctl that others still need."""
-        others = [op for name, row in self.records.items() if name not in names for op in row.undo]
-        for name in names:
-            for op in self.records[name].undo:
-                if op[3] != 'sysctl' or op not in others:
-                    yield Op(*op)
-
-    def _namespaces(self, names: Sequence[str]) -> Iterator[Op]:
-        for name in names:
-            row = self.records[name]
-            inode = _namespace_inode(row.facts['space']) if row.kind == 'namespace' else 0
-            if inode and row.facts['inode'] in (0, inode):
-                yield Op(f'delete {name}', f'netns del {row.facts["space"]}')
-
-
-def _namespace_inode(name: str) -> int:
-    """Return what tells a namespace from a later one of the same name; 0 when there is none."""
-    with contextlib.suppress(OSError):
-        return os.stat(os.path.join(NETNS_DIR, name)).st_ino
-    return 0
-
-
-def stands(name: str, row: Record, links: Mapping[str, Link]) -> bool:
-    """Tell whether what a Record stands for is there."""
-    if row.kind == 'namespace':
-        return _namespace_inode(row.facts['space']) == int(row.facts['inode'])
-    space = row.facts.get('namespace', '')
-    return name in links and links[name].ours() and (not space or _namespace_inode(space) > 0)
-
-
-class Site:
-    """Something under construction. Use it as a context: an exception in it, Ctrl-C included,
-    removes all that was claimed, and undoes what was done."""
-
-    def __init__(self) -> None:
-        self.ledger = Ledger()
-        self.links: dict[str, Link] = {}
-        self.routes: list[Route] = []
-        self.claimed: list[str] = []
-        self.group = 0
-        self.macs: set[str] = set()
-        self.taps: list[int] = []           # descriptors of taps that vanish with this process
-
-    def __enter__(self) -> Site:
-        self.ledger.__enter__()
-        try:
-            self._look()
-            self.group = self.ledger.new_group(self.links)
-        except BaseException:
-            self.ledger.__exit__()
-            raise
-        return self
-
-    def _look(self) -> None:
-        self.links, self.routes = look()
-        self.macs = {link.mac for link in self.links.values()} | {
-            row.facts['mac'] for row in self.ledger.records.values() if 'mac' in row.facts}
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind:
-                self.ledger.remove(self.claimed)
-            elif self.claimed:
-                for name in self.claimed:
-                    self.ledger.records[name].stage = 'ready'
-                self.ledger.save()
-        finally:
-            for tap in self.taps:
-                os.close(tap)
-            self.ledger.__exit__()
-
-    def standing(self, name: str, kind: str, **facts: Any) -> bool:
-        """Tell whether this very thing stands already; what is left of a broken one is removed."""
-        row = self.ledger.records.get(name)
-        if row is None:
-            return False
-        if row.stage != 'ready' or not stands(name, row, self.links):
-            self.ledger.remove([name])
-            self._look()
-            return False
-        other = {key: row.facts.get(key) for key, value in facts.items()
-                 if value and row.facts.get(key) != value}
-        if row.kind != kind or other:
+    def claim(self, name: str, kind: str, parents: Sequence[str] = (), **facts: Any
+              ) -> Record | None:
+        """Reserve a name for what shall be made; None when it stands already. Raises NameTaken."""
+        row = self.standing(name)
+        if row:
+            other = {key: row.facts.get(key) for key, value in facts.items()
+                     if value and row.facts.get(key) != value}
+            if row.kind == kind and not other:
+                return None
             had = ', '.join(f'{key} {value}' for key, value in other.items())
             raise NameTaken(f'{name}: exists already, as a {row.kind}{had and " with " + had}',
                             'choose another name, or delete() it first')
-        return True
-
-    def claim(self, name: str, kind: str, parents: Sequence[str] = (), **facts: Any) -> Record:
-        """Reserve a name for what run() will make; NameTaken when something has it."""
-        if kind != 'namespace':
-            holder = next((link for link in self.links.values() if name in link.names), None)
-            if holder or name in self.ledger.records:
-                what = f'a {holder.kind or "network"} interface' if holder else 'a thing'
-                raise NameTaken(f'{name}: {what} of that name exists that is not ours to use',
-                                f'choose another name; see ip -d link show dev {name}')
-        row = Record(kind, self.group, 'creating', os.getpid(), _started(os.getpid()),
-                     list(parents), [], facts)
-        self.ledger.records[name] = row
+        holder = next((link for link in self.links.values() if name in link.names), None)
+        if holder:
+            raise NameTaken(f'{name}: a {holder.kind or "network"} interface of that name exists '
+                            'that is not ours to use',
+                            f'choose another name; see ip -d link show dev {name}')
+        row = Record(kind, self.group, 'creating', *self.maker, list(parents), [], facts)
+        self.records[name] = row
         self.claimed.append(name)
+        self.taken.add(name)
         return row
 
-    def free(self, pattern: str) -> str:
-        """Return `pattern` with the lowest number for its {} that gives a free name."""
-        taken = {name for link in self.links.values() for name in link.names}
-        return next(name for name in map(pattern.format, itertools.count())
-                    if fit(name) not in taken and fit(name) not in self.ledger.records)
+    def free(self, stem: str) -> str:
+        """Return `stem` with the lowest number that makes it a free name."""
+        return next(name for name in (f'{stem}{number}' for number in itertools.count())
+                    if fit(name) not in self.taken)
 
     def mac(self, prefix: str, name: str, wanted: str = '') -> str:
         """Return the MAC for a name: always the same on this host, and never one that is known."""
-        if wanted:
-            if valid_mac(wanted) in self.macs:
-                raise NameTaken(f'{name}: another interface has the MAC {wanted}', 'choose another')
-            self.macs.add(wanted.lower())
-            return wanted.lower()
-        host = os.uname().nodename
-        with contextlib.suppress(OSError):
-            host = Path('/etc/machine-id').read_text()
-        digests = (hashlib.sha256(f'{host}/{name}/{attempt}'.encode()).hexdigest()
+        digests = (hashlib.sha256(f'{self.host}/{name}/{attempt}'.encode()).hexdigest()
                    for attempt in itertools.count())
-        mac = next(mac for mac in (':'.join([prefix, *re.findall('..', digest)])[:17]
-                                   for digest in digests) if mac not in self.macs)
-        self.macs.add(mac)
+        derived = (':'.join([prefix, *re.findall('..', digest)])[:17] for digest in digests)
+        mac = valid_mac(wanted) if wanted else next(one for one in derived if one not in self.taken)
+        if mac in self.taken:
+            raise NameTaken(f'{name}: another interface has the MAC {wanted}', 'choose another')
+        self.taken.add(mac)
         return mac
 
-    def namespace(self, name: str, automatic: bool = True) -> list[Op]:
-        """Return what makes a namespace, nothing if there is one of that name."""
-        key = f'netns/{valid_namespace(name)}'
-        if key in self.claimed or self.standing(key, 'namespace', space=name):
-            return []
+    def namespace(self, name: str, automatic: bool = True) -> list[str]:
+        """Plan a namespace, unless there is one; return what it is called here, if it is ours."""
+        key = f'netns/{valid_name(name, "namespace")}'
+        if key in self.claimed or self.standing(key):
+            return [key]
         if _namespace_inode(name):
             if automatic:
                 return []
             raise NameTaken(f'namespace {name}: exists and is not ours', 'choose another name')
         self.claim(key, 'namespace', space=name, inode=0, automatic=automatic)
-        return [Op(f'create namespace {name}', f'netns add {name}')]
+        self.ops.append(Op(f'create namespace {name}', f'netns add {name}'))
+        return [key]
 
-    def run(self, ops: Sequence[Op], after: Sequence[Op] = ()) -> None:
-        """Write down what is claimed, carry out `ops`, mark what they made, then do `after`.
+    def link(self, name: str) -> Link:
+        """Return what there is to know of an interface, or raise NoInterface."""
+        if name not in self.links:
+            raise _no_interface(name, self.links)
+        return self.links[name]
 
-        One batch for the host, one for each namespace. In namespaces all is brought up, and
-        nothing of ours speaks IPv6 on its own.
-        """
-        self.ledger.save()
-        mark = f'link set group {self.group} alias {_alias(self.group)} addrgenmode none'
-        inside = sorted({op.namespace for op in ops} - {''})
-        outside = [op for op in ops if not op.namespace]
-        for op in [op for op in outside if op.tool == 'tap']:
-            self.taps.append(tap_open(op.line))
-        todo = [op for op in outside if op.tool != 'tap']
-        if any(op.line.startswith(('link add', 'link set')) for op in todo):
-            todo.append(Op('mark what was made', mark))
-        for namespace in inside:
-            todo += [op for op in ops if op.namespace == namespace]
-            todo.append(Op('mark what was made', f'{mark} up', namespace))
-        carry_out([*todo, *after], keep=[self.ledger.lock])
-        for tap in self.taps:
-            fcntl.ioctl(tap, TUNSETPERSIST, 1)
-        for name in self.claimed:
-            row = self.ledger.records[name]
-            if row.kind == 'namespace':
-                row.facts['inode'] = _namespace_inode(row.facts['space'])
+    def between(self, one: str, other: str) -> list[str]:
+        """Return what connects two switches, or two nics: a nic, or a cable."""
+        return [name for name, row in self.records.items() if set(row.parents) == {one, other}]
 
-    def take_over(self, device: str, master: str, owner: Record) -> list[Op]:
-        """Return what makes `device` a port of `master` and moves its addresses and routes there;
-        the way back is noted with `owner`."""
-        link = self.links[device]
-        routes_ = sorted((route for route in self.routes if route.device == device
-                          and route.protocol != 'kernel'), key=lambda route: bool(route.gateway))
-        up = 'up' if 'UP' in link.flags else 'down'
-        back = [f'address flush dev {master}', f'link set dev {device} nomaster',
-                f'link set dev {device} {up}',      # a bond leaves it down
-                *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
-                *(f'route replace {route.line(device)}' for route in routes_)]
-        owner.undo += [list(Op(f'give {device} back', line)) for line in back]
-        # A bond takes only interfaces that are down, and brings them up itself.
-        bond = owner.kind == 'bond'
-        forth = [f'address flush dev {device}', f'link set dev {device} down' if bond else '',
-                 f'link set dev {device} master {master}{"" if bond else " up"}',
-                 *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
-                 *(f'route replace {route.line(master)}' for route in routes_)]
-        return [Op(f'make {device} a port of {master}', line) for line in forth if line]
-
-    def check_port(self, device: str, master: str, force: bool = False) -> Link:
+    def port(self, device: str, master: str, force: bool = False) -> Link:
         """Return the Link of what shall become a port of `master`, or say why it can't."""
-        link = self.links.get(device)
-        if link is None:
-            raise _no_interface(device, self.links)
+        link = self.link(device)
         if link.master not in ('', master):
             raise InUse(f'{device}: is already a port of {link.master}',
                         f'disconnect it there first: ip link set dev {device} nomaster')
@@ -2667,223 +3086,135 @@ class Site:
                         'force=True')
         return link
 
+    def attach(self, device: str, bridge: str, force: bool = False) -> None:
+        """Plan to make an interface a port of a bridge, unless it is; InUse says why it can't."""
+        bridges = [one.name for one in self.links.values() if one.kind == 'bridge']
+        if bridge not in bridges:
+            raise _no_interface(bridge, bridges)
+        link = self.port(device, bridge, force)
+        if link.master == bridge:
+            return
+        address = next((one for one in link.addresses if not one.startswith('fe80:')), '')
+        if address and not force:
+            raise InUse(f'{device}: has the address {address}, which stops working on a switch',
+                        f'use Router({device!r}), which moves and gives back addresses and routes, '
+                        'or say force=True')
+        if link.peer in self.links and self.links[link.peer].master:
+            self.no_loop(self.links[link.peer].master, bridge)
+        self.then(f'connect {device} to {bridge}', f'link set dev {device} master {bridge} up')
 
-def tap_open(name: str) -> int:
-    """Open the tap `name`, made if there is none; return its descriptor (TUNSETIFF)."""
-    try:
-        tap = os.open('/dev/net/tun', os.O_RDWR | os.O_CLOEXEC)
-    except OSError as problem:
-        raise Lacking(f'tap {name}: /dev/net/tun: {problem.strerror}',
-                      'kernel lacks tun (modprobe tun), or needs root or CAP_NET_ADMIN') from None
-    try:
-        fcntl.ioctl(tap, TUNSETIFF, struct.pack('16sH22x', name.encode(), TAP_FLAGS))
-    except OSError as problem:
-        os.close(tap)
-        if problem.errno == errno.EPERM:
-            raise Lacking(f'tap {name}: {problem.strerror}',
-                          'needs root or CAP_NET_ADMIN') from None
-        raise InUse(f'tap {name}: {problem.strerror}',
-                    'another program, perhaps a machine, has it open') from None
-    return tap
+    def no_loop(self, one: str, other: str) -> None:
+        """Raise InUse when two bridges are connected: frames would go round a loop for ever."""
+        pairs = [(link.master, self.links[link.peer].master) for link in self.links.values()
+                 if link.master and link.peer in self.links]
+        if other in closure([one], lambda found: (there for here, there in pairs
+                                                  if here in found and there)):
+            raise InUse(f'{one} and {other}: are connected already; a second way would be a loop',
+                        'disconnect the first way')
 
+    def hand_over(self, device: str, master: str, owner: Record) -> None:
+        """Plan to make `device` a port of `master`, with its addresses and routes; and back."""
+        link = self.links[device]
+        moved = sorted((route for route in self.routes if route.device == device
+                        and route.protocol != 'kernel'), key=lambda route: bool(route.gateway))
+        # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
+        bond = owner.kind == 'bond'
+        owner.back(f'give {device} back', f'address flush dev {master}',
+                   f'link set dev {device} nomaster', f'link set dev {device} {link.admin}',
+                   *(f'address replace {line} dev {device}' for line in link.address_lines(True)),
+                   *(f'route replace {route.line(device)}' for route in moved))
+        self.then(f'make {device} a port of {master}', f'address flush dev {device}',
+                  *([f'link set dev {device} down'] if bond else []),
+                  f'link set dev {device} master {master}{"" if bond else " up"}',
+                  *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
+                  *(f'route replace {route.line(master)}' for route in moved))
 
-# --- what is there ---
+    def make(self) -> None:
+        """Write down what is claimed, make and mark it, and do the rest that was planned.
 
-class Interface:
-    """A network interface of the host, or of a namespace; what it says is read when asked for.
+        One batch for the host, one for each namespace. In namespaces all is brought up, and
+        nothing of ours speaks IPv6 on its own.
+        """
+        if self.claimed:
+            self.save()
+        mark = f'link set group {self.group} alias {_alias(self.group)} addrgenmode none'
+        todo = []
+        for space in sorted({op.namespace for op in self.ops}):
+            todo += [op for op in self.ops if op.namespace == space]
+            todo.append(Op('mark what was made', f'{mark} up' if space else mark, space))
+        carry_out(todo + self.after, keep=[self.lock])
+        for tap in self.taps:
+            fcntl.ioctl(tap, TUNSETPERSIST, 1)
+        for problem in carry_out(self.tries, True, [self.lock]):
+            log.warning('%s', words(problem))
+        for row in map(self.records.__getitem__, self.claimed):
+            row.stage = 'ready'
+            if row.kind == 'namespace':
+                row.facts['inode'] = _namespace_inode(row.facts['space'])
+        if self.claimed:
+            self.save()
 
-    All of its properties raise NoInterface when it is gone.
-    """
+    def family(self, names: Iterable[str]) -> list[str]:
+        """Return these names, their children, and namespaces that were made for what goes."""
+        def follow(gone: set[str]) -> Iterator[str]:
+            needed = {parent for name, row in self.records.items() if name not in gone
+                      for parent in row.parents}
+            for name, row in self.records.items():
+                if gone & set(row.parents) or (row.facts.get('automatic') and name not in needed):
+                    yield name
+        gone = closure(self.records.keys() & set(names), follow)
+        return [name for name in self.records if name in gone]
 
-    def __init__(self, name: str, namespace: str = '', seen: Sight | None = None) -> None:
-        self.name, self.namespace = name, namespace
-        self._where = namespace             # a nic's port is not in its namespace
-        self._seen = seen                   # from interfaces.values(): counts for a moment
+    def owns(self, name: str) -> bool:
+        """Tell whether the interface of that name is what its Record stands for."""
+        row, link = self.records[name], self.links.get(name)
+        return link is not None and (
+            link.ours() or (row.stage != 'ready' and link.group == str(row.group)))
 
-    def __repr__(self) -> str:
-        return f'<{type(self).__name__} {self.name}>'
+    def stands(self, name: str) -> bool:
+        """Tell whether what a Record stands for is there."""
+        row = self.records[name]
+        if row.kind == 'namespace':
+            return _namespace_inode(row.facts['space']) == int(row.facts['inode'])
+        if row.kind == 'cable':
+            return self.links.keys() >= set(row.parents)
+        space = row.facts.get('namespace')
+        return name in self.links and self.links[name].ours() and (
+            not space or _namespace_inode(space) > 0)
 
-    def _look(self) -> Sight:
-        if self._seen and time.monotonic() - self._seen.at < SEEN_TIMEOUT:
-            return self._seen
-        return Sight(*look(self._where), time.monotonic())
+    def remove(self, names: Iterable[str]) -> None:
+        """Undo and remove what was made under these names; interfaces first, in one go.
 
-    def link(self) -> Link:
-        """Return all that `ip -details address` says of it."""
-        links = self._look().links
-        if self.name not in links:
-            raise _no_interface(self.name, links, self._where)
-        return links[self.name]
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is an interface of this name."""
-        return self.name in self._look().links
-
-    @property
-    def mac(self) -> str:
-        """Its MAC."""
-        return self.link().mac
-
-    @property
-    def state(self) -> str:
-        """What the kernel says of its link: up, down, lowerlayerdown, unknown, ..."""
-        return self.link().state
-
-    @property
-    def kind(self) -> str:
-        """bridge, veth, bond, tun, ...; '' for hardware and loopback."""
-        return self.link().kind
-
-    @property
-    def master(self) -> str:
-        """The name of the bridge or bond it is a port of, or ''."""
-        return self.link().master
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Its IPv4 and IPv6 addresses with their prefixes, link-local ones last."""
-        return self.link().addresses
-
-    @property
-    def ip(self) -> str:
-        """Its first address, without prefix; '' if it has none."""
-        return next(iter(self.addresses), '').partition('/')[0]
-
-    @property
-    def routes(self) -> list[Route]:
-        """The routes that go out here."""
-        return [route for route in self._look().routes if route.device == self.name]
-
-    @property
-    def gateway(self) -> str:
-        """The gateway of the default route that goes out here, or ''."""
-        return next((route.gateway for route in self.routes if route.to == 'default'), '')
-
-    @property
-    def mtu(self) -> int:
-        """Its MTU in bytes; assign to it to change it (ip link set mtu)."""
-        return self.link().mtu
-
-    @mtu.setter
-    def mtu(self, size: int) -> None:
-        self._change(f'give {self.name} an MTU of {size}', f'mtu {int(size)}')
-
-    def up(self) -> None:
-        """Bring it up (ip link set up)."""
-        self._change(f'bring up {self.name}', 'up')
-
-    def down(self) -> None:
-        """Bring it down (ip link set down)."""
-        self._change(f'bring down {self.name}', 'down')
-
-    def add_address(self, address: str) -> None:
-        """Add an address such as 192.0.2.1/24; there already is fine (ip address replace)."""
-        self._run(Op(f'add {address} to {self.name}',
-                     f'address replace {valid_address(address)} dev {self._checked()}'))
-
-    def remove_address(self, address: str) -> None:
-        """Remove an address, written with its prefix; not there is fine (ip address del)."""
-        if valid_address(address) in self.addresses:
-            self._run(Op(f'remove {address} from {self.name}',
-                         f'address del {valid_address(address)} dev {self._checked()}'))
-
-    def rename(self, name: str) -> None:
-        """Give it another name; it is taken down for that, if it is up (ip link set name)."""
-        self._not_ours('renamed')
-        was = 'up' if 'UP' in self.link().flags else 'down'
-        if name in Interface('', self.namespace)._look().links:
-            raise NameTaken(f'{name}: an interface of that name exists', 'choose another name')
-        for words_ in ('down', f'name {valid_name(name)}'):
-            self._change(f'rename {self.name} to {name}', words_)
-        self.name = name
-        self._change(f'bring up {name}', was)
-
-    def move(self, namespace: str) -> None:
-        """Move it to another namespace, where it is down and without addresses (ip link set
-        netns); hardware comes back when that namespace goes."""
-        self._not_ours('moved')
-        self._change(f'move {self.name} to {namespace}', f'netns {valid_namespace(namespace)}')
-        self.namespace = self._where = namespace
-
-    def _not_ours(self, what: str) -> None:
-        if self.link().ours():
-            raise InUse(f'{self.name}: made by this program and can\'t be {what}',
-                        'delete() it and make another')
-
-    def _checked(self) -> str:
-        self.link()
-        return self.name
-
-    def _change(self, what: str, words_: str) -> None:
-        self._run(Op(what, f'link set dev {self._checked()} {words_}'))
-
-    def _run(self, *ops: Op) -> None:
-        self._seen = None
-        carry_out(op._replace(namespace=op.namespace or self._where) for op in ops)
-
-
-class Sight(NamedTuple):
-    """What one look() saw, and when (time.monotonic())."""
-
-    links: dict[str, Link]
-    routes: list[Route]
-    at: float
-
-
-class Interfaces(Mapping[str, Interface]):
-    """The interfaces of the host, or of a namespace, by name; each use looks anew.
-
-    values() and items() look once for all: what those Interfaces say stays as it was for
-    SEEN_TIMEOUT seconds. Raises NoInterface (a KeyError) for a name that is not there.
-    """
-
-    def __init__(self, namespace: str = '') -> None:
-        self.namespace = namespace
-
-    def __getitem__(self, name: str) -> Interface:
-        links = look(self.namespace)[0]
-        if name not in links:
-            raise _no_interface(name, links, self.namespace)
-        return Interface(name, self.namespace)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(look(self.namespace)[0])
-
-    def __len__(self) -> int:
-        return len(look(self.namespace)[0])
-
-    def _all(self) -> dict[str, Interface]:
-        sight = Sight(*look(self.namespace), time.monotonic())
-        return {name: Interface(name, self.namespace, sight) for name in sight.links}
-
-    def values(self) -> ValuesView[Interface]:
-        """Return all, seen at once."""
-        return self._all().values()
-
-    def items(self) -> ItemsView[str, Interface]:
-        """Return names and interfaces, seen at once."""
-        return self._all().items()
-
-
-class Routes(Sequence[Route]):
-    """All routes of the host, or of a namespace, IPv4 and IPv6; each use looks anew."""
-
-    def __init__(self, namespace: str = '') -> None:
-        self.namespace = namespace
-
-    def __iter__(self) -> Iterator[Route]:
-        return iter(look(self.namespace)[1])
-
-    def __getitem__(self, index: Any) -> Any:
-        return look(self.namespace)[1][index]
-
-    def __len__(self) -> int:
-        return len(look(self.namespace)[1])
-
-
-interfaces = Interfaces()
-routes = Routes()
+        Deleting one by one takes 22 ms each, a group of any size 30 ms. What can't be undone is
+        logged; what can't be removed raises, and stays in the Ledger.
+        """
+        going = {name: self.records[name] for name in self.family(names)}
+        if not going:
+            return
+        # Of what was not finished, not all that is undone was done.
+        ready = all(row.stage == 'ready' for row in going.values())
+        doomed = [name for name in going if self.owns(name)]
+        needed = [op for name, row in self.records.items() if name not in going for op in row.undo]
+        for row in going.values():
+            row.stage = 'deleting'
+        self.save()
+        undo = [op for row in going.values() for op in row.undo
+                if op.tool != 'sysctl' or op not in needed]
+        for problem in carry_out(undo, True, [self.lock]):
+            log.log(logging.WARNING if ready else logging.DEBUG, '%s', words(problem))
+        mark = f'group {self.group} alias {_alias(self.group)}'
+        removal = [Op(f'mark {name}', f'link set dev {name} {mark}') for name in doomed]
+        if doomed:
+            removal.append(Op(f'delete {", ".join(doomed)}', f'link delete group {self.group}'))
+        spaces = {row.facts['space']: row.facts['inode'] for row in going.values()
+                  if row.kind == 'namespace'}
+        removal += [Op(f'delete namespace {space}', f'netns del {space}')
+                    for space, inode in spaces.items()
+                    if _namespace_inode(space) and inode in (0, _namespace_inode(space))]
+        carry_out(removal, keep=[self.lock])
+        for name in going:
+            del self.records[name]
+        self.save()
 
 
 # --- what can be made ---
@@ -2896,13 +3227,6 @@ class Made(Interface):
 
     Making it twice gives the same thing. As a context it is deleted at the end of that.
     """
-
-    def record(self) -> Record:
-        """Return what the Ledger says of it."""
-        row = Ledger().load().get(self.name)
-        if row is None:
-            raise NoInterface(f'{self.name}: is not one of ours any more', 'make it again')
-        return row
 
     def delete(self) -> None:
         """Remove it, give back what it took, and remove what hangs on it; twice is fine."""
@@ -2917,7 +3241,7 @@ class Made(Interface):
 
 def delete_all(things: Iterable[Made]) -> None:
     """Delete many things at once: as quick as one, where one by one takes 22 ms each."""
-    with Ledger() as ledger:
+    with Ledger.locked() as ledger:
         ledger.remove([thing.name for thing in things])
 
 
@@ -2928,17 +3252,15 @@ class Namespace(Made):
     delete(), which removes the nics in it first.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f'netns/{valid_namespace(name)}', name)
-        with Site() as site:
-            site.run(site.namespace(name, automatic=False))
-            site.ledger.records[self.name].facts['automatic'] = False
-            site.ledger.save()
+    interfaces: Interfaces = reads('The interfaces in it.', lambda self:
+                                   Interfaces(self.namespace))
 
-    @property
-    def interfaces(self) -> Interfaces:
-        """The interfaces in it."""
-        return Interfaces(self.namespace)
+    def __init__(self, name: str) -> None:
+        super().__init__(f'netns/{valid_name(name, "namespace")}', name)
+        with Ledger.locked() as ledger:
+            ledger.namespace(name, automatic=False)
+            ledger.records[self.name].facts['automatic'] = False
+            ledger.save()
 
 
 class Switch(Made):
@@ -2949,29 +3271,29 @@ class Switch(Made):
     """
 
     def __init__(self, name: str = '') -> None:
-        with Site() as site:
-            name = valid_name(name) if name else site.free('switch{}')
-            super().__init__(name)
-            if not site.standing(name, 'switch'):
-                row = site.claim(name, 'switch')
+        with Ledger.locked() as ledger:
+            super().__init__(valid_name(name) if name else ledger.free('switch'))
+            row = ledger.claim(self.name, 'switch')
+            if row:
+                self._plan(ledger, row, ledger.mac(HOST_MACS['switch'], self.name))
                 # Else the bridge would answer ARP for all addresses of the host.
-                quiet = Op('keep quiet', f'net/ipv4/conf/{name}/arp_ignore=1', '', 'sysctl')
-                row.undo += map(list, bypass(name, '-D'))
-                site.run([self._bridge(site, site.mac(HOST_MACS['switch'], name))],
-                         [quiet, Op(f'bring up {name}', f'link set dev {name} up')])
-                for problem in carry_out(bypass(name, '-I'), force=True):
-                    log.warning('%s', words(problem))
+                ledger.then('keep quiet', f'net/ipv4/conf/{self.name}/arp_ignore=1', tool='sysctl')
+                ledger.then(f'bring up {self.name}', f'link set dev {self.name} up')
 
-    def _bridge(self, site: Site, mac: str) -> Op:
-        return Op(f'create bridge {self.name}', f'link add name {self.name} address {mac} group '
-                  f'{site.group} {SWITCH_OPTIONS}')
+    def _plan(self, ledger: Ledger, row: Record, mac: str, bypassed: bool = True) -> None:
+        """Plan the bridge, with rules for the host's firewall if frames shall bypass it."""
+        ledger.ops.append(Op(f'create bridge {self.name}', f'link add name {self.name} address '
+                             f'{mac} group {ledger.group} {SWITCH_OPTIONS}'))
+        if bypassed:
+            ledger.tries, undo = bypass(self.name)
+            row.undo += undo
 
     @property
     def ports(self) -> Mapping[str, Interface]:
         """Its ports by the names of their interfaces."""
         records = Ledger().load()
-        return {link.name: VirtualNic.known(link.name) if link.name in records else
-                Interface(link.name) for link in look()[0].values() if link.master == self.name}
+        return {link.name: VirtualNic.known(link.name, records) if link.name in records else
+                Interface(link.name) for link in look().links.values() if link.master == self.name}
 
     def connect(self, thing: Interface | str, *, force: bool = False) -> None:
         """Connect a VirtualNic, an Interface, another Switch or a Router; again is fine.
@@ -2980,123 +3302,131 @@ class Switch(Made):
         for an interface that has addresses, as they stop working there, or the default route
         (`force` takes it nevertheless), and for a join that would make a loop.
         """
-        if isinstance(thing, Router) and not isinstance(self, Router):
+        if isinstance(thing, VirtualNic) or (
+                isinstance(thing, Router) and not isinstance(self, Router)):
             thing.connect(self)
-        elif isinstance(thing, Switch):
-            self._join(thing)
-        elif isinstance(thing, VirtualNic):
-            thing.connect(self)
-        else:
-            name = thing.name if isinstance(thing, Interface) else thing
-            with Site() as site:
-                link = site.check_port(name, self.name, force)
-                if link.addresses and not force and link.master != self.name and any(
-                        not address.startswith('fe80:') for address in link.addresses):
-                    raise InUse(f'{name}: has the address {link.addresses[0]}, which stops working '
-                                'on a switch', f'use Router({name!r}), which moves and gives back '
-                                'addresses and routes, or say force=True')
-                attach(site, name, self.name)
+            return
+        with Ledger.locked() as ledger:
+            if not isinstance(thing, Switch):
+                ledger.attach(_name(thing), self.name, force)
+            elif not ledger.between(self.name, thing.name):
+                ledger.no_loop(self.name, thing.name)
+                plan_nic(ledger, ledger.free(f'{self.name}-{thing.name}'), 'pair',
+                         master=self.name, inner=thing.name, parents=[self.name, thing.name])
 
     def disconnect(self, thing: Interface | str) -> None:
         """Undo connect(); what is not connected is left alone."""
-        if isinstance(thing, Switch):
-            delete_all(VirtualNic.known(name) for name, row in Ledger().load().items() if row.facts
-                       .get('role') == 'join' and {self.name, thing.name} == set(row.parents))
-        for port in thing.ports.values() if isinstance(thing, Router) else [thing]:
-            name = port.name if isinstance(port, Interface) else port
-            link = look()[0].get(name)
-            if link and link.master == self.name:
-                carry_out([Op(f'disconnect {name}', f'link set dev {name} nomaster down')])
-
-    def _join(self, other: Switch) -> None:
-        with Site() as site:
-            for row in site.ledger.records.values():
-                if row.facts.get('role') == 'join' and {self.name, other.name} == set(row.parents):
-                    return
-            check_loop(site.links, self.name, other.name)
-            nic = site.free(f'{self.name}-{other.name}' + '{}')
-            ops = nic_ops(site, nic, 'pair', master=self.name, role='join',
-                          parents=[self.name, other.name])
-            sink = site.ledger.records[fit(nic)].facts['sink']
-            site.run(ops, [Op(f'join {self.name} and {other.name}',
-                              f'link set dev {sink} master {other.name} up')])
+        names = [port.name for port in thing.ports.values()] if isinstance(thing, Router) else \
+            [_name(thing)]
+        with Ledger.locked() as ledger:
+            if isinstance(thing, Switch):
+                ledger.remove(ledger.between(self.name, thing.name))
+            for name in names:
+                if name in ledger.links and ledger.links[name].master == self.name:
+                    ledger.then(f'disconnect {name}', f'link set dev {name} nomaster down')
 
 
-def bypass(bridge: str, verb: str) -> Iterator[Op]:
-    """Yield what inserts (verb -I) or deletes (-D) the rules that keep the host's firewall from
-    frames that only cross a bridge.
+def filtered(program: str) -> bool:
+    """Tell whether iptables or ip6tables sees frames that only cross a bridge."""
+    with contextlib.suppress(OSError):
+        return Path(f'/proc/sys/net/bridge/bridge-nf-call-{program}').read_text() == '1\n'
+    return False
+
+
+def firewall(what: str, rules: Sequence[tuple[str, str]]) -> tuple[list[Op], list[Op]]:
+    """Return what makes rules of (iptables or ip6tables, rule), and what deletes them."""
+    return ([Op(what, f'-w {rule}', tool=program) for program, rule in rules],
+            [Op(f'no longer {what}', '-w ' + re.sub('-[AI] ', '-D ', rule), tool=program)
+             for program, rule in rules])
+
+
+def bypass(bridge: str) -> tuple[list[Op], list[Op]]:
+    """Return what keeps the host's firewall from frames that only cross a bridge, and the way back.
 
     With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
     counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop the
     frames, and what is known from the bridge would not be masqueraded any more.
     """
-    for program in ('iptables', 'ip6tables'):
-        with contextlib.suppress(OSError):
-            if Path(f'/proc/sys/net/bridge/bridge-nf-call-{program}').read_text() == '1\n' \
-                    and shutil.which(program):
-                for rule in (f'-t raw {verb} PREROUTING -i {bridge} -m addrtype ! --dst-type '
-                             'LOCAL -j CT --notrack',
-                             f'{verb} FORWARD -i {bridge} -o {bridge} -j ACCEPT'):
-                    yield Op(f'let frames pass {bridge}', f'-w {rule}', '', program)
+    return firewall(f'let frames pass {bridge}', [
+        (program, rule) for program in ('iptables', 'ip6tables')
+        if filtered(program) and shutil.which(program) for rule in (
+            f'-t raw -I PREROUTING -i {bridge} -m addrtype ! --dst-type LOCAL -j CT --notrack',
+            f'-I FORWARD -i {bridge} -o {bridge} -j ACCEPT')])
 
 
-def check_loop(links: Mapping[str, Link], one: str, other: str) -> None:
-    """Raise InUse when the bridges `one` and `other` are connected already: switches without a
-    spanning tree send frames round a loop for ever."""
-    pairs = [(link.master, links[link.peer].master) for link in links.values()
-             if link.kind == 'veth' and link.peer in links and link.master]
-    reached = {one}
-    while True:
-        more = {there for here, there in pairs if here in reached and there} - reached
-        if not more:
-            break
-        reached |= more
-    if other in reached:
-        raise InUse(f'{one} and {other}: are connected already; a second way would be a loop',
-                    'disconnect the first way')
+def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]]:
+    """Return what lets `subnet` out through `trunk`, masqueraded, and only answers in; and what
+    takes that back. iptables comes first, because its FORWARD chain is where others drop."""
+    what = f'masquerade {subnet}'
+    if shutil.which('iptables'):
+        return firewall(what, [('iptables', rule) for rule in (
+            f'-t nat -A POSTROUTING -s {subnet} ! -d {subnet} -o {trunk} -j MASQUERADE',
+            f'-I FORWARD -o {bridge} ! -i {bridge} -j DROP',
+            f'-I FORWARD -i {trunk} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED '
+            '-j ACCEPT',
+            f'-I FORWARD -i {bridge} -o {trunk} -s {subnet} -j ACCEPT')])
+    if not shutil.which('nft'):
+        raise Lacking(f'can\'t {what}: there is neither iptables nor nft', 'install nftables')
+    table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
+    return ([Op(what, rule, tool='nft') for rule in (      # nft 0.9 takes "out" for its own word
+        f'add table {table}',
+        f'add chain {table} vm_out {{ type nat hook postrouting priority 100\\; }}',
+        f'add rule {table} vm_out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} '
+        'masquerade',
+        f'add chain {table} vm_in {{ type filter hook forward priority 0\\; }}',
+        f'add rule {table} vm_in iifname {trunk} oifname {bridge} ct state '
+        'established,related accept',
+        f'add rule {table} vm_in iifname != {bridge} oifname {bridge} drop')],
+        [Op(f'no longer {what}', f'delete table {table}', tool='nft')])
 
 
-def attach(site: Site, name: str, bridge: str) -> None:
-    """Make an interface a port of a bridge, unless it is; InUse for a loop."""
-    if bridge not in site.links or site.links[bridge].kind != 'bridge':
-        raise _no_interface(bridge, (link.name for link in site.links.values()
-                                     if link.kind == 'bridge'))
-    link = site.check_port(name, bridge, force=True)
-    if link.master == bridge:
-        return
-    if link.kind == 'veth' and link.peer in site.links and site.links[link.peer].master:
-        check_loop(site.links, site.links[link.peer].master, bridge)
-    carry_out([Op(f'connect {name} to {bridge}', f'link set dev {name} master {bridge} up')])
+def plan_nic(ledger: Ledger, long: str, shape: str, sink: str = '', namespace: str = '',
+             mac: str = '', master: str = '', inner: str = '', parents: Sequence[str] = ()) -> str:
+    """Plan a nic, three operations at most, unless it stands; return the name of its port.
 
-
-def nic_ops(site: Site, long: str, shape: str, sink: str = '', namespace: str = '', mac: str = '',
-            master: str = '', role: str = '', parents: Sequence[str] = (), label: str = ''
-            ) -> list[Op]:
-    """Claim a nic, and return what makes it: three operations at most."""
-    name, tap, group = fit(valid_name(long, length=127)), fit(f'{long}-tap'), site.group
-    sink = valid_name(sink) if sink else fit(f'{long}-sink')
-    own = site.mac(HOST_MACS['tap' if shape == 'tap' else 'port'], name)
-    guest = site.mac(HOST_MACS['join'] if role else GUEST_MAC, long, mac)
+    The port becomes a port of the bridge `master`, the sink one of `inner`.
+    """
+    name, tap, group = fit(valid_name(long, 'nic')), fit(f'{long}-tap'), ledger.group
+    row = ledger.claim(name, 'nic', parents, shape=shape, sink=sink and valid_name(sink),
+                       namespace=namespace, mac=mac.lower())
+    if not row:
+        return name
+    if namespace:
+        row.parents += ledger.namespace(namespace)
+    sink = sink or fit(f'{long}-sink')
+    own = ledger.mac(HOST_MACS['tap' if shape == 'tap' else 'port'], name)
+    guest = ledger.mac(HOST_MACS['join'] if inner else GUEST_MAC, long, mac)
     index = next(index for index in iter(lambda: random.choice(TAP_INDEX), 0)
                  if not os.path.exists(f'/dev/tap{index}'))
-    if namespace and f'netns/{namespace}' in site.ledger.records:
-        parents = [*parents, f'netns/{namespace}']
-    site.claim(name, 'nic', parents, shape=shape, sink=sink, namespace=namespace, mac=guest,
-               tap=name if shape == 'tap' else tap, index=index, role=role, label=label)
+    row.facts.update(sink=sink, mac=guest, tap=name if shape == 'tap' else tap, index=index)
     plug = f'up master {master}' if master else ''
-    if shape == 'tap':
-        ops = [Op(f'create tap {name}', name, '', 'tap'), Op(
-            f'set up tap {name}', f'link set dev {name} group {group} address {own} {plug}')]
+    if shape == 'tap':      # which is gone with this process, until make() lets it stay
+        ledger.taps.append(tap_open(name))
+        ledger.ops.append(Op(f'set up tap {name}',
+                             f'link set dev {name} group {group} address {own} {plug}'))
     else:
-        ops = [Op(f'create port {name} and sink {sink}',
-                  f'link add name {name} address {own} group {group} {plug} type veth peer name '
-                  f'{sink} address {guest} group {group}' + (namespace and f' netns {namespace}'))]
+        ledger.ops.append(Op(
+            f'create port {name} and sink {sink}',
+            f'link add name {name} address {own} group {group} {plug} type veth peer name {sink} '
+            f'address {guest} group {group}' + (namespace and f' netns {namespace}')))
     if shape == 'macvtap':
-        ops.append(Op(f'create macvtap {tap}', f'link add link {sink} name {tap} index {index} '
-                      f'group {group} allmulticast on type macvtap mode passthru', namespace))
+        ledger.ops.append(Op(
+            f'create macvtap {tap}', f'link add link {sink} name {tap} index {index} group {group} '
+            'allmulticast on type macvtap mode passthru', namespace))
     if name != long:
-        ops.append(Op(f'call {name} {long}', f'link property add dev {name} altname {long}'))
-    return ops
+        ledger.ops.append(Op(f'call {name} {long}', f'link property add dev {name} altname {long}'))
+    if inner:
+        ledger.then(f'connect {sink} to {inner}', f'link set dev {sink} master {inner} up')
+    return name
+
+
+def tap_open(name: str) -> int:
+    """Open the tap `name`, made if there is none; return its descriptor (TUNSETIFF)."""
+    with opening(f'open tap {name}', '/dev/net/tun') as undo:
+        tap = os.open('/dev/net/tun', os.O_RDWR | os.O_CLOEXEC)
+        undo.callback(os.close, tap)
+        fcntl.ioctl(tap, TUNSETIFF, struct.pack('16sH22x', name.encode(), TAP_FLAGS))
+    return tap
 
 
 class VirtualNic(Made):
@@ -3109,36 +3439,35 @@ class VirtualNic(Made):
     Raises NameTaken, Lacking.
     """
 
+    mac: str = reads("The machine's MAC; the port has another one.", lambda self: self._mac)
+    far_end: Interface = reads('The sink, as an Interface; of a plain tap, the tap.', lambda self:
+                               Interface(self.sink or self.name, self.namespace))
+    peer: str = reads("The port of the nic it is directly connected to, or ''.", lambda self:
+                      plugged(Ledger().load(), self.name)[1])
+
     def __init__(self, ifname: str = '', sink: str = '', namespace: str = '',
                  mac: str = '') -> None:
-        shape = 'macvtap' if namespace else 'pair' if sink else 'tap'
-        with Site() as site:
-            long = valid_name(ifname) if ifname else site.free(self._pattern(namespace))
-            if not site.standing(fit(long), 'nic', shape=shape, namespace=namespace, sink=sink,
-                                 mac=mac.lower()):
-                made = site.namespace(namespace) if namespace else []
-                site.run(made + nic_ops(site, long, shape, sink, namespace, mac))
-            self._recall(fit(long), site.ledger.records[fit(long)])
+        with Ledger.locked() as ledger:
+            long = valid_name(ifname) if ifname else self._free(ledger, namespace)
+            name = plan_nic(ledger, long, 'macvtap' if namespace else 'pair' if sink else 'tap',
+                            sink, namespace, mac)
+        self._recall(name, ledger.records[name])
 
     @classmethod
     def create_many(cls, count: int, namespace: str = '', switch: Switch | None = None
                     ) -> list[VirtualNic]:
         """Make `count` nics with default names, in `namespace` or as plain taps, each a port of
         `switch` if there is one: in one `ip -batch` for the host and one for the namespace."""
-        with Site() as site:
-            ops = site.namespace(namespace) if namespace else []
-            before = len(site.claimed)
-            for _ in range(count):
-                ops += nic_ops(site, site.free(cls._pattern(namespace)),
-                               'macvtap' if namespace else 'tap', namespace=namespace,
-                               master=switch.name if switch else '')
-            site.run(ops)
-            return [cls.known(name, site.ledger) for name in site.claimed[before:]]
+        with Ledger.locked() as ledger:
+            names = [plan_nic(ledger, cls._free(ledger, namespace),
+                              'macvtap' if namespace else 'tap', namespace=namespace,
+                              master=switch.name if switch else '') for _ in range(count)]
+        return [cls.known(name, ledger.records) for name in names]
 
     @classmethod
-    def known(cls, name: str, ledger: Ledger | None = None) -> VirtualNic:
+    def known(cls, name: str, records: Mapping[str, Record] | None = None) -> VirtualNic:
         """Return the nic with the port `name`, that was made before; NoInterface if none was."""
-        row = (ledger.records if ledger else Ledger().load()).get(name)
+        row = (Ledger().load() if records is None else records).get(name)
         if row is None or row.kind != 'nic':
             raise NoInterface(f'{name}: is no VirtualNic', 'make it with VirtualNic()')
         nic = cls.__new__(cls)
@@ -3146,8 +3475,8 @@ class VirtualNic(Made):
         return nic
 
     @staticmethod
-    def _pattern(namespace: str) -> str:
-        return f'{valid_namespace(namespace) if namespace else "nic"}-p{{}}'
+    def _free(ledger: Ledger, namespace: str) -> str:
+        return ledger.free(f'{valid_name(namespace, "namespace") if namespace else "nic"}-p')
 
     def _recall(self, name: str, row: Record) -> None:
         super().__init__(name)
@@ -3158,31 +3487,9 @@ class VirtualNic(Made):
         self.index: int = row.facts['index']            # of the macvtap, and of its /dev/tapN
         self._mac: str = row.facts['mac']
 
-    @property
-    def mac(self) -> str:
-        """The machine's MAC; the port has another one."""
-        return self._mac
-
-    @property
-    def far_end(self) -> Interface:
-        """The sink, as an Interface; of a plain tap, the tap."""
-        return Interface(self.sink or self.name, self.namespace)
-
-    @property
-    def peer(self) -> str:
-        """The port of the nic it is directly connected to, or ''."""
-        return str(self.record().facts.get('peer', ''))
-
-    @property
-    def mtu(self) -> int:
-        """The MTU of port, sink and tap, in bytes; assign to it to change it."""
-        return self.link().mtu
-
-    @mtu.setter
-    def mtu(self, size: int) -> None:
-        ends = [(self.sink, self.namespace), (self.tap_interface, self.namespace), (self.name, '')]
-        self._run(*(Op(f'give {name} an MTU of {size}', f'link set dev {name} mtu {int(size)}',
-                       namespace) for name, namespace in ends if name))
+    def _parts(self) -> dict[str, str]:
+        return {name: space for name, space in ((self.sink, self.namespace), (
+            self.tap_interface, self.namespace), (self.name, '')) if name}
 
     def open(self) -> int:
         """Open the tap for a machine and return its descriptor, as for QEMU's `tap,fd=`; close it.
@@ -3195,7 +3502,6 @@ class VirtualNic(Made):
                                'make it with namespace=, or without sink=')
         if self.shape == 'tap':
             return tap_open(self.name)
-        path = f'/dev/tap{self.index}'
         # `ip netns exec` shows the namespace's own /sys.
         shown = run(['ip', 'netns', 'exec', self.namespace, 'cat',
                      f'/sys/class/net/{self.tap_interface}/tap{self.index}/dev'], IP_TIMEOUT,
@@ -3204,17 +3510,11 @@ class VirtualNic(Made):
             raise NoInterface(f'{self.tap_interface}: no such tap in {self.namespace}: '
                               + shown.stderr.decode(errors='replace').strip(),
                               'delete() the nic and make it again')
-        try:
+        path = f'/dev/tap{self.index}'
+        with opening(f'open {self.tap_interface}', path) as undo:
             tap = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as problem:
-            raise InUse(f'{path}: {problem.strerror}', 'another machine has it open'
-                        if problem.errno == errno.EBUSY else
-                        'needs root, and a /dev that is a devtmpfs') from None
-        try:
+            undo.callback(os.close, tap)
             self._check_tap(tap, path, shown.stdout.decode().strip())
-        except BaseException:
-            os.close(tap)
-            raise
         return tap
 
     def _check_tap(self, tap: int, path: str, wanted: str) -> None:
@@ -3235,62 +3535,40 @@ class VirtualNic(Made):
 
         Raises InUse when it is connected to something else.
         """
-        with Site() as site:
-            peer = self._row(site).facts.get('peer')
+        with Ledger.locked() as ledger:
             if isinstance(target, VirtualNic):
-                self._direct(site, target)
-            elif peer:
+                self._direct(ledger, target)
+                return
+            if ledger.link(self.name) and (peer := plugged(ledger.records, self.name)[1]):
                 raise InUse(f'{self.name}: is already connected to {peer}', 'disconnect() it first')
-            else:
-                attach(site, self.name, target.name if isinstance(target, Interface) else target)
+            ledger.attach(self.name, _name(target), force=True)
 
     def disconnect(self) -> None:
         """Pull it out of whatever it is connected to; the machine sees its cable unplugged."""
-        with Site() as site:
-            row = self._row(site)
-            peer = site.ledger.records.get(row.facts.get('peer', ''))
-            for each in (row, peer) if peer else ():
-                carry_out([Op(*op) for op in each.undo], force=True)
-                each.undo.clear()
-                del each.facts['peer']
-            site.ledger.save()
-            carry_out([Op(f'disconnect {self.name}', f'link set dev {self.name} nomaster down')])
+        with Ledger.locked() as ledger:
+            ledger.link(self.name)
+            ledger.remove(plugged(ledger.records, self.name)[:1])
+            ledger.then(f'disconnect {self.name}', f'link set dev {self.name} nomaster down')
 
-    def _row(self, site: Site) -> Record:
-        if self.name not in site.links:
-            raise _no_interface(self.name, site.links)
-        if self.name not in site.ledger.records:
-            raise NoInterface(f'{self.name}: is not one of ours any more', 'make it again')
-        return site.ledger.records[self.name]
-
-    def _direct(self, site: Site, other: VirtualNic) -> None:
-        """Send what comes in at one port out at the other (tc mirred), both ways."""
-        for here, there in ((self, other), (other, self)):
-            has = here._row(site).facts.get('peer') or site.links[here.name].master
-            if has == there.name:
-                return
-            if has or here.name == there.name:
-                raise InUse(f'{here.name}: is already connected to {has or "itself"}',
+    def _direct(self, ledger: Ledger, other: VirtualNic) -> None:
+        """Plan to send what comes in at one port out at the other (tc mirred), both ways."""
+        ends = (self.name, other.name), (other.name, self.name)
+        if ledger.between(self.name, other.name):
+            return
+        for here, there in ends:
+            has = ledger.link(here).master or plugged(ledger.records, here)[1]
+            if has or here == there:
+                raise InUse(f'{here}: is already connected to {has or "itself"}',
                             'disconnect() it first')
-        ops = []
-        for here, there in ((self, other), (other, self)):
-            row, what = here._row(site), f'connect {here.name} to {there.name}'
-            row.facts['peer'] = there.name
-            row.undo = [list(Op(what, f'qdisc del dev {there.name} ingress', '', 'tc'))]
-            ops += [Op(what, f'link set dev {here.name} up'),
-                    Op(what, f'qdisc add dev {here.name} ingress', '', 'tc'),
-                    Op(what, f'filter add dev {here.name} parent ffff: protocol all u32 match u8 0 '
-                       f'0 action mirred egress redirect dev {there.name}', '', 'tc')]
-        site.ledger.save()
-        try:
-            carry_out(sorted(ops, key=lambda op: op.tool), keep=[site.ledger.lock])
-        except BaseException:
-            for row in (self._row(site), other._row(site)):
-                carry_out([Op(*op) for op in row.undo], force=True)
-                row.undo.clear()
-                del row.facts['peer']
-            site.ledger.save()
-            raise
+        row = ledger.claim('='.join(ends[0]), 'cable', ends[0])
+        what = f'connect {self.name} to {other.name}'
+        if row:
+            ledger.then(what, *(f'link set dev {here} up' for here, _ in ends))
+            for here, there in ends:
+                row.back(f'dis{what}', f'qdisc del dev {here} ingress', tool='tc')
+                ledger.then(what, f'qdisc add dev {here} ingress', f'filter add dev {here} parent '
+                            'ffff: protocol all u32 match u8 0 0 action mirred egress redirect dev '
+                            f'{there}', tool='tc')
 
     def impair(self, delay: float = 0, jitter: float = 0, loss: float = 0, rate: float = 0) -> None:
         """Make the cable worse, each way (tc netem): `delay` and `jitter` in seconds, `loss` in
@@ -3303,17 +3581,17 @@ class VirtualNic(Made):
                                'give seconds, seconds, percent up to 100, bits per second')
         worse = (f'{f" delay {delay * 1e6:.0f}us {jitter * 1e6:.0f}us" if delay or jitter else ""}'
                  f'{f" loss {loss:g}%" if loss else ""}{f" rate {rate:.0f}bit" if rate else ""}')
-        ends = [(self.name, '')] + ([(self.sink, self.namespace)] if self.sink else [])
+        ends = {self.name: '', **({self.sink: self.namespace} if self.sink else {})}
         try:
-            carry_out((Op(f'impair {name}', f'qdisc replace dev {name} root netem limit 10000'
-                          + worse, namespace, 'tc') for name, namespace in ends if worse))
+            if worse:
+                carry_out(Op(f'impair {name}', f'qdisc replace dev {name} root netem limit 10000'
+                             + worse, namespace, 'tc') for name, namespace in ends.items())
         except BaseException:
-            worse = ''
+            self.impair()
             raise
-        finally:
-            if not worse:       # what has no qdisc to delete is as it should be
-                carry_out((Op(f'mend {name}', f'qdisc del dev {name} root', namespace, 'tc')
-                           for name, namespace in ends), force=True)
+        if not worse:           # what has no qdisc to delete is as it should be
+            carry_out((Op(f'mend {name}', f'qdisc del dev {name} root', namespace, 'tc')
+                       for name, namespace in ends.items()), force=True)
 
 
 class Router(Switch):
@@ -3331,120 +3609,85 @@ class Router(Switch):
 
     def __init__(self, trunk: Interface | str, name: str = '', force: bool = False,
                  nat: bool = False, subnet: str = '') -> None:
-        self.trunk = trunk.name if isinstance(trunk, Interface) else trunk
-        with Site() as site:
-            Interface.__init__(self, valid_name(name) if name else fit(f'{self.trunk}-router'))
-            if site.standing(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet):
+        self.trunk = _name(trunk)
+        subnet = subnet and valid_address(subnet, ipaddress.IPv4Network)
+        Interface.__init__(self, valid_name(name) if name else fit(f'{self.trunk}-router'))
+        with Ledger.locked() as ledger:
+            row = ledger.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet)
+            if not row:
                 return
-            link = site.check_port(self.trunk, self.name, force or nat)
+            link = ledger.port(self.trunk, self.name, force or nat)
             if 'LOOPBACK' in link.flags:
                 raise InUse(f'{self.trunk}: is the loopback', 'take an interface with a cable')
-            row = site.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet)
-            mac = site.mac(HOST_MACS['router'], self.name) if nat else link.mac
-            ops = [self._bridge(site, mac), *self._lan(site, 'p0')]
-            after = [Op(f'bring up {self.name}', f'link set dev {self.name} addrgenmode eui64 up'),
-                     *self._inner(site, 'p0')]
-            if not nat:
-                row.undo += map(list, bypass(self.name, '-D'))
-            site.run(ops, after + (self._nat(site, row) if nat else
-                                   site.take_over(self.trunk, self.name, row)))
-            for problem in carry_out([] if nat else bypass(self.name, '-I'), force=True):
-                log.warning('%s', words(problem))
+            self._plan(ledger, row, ledger.mac(HOST_MACS['router'], self.name) if nat else link.mac,
+                       bypassed=not nat)
+            ledger.then(f'bring up {self.name}', f'link set dev {self.name} addrgenmode eui64 up')
+            self._plan_lan(ledger, 'p0')
+            if nat:
+                self._plan_nat(ledger, row)
+            else:
+                ledger.hand_over(self.trunk, self.name, row)
 
-    def _lan(self, site: Site, label: str) -> list[Op]:
-        return nic_ops(site, f'{self.name}-{label}', 'pair', role='lan', parents=[self.name],
-                       label=label)
+    def _plan_lan(self, ledger: Ledger, label: str) -> None:
+        plan_nic(ledger, f'{self.name}-{label}', 'pair', inner=self.name, parents=[self.name])
 
-    def _inner(self, site: Site, label: str) -> list[Op]:
-        sink = site.ledger.records[fit(f'{self.name}-{label}')].facts['sink']
-        return [Op(f'connect {sink} to {self.name}', f'link set dev {sink} master {self.name} up')]
-
-    def _nat(self, site: Site, row: Record) -> list[Op]:
-        """Return what gives the bridge a network of its own; the way back goes into `row`."""
-        subnet = row.facts['subnet'] = row.facts['subnet'] or free_subnet(site)
+    def _plan_nat(self, ledger: Ledger, row: Record) -> None:
+        """Plan a network of its own behind the bridge; the way back goes into `row`."""
+        subnet = row.facts['subnet'] = row.facts['subnet'] or free_subnet(ledger)
         network = ipaddress.ip_network(subnet)
-        ops = [Op(f'give {self.name} its address', f'address replace {network[1]}/'
-                  f'{network.prefixlen} dev {self.name}')]
+        ledger.then(f'give {self.name} its address',
+                    f'address replace {next(network.hosts())}/{network.prefixlen} dev {self.name}')
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
-        for device in (self.name, self.trunk):
-            ops.append(Op('forward', f'net/ipv4/conf/{device}/forwarding=1', '', 'sysctl'))
-        back = list(Op('stop forwarding', f'net/ipv4/conf/{self.trunk}/forwarding=0', '', 'sysctl'))
-        forwards = Path(f'/proc/sys/net/ipv4/conf/{self.trunk}/forwarding').read_text().strip()
-        if forwards == '0' or any(back in other.undo for other in site.ledger.records.values()):
+        inner, trunk = (f'net/ipv4/conf/{name}/forwarding' for name in (self.name, self.trunk))
+        ledger.then('forward', f'{inner}=1', f'{trunk}=1', tool='sysctl')
+        back = Op('stop forwarding', f'{trunk}=0', tool='sysctl')
+        if Path('/proc/sys', trunk).read_text() == '0\n' or any(
+                back in other.undo for other in ledger.records.values()):
             row.undo.append(back)
-        forth, undo = firewall(self.name, self.trunk, subnet)
-        row.undo += map(list, undo)
-        return ops + forth
+        forth, undo = masquerade(self.name, self.trunk, subnet)
+        ledger.after += forth
+        row.undo += undo
 
     @property
     def ports(self) -> Mapping[str, VirtualNic]:
         """Its LAN ports by label: p0, p1, ..."""
-        return {row.facts['label']: VirtualNic.known(name) for name, row in Ledger().load().items()
-                if row.facts.get('role') == 'lan' and self.name in row.parents}
+        records = Ledger().load()
+        return {name.rpartition('-')[2]: VirtualNic.known(name, records)
+                for name, row in records.items() if row.parents == [self.name]}
 
     def connect(self, thing: Interface | str, to: Interface | str | None = None, *,
                 force: bool = False) -> None:
         """router.connect('p0', switch) plugs a LAN port into a switch, and makes the port if there
         is none; router.connect(switch) takes a free one. A VirtualNic or an Interface becomes a
         port of the router's own bridge. Raises InUse as Switch.connect() does."""
-        ports = self.ports
+        if to is None and not isinstance(thing, Switch):
+            return super().connect(thing, force=force)
+        masters = {label: port.master for label, port in self.ports.items()}
+        label = str(thing)
         if to is None:
-            if not isinstance(thing, Switch):
-                return super().connect(thing, force=force)
             to = thing
-            masters = {label: port.master for label, port in ports.items()}
-            if to.name in masters.values():
+            if _name(to) in masters.values():
                 return None
             label = next(label for label in (f'p{number}' for number in itertools.count())
                          if not masters.get(label))
-        else:
-            label = str(thing)
-        if label not in ports:
-            if not re.fullmatch(r'p\d{1,3}', label):
-                raise NetworkError(f'{self.name}: {label!r} can\'t be a port', 'take p0, p1, ...')
-            with Site() as site:
-                site.run(self._lan(site, label), self._inner(site, label))
+        if not re.fullmatch(r'p\d{1,3}', label):
+            raise NetworkError(f'{self.name}: {label!r} can\'t be a port', 'take p0, p1, ...')
+        if label not in masters:
+            with Ledger.locked() as ledger:
+                self._plan_lan(ledger, label)
         return self.ports[label].connect(to)
 
 
-def free_subnet(site: Site) -> str:
+def free_subnet(ledger: Ledger) -> str:
     """Return the first 10.77.N.0/24 that overlaps with no address and no route of the host."""
     taken = [ipaddress.ip_interface(address).network
-             for link in site.links.values() for address in link.addresses]
-    taken += [ipaddress.ip_network(route.to) for route in site.routes if route.to != 'default']
+             for link in ledger.links.values() for address in link.addresses]
+    taken += [ipaddress.ip_network(route.to) for route in ledger.routes if route.to != 'default']
     for number in range(256):
         subnet = ipaddress.ip_network(f'10.77.{number}.0/24')
         if not any(subnet.version == other.version and subnet.overlaps(other) for other in taken):
             return str(subnet)
     raise NetworkError('no subnet below 10.77.0.0/16 is free', 'give one with subnet=')
-
-
-def firewall(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]]:
-    """Return what lets `subnet` out through `trunk`, masqueraded, and only answers in; and what
-    takes that back. iptables comes first, because its FORWARD chain is where others drop."""
-    what = f'masquerade {subnet}'
-    if shutil.which('iptables'):
-        rules = ((f'-t nat -A POSTROUTING -s {subnet} ! -d {subnet} -o {trunk} -j MASQUERADE'),
-                 (f'-I FORWARD -o {bridge} ! -i {bridge} -j DROP'),
-                 (f'-I FORWARD -i {trunk} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED '
-                  '-j ACCEPT'),
-                 (f'-I FORWARD -i {bridge} -o {trunk} -s {subnet} -j ACCEPT'))
-        return ([Op(what, f'-w {rule}', '', 'iptables') for rule in rules],
-                [Op(f'no longer {what}', '-w ' + re.sub('-[AI] ', '-D ', rule), '', 'iptables')
-                 for rule in rules])
-    if not shutil.which('nft'):
-        raise Lacking(f'can\'t {what}: there is neither iptables nor nft', 'install nftables')
-    table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
-    lines = (f'add table {table}',
-             f'add chain {table} out {{ type nat hook postrouting priority 100; }}',
-             f'add rule {table} out ip saddr {subnet} ip daddr != {subnet} oifname {trunk} '
-             'masquerade',
-             f'add chain {table} in {{ type filter hook forward priority 0; }}',
-             f'add rule {table} in iifname {trunk} oifname {bridge} ct state '
-             'established,related accept',
-             f'add rule {table} in iifname != {bridge} oifname {bridge} drop')
-    return ([Op(what, line.replace(';', '\\;'), '', 'nft') for line in lines],
-            [Op(f'no longer {what}', f'delete table {table}', '', 'nft')])
 
 
 class BondPort(NamedTuple):
@@ -3464,13 +3707,14 @@ class Bond(Made):
     their links. Raises Lacking when the kernel lacks bonding, InUse as Router does.
     """
 
-    kind_made = 'bond'
     MODES = ('balance-rr', 'active-backup', 'balance-xor', 'broadcast', '802.3ad', 'balance-tlb',
              'balance-alb')
+    active: str = reads("The name of the interface that is in use, in the modes that have one; or "
+                        "''.", lambda self: str(self.link().data.get('active_slave', '')))
 
     def __init__(self, name: str, interfaces: Sequence[Interface | str],
                  mode: str = 'active-backup', miimon: int = 100, force: bool = False) -> None:
-        names = [one.name if isinstance(one, Interface) else one for one in interfaces]
+        names = [_name(one) for one in interfaces]
         super().__init__(valid_name(name))
         if mode not in self.MODES or not names:
             raise NetworkError(f'bond {name}: mode {mode!r} with {len(names)} interfaces',
@@ -3479,16 +3723,16 @@ class Bond(Made):
             # Loaded on demand the module would make a bond0, and this one's name be taken.
             with contextlib.suppress(CommandError):
                 run(['modprobe', '-q', 'bonding', 'max_bonds=0'], IP_TIMEOUT, check=False)
-        with Site() as site:
-            if site.standing(name, 'bond', interfaces=names, mode=mode):
+        with Ledger.locked() as ledger:
+            row = ledger.claim(name, 'bond', interfaces=names, mode=mode)
+            if not row:
                 return
+            ledger.ops.append(Op(f'create bond {name}', f'link add name {name} group '
+                                 f'{ledger.group} type bond mode {mode} miimon {int(miimon)}'))
+            ledger.then(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up')
             for one in names:
-                site.check_port(one, name, force)
-            row = site.claim(name, 'bond', interfaces=names, mode=mode)
-            moves = [op for one in names for op in site.take_over(one, name, row)]
-            site.run([Op(f'create bond {name}', f'link add name {name} group {site.group} type '
-                         f'bond mode {mode} miimon {int(miimon)}')],
-                     [Op(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up'), *moves])
+                ledger.port(one, name, force)
+                ledger.hand_over(one, name, row)
 
     @property
     def status(self) -> dict[str, BondPort]:
@@ -3497,12 +3741,7 @@ class Bond(Made):
                                     str(link.slave.get('mii_status', '')).lower(),
                                     int(link.slave.get('link_failure_count', 0)),
                                     str(link.slave.get('perm_hwaddr', '')))
-                for link in look()[0].values() if link.master == self.name}
-
-    @property
-    def active(self) -> str:
-        """The name of the interface that is in use, in the modes that have one; or ''."""
-        return str(self.link().data.get('active_slave', ''))
+                for link in look().links.values() if link.master == self.name}
 
 
 # --- what is missing, and what leaked ---
@@ -3535,12 +3774,10 @@ FACILITIES = (
 
 def doctor() -> list[Look]:
     """Say what of the network part is missing on this host, and what leaked; changes nothing."""
-    return [*_doctor_host(), *(Look(False, f'{name}: {why}; {CLEAN} removes it')
-                               for name, why in leaks().items())]
+    return [*_doctor()]
 
 
-def _doctor_host() -> Iterator[Look]:
-    """Look at rights, programs, kernel and settings."""
+def _doctor() -> Iterator[Look]:
     caps = re.search(r'CapEff:\s*(\w+)', Path('/proc/self/status').read_text())
     admin = bool(caps and int(caps.group(1), 16) >> 12 & 1)
     yield Look(admin, 'rights: ' + ('CAP_NET_ADMIN' if admin else 'needs root or CAP_NET_ADMIN'))
@@ -3554,10 +3791,11 @@ def _doctor_host() -> Iterator[Look]:
     for row in FACILITIES:
         yield Look(row not in lacking, f'kernel: {row.module}' if row not in lacking else
                    f'kernel lacks {row.module}, for {row.use} (modprobe {row.module})')
-    with contextlib.suppress(OSError):
-        if Path('/proc/sys/net/bridge/bridge-nf-call-iptables').read_text().strip() == '1':
-            yield Look(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
-                       'crosses bridges; switches get rules to let it pass')
+    if filtered('iptables'):
+        yield Look(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
+                   'crosses bridges; switches get rules to let it pass')
+    for name, why in leaks().items():
+        yield Look(False, f'{name}: {why}; {CLEAN} removes it')
 
 
 def _lacking() -> list[Facility]:
@@ -3566,8 +3804,8 @@ def _lacking() -> list[Facility]:
             and not (shutil.which('modprobe') and not run(
                 ['modprobe', '-nq', row.module], IP_TIMEOUT, check=False).returncode)]
     # No module can be loaded by trying these, as there is none; veth is what macvtap stands on.
-    tries = [Op(row.module, row.probe.partition(' ')[2], '', row.probe.partition(' ')[0])
-             for row in FACILITIES if row in rest or row.module == 'veth']
+    tries = [Op(row.module, row.probe[3:], tool=row.probe[:2]) for row in FACILITIES
+             if row in rest or row.module == 'veth']
     refused = {op.what for _, ops in itertools.groupby(tries, lambda op: op.tool)
                for op, _ in _batch(list(ops), True, (), ('unshare', '-n'))}
     return [row for row in rest if row.module in refused]
@@ -3578,37 +3816,29 @@ def leaks(everything: bool = False) -> dict[str, str]:
 
     With `everything`, also what stands though the program that made it has ended.
     """
-    with Ledger() as ledger:
-        return _leaks(ledger, everything)
-
-
-def _leaks(ledger: Ledger, everything: bool) -> dict[str, str]:
-    links, _ = look()
-    found = {}
-    for name, row in ledger.records.items():
-        if row.stage != 'ready':
-            found[name] = f'{row.kind}, interrupted while {row.stage}'
-        elif not stands(name, row, links):
-            found[name] = f'{row.kind}, of which a part is gone'
-        elif everything and _started(row.pid) != row.started:
-            found[name] = f'{row.kind}, made by process {row.pid}, which has ended'
-    parts = {row.facts.get('sink') for row in ledger.records.values()}
-    for link in links.values():
-        if link.ours() and link.name not in ledger.records and link.name not in parts:
-            found[link.name] = f'{link.kind}, marked as ours but not written down'
-    return found
+    return clean(dry_run=True, everything=everything)
 
 
 def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
     """Remove what leaks() lists, giving back what it had taken; return it."""
-    with Ledger() as ledger:
-        found = _leaks(ledger, everything)
+    found = {}
+    with Ledger.locked() as ledger:
+        for name, row in ledger.records.items():
+            if row.stage != 'ready':
+                found[name] = f'{row.kind}, interrupted while {row.stage}'
+            elif not ledger.stands(name):
+                found[name] = f'{row.kind}, of which a part is gone'
+            elif everything and _started(row.pid) != row.started:
+                found[name] = f'{row.kind}, made by process {row.pid}, which has ended'
+        parts = {*ledger.records, *(row.facts.get('sink') for row in ledger.records.values())}
+        strays = [link for link in ledger.links.values() if link.ours() and link.name not in parts]
+        found.update({link.name: f'{link.kind}, marked as ours but not written down'
+                      for link in strays})
         if not dry_run:
-            links, _ = look()
-            for name in found.keys() - ledger.records.keys():
-                ledger.records[name] = Record('nic', int(links[name].group), 'deleting')
+            for link in strays:
+                ledger.records[link.name] = Record('nic', int(link.group), 'deleting')
             ledger.remove(found)
-        return found
+    return found
 
 
 # === disks ======================================================================================
@@ -3619,6 +3849,8 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
 GIB, MIB = 1 << 30, 1 << 20
 IMAGE_TIMEOUT = 120.0           # for one run of qemu-img; none of its uses here copies data
 QCOW2_MAGIC = b'QFI\xfb'
+BACKING_LAST = 1 << 21          # byte at which a backing file's name may begin: of one cluster
+BACKING_LENGTH = 1023           # ... and how long it may be
 EXTERNAL_DATA = 1 << 2          # of the incompatible features: the data are in another file
 IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that it has open
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
@@ -3682,8 +3914,10 @@ def qcow2_header(path: str) -> Header | None:
             if head[:4] != QCOW2_MAGIC:
                 return None
             version, where, length, _, size = struct.unpack('>IQIIQ', head[4:32])
+            if where > BACKING_LAST or length > BACKING_LENGTH:
+                raise DiskError(f'{path}: a broken header', 'restore the image from a backup')
             image.seek(where)
-            backing = image.read(min(length, 1023)).decode(errors='replace') if where else ''
+            backing = image.read(length).decode(errors='replace') if where else ''
     except OSError as problem:
         raise DiskError(f'{path}: {problem.strerror}') from None
     features = struct.unpack('>Q', head[72:])[0] if version > 2 else 0
@@ -3737,10 +3971,7 @@ class Harddrive:
             backing = Harddrive(backing)
         self.backing = backing
         self.attached: Attached | None = None       # its place in the machine that has it
-        if not os.path.exists(self.filename):
-            base = backing.info()['virtual-size'] if backing else 0
-            self._create(max(self._bytes(size), base))
-        self.check()
+        self.create(size)
 
     def __repr__(self) -> str:
         return f'Harddrive({self.filename!r}, format={self.format!r})'
@@ -3756,7 +3987,15 @@ class Harddrive:
             raise DiskError(f'{self.filename}: size {size!r}', 'give it as a number of GiB')
         return -(-round(size * GIB) // 512) * 512
 
-    def _create(self, size: int, replace: bool = False) -> None:
+    def create(self, size: float = 5) -> None:
+        """Create the image, of `size` GiB, if it is absent (qemu-img create); one that is there
+        is only checked."""
+        if not os.path.exists(self.filename):
+            base = self.backing.info()['virtual-size'] if self.backing else 0
+            self._write(max(self._bytes(size), base))
+        self.check()
+
+    def _write(self, size: int, replace: bool = False) -> None:
         base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
         with whole_file(self.filename, replace) as temporary:
             self._img('create', '-q', '-f', self.format, *base, temporary, str(size))
@@ -3781,9 +4020,9 @@ class Harddrive:
 
     def check(self) -> None:
         """Raise DiskError unless the image, and what it stands on, are what was named."""
-        header = qcow2_header(self.filename)
-        if self.format == 'raw':
+        if self.format == 'raw':                # whatever a guest has written into it
             return
+        header = qcow2_header(self.filename)
         if not header:
             raise DiskError(f'{self.filename}: not a qcow2 image', "say format='raw' if it is raw")
         if header.external:
@@ -3824,11 +4063,11 @@ class Harddrive:
     def info(self) -> dict[str, Any]:
         """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
         self.check()
-        found = json.loads(self._img('info', '-U', '--output=json', '-f', self.format,
-                                     self.filename))
-        if not isinstance(found, dict):
-            raise DiskError(f'{self.filename}: qemu-img info printed {found!r:.80}')
-        return found
+        printed = self._img('info', '-U', '--output=json', '-f', self.format, self.filename)
+        try:
+            return dict(answer_of('qemu-img info', {'return': parse_json(printed)}))
+        except ValueError as problem:
+            raise DiskError(f'{self.filename}: {problem}') from None
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -3879,7 +4118,7 @@ class Harddrive:
             return
         size = self.info()['virtual-size']
         with self._kept_free('wipe it'):
-            self._create(size, replace=True)
+            self._write(size, replace=True)
 
     def resize(self, size: float, shrink: bool = False) -> None:
         """Give the disk a new size in GiB (block_resize, qemu-img resize).
@@ -4042,8 +4281,10 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
-PORTS = 16                      # PCIe root ports: what is hot-plugged on q35 needs one each
+PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
 SPARE_PORTS = 8                 # ... and at least this many are free at first
+PC_SLOT = 8                     # on a `pc` they begin there; fixed devices are below
+PORTS_MAX = {'q35': 15 * 8, 'i440fx': 32 - PC_SLOT}
 MONITORS = 4                    # operations at once; the daemon's events and a person's tool
 #                                 have one more each
 FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
@@ -4053,8 +4294,9 @@ NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all'
                  '--no-new-privs')
 QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
-UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s, or 6 s before QEMU 6.1, where the button of
-#                                 the slot blinks first; without an operating system it never goes
+UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
+UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
+#                                 a taking back, where a slot has a button
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 DIMM_SLOTS = 16
@@ -4063,9 +4305,12 @@ HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 
 #                                 guest: a smaller one can't boot with them
 KEY_HOLD = 10                   # ms that a key is down
 KEY_PAUSE = 0.03                # s per key: faster ones pile up, and QEMU drops them unsaid
-GUEST_FILE_BYTES = 48 * 1024     # in one call: an agent takes some MiB, but in memory
+GUEST_FILE_BYTES = 48 * 1024    # in one call: an agent takes some MiB, but in memory
+GUEST_FILE_LIMIT = 64 * MIB     # of a whole file: a guest may never come to its end
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
+CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
+PICTURE_BYTES = 256 * MIB       # of the largest screen; what is behind it makes no picture
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
 
 OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
@@ -4130,7 +4375,7 @@ class Device:
 
     id: str                     # disk0, nic0, dimm0, port0
     kind: str                   # a row of KINDS
-    bus: str = ''               # the root port that it sits on
+    bus: str = ''               # the port that it sits on, see Machine._slot
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see KINDS
@@ -4316,21 +4561,26 @@ def usable_accel(wanted: str, uid: int = 0) -> str:
 
 
 def newest_type() -> str:
-    """Return the versioned machine type that q35 stands for in this QEMU."""
+    """Return the versioned machine type that q35 stands for in this QEMU, or before 7.2 `pc`.
+
+    There a reset of a q35 under TCG never ends: SeaBIOS 1.14 to 1.16.0 looks for the chipset by
+    the memory that the reset has just taken away, and resets again. It also has no ACPI hot-plug.
+    """
     shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
-    found = re.search(r'alias of (pc-q35-[0-9.]+)', shown)
-    if not found:
-        raise MachineError(f'{QEMU} has no machine type q35', 'install qemu-system-x86')
-    return found[1]
+    found = dict(re.findall(r'alias of pc-(q35|i440fx)-([0-9.]+)', shown))
+    if len(found) < 2:
+        raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
+    kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
+    return f'pc-{kind}-{found[kind]}'
 
 
 def png(picture: bytes) -> bytes:
     """Return the PNG of a PPM picture (P6 with 8 bits), for QEMU before 7.1."""
-    header = re.match(rb'P6\s+(\d+)\s+(\d+)\s+255\s', picture)
-    if not header:
+    header = re.match(rb'P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s', picture)
+    width, height = map(int, header.groups()) if header else (0, 0)
+    rows = picture[header.end():] if header else b''
+    if not rows or len(rows) != width * height * 3:
         raise MachineError(f'QEMU made no picture: {picture[:40]!r}')
-    width, height = int(header[1]), int(header[2])
-    rows = picture[header.end():]
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (struct.pack('>I', len(data)) + kind + data
@@ -4370,6 +4620,8 @@ class Console:
         """Return what was written since the last read(), or since the start."""
         path = self.machine.run_path('console.log')
         with contextlib.suppress(FileNotFoundError), open(path, 'rb', opener=_no_links) as text:
+            if os.fstat(text.fileno()).st_size < self.position:     # it was begun anew
+                self.position = 0
             text.seek(self.position)
             data = text.read()
             self.position += len(data)
@@ -4381,13 +4633,13 @@ class Console:
 
         MachineError, with the last lines, when it does not within `timeout` seconds.
         """
-        deadline, seen, began = Deadline(timeout), b'', self.position
+        deadline, seen = Deadline(timeout), b''
         compiled = re.compile(pattern.encode())
         while True:
             seen += self.read()
             found = compiled.search(seen)
             if found:
-                self.position = began + found.end()
+                self.position -= len(seen) - found.end()
                 return seen[:found.end()].decode(errors='replace')
             if deadline.passed() or not self.machine.is_alive():
                 tail = seen[-200:].decode(errors='replace')
@@ -4416,8 +4668,9 @@ class Console:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Open a file in a directory that QEMU's user can write to."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Open a file in a directory that QEMU's user can write to: no link, and no FIFO that would
+    hold us."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _named(key: str, value: Any) -> dict[str, Any]:
@@ -4438,10 +4691,11 @@ class Machine(Guest):
 
     `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
     number of them to be made, or 'user' for QEMU's own NAT without any right. `memory` and
-    `maxmemory` (room for increase_ram) are MiB. `monitor_port` puts QEMU's own console (HMP) on
-    that TCP port of 127.0.0.1, 0 on any. `user` is who QEMU runs as, when root starts it; without
-    it, a user of its own. `incoming` has it wait for a migration. A machine stays when the program
-    ends: Machine.load(name) finds it again. Raises MachineError when there is one of that name.
+    `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on run_path('vnc').
+    `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
+    who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
+    for a migration. A machine stays when the program ends: Machine.load(name) finds it again.
+    Raises MachineError when there is one of that name.
     """
 
     def __init__(self, name: str = '', harddrives: Any = None, nics: Any = 0, cd: Any = None,
@@ -4459,13 +4713,15 @@ class Machine(Guest):
         cards: list[Nic | None] = []
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
+            kind = newest_type()
             self._set_up(Kept(
-                os.path.basename(home), identity, newest_type(), memory, cpus,
+                os.path.basename(home), identity, kind, memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
                 kernel and image_path(kernel), initrd and image_path(initrd), cmdline,
                 display or '', monitor_port, self._uid(user, identity),
-                max(PORTS, len(drives) + len(cards) + SPARE_PORTS), disc.filename), disc)
+                min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
+                    PORTS_MAX[kind.split('-')[1]]), disc.filename), disc)
             self.incoming = incoming
             for drive in drives:
                 self._plan_disk(drive)
@@ -4508,14 +4764,14 @@ class Machine(Guest):
         for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
             if not os.path.isdir(place):
                 os.makedirs(place)
-                os.chmod(place, 0o711)          # QEMU's user must come through
+                os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
             if len(home) > 88:                  # a unix socket's path has 107 bytes at most
                 raise MachineError(f'{home}: this path is too long for sockets in it')
             with contextlib.suppress(FileExistsError):
                 os.mkdir(home)
-                os.chmod(home, 0o711)
+                os.chmod(home, 0o711)   # nosec B103  # ... here, too
                 return home
         raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
                            'delete() removes it')
@@ -4558,7 +4814,7 @@ class Machine(Guest):
     def _read(path: str) -> Kept:
         try:
             with open(path, encoding='utf-8') as text:
-                known = json.load(text)
+                known = parse_json(text.read())
             known['devices'] = [Device(**row) for row in known['devices']]
             return Kept(**known)
         except FileNotFoundError:
@@ -4606,6 +4862,17 @@ class Machine(Guest):
     def run_path(self, name: str) -> str:
         """Return the path of a file in the directory that belongs to QEMU's user."""
         return os.path.join(self.home, 'run', name)
+
+    def trim_console(self) -> None:
+        """Keep the last CONSOLE_BYTES of its console's log in console.log.1, and begin the log
+        anew, when it has as many: a guest may write for ever."""
+        with contextlib.suppress(OSError), \
+                open(self.run_path('console.log'), 'r+b', opener=_no_links) as text:
+            if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
+                text.seek(-CONSOLE_BYTES, os.SEEK_END)
+                with whole_file(self.run_path('console.log.1'), replace=True) as old:
+                    Path(old).write_bytes(text.read(CONSOLE_BYTES))
+                text.truncate(0)
 
     # Is it alive
 
@@ -4834,7 +5101,8 @@ class Machine(Guest):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(path)
             listener.listen(4)
-            more = {'logfile': self.run_path('console.log')} if name == 'console' else {}
+            more = {'logfile': self.run_path('console.log'), 'logappend': True} \
+                if name == 'console' else {}
             launch.add('-chardev', options('socket', {
                 'id': name, 'fd': launch.fd(listener.detach()), 'server': True, 'wait': False,
                 **more}))
@@ -4850,7 +5118,7 @@ class Machine(Guest):
 
     def _fixed_devices(self) -> Iterator[str]:
         """Yield the devices that every machine has."""
-        for number in range(self.kept.ports):
+        for number in range(self.kept.ports if 'q35' in self.kept.type else 0):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
                 'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
@@ -4913,9 +5181,15 @@ class Machine(Guest):
         taken = {device.bus for device in self.kept.devices}
         free = [f'rp{n}' for n in range(self.kept.ports) if f'rp{n}' not in taken]
         if not free:
-            raise MachineError(f'{self.name}: all {self.kept.ports} PCIe ports are taken',
+            raise MachineError(f'{self.name}: all {self.kept.ports} PCI ports are taken',
                                'remove a device first')
         return free[0]
+
+    def _slot(self, port: str) -> dict[str, str]:
+        """Return where a port is: q35 has root ports to plug into, of `pc` it is a place."""
+        if 'q35' in self.kept.type:
+            return {'bus': port}
+        return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
 
     def _plan(self, device: Device, thing: Any) -> Device:
         self.kept.devices.append(device)
@@ -4961,7 +5235,7 @@ class Machine(Guest):
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
         told = {**rows[device.kind], 'id': device.id}
         if device.bus:
-            told['bus'] = device.bus
+            told.update(self._slot(device.bus))
         if device.boot:
             told['bootindex'] = device.boot
         return told
@@ -5035,16 +5309,7 @@ class Machine(Guest):
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
         with self.monitor() as qmp:
-            gone = False
-            try:
-                qmp.execute('device_del', id=device.id)
-            except ReplyError as problem:
-                gone = problem.kind == 'DeviceNotFound'         # let go since the last try
-                if not gone and 'in the process of unplug' not in str(problem):
-                    raise
-            with contextlib.suppress(PeerSilent):
-                gone = gone or qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'], timeout,
-                                         device=device.id)['event'] == 'DEVICE_DELETED'
+            gone = self._let_go(qmp, device.id, Deadline(timeout))
             device.pending = not gone
 
             def removed() -> bool:                      # the device may hold it some ms more
@@ -5055,6 +5320,25 @@ class Machine(Guest):
             if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
                 raise MachineError(f'{self.name}: {device.id} is gone, but QEMU keeps its back end')
         return gone
+
+    @staticmethod
+    def _let_go(qmp: QMP, id: str, deadline: Deadline) -> bool:
+        """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
+        can miss a request."""
+        while True:
+            try:
+                qmp.execute('device_del', id=id)
+            except ReplyError as problem:
+                if problem.kind == 'DeviceNotFound':            # let go since the last request
+                    return True
+                if 'in the process of unplug' not in str(problem):
+                    raise
+            with contextlib.suppress(PeerSilent):
+                event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
+                                  min(UNPLUG_AGAIN, deadline.left()), device=id)
+                return bool(event['event'] == 'DEVICE_DELETED')
+            if deadline.passed():
+                return False
 
     def _find(self, kind: str, thing: Any) -> Device:
         """Return the device of a thing, which may also be its id or number."""
@@ -5265,9 +5549,9 @@ class Machine(Guest):
     @property
     def chardevs(self) -> dict[str, str]:
         """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
-        ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')} \
-            if self.is_alive() else {}
-        return {row.facts['name']: ends.get(f'{row.id}-host', '').partition(':')[2]
+        ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')
+                if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])} if self.is_alive() else {}
+        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
                 if row.facts['type'] == 'pty' else self.run_path(row.id)
                 for row in self._devices('chardev')}
 
@@ -5542,7 +5826,7 @@ class Machine(Guest):
             mine = {drive.filename: row for drive, row in rows if row.tag == tag}
             found.append(MachineSnapshot(
                 tag, min(row.when for row in mine.values()),
-                any(row.ram for row in mine.values()), tuple(mine),
+                tag in self.kept.snapshots or any(row.ram for row in mine.values()), tuple(mine),
                 tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
         return found
 
@@ -5571,6 +5855,7 @@ class Machine(Guest):
             if self.is_alive():
                 self._live_snapshot(tag, layers)
             else:
+                self.kept.snapshots.pop(tag, None)      # of one that was deleted elsewhere
                 self._disk_snapshots(tag, [drive for _, drive in layers])
             taken = self._snapshot(tag)
         if taken.uncovered:
@@ -5698,7 +5983,7 @@ class Machine(Guest):
         try:
             self.qmp('screendump', filename=path, **form)
             with open(path, 'rb', opener=_no_links) as picture:
-                return picture.read()
+                return picture.read(PICTURE_BYTES)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -5797,7 +6082,7 @@ class Machine(Guest):
                 if info['status'] in ('completed', 'failed'):
                     break
                 time.sleep(STATE_POLL / 5)
-            error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT)['data'].get('error')
+            error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT).get('data', {}).get('error')
             # It comes before the guest goes on, and until then much is refused.
             Deadline(QMP_TIMEOUT).poll(
                 lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
@@ -5853,8 +6138,14 @@ class Machine(Guest):
         if not Deadline(timeout).poll(ended, STATE_POLL / 4):
             raise MachineError(f'{self.name}: {argv[0]} did not end within {timeout:g} s')
         code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
-        return Done(code, *(base64.b64decode(status.get(key, '')) for key in ('out-data',
-                                                                              'err-data')))
+        return Done(code, *(self._decoded(status.get(key, '')) for key in ('out-data',
+                                                                           'err-data')))
+
+    def _decoded(self, text: str) -> bytes:
+        try:
+            return base64.b64decode(text)
+        except ValueError:
+            raise agent_error(self.name, f'no base64: {text!r:.80}') from None
 
     @contextlib.contextmanager
     def _guest_file(self, path: str, mode: str) -> Iterator[int]:
@@ -5864,15 +6155,21 @@ class Machine(Guest):
         finally:
             self.agent('guest-file-close', {'handle': handle})
 
-    def read_file(self, path: str) -> bytes:
-        """Return what is in a file of the guest (guest-file-read)."""
-        data = b''
+    def read_file(self, path: str, limit: int = GUEST_FILE_LIMIT) -> bytes:
+        """Return what is in a file of the guest (guest-file-read).
+
+        Raises MachineError when it has more than `limit` bytes.
+        """
+        data = bytearray()
         with self._guest_file(path, 'rb') as handle:
             while True:
                 part = self.agent('guest-file-read', {'handle': handle, 'count': GUEST_FILE_BYTES})
-                data += base64.b64decode(part['buf-b64'])
+                data += self._decoded(part['buf-b64'])
+                if len(data) > limit:
+                    raise MachineError(f'{self.name}: {path} has more than {limit} bytes',
+                                       'say a larger limit=')
                 if part['eof']:
-                    return data
+                    return bytes(data)
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a file in the guest (guest-file-write)."""
@@ -5880,6 +6177,8 @@ class Machine(Guest):
             while data:
                 part = base64.b64encode(data[:GUEST_FILE_BYTES]).decode()
                 done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
+                if done['count'] <= 0:
+                    raise agent_error(self.name, f'wrote {done["count"]} bytes')
                 data = data[done['count']:]
 
     def interfaces(self) -> list[dict[str, Any]]:
@@ -5918,20 +6217,21 @@ class Machines:
             return None
 
     def each(self, running: bool = False) -> list[Guest]:
-        """Return all machines, or those that run, by name."""
+        """Return all machines, or those that run, by name; not those that hang."""
         found: list[Guest] = []
         names: list[str] = []
         with contextlib.suppress(OSError):          # there are none, or none of ours
             names += sorted(os.listdir(MACHINES_DIR))
         for name in names:
             try:
-                machine = Machine.load(name)
+                found.append(Machine.load(name))
             except Error as problem:                # one broken file must not hide the others
                 log.debug('%s: %s', name, words(problem))
-                continue
-            if not running or machine.state() is State.RUNNING:
-                found.append(machine)
-        return found
+        if not running:
+            return found
+        states = ask_all(found, lambda guest: {'state': guest.state()})
+        return [guest for guest, known in zip(found, states)
+                if known.get('state') is State.RUNNING]
 
     def watch(self, receive: Callable[[GuestEvent], None]) -> None:
         """Give the events of all machines to `receive`, which only enqueues, for ever."""
@@ -5941,8 +6241,10 @@ class Machines:
         kind = 'found'
         while not self.stopping.is_set():
             for machine in self.each():
-                if machine.name not in self._followed and isinstance(machine, Machine) \
-                        and machine.is_alive():
+                if not isinstance(machine, Machine) or not machine.is_alive():
+                    continue
+                machine.trim_console()
+                if machine.name not in self._followed:
                     self._followed.add(machine.name)
                     spawn(f'events {machine.name}', self._follow, machine, kind, receive)
             kind = 'started'
@@ -6034,233 +6336,6 @@ class Guests:
         return True
 
 
-# === clock ======================================================================================
-
-class Reading(NamedTuple):
-    """One look at a guest's clock."""
-
-    offset: int                 # guest minus host, ns; the host's time is that of the middle
-    delay: int                  # ns that the call took: the offset is sure to half of it
-
-
-@dataclasses.dataclass
-class Correction:
-    """What became of one clock job."""
-
-    guest: str
-    cause: str                  # the kind of the event that asked for it
-    before: int                 # offset found, ns
-    after: int                  # offset left, ns
-    method: str = ''            # what set the clock; '' when it was right already
-    right: float = 0.0          # seconds from the trigger to the setting
-    proved: float = 0.0         # ... and to the reading that proved it
-    when: float = 0.0           # time.time() of the proof
-    warning: str = ''           # an error that came although the clock is right
-
-    def __str__(self) -> str:
-        if not self.method:
-            return f'{self.guest}: clock is right, cause={self.cause} offset={span(self.before)}'
-        return (f'{self.guest}: clock corrected, cause={self.cause} before={span(self.before)} '
-                f'after={span(self.after)} right_after={self.right * 1000:.0f}ms '
-                f'proved_after={self.proved * 1000:.0f}ms by={self.method}')
-
-
-def span(offset: int) -> str:
-    """Return a signed offset for people, ns -> ms, or s where that reads better."""
-    if abs(offset) < 10 * SECOND:
-        return f'{offset / MS:+.1f}ms'
-    return f'{offset / SECOND:+.3f}s'
-
-
-def read_clock(guest: Guest) -> Reading:
-    """Read the guest's clock once, between two looks at the host's."""
-    host, began = time.time_ns(), time.monotonic_ns()
-    value = guest.get_time()
-    delay = time.monotonic_ns() - began
-    return Reading(value - host - delay // 2, delay)
-
-
-def measure(guest: Guest, tolerance: int) -> Reading:
-    """Return the best of a few readings, or the first one if that is clearly off: a clock that
-    is wrong by seconds shall not stay so for the sake of a better figure."""
-    best = read_clock(guest)
-    for taken in range(1, SAMPLES_MAX):
-        clearly_off = abs(best.offset) > tolerance + 2 * best.delay
-        if clearly_off or (taken >= SAMPLES and best.delay // 2 <= tolerance):
-            break
-        best = min(best, read_clock(guest), key=lambda reading: reading.delay)
-    return best
-
-
-def _set_explicit(guest: Guest, ahead: int) -> None:
-    """Set the host's time plus `ahead` ns, what the call and its way will take."""
-    guest.set_time(lambda: time.time_ns() + ahead)
-
-
-def _set_from_hardware(guest: Guest, _ahead: int) -> None:
-    """Have the guest read its hardware clock (Linux) or ask its time service (Windows)."""
-    guest.set_time(None)
-
-
-def _set_by_date(guest: Guest, ahead: int) -> None:
-    """Run `date` in the guest, started so that it takes effect at a whole second: not every
-    date takes fractions."""
-    second = (time.time_ns() + ahead) // SECOND + 1
-    time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
-    started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
-    if not isinstance(started, dict) or not isinstance(started.get('pid'), int):
-        raise agent_error(guest.name, f'guest-exec returned {started!r:.80}')
-    status: Any = {}
-
-    def ended() -> bool:
-        nonlocal status
-        status = guest.agent('guest-exec-status', {'pid': started['pid']})
-        return isinstance(status, dict) and bool(status.get('exited'))
-    if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
-        raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
-
-
-class Method(NamedTuple):
-    """A way to set a guest's clock."""
-
-    name: str
-    apply: Callable[[Guest, int], None]
-    rounds: int                 # tries, each made better by what the last one missed by
-    grain: int = 0              # ns: how much it may leave, and so what it can't improve on
-    executes: bool = False      # runs a program in the guest
-
-
-METHODS = (                     # from the best to the last resort
-    Method('guest-set-time', _set_explicit, ROUNDS),
-    Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
-    Method('guest-exec-date', _set_by_date, ROUNDS, grain=20 * MS, executes=True))
-
-
-def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
-           delay: int) -> AgentError | None:
-    """Set the clock by one method until a reading shows that it is right, or rounds are over.
-
-    The call allows for its own way to the guest. A busy host or guest only ever makes that
-    longer, so what counts for the next round is the shortest one seen; but not after the first
-    round: one late setting says nothing, and a clock that is put ahead has to go back.
-    """
-    failed: AgentError | None = None
-    ahead, ways, before = delay // 2, [], abs(result.after)
-    # Better than the tolerance, so that another reading still finds it within that.
-    goal = max(tolerance * 3 // 5, method.grain)
-    for _ in range(method.rounds):
-        failed, began = None, time.monotonic()
-        try:
-            method.apply(guest, ahead)
-        except AgentError as problem:
-            failed = problem
-        if abs(result.after) > tolerance:
-            result.right, result.method = began + ahead / SECOND, method.name
-        result.after = measure(guest, tolerance).offset
-        if abs(result.after) <= goal or (failed and abs(result.after) > before // 2):
-            return failed               # right; or it did not move, and this way is none
-        ways.append(ahead - result.after)
-        ahead = max(0, min(ways)) if len(ways) > 1 else ahead
-    return failed
-
-
-def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
-    """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
-
-    Agents report errors although they set the time, and success although they did not: only a
-    reading afterwards counts. Raises AgentError with the reason why it could not be set, or
-    ClockError when setting it did not help.
-    """
-    reading = measure(guest, tolerance)
-    result = Correction(guest.name, '', reading.offset, reading.offset)
-    problem: AgentError | None = None
-    limit = tolerance                   # of what is right: no finer than the way that works
-    for method in METHODS:
-        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
-            break
-        failed = None
-        if abs(result.after) > method.grain:
-            failed = _apply(guest, method, tolerance, result, reading.delay)
-            problem = problem or failed
-        elif not method.executes:
-            continue                    # it would do no better, but the next one may
-        if not failed:
-            limit = max(tolerance, method.grain)
-            break
-        if failed.trouble.passes:       # it may work later: a rougher way would not do better
-            break
-    result.proved, result.when = time.monotonic(), time.time()
-    if abs(result.after) <= limit:
-        result.warning = words(problem) if problem else ''
-        return result
-    if problem:
-        raise problem
-    raise ClockError(f'{guest.name}: clock is still off by {span(result.after)}, was '
-                     f'{span(result.before)}', 'the host or the guest may be overloaded; raise '
-                     'monitor.toleranceMs if this lasts')
-
-
-def synchronise(guest: Guest, config: Config, cause: str, began: float,
-                nudge: threading.Event) -> Correction:
-    """Wait until the guest's agent answers, then correct the clock.
-
-    `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
-    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help, and
-    ClockError when the clock was not to be put right even after pauses.
-    """
-    deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
-    while True:
-        try:
-            result = correct(guest, round(config.tolerance * MS), config.allow_exec)
-        except AgentError as problem:
-            if not problem.trouble.passes or deadline.passed():
-                raise
-        except HostAway:
-            if deadline.passed():       # events would bring us back only if their link fell, too
-                raise
-        except ClockError:
-            again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
-            if not again:
-                raise
-        else:
-            result.cause = cause
-            result.right, result.proved = result.right - began, result.proved - began
-            return result
-        nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
-        nudge.clear()
-        pause = min(pause * RETRY_FACTOR, RETRY_LAST)
-
-
-class HostClock(NamedTuple):
-    """The host's clocks at one moment, in ns."""
-
-    real: int
-    boot: int                   # goes on while the host sleeps
-    monotonic: int              # does not
-
-    @classmethod
-    def now(cls) -> HostClock:
-        """Read the three as one: of a few attempts, the one that took the least time."""
-        best: tuple[int, HostClock | None] = (sys.maxsize, None)
-        for _ in range(SAMPLES):
-            boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-            real, monotonic = time.time_ns(), time.monotonic_ns()
-            took = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot
-            if took < best[0]:
-                best = took, cls(real, boot, monotonic)
-        assert best[1]
-        return best[1]
-
-    def jump_since(self, earlier: HostClock) -> str:
-        """Return what happened to the clocks since `earlier`, or ''."""
-        limit = HOST_CLOCK_JUMP * SECOND
-        if (self.boot - self.monotonic) - (earlier.boot - earlier.monotonic) > limit:
-            return 'host slept'
-        if abs((self.real - self.boot) - (earlier.real - earlier.boot)) > limit:
-            return 'host clock stepped'
-        return ''
-
-
 # === monitor ====================================================================================
 
 class Settings:
@@ -6304,10 +6379,17 @@ class Monitor:
         self._stopping.set()
         self.events.put(None)
 
-    def trigger_all(self, cause: str) -> None:
-        """Check every running guest."""
-        for guest in self.guests.each(running=True):
-            self.events.put(GuestEvent(guest, cause, time.monotonic()))
+    def trigger_all(self, cause: str, hosts: Sequence[Host | Machines]) -> list[Host | Machines]:
+        """Check every running guest of these hosts; return those that can't be asked now."""
+        away = []
+        for host in hosts:
+            try:
+                for guest in host.each(running=True):
+                    self.events.put(GuestEvent(guest, cause, time.monotonic()))
+            except Error as problem:
+                log.debug('%s: %s', cause, words(problem))
+                away.append(host)
+        return away
 
     def _take_events(self) -> None:
         for event in iter(self.events.get, None):
@@ -6388,24 +6470,23 @@ class Monitor:
     def _watch_host(self) -> None:
         """Check all guests when the host slept or its clock was set, and every checkInterval:
         libvirt has no event for these."""
-        seen, checked, missed = HostClock.now(), time.monotonic(), ''
+        seen, checked, cause = HostClock.now(), time.monotonic(), ''
+        away: list[Host | Machines] = []        # they are asked once more, in a moment
         while not self._stopping.wait(HOST_CLOCK_POLL):
-            now = HostClock.now()
-            cause, seen = now.jump_since(seen) or missed, now
+            now, hosts = HostClock.now(), self.guests.hosts
+            jump, seen = now.jump_since(seen), now
             interval = self.settings.config.check_interval
-            if not cause and interval and time.monotonic() - checked >= interval:
-                cause = 'periodic check'
-            if not cause:
-                continue
-            checked = time.monotonic()
-            if cause.startswith('host') and not missed:
+            if jump:
+                cause = jump
                 log.warning('%s; checking all guests', cause)
-            try:
-                self.trigger_all(cause)
-                missed = ''
-            except Error as problem:
-                missed = cause                  # once more, in a moment
-                log.debug('%s: %s', cause, words(problem))
+            elif interval and time.monotonic() - checked >= interval:
+                cause = 'periodic check'
+            elif away:
+                hosts = away
+            else:
+                continue
+            checked = checked if hosts is away else time.monotonic()
+            away = self.trigger_all(cause, hosts)
 
 
 # === startup ====================================================================================
@@ -6690,8 +6771,8 @@ class Dispatcher:
     def _json_pairs(body: bytes) -> list[tuple[str, str]]:
         """Read a JSON body: an object whose values are strings or numbers."""
         try:
-            value = json.loads(body, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError):
+            value = parse_json(body, unique=True)
+        except ValueError:
             value = None
         if not isinstance(value, dict) or any(
                 isinstance(item, bool) or not isinstance(item, (str, int, float))
@@ -7358,22 +7439,6 @@ def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, 
     return host, [guests.find(name) for name in names] if names else guests.each(running)
 
 
-def _for_each(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
-              ) -> list[dict[str, Any]]:
-    """Ask all guests at once, so that a silent one delays no other; return the answers."""
-    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
-
-    def fill(answer: dict[str, Any], guest: Guest) -> None:
-        try:
-            answer.update(ask(guest))
-        except Error as problem:
-            answer['error'] = words(problem)
-    for thread in [spawn(guest.name, fill, answer, guest)
-                   for answer, guest in zip(answers, guests)]:
-        thread.join()
-    return answers
-
-
 def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
     """--status: print state, agent and clock of each guest."""
     def ask(guest: Guest) -> dict[str, Any]:
@@ -7386,7 +7451,7 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
     host, guests = _chosen(config, names, running=False)
-    answers = _for_each(guests, ask)
+    answers = ask_all(guests, ask)
     host.stop()
     if as_json:
         print(json.dumps({'guests': answers}))
@@ -7417,7 +7482,7 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
         guests = [guest for guest in guests if not config.excludes(guest.name)]
     # Once, by hand: a guest whose agent does not answer soon is an answer, too.
     config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
-    answers = _for_each(guests, ask)
+    answers = ask_all(guests, ask)
     host.stop()
     if as_json:
         print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
