@@ -6,6 +6,7 @@ that can't be had.
     sudo python3 test_vmmonitor.py --install    install what is needed, then everything
     sudo python3 test_vmmonitor.py BarsTest     one class, or CLASS.test
     sudo python3 test_vmmonitor.py --bench      figures against virsh
+    sudo python3 test_vmmonitor.py --fresh bookworm     install it on a new Debian, in a container
 
 The first sections are the rig: packages, a guest image built from Debian's kernel and busybox, a
 libvirtd in name spaces of its own, and a client that measures clocks without vmmonitor. Guests are
@@ -51,7 +52,7 @@ import unittest.mock
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
@@ -120,15 +121,14 @@ def installed(package: str) -> bool:
     return False
 
 
-def install() -> None:
-    """Install those of PACKAGES that are missing, and begin anew: what this file looked for when
-    it was read may be there now."""
-    missing = [package for package in PACKAGES if not installed(package)]
+def install(packages: Sequence[str] = PACKAGES) -> bool:
+    """Install those of the packages that are missing; tell whether any was."""
+    missing = [package for package in packages if not installed(package)]
     if missing:
         say(f'installing {" ".join(missing)}')
         apt('update')
         apt('install', '-y', '--no-install-recommends', *missing)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    return bool(missing)
 
 
 # === Guest image ================================================================================
@@ -813,6 +813,50 @@ class ConfigTest(TempCase):
         for wrong in ('', 'wrong'):
             with self.assertRaisesRegex(vm.ConfigError, 'certificate.password open the key'):
                 vm.load(self.write(change, {'listener': {'certificate': {'password': wrong}}}))
+
+    # As a user who may not read the private key, which root as a tester may.
+    HANDED = """import os, sys, vmmonitor as vm
+if not os.getuid():
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+try:
+    config = vm.load(sys.argv[1])
+    print(vm.beside(config, 'cert.pem'), vm.beside(config, 'cert.key'), *vm.handed_over(config))
+except vm.ConfigError as problem:
+    print(*problem.problems)
+"""
+
+    def test_what_systemd_hands_over(self) -> None:
+        """A file that may be read is read itself, else systemd's copy, and it is said so."""
+        place = self.directory / 'place'
+        copies = self.directory / 'copies'
+        for directory in (place, copies):
+            directory.mkdir()
+            shutil.copy(self.directory / 'cert.pem', directory)
+        shutil.copy(vm.__file__, place)
+        shutil.copyfile(self.write(), place / 'config.json')
+        shutil.copyfile(self.directory / 'cert.key', copies / 'cert.key')
+        shutil.copyfile(self.directory / 'cert.key', place / 'cert.key')
+        for path in (self.directory, place, copies, *place.iterdir(), *copies.iterdir()):
+            path.chmod(0o755)
+
+        def look(**environ: str) -> str:
+            return subprocess.run(
+                [sys.executable, '-B', '-c', self.HANDED, str(place / 'config.json')], cwd=place,
+                env={'PATH': os.environ['PATH'], **environ}, timeout=30, check=True,
+                stdout=subprocess.PIPE).stdout.decode().strip()
+
+        handed = str(copies)
+        both = f'{place}/cert.pem {place}/cert.key'
+        self.assertEqual(look(CREDENTIALS_DIRECTORY=handed), both)
+        (place / 'cert.key').chmod(0)
+        self.assertEqual(look(CREDENTIALS_DIRECTORY=handed),
+                         f'{place}/cert.pem {copies}/cert.key cert.key')
+        self.assertIn('cert.key: this user may not read it', look())
+        self.assertIn('cert.key: this user may not read it', look(CREDENTIALS_DIRECTORY='/'))
+        make_certificate(self.directory, 'renewed')
+        shutil.copyfile(self.directory / 'renewed.pem', place / 'cert.pem')
+        self.assertRegex(look(CREDENTIALS_DIRECTORY=handed),
+                         'belong together.*copies are renewed by: systemctl restart vmmonitor')
 
     def test_secrets_stay_out_of_repr(self) -> None:
         config = vm.load(self.write({'listener': {
@@ -6037,6 +6081,725 @@ class PackagingTest(unittest.TestCase):
         self.assertNotIn(b'vmmonitor.service:', done.stdout)
 
 
+# === a fresh machine ============================================================================
+# --fresh SUITE: a Debian of its essential packages and systemd boots as a container, and what the
+# README says is done in it. Its root comes from the cache and stays as it is: changes are kept in
+# memory (an overlay). Its network is its own, with nothing but loopback; only packages are
+# downloaded by the host's, before they are needed. It ends with us, of whatever cause.
+
+SUITES = ('bullseye', 'bookworm', 'trixie')
+FRESH_PACKAGES = ('debootstrap', 'systemd-container', 'busybox-static', 'qemu-guest-agent',
+                  'cpio', 'kmod', 'xz-utils')
+ROOT_AGE = 30 * 86400           # seconds after which a cached root is made anew
+EXPOSURE = 1.5                  # what `systemd-analyze security` may say at most
+ENVIRONMENT = {'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root', 'LANG': 'C.UTF-8',
+               'DEBIAN_FRONTEND': 'noninteractive'}
+PROGRAM = ('vmmonitor.py', 'test_vmmonitor.py', 'vmmonitor.service', 'install.sh',
+           'config.json.sample', 'README.md')
+# /run is hidden: systemd-nspawn leaves locks and directories there.
+NSPAWN = ('mount -t tmpfs -o mode=0755 fresh /run; '
+          'SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn "$@"')
+# All of the machine that an installation may touch.
+STATE = r"""exec 2>&1
+for file in /etc/passwd /etc/group; do sed "s|^|$file |" $file; done
+set -- $(ls -d /opt/* /root/* /srv/* /etc/systemd/system /var/lib/vmmonitor /run/vmmonitor)
+find "$@" \( -type f -printf '%p %M %u:%g %T@\n' -o -printf '%p %M %u:%g\n' \)
+find "$@" -type f -exec cksum {} +
+systemctl is-enabled vmmonitor libvirtd
+systemctl is-active vmmonitor
+systemctl is-active -q libvirtd && echo libvirtd runs
+"""
+
+
+def debian_repositories(suite: str) -> list[tuple[str, str, str]]:
+    """Return (URI, release, component) of this host's Debian repositories, for that suite."""
+    here = re.search(r'(?m)^VERSION_CODENAME=(\w+)', Path('/etc/os-release').read_text())
+    shown = run('apt-get', 'indextargets', '--format', '$(REPO_URI) $(RELEASE) $(COMPONENT)',
+                'Created-By: Packages', 'Origin: Debian', timeout=60)
+    rows = {tuple(line.split()) for line in shown.splitlines()}
+    if not here or not rows:
+        raise RigError('this host has no repository of Debian, or no lists; do: apt-get update')
+    return sorted((uri, release.replace(here[1], suite), component)
+                  for uri, release, component in rows)
+
+
+def bare_root(suite: str) -> Path:
+    """Return a root directory of the suite in the cache; debootstrap it if there is none."""
+    root = CACHE / 'fresh' / suite
+    for left in root.parent.glob(f'build-{suite}-*'):       # by a killed run; the lock is ours
+        shutil.rmtree(left)
+    if root.exists() and time.time() - root.stat().st_mtime > ROOT_AGE:
+        shutil.rmtree(root)
+    if not root.exists():
+        mirror = next(uri for uri, release, _ in debian_repositories(suite) if release == suite)
+        with tempfile.TemporaryDirectory(prefix=f'build-{suite}-', dir=root.parent) as work:
+            # In name spaces of its own: an interrupted one leaves no mount and no process.
+            run('unshare', '-m', '-p', '-f', '--kill-child', '--mount-proc', 'debootstrap',
+                '--variant=minbase', '--include=systemd,systemd-sysv,dbus', suite, f'{work}/root',
+                mirror, timeout=900)
+            os.utime(f'{work}/root')
+            Path(work, 'root').rename(root)
+    return root
+
+
+def descendant(pid: int, *names: str) -> int:
+    """Return the first child's first child, and so on, that has none of these names, or 0."""
+    while Path(f'/proc/{pid}/comm').read_text().strip() in names:
+        children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+        if not children:
+            return 0
+        pid = int(children[0])
+    return pid
+
+
+class Container:
+    """A Debian that has just been booted."""
+
+    def __init__(self, suite: str) -> None:
+        self.suite, self.pid = suite, 0
+        (CACHE / 'fresh' / f'{suite}-packages' / 'partial').mkdir(parents=True, exist_ok=True)
+        self.lock = (CACHE / 'fresh' / f'{suite}.lock').open('w')
+        fcntl.flock(self.lock, fcntl.LOCK_EX)           # two would share the packages
+        root = bare_root(suite)
+        self.nspawn = subprocess.Popen(
+            ['setpriv', '--pdeathsig', 'KILL', 'unshare', '-m', '-p', '-f', '--kill-child',
+             '--mount-proc', 'sh', '-c', NSPAWN, 'fresh', '-q', '--register=no', '--keep-unit',
+             '-D', str(root), '--volatile=overlay', '--boot', '--console=pipe',
+             '--private-network', '--resolv-conf=off', '--capability=all',
+             '--drop-capability=CAP_SYS_MODULE',        # there are none in it to load
+             f'--machine=fresh-{suite}', '--bind=/dev/net/tun',
+             f'--bind={CACHE}/fresh/{suite}-packages:/var/cache/apt/archives'],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            cwd='/', start_new_session=True)
+        atexit.register(self.close)
+        wait_for(f'{suite} boots', self._booted, 60)
+
+    def _booted(self) -> bool:
+        if self.nspawn.poll() is not None:
+            assert self.nspawn.stderr
+            raise RigError(f'systemd-nspawn: {self.nspawn.stderr.read().decode()}')
+        self.pid = descendant(self.nspawn.pid, 'unshare', 'sh', 'systemd-nspawn')
+        return bool(self.pid) and self.status('test -S /run/systemd/private') == 0
+
+    def path(self, inside: str) -> Path:
+        """Return where the host sees a path of the container."""
+        return Path(f'/proc/{self.pid}/root', inside.lstrip('/'))
+
+    def command(self, script: str, network: bool = True) -> list[str]:
+        """Return what runs a shell script in it; `network` False: in the host's network."""
+        spaces = ['-m', '-u', '-i', '-p', '-C', '-r', '-w'] + ['-n'] * network
+        return ['nsenter', '-t', str(self.pid), *spaces, 'sh', '-c', script]
+
+    def run(self, script: str, timeout: float = 60, network: bool = True
+            ) -> subprocess.CompletedProcess[str]:
+        """Run a shell script and return its status and what it printed, all of it in stdout."""
+        try:
+            return subprocess.run(self.command(script, network), timeout=timeout, check=False,
+                                  env=ENVIRONMENT, stdin=subprocess.DEVNULL, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except subprocess.TimeoutExpired as problem:
+            raise RigError(f'{script}: not done within {timeout} s: {problem.stdout!r}') from None
+
+    def status(self, script: str) -> int:
+        """Run a shell script and return its exit status."""
+        return self.run(script).returncode
+
+    def sh(self, script: str, timeout: float = 60, network: bool = True) -> str:
+        """Run a shell script and return what it printed; RigError if it fails."""
+        done = self.run(script, timeout, network)
+        if done.returncode:
+            raise RigError(f'{script}: exit {done.returncode}: {done.stdout.strip()}')
+        return done.stdout.strip()
+
+    def set_up_apt(self) -> None:
+        """Give it this host's repositories, and the lists of what is in them."""
+        lines = [f'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {" ".join(row)}\n'
+                 for row in debian_repositories(self.suite)]
+        self.path('/etc/apt/sources.list').write_text(''.join(lines))
+        settings = re.findall(r'(?m)^Acquire::(?:https?|Check|Retries|ForceIPv).*\n',
+                              run('apt-config', 'dump', timeout=60))
+        self.path('/etc/apt/apt.conf.d/00host').write_text(
+            ''.join(settings) + 'APT::Sandbox::User "root";\n')
+        shutil.copyfile('/etc/resolv.conf', self.path('/etc/resolv.conf'))
+        self.sh('apt-get -qq update', 300, network=False)
+
+    def download(self, packages: str) -> None:
+        """Fetch packages, so that they can be installed without a network."""
+        self.sh('apt-get -qq -y --no-install-recommends --download-only install ' + packages, 600,
+                network=False)
+
+    def close(self) -> None:
+        """End it, with every process and mount in it."""
+        atexit.unregister(self.close)
+        self.nspawn.kill()
+        self.nspawn.wait(30)
+        with contextlib.suppress(OSError):
+            wait_for('its end', lambda: not Path(f'/proc/{self.pid}/ns/pid').exists(), 30)
+        self.lock.close()
+
+
+STEPS: list[Callable[[Fresh], None]] = []       # in their order; a docstring is a step's name
+
+
+def step(function: Callable[[Fresh], None]) -> Callable[[Fresh], None]:
+    """Make a method of Fresh a step."""
+    STEPS.append(function)
+    return function
+
+
+class Fresh(unittest.TestCase):
+    """What somebody does with this directory on a new machine, one step after another."""
+
+    HERE = '/opt/vmmonitor'
+
+    def __init__(self, box: Container) -> None:
+        super().__init__()
+        self.box, self.sh = box, box.sh
+        self.printed = ''                   # by the first install.sh
+        self.here = self.HERE               # where it is installed now
+        self.port = 10000
+
+    # What the steps are made of.
+
+    def copy(self, place: str, change: tuple[str, str] = ('', '')) -> None:
+        """Copy the program to a directory of the container, with something replaced in it."""
+        self.sh(f'mkdir -p {place}')
+        for name in PROGRAM:
+            shutil.copy(HERE / name, self.box.path(f'{place}/{name}'))
+        program = self.box.path(f'{place}/vmmonitor.py')
+        text = program.read_text()
+        self.assertIn(change[0], text)
+        program.write_text(text.replace(*change) if change[0] else text)
+
+    def install(self, options: str = '', place: str = '', timeout: float = 300) -> str:
+        """Run install.sh and return what it printed; the service must run then."""
+        shown = self.sh(f'{place or self.here}/install.sh {options}', timeout)
+        self.assertEqual(self.sh('systemctl is-active vmmonitor'), 'active', shown)
+        return shown
+
+    def refused(self, command: str, reason: str) -> None:
+        """A command must fail for that reason, in one line, and leave all as it was."""
+        before = self.state()
+        done = self.box.run(command, 120)
+        said = [line for line in done.stdout.splitlines() if line.startswith('install.sh: ')]
+        self.assertNotEqual(done.returncode, 0, done.stdout)
+        self.assertEqual(len(said), 1, done.stdout)
+        self.assertRegex(said[0], reason)
+        self.same(before, self.state(), command)
+
+    def state(self) -> list[str]:
+        """Return all of the machine that an installation may touch."""
+        return self.box.run(STATE).stdout.splitlines()
+
+    def same(self, before: list[str], after: list[str], what: str) -> None:
+        """Fail with what is different."""
+        gone, come = sorted(set(before) - set(after)), sorted(set(after) - set(before))
+        self.assertFalse(gone + come, f'{what} changed\n- ' + '\n- '.join(gone) + '\n+ '
+                         + '\n+ '.join(come))
+
+    def service(self, key: str) -> str:
+        """Return a property of the service (`systemctl show`)."""
+        return self.sh(f'systemctl show -p {key} vmmonitor').partition('=')[2]
+
+    def pin(self) -> str:
+        """Return the pin that install.sh printed."""
+        return str(re.findall(r'--pinnedpubkey (sha256//[\w+/]{43}=)', self.printed)[0])
+
+    def secret(self) -> str:
+        """Return the main key."""
+        text = self.box.path(f'{self.here}/config.json').read_text()
+        return str(json.loads(text)['listener']['key'])
+
+    def ask(self, command: str, options: str = '', within: str = '') -> tuple[int, str]:
+        """Ask the service by curl, and return status and answer."""
+        shown = self.sh(
+            f'{within} curl -s {options or f"--cacert {self.here}/cert.pem"} -w "\\n%{{http_code}}"'
+            f' -H "Authorization: Bearer {self.secret()}" '
+            f'"https://localhost:{self.port}/?cmd={command}"', 330)
+        answer, _, status = shown.rpartition('\n')
+        return int(status), answer.strip()
+
+    def answers(self, options: str = '', within: str = '') -> None:
+        """The service must answer."""
+        self.assertEqual(self.ask('list', options, within)[0], 200)
+
+    def journal(self, since: str) -> str:
+        """Return what the service logged since the cursor (`journal_cursor`)."""
+        return self.sh(f'journalctl -q -u vmmonitor -o cat --after-cursor "{since}"')
+
+    def cursor(self) -> str:
+        """Return the end of the log."""
+        return self.sh('journalctl -n 0 --show-cursor | sed -n "s/^-- cursor: //p"')
+
+    def logged(self, since: str, pattern: str, timeout: float = 20) -> None:
+        """The service must log that."""
+        wait_for(f'the log says {pattern}', lambda: re.search(pattern, self.journal(since)),
+                 timeout, 0.2)
+
+    def configure(self, change: Mapping[str, Any]) -> None:
+        """Change config.json in its place."""
+        path = self.box.path(f'{self.here}/config.json')
+        path.write_text(json.dumps(merged(json.loads(path.read_text()), change), indent=4))
+
+    # The steps.
+
+    @step
+    def boots(self) -> None:
+        """it boots, with neither Python nor libvirt"""
+        shown = self.box.run('systemctl is-system-running --wait; systemctl --failed --no-pager')
+        self.assertEqual(shown.stdout.splitlines()[0], 'running', shown.stdout)
+        self.assertNotEqual(self.box.status('command -v python3 || command -v libvirtd'), 0)
+        self.box.set_up_apt()
+
+    @step
+    def packages(self) -> None:
+        """--no-packages says what is missing"""
+        self.copy(self.HERE)
+        self.refused(f'{self.HERE}/install.sh --no-packages',
+                     'something is missing; install it: apt-get install python3 openssl curl')
+        shown = self.box.run(f'{self.HERE}/install.sh --no-packages').stdout
+        self.box.download(shown.rpartition('apt-get install ')[2].strip() + ' iproute2')
+
+    @step
+    def installs(self) -> None:
+        """one command installs it"""
+        self.printed = self.install()
+        self.assertEqual(self.sh('systemctl is-enabled vmmonitor'), 'enabled')
+        self.assertNotIn('FAIL', self.printed)
+
+    @step
+    def curl_line(self) -> None:
+        """the printed curl line answers"""
+        line = self.printed.partition('try it:\n')[2].splitlines()[0].strip()
+        self.assertEqual(self.sh(line + ' -sS -w "%{http_code}"')[-3:], '200')
+
+    @step
+    def exposure(self) -> None:
+        """it is locked down"""
+        shown = self.sh('systemd-analyze security vmmonitor.service --no-pager')
+        level = re.findall(r'Overall exposure level for vmmonitor.service: ([\d.]+)', shown)
+        print(f'    exposure {level[0]}')
+        self.assertLessEqual(float(level[0]), EXPOSURE, shown)
+        for row in ('CapBnd:\t0000000000000000', 'NoNewPrivs:\t1', 'Seccomp:\t2'):
+            self.assertIn(row, self._process())
+
+    def _process(self) -> str:
+        return self.sh(f'cat /proc/{self.service("MainPID")}/status')
+
+    @step
+    def modes(self) -> None:
+        """its user can read the secrets and write nothing"""
+        for name, mode in (('config.json', 'root:vmmonitor 640'), ('key.pem', 'root:vmmonitor 640'),
+                           ('cert.pem', 'root:root 644'), ('vmmonitor.py', 'root:root 755')):
+            self.assertEqual(self.sh(f'stat -c "%U:%G %a" {self.here}/{name}'), mode, name)
+        self.assertEqual(self.sh('runuser -u vmmonitor -- find /opt /etc /usr -writable '
+                                 '! -type l ! -type c 2>/dev/null || :'), '')
+        self.assertEqual(self.sh('ls /run/credentials/vmmonitor.service').split(),
+                         ['cert.pem', 'key.pem'])
+
+    @step
+    def mended(self) -> None:
+        """code that its user could write is mended, and a path to it refused"""
+        self.sh(f'chown vmmonitor {self.here} {self.here}/vmmonitor.py')
+        self.assertIn('vmmonitor.py now belongs to root', self.install())
+        self.modes()
+        self.sh('mkdir -m 777 /srv/open')
+        self.refused(f'{self.here}/install.sh --prefix /srv/open/vmmonitor',
+                     '/srv/open: the user vmmonitor may write it')
+        self.sh('rmdir /srv/open')
+
+    @step
+    def guest(self) -> None:
+        """a guest is saved and started by curl, and its clock is right"""
+        for path, name in zip(guest_image(), ('vmlinuz', 'initramfs')):
+            shutil.copy(path, self.box.path(f'/srv/{name}'))
+        xml = DOMAIN.format(
+            name='web1', uuid='', memory=112, kernel='/srv/vmlinuz', initramfs='/srv/initramfs',
+            cmdline=CMDLINE, dir='/var/lib/libvirt', clock="<clock offset='utc'/>",
+            devices=CHANNEL)
+        self.box.path('/root/web1.xml').write_text(xml)
+        self.sh('virsh -q define /root/web1.xml; virsh -q start web1')
+        wait_for('the agent of web1', self._ping, 60, 0.5)
+        fed = int(self.service('WatchdogTimestampMonotonic'))
+        self.assertEqual(self.ask('save&target=web1'), (200, 'web1: saved'))
+        time.sleep(3)
+        self.assertGreater(int(self.service('WatchdogTimestampMonotonic')), fed)
+        since = self.cursor()
+        self.assertEqual(self.ask('start&target=web1'), (200, 'web1: restored'))
+        self.logged(since, 'web1: clock corrected, cause=.* before=-[34]')
+        offset, error = self._offset()
+        print(f'    offset of the clock {offset * 1000:+.1f} ms, measured to {error * 1000:.1f} ms')
+        self.assertLess(abs(offset), error + 0.01)
+
+    def _agent(self, command: str) -> str:
+        return self.sh('virsh -q qemu-agent-command web1 \'{"execute": "guest-%s"}\'' % command)
+
+    def _ping(self) -> bool:
+        with contextlib.suppress(RigError):
+            return 'return' in self._agent('ping')
+        return False
+
+    def _offset(self) -> tuple[float, float]:
+        """Return guest time minus host time by virsh, and how far that may be wrong."""
+        best = (0.0, float('inf'))
+        for _ in range(10):
+            before = time.time()
+            there = json.loads(self._agent('get-time'))['return'] / 1e9
+            half = (time.time() - before) / 2
+            best = min(best, (there - before - half, half), key=lambda reading: reading[1])
+        return best
+
+    @step
+    def elsewhere(self) -> None:
+        """curl from another network, with the pin, and with a wrong one"""
+        self.sh('command -v ip || apt-get -qq -y --no-install-recommends install iproute2', 120)
+        self.sh('ip netns add client; ip link add fresh0 type veth peer name fresh1 netns client; '
+                'ip addr add 192.0.2.1/24 dev fresh0; ip link set fresh0 up; '
+                'ip -n client addr add 192.0.2.2/24 dev fresh1; ip -n client link set fresh1 up')
+        within = 'ip netns exec client'
+        there = '--connect-to ::192.0.2.1: --pinnedpubkey'
+        self.answers(f'--cacert {self.here}/cert.pem {there} {self.pin()}', within)
+        self.answers(f'-k {there} {self.pin()}', within)
+        wrong = 'sha256//' + base64.b64encode(bytes(32)).decode()
+        with self.assertRaisesRegex(RigError, 'exit 90:'):      # CURLE_SSL_PINNEDPUBKEYNOTMATCH
+            self.ask('list', f'-k {there} {wrong}', within)
+
+    @step
+    def restarts(self) -> None:
+        """the service restarts, and starts its guests"""
+        self.sh('virsh -q destroy web1')
+        self.configure({'startup': {'enabled': True, 'vmStartupCommands': ['start web1']}})
+        since = self.cursor()
+        self.sh('systemctl restart vmmonitor')
+        self.answers()
+        self.logged(since, 'startup: .*1.*')
+        self.assertEqual(self.sh('virsh domstate web1'), 'running')
+
+    @step
+    def reloads(self) -> None:
+        """a good configuration is taken while it runs, a bad one refused"""
+        process, since = self.service('MainPID'), self.cursor()
+        self.configure({'listener': {'port': 10001}})
+        self.sh('systemctl reload vmmonitor')
+        self.logged(since, 'configuration read again')
+        self.port = 10001
+        self.answers()
+        good = self.box.path(f'{self.here}/config.json').read_text()
+        self.box.path(f'{self.here}/config.json').write_text(good[:-9])
+        self.sh('systemctl reload vmmonitor')
+        self.logged(since, 'reload refused, the old configuration stays: not JSON')
+        self.box.path(f'{self.here}/config.json').write_text(good)
+        self.answers()
+        self.assertEqual(self.service('MainPID'), process)
+
+    @step
+    def renewed(self) -> None:
+        """a renewed certificate is taken, also one whose key is root's alone"""
+        place = '/etc/letsencrypt'
+        make = f'umask 077; mkdir -p {place}; {shlex.join(CERT_ARGS)} -nodes ' \
+               f'-keyout {place}/privkey.pem -out {place}/fullchain.pem 2>/dev/null'
+        self.sh(make + f'; cp {place}/fullchain.pem /root/first.pem')
+        old = json.loads(self.box.path(f'{self.here}/config.json').read_text())
+        self.configure({'listener': {'certificate': {
+            'path': f'{place}/fullchain.pem', 'keyPath': f'{place}/privkey.pem'}}})
+        self.install()
+        self.answers('--cacert /root/first.pem')
+        since = self.cursor()
+        self.sh(f'{make}; chmod 755 {place}; chmod 644 {place}/fullchain.pem')
+        self.sh('systemctl reload vmmonitor')
+        self.logged(since, 'reload refused.*copies are renewed by: systemctl restart vmmonitor')
+        self.answers('--cacert /root/first.pem')
+        self.sh('systemctl restart vmmonitor')
+        self.answers(f'--cacert {place}/fullchain.pem')
+        self.configure({'listener': {'certificate': old['listener']['certificate']}})
+        self.install()
+        self.answers()
+        # The same beside the program, where the service may read it: a reload is enough.
+        self.sh(f'cp -a {self.here}/cert.pem {self.here}/key.pem /root; '
+                f'cat {place}/fullchain.pem > {self.here}/cert.pem; '
+                f'cat {place}/privkey.pem > {self.here}/key.pem; systemctl reload vmmonitor')
+        wait_for('the renewed certificate', lambda: not self.box.status(
+            f'curl -s --cacert {place}/fullchain.pem https://localhost:{self.port}/'), 10)
+        self.sh(f'cp -a /root/*.pem {self.here}; systemctl reload vmmonitor; '
+                f'rm -r {place} /root/*.pem')
+
+    @step
+    def again(self) -> None:
+        """a second installation changes nothing"""
+        self.install()
+        before, process = self.state(), self.service('MainPID')
+        self.assertIn('nothing has changed', self.install())
+        self.same(before, self.state(), 'the second installation')
+        self.assertEqual(self.service('MainPID'), process)
+
+    def _secrets(self, place: str = '') -> str:
+        return self.sh(f'cd {place or self.here}; cksum config.json cert.pem key.pem; '
+                       'stat -c "%n %U:%G %a" config.json cert.pem key.pem')
+
+    @step
+    def upgrades(self) -> None:
+        """an upgrade in its place keeps config, certificate and key"""
+        before, since = self._secrets(), self.cursor()
+        self.copy(self.here, ("__version__ = '1.0'", "__version__ = '1.1'"))
+        self.install()
+        self.logged(since, 'vmmonitor 1.1: monitor')
+        self.assertEqual(self._secrets(), before)
+        self.answers()
+
+    @step
+    def failed_upgrade(self) -> None:
+        """an upgrade that fails brings the old version back"""
+        self.copy('/srv/broken', ('        for number in (signal.SIGTERM',
+                                  '        raise Error("broken on purpose")\n'
+                                  '        for number in (signal.SIGTERM'))
+        since = self.cursor()
+        self.refused(f'/srv/broken/install.sh --prefix {self.here} --port 10002 --with-machines',
+                     'the service did not start: broken on purpose')
+        self.sh('rm -r /srv/broken')
+        self.logged(since, 'vmmonitor 1.1: monitor')
+        self.answers()
+
+    @step
+    def moves(self) -> None:
+        """a copy in another directory takes the service over, with another user and port"""
+        before = self._secrets()
+        self.sh('cp -r /opt/vmmonitor /srv/vmmonitor')
+        self.here = '/srv/vmmonitor'
+        self.install()
+        self.answers()
+        self.assertEqual(self._secrets(), before)
+        self.assertIn('/srv/vmmonitor/vmmonitor.py', self.service('ExecStart'))
+        self.install('--user vmm --port 10003')
+        self.port = 10003
+        self.answers()
+        self.assertEqual(self.service('User'), 'vmm')
+        self.assertNotEqual(self.box.status('getent passwd vmmonitor'), 0)
+        self.assertEqual(self.sh('stat -c %U:%G:%a /srv/vmmonitor/key.pem'), 'root:vmm:640')
+        self.here = '/usr/local/lib/vmmonitor'
+        self.install(f'--prefix {self.here} --user vmmonitor', '/srv/vmmonitor')
+        self.port = 10000
+        self.answers()
+        self.assertEqual(sorted(os.listdir(self.box.path(self.here))), [
+            '.installed', 'cert.pem', 'config.json', 'config.json.sample', 'install.sh', 'key.pem',
+            'vmmonitor.py', 'vmmonitor.service'])
+
+    MACHINE = r"""import os, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import vmmonitor as vm
+lan = vm.Switch('lan')
+vm.Namespace('m1')
+machine = vm.Machine('m1', nics=1, namespace='m1', memory=112, kernel='/srv/vmlinuz',
+                     initrd='/srv/initramfs', cmdline=sys.argv[2])
+nic = machine.nics[0]
+nic.connect(lan)
+# A container's /dev is no devtmpfs: the kernel makes no node in it.
+shown = subprocess.run(['ip', 'netns', 'exec', 'm1', 'cat',
+                        f'/sys/class/net/{nic.tap_interface}/tap{nic.index}/dev'],
+                       check=True, stdout=subprocess.PIPE).stdout.decode()
+os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))))
+"""
+
+    @step
+    def machines(self) -> None:
+        """--with-machines: one made by root is started by curl, and outlives the service"""
+        self.box.path('/root/machine.py').write_text(self.MACHINE)
+        said = self.install('--with-machines')
+        self.assertIn('the service is root', said.replace('\n', ' '))
+        self.sh(f"python3 -B /root/machine.py {self.here} '{CMDLINE}'")
+        self.assertIn('m1 off', self.ask('list')[1])
+        self.assertEqual(self.ask('start&target=m1'), (200, 'm1: started'))
+        self.assertIn('m1', self.sh('ip netns'))
+        emulator = self.sh('ip netns pids m1')
+        since = self.cursor()
+        self.logged(since, 'm1: clock', 60)
+        self.sh('systemctl restart vmmonitor')
+        self.assertIn('m1 running', self.ask('list')[1])
+        self.assertEqual((emulator, self.sh('ip netns pids m1')), (emulator, emulator))
+        status = self.sh(f'cat /proc/{emulator}/status')
+        for row in ('CapBnd:\t0000000000000000', 'NoNewPrivs:\t1', 'Seccomp:\t2'):
+            self.assertIn(row, status)
+        self.assertEqual(self.ask('stop&target=m1')[0], 200)
+        wait_for('the end of m1', lambda: 'm1 off' in self.ask('list')[1], 30)
+        self.install()                                  # keeps it
+        self.assertIn('\nUid:\t0\t', self._process())
+        self.install('--without-machines')
+        self.assertNotIn('\nUid:\t0\t', self._process())
+        self.exposure()
+
+    @step
+    def uninstalls(self) -> None:
+        """--uninstall takes all but config, certificate and key, and none of the guests"""
+        before = self.sh(f'cd {self.here}; cksum config.json cert.pem key.pem')
+        self.sh(f'{self.here}/install.sh --uninstall')
+        self.assertEqual(sorted(os.listdir(self.box.path(self.here))),
+                         ['cert.pem', 'config.json', 'key.pem'])
+        self.assertEqual(self.sh(f'cd {self.here}; cksum config.json cert.pem key.pem'), before)
+        self._gone()
+        self.assertEqual(self.sh('virsh -q domstate web1'), 'running')
+        self.assertTrue(self.box.path('/var/lib/vmmonitor/machines/m1/machine.json').exists())
+
+    def _gone(self) -> None:
+        """Nothing of the service may be left in the system."""
+        left = self.box.run('getent passwd vmmonitor; getent group vmmonitor; '
+                            'find /etc/systemd /run/credentials -name "*vmmonitor*"; '
+                            'grep -E vmmonitor /etc/group; pidof -x vmmonitor.py').stdout
+        self.assertEqual(left, '')
+        self.assertEqual(self.box.run('systemctl is-active vmmonitor').stdout.strip(), 'inactive')
+
+    @step
+    def failures(self) -> None:
+        """what goes wrong is said in one line, and leaves nothing behind"""
+        place = self.here = '/opt/bad'
+        self.copy('/root/closed')
+        self.copy(place)
+        self.sh('useradd -N -g users bob; '
+                'systemctl disable --now libvirtd.service libvirtd.socket libvirtd-ro.socket '
+                'libvirtd-admin.socket')
+        with subprocess.Popen(
+                self.box.command('exec python3 -c "import socket; s = socket.create_server('
+                                 '(\'\', 10000)); print(1, flush=True); input()" 2>/dev/null'),
+                env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin and holder.stdout
+            holder.stdout.readline()
+            self.refused(f'{place}/install.sh', 'did not start: .*10000.* in use')
+            holder.stdin.close()
+        for broken, options, reason in (
+                ('printf "{" > config.json', '', 'config.json: not JSON: '),
+                ('echo > cert.pem', '', 'cert.pem is there, but .*key.pem is not; put it back'),
+                ('true', '--user bob', 'the group of bob is users, and others may be in it'),
+                ('true', '--user root', 'what needs root is --with-machines'),
+                ('true', '--user "a b"', 'use at most 31 of a-z'),
+                ('true', '--port 443', 'use 1024 to 65535'),
+                ('true', '--prefix ../x', 'use an absolute path'),
+                ('true', '--prefix "/opt/a b"', 'use a path without spaces'),
+                ('true', '--prefix /tmp/x', 'the service has a /tmp of its own'),
+                ('true', '--purge', 'goes with --uninstall'),
+                ('true', '--frobnicate', '--frobnicate: unknown'),
+                ('rm config.json.sample', '', 'config.json.sample is missing')):
+            with self.subTest(reason=reason):
+                self.sh(f'cd {place}; {broken}')
+                self.refused(f'{place}/install.sh {options}', reason)
+                self.sh(f'rm -rf {place}')
+                self.copy(place)
+        self.refused('/root/closed/install.sh', "can't read .*say --prefix /opt/vmmonitor")
+        before, ends = self.state(), []
+        for seconds in (0.3, 0.8, 1.4, 2.0, 2.6):       # interrupted, wherever it is then
+            ends.append(self.box.status(f'timeout {seconds} {place}/install.sh'))
+            if ends[-1] == 0:
+                break
+            self.same(before, self.state(), f'an installation that ended after {seconds} s')
+        self.assertEqual(ends[0], 124)
+        if ends[-1] == 0:
+            self.sh(f'{place}/install.sh --uninstall --purge')
+        self.sh(f'rm -r /root/closed {place}; userdel bob; systemctl enable -q --now libvirtd')
+
+    @step
+    def without_systemd(self) -> None:
+        """without systemd it runs in the foreground"""
+        self.here = '/usr/local/lib/vmmonitor'
+        self.copy('/srv/vmmonitor')
+        self.sh('systemctl stop libvirtd.service libvirtd.socket libvirtd-ro.socket '
+                'libvirtd-admin.socket virtlogd.service virtlogd.socket virtlogd-admin.socket')
+        script = 'ip link set lo up; mount -t tmpfs run /run; mkdir /run/lock; ' \
+                 f'exec /srv/vmmonitor/install.sh --prefix {self.here}'
+        command = 'exec timeout -s KILL 120 unshare -m -n -p -f --kill-child --mount-proc sh -c '
+        with subprocess.Popen(
+                self.box.command(command + shlex.quote(script)), env=ENVIRONMENT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            try:
+                assert process.stdout
+                shown = self._until(process.stdout, 'connected after')
+                self.assertIn('systemd does not run here', shown)
+                child = descendant(process.pid, 'nsenter', 'timeout', 'unshare')
+                self.assertNotEqual(os.stat(f'/proc/{child}').st_uid, 0)
+                self.answers(within=f'nsenter -t {self._inside(child)} -n')
+                os.kill(child, signal.SIGTERM)
+                self.assertEqual(process.wait(20), 0)
+            finally:
+                process.kill()
+        self.sh('systemctl start libvirtd.socket')
+
+    @staticmethod
+    def _until(stream: Iterable[str], text: str) -> str:
+        """Return what is read, up to a line with that text."""
+        shown = ''
+        for line in stream:
+            shown += line
+            if text in line:
+                return shown
+        raise RigError(f'ended without {text!r}: {shown}')
+
+    @staticmethod
+    def _inside(pid: int) -> int:
+        """Return the number in the container of a process in a further name space."""
+        row = re.findall(r'(?m)^NSpid:\t(.*)$', Path(f'/proc/{pid}/status').read_text())[0]
+        return int(row.split()[-2])
+
+    @step
+    def purges(self) -> None:
+        """it comes back with its old key; --purge takes that, too, and none of the guests"""
+        before = self._secrets()
+        self.install()
+        self.assertEqual(self._secrets(), before)
+        self.answers()
+        self.sh(f'{self.here}/install.sh --uninstall --purge')
+        self.assertFalse(self.box.path(self.here).exists())
+        self._gone()
+        self.assertIn('web1', self.sh('virsh -q list --all --name'))
+        self.assertTrue(self.box.path('/var/lib/vmmonitor/machines/m1/machine.json').exists())
+
+    # What a host has and systemd-nspawn does not show: a /dev in which the kernel makes nodes
+    # (/dev/tapN of a macvtap), and settings of the kernel that can be changed.
+    LIKE_A_HOST = """set -e
+mount -o remount,rw,bind /proc/sys
+mount -t devtmpfs dev /dev
+mount -t devpts -o ptmxmode=666 pts /dev/pts
+mount -t tmpfs shm /dev/shm
+exec python3 -B test_vmmonitor.py --install
+"""
+
+    def whole_suite(self) -> None:
+        """the whole test suite"""
+        place = '/root/vmmonitor'
+        self.copy(place)
+        # Packages first, and by the host's network: the rest runs in the container's own.
+        self.sh(f'cd {place}; python3 -B -c "import test_vmmonitor as t; t.install(); '
+                't.guest_image()"', 1200, network=False)
+        done = subprocess.run(
+            self.box.command(f'cd {place}; exec unshare -m sh -c {shlex.quote(self.LIKE_A_HOST)}'),
+            env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=3600, check=False)
+        self.assertEqual(done.returncode, 0)
+
+
+def fresh(suite: str, steps: Sequence[Callable[[Fresh], None]]) -> int:
+    """Carry out the steps in a new Debian; return how many were passed."""
+    began, passed, name = time.monotonic(), 0, 'it boots'
+    try:
+        with contextlib.closing(Container(suite)) as box:
+            print(f'{suite} {time.monotonic() - began:6.1f} s  root and boot', flush=True)
+            machine = Fresh(box)
+            for function in steps:
+                since, name = time.monotonic(), function.__doc__ or ''
+                function(machine)
+                passed += 1
+                print(f'{suite} {time.monotonic() - since:6.1f} s  {name}', flush=True)
+    except (RigError, AssertionError, OSError, subprocess.SubprocessError) as problem:
+        print(f'{suite} FAILED: {name}: {problem}', flush=True)
+    print(f'{suite} {time.monotonic() - began:6.1f} s  in all', flush=True)
+    return passed
+
+
+def fresh_machines(suites: Sequence[str], whole_suite: bool) -> int:
+    """--fresh: print what was done on each, and a closing line; return the exit status."""
+    install(FRESH_PACKAGES)
+    guest_image()
+    steps = STEPS + [Fresh.whole_suite] * whole_suite
+    passed = [fresh(suite, steps) for suite in suites]
+    failed = sum(count < len(steps) for count in passed)
+    print(f'{sum(passed)} passed, {failed} failed', flush=True)
+    return 1 if failed else 0
+
+
 # === benchmark ==================================================================================
 
 def benchmark() -> None:
@@ -6135,10 +6898,17 @@ def main() -> int:
                         help='first install the Debian packages that the tests need')
     parser.add_argument('--strict', action='store_true', help='a skipped test is a failure')
     parser.add_argument('--bench', action='store_true', help='measure instead of testing')
+    parser.add_argument('--fresh', nargs='+', choices=SUITES, metavar='SUITE',
+                        help=f'install on a new Debian, in a container: {", ".join(SUITES)}')
+    parser.add_argument('--suite', action='store_true',
+                        help='with --fresh: run all these tests in it, too')
     parser.add_argument('tests', nargs='*', help='classes or tests, as for unittest')
     options = parser.parse_args()
-    if options.install:
-        install()
+    if options.fresh:
+        return fresh_machines(options.fresh, options.suite)
+    if options.install and install():
+        # Begin anew: what this file looked for when it was read may be there now.
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     if options.bench:
         benchmark()
         return 0

@@ -884,9 +884,28 @@ def enabled_roles(config: Config) -> list[str]:
     return [role for role, on in zip(ROLES, enabled) if on]
 
 
+STALE_COPY = 'systemd\'s copies are renewed by: systemctl restart vmmonitor'
+
+
 def beside(config: Config, name: str) -> str:
-    """Return a path of the configuration, relative ones counted from its own directory."""
-    return os.path.join(os.path.dirname(os.path.abspath(config.path)), name)
+    """Return a path of the configuration, relative ones counted from its own directory.
+
+    For a file that this user may not read, such as a private key that is root's alone, it is the
+    copy that systemd hands over, if there is one (LoadCredential, systemd.exec(5)).
+    """
+    path = os.path.join(os.path.dirname(os.path.abspath(config.path)), name)
+    copies = os.environ.get('CREDENTIALS_DIRECTORY')
+    if not copies or os.access(path, os.R_OK):
+        return path
+    copy = os.path.join(copies, os.path.basename(path))
+    return copy if os.access(copy, os.R_OK) else path
+
+
+def handed_over(config: Config) -> list[str]:
+    """Return the files of the certificate that are systemd's copies, made when we started."""
+    names = filter(None, [config.certificate, config.certificate_key])
+    copies = os.environ.get('CREDENTIALS_DIRECTORY')
+    return [name for name in names if os.path.dirname(beside(config, name)) == copies]
 
 
 def _keys_inside(config: Config) -> Iterator[str]:
@@ -968,8 +987,9 @@ def tls_context(config: Config) -> ssl.SSLContext:
         # A function as password: without one, OpenSSL would ask at the terminal.
         context.load_cert_chain(paths[0], paths[1], lambda: config.certificate_password)
     except (ssl.SSLError, OSError, ValueError) as problem:
+        stale = f' ({STALE_COPY})' if handed_over(config) else ''
         raise Problem(f'{paths[0]} with {paths[1]}: {words(problem)}; both must be PEM, belong '
-                      'together, and certificate.password open the key') from None
+                      f'together, and certificate.password open the key{stale}') from None
     return context
 
 
@@ -7290,6 +7310,8 @@ class Daemon:
                      if row.restart and getattr(old, attribute) != getattr(new, attribute)]
             log.info('configuration read again%s', later and
                      f'; counts after a restart: {", ".join(later)}' or '')
+            if 'listen' in self.roles and handed_over(new):
+                log.info('%s: %s', ', '.join(handed_over(new)), STALE_COPY)
             for warning in new.warnings:
                 log.warning('%s', warning)
         self._say('READY=1')
