@@ -1520,6 +1520,22 @@ class StartupTest(unittest.TestCase):
         self.assertIn('broken started', messages[-1])
         self.assertEqual((vm.START_RETRIES, vm.START_RETRY_PAUSE), (3, 5))
 
+    def test_waits_for_the_hosts_of_its_guests_alone(self) -> None:
+        here, away = ScriptedHost(ScriptedGuest('here')), ScriptedHost(ScriptedGuest('there'))
+        away.up.clear()
+        startup = vm.Startup(vm.Guests([here, away]), vm.steps(['start here']))
+        startup.run()
+        self.assertEqual(here.guests['here'].calls, ['start'])      # type: ignore[attr-defined]
+        startup = vm.Startup(vm.Guests([here, away]), vm.steps(['start here', 'start there']))
+        thread = threading.Thread(target=startup.run, daemon=True)
+        thread.start()
+        thread.join(0.5)
+        self.assertTrue(thread.is_alive())
+        self.assertEqual(here.guests['here'].calls, ['start'])      # type: ignore[attr-defined]
+        away.up.set()
+        thread.join(5)
+        self.assertEqual(away.guests['there'].calls, ['start'])     # type: ignore[attr-defined]
+
     def test_wait(self) -> None:
         late, dead = ScriptedGuest('late'), ScriptedGuest('dead')
         late.troubles = ['not connected'] * 3

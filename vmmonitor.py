@@ -6328,11 +6328,15 @@ class Guests:
         return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
                     'try again later')
 
-    def ready(self, stopping: threading.Event) -> bool:
-        """Wait until every host is connected, or (False) until `stopping`."""
+    def ready(self, stopping: threading.Event, names: Iterable[str]) -> bool:
+        """Wait until every host is connected, or those that are have all of `names`; or (False)
+        until `stopping`."""
         while not all(host.up.wait(STATE_POLL) for host in self.hosts):
             if stopping.is_set():
                 return False
+            there = [host for host in self.hosts if host.up.is_set()]
+            if all(any(host.find(name) for host in there) for name in names):
+                break
         return True
 
 
@@ -6501,8 +6505,8 @@ class Startup:
         self._failed: dict[str, str] = {}           # guest -> why not
 
     def run(self) -> None:
-        """Wait for libvirt, go through the lines, wait for the last start, and sum up."""
-        if not self.guests.ready(self.stopping):
+        """Wait for the guests' hosts, go through the lines, wait for the last start, and sum up."""
+        if not self.guests.ready(self.stopping, {step.name for step in self.steps if step.name}):
             return
         began, threads = time.monotonic(), []
         for step in self.steps:
@@ -6528,7 +6532,7 @@ class Startup:
         for attempt in range(1 + START_RETRIES):
             if attempt:
                 self.stopping.wait(START_RETRY_PAUSE)
-            if not self.guests.ready(self.stopping):
+            if not self.guests.ready(self.stopping, [name]):
                 return
             try:
                 says = self.guests.act('start', self.guests.find(name))
