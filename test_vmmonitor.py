@@ -61,6 +61,7 @@ import vmmonitor as vm
 import vmmonitor as vmanager  # as the library's users write it
 
 CACHE = Path('/var/tmp/vmmonitor-test')
+OURS = f'vmmonitor-{os.getpid()}-'      # how all begins that this run makes
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 # The monolithic libvirtd with its QEMU driver, but not libvirt-daemon-system: that would start a
 # second libvirtd, on the host itself.
@@ -398,7 +399,7 @@ class Libvirtd:
     """
 
     def __init__(self, group: str = 'root') -> None:
-        self.dir = Path(tempfile.mkdtemp(prefix='vmmonitor-rig-', dir=CACHE.parent))
+        self.dir = Path(tempfile.mkdtemp(prefix=f'{OURS}rig-', dir=CACHE.parent))
         self.dir.chmod(0o755)                   # for `group`
         self.uri = f'qemu+unix:///system?socket={self.dir}/libvirt-sock'
         self.process: subprocess.Popen[bytes] | None = None
@@ -678,7 +679,7 @@ class TempCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.directory = Path(tempfile.mkdtemp(prefix='vmmonitor-test-'))
+        cls.directory = Path(tempfile.mkdtemp(prefix=OURS))
         cls.addClassCleanup(shutil.rmtree, cls.directory)
         make_certificate(cls.directory)
 
@@ -922,7 +923,7 @@ class Peer:
     """A unix-socket server whose behaviour a test scripts: the peer that misbehaves."""
 
     def __init__(self, case: unittest.TestCase, serve: Callable[[socket.socket], None]) -> None:
-        directory = tempfile.mkdtemp(prefix='vmmonitor-test-')
+        directory = tempfile.mkdtemp(prefix=OURS)
         case.addCleanup(shutil.rmtree, directory)
         self.path = os.path.join(directory, 'peer.sock')
         self.listener = socket.socket(socket.AF_UNIX)
@@ -1916,7 +1917,7 @@ class Program:
 
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None,
                  code: str = '') -> None:
-        self.log_path = Path(tempfile.mkstemp(prefix='vmmonitor-test-', suffix='.log')[1])
+        self.log_path = Path(tempfile.mkstemp(prefix=OURS, suffix='.log')[1])
         program = ['-c', code] if code else [str(HERE / 'vmmonitor.py')]
         with self.log_path.open('wb') as log:
             self.process = subprocess.Popen(
@@ -4266,7 +4267,7 @@ class Scratch(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.dir = Path(tempfile.mkdtemp(prefix='vmmonitor-machine-'))
+        cls.dir = Path(tempfile.mkdtemp(prefix=OURS))
         cls.dir.chmod(0o711)
         cls.addClassCleanup(shutil.rmtree, cls.dir)
 
@@ -5828,7 +5829,7 @@ class JsonTest(unittest.TestCase):
                 vm.answer_of('guest-exec', reply)
 
     def test_names_from_outside_reach_no_path(self) -> None:
-        with tempfile.TemporaryDirectory(prefix='vmmonitor-test-') as directory:
+        with tempfile.TemporaryDirectory(prefix=OURS) as directory:
             place = Path(directory, 'evil')
             place.mkdir()
             (place / 'machine.json').write_text('{')
@@ -6896,13 +6897,13 @@ def what_is_missing() -> str:
 
 
 def left_behind() -> set[str]:
-    """Return what runs of these tests have left: their files, and the processes of their guests."""
+    """Return what this run has left: its files, and the processes of its guests."""
     found = {str(path) for place in (tempfile.gettempdir(), CACHE.parent)
-             for path in Path(place).glob('vmmonitor-*-*')}
+             for path in Path(place).glob(f'{OURS}*')}
     for path in Path('/proc').glob('[0-9]*/cmdline'):
         with contextlib.suppress(OSError):
             text = path.read_bytes()
-            if b'vmmonitor-rig-' in text:
+            if OURS.encode() in text:
                 found.add(f'{path.parent.name}: {text.decode(errors="replace"):.200}')
     return found
 
@@ -6929,7 +6930,6 @@ def main() -> int:
         benchmark()
         return 0
     StrictResult.strict = options.strict
-    before = left_behind()              # another run, at the same time or killed
     logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
     logging.lastResort = None
     try:
@@ -6939,7 +6939,7 @@ def main() -> int:
                 verbosity=2, resultclass=StrictResult))     # type: ignore[arg-type]
     finally:
         GuestCase.close_host()
-    left = sorted(left_behind() - before)
+    left = sorted(left_behind())
     if left:
         print('left behind:', *left, sep='\n', file=sys.stderr)
     return 0 if program.result.wasSuccessful() and not left else 1
