@@ -2733,8 +2733,11 @@ class OneShotTest(GuestCase):
         guest.virsh('autostart')
         self.addCleanup(guest.virsh, 'autostart', '--disable')
         path = self.config({'listener': {'enabled': True, 'port': free_port()}, 'startup': {
-            'enabled': True, 'vmStartupCommands': ['start web1', 'start nope']}})
-        status, out, _ = vmmonitor('--config', path, '--check')
+            'enabled': True, 'vmStartupCommands': ['start web1', 'start nope', 'start m1']}})
+        own = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}
+        subprocess.run([sys.executable, '-c', 'import vmmonitor; vmmonitor.Machine("m1")'], cwd=HERE,
+                       env={**os.environ, **own}, check=True, timeout=30)
+        status, out, _ = vmmonitor('--config', path, '--check', env=own)
         self.assertEqual(status, 1)
         for line in (r'ok    config .*: monitor, startup, listen', r'ok    libvirt .*: version \d+',
                      r'ok    certificate cert\.pem: valid until ', r'ok    port: can listen on \*:',
@@ -2742,6 +2745,7 @@ class OneShotTest(GuestCase):
                      r'FAIL  web1 is started by libvirt, too, .*virsh autostart --disable web1',
                      r'FAIL  startup\.vmStartupCommands line 2: no guest is named nope'):
             self.assertRegex(out, f'(?m)^{line}')
+        self.assertNotIn('m1', out)
         status, out, _ = vmmonitor('--config', self.config({'monitor': {'exclude': ['*']}}),
                                    '--check', '--json')
         self.assertEqual((status, json.loads(out)['ok']), (0, True))

@@ -7389,7 +7389,7 @@ def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Look]:
     """Look at the guests: their agent channels, and the names in the startup list."""
     host = Host(config.libvirt_uri)
     try:
-        guests = {guest.name: guest for guest in host.each()}
+        guests = {guest.name: guest for guest in Guests([host, Machines()]).each()}
     except LibvirtError as problem:
         yield Look(False, f'guests: {words(problem)}')
         return
