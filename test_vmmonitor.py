@@ -2735,8 +2735,8 @@ class OneShotTest(GuestCase):
         path = self.config({'listener': {'enabled': True, 'port': free_port()}, 'startup': {
             'enabled': True, 'vmStartupCommands': ['start web1', 'start nope', 'start m1']}})
         own = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}
-        subprocess.run([sys.executable, '-c', 'import vmmonitor; vmmonitor.Machine("m1")'], cwd=HERE,
-                       env={**os.environ, **own}, check=True, timeout=30)
+        subprocess.run([sys.executable, '-c', 'import vmmonitor; vmmonitor.Machine("m1")'],
+                       cwd=HERE, env={**os.environ, **own}, check=True, timeout=30)
         status, out, _ = vmmonitor('--config', path, '--check', env=own)
         self.assertEqual(status, 1)
         for line in (r'ok    config .*: monitor, startup, listen', r'ok    libvirt .*: version \d+',
