@@ -2597,17 +2597,20 @@ class DaemonTest(GuestCase):
             program = self.program('--monitor', env={
                 'NOTIFY_SOCKET': path, 'WATCHDOG_USEC': '900000',
                 'JOURNAL_STREAM': f'{info.st_dev}:{info.st_ino}'})
-            seen = ''
-            while 'libvirt connected' not in seen or seen.count('WATCHDOG=1') < 2:
-                seen += systemd.recv(4096).decode() + '\n'
+            seen, deadline = '', vm.Deadline(30)
+
+            def until(found: Callable[[], bool]) -> None:
+                nonlocal seen
+                while not found():
+                    self.assertFalse(deadline.passed(), seen)
+                    seen += systemd.recv(4096).decode() + '\n'
+            until(lambda: 'libvirt connected' in seen and seen.count('WATCHDOG=1') > 1)
             self.assertIn('READY=1', seen)
             self.assertIn('STATUS=monitor; ', seen)
             program.process.send_signal(signal.SIGHUP)
-            while 'RELOADING=1\nMONOTONIC_USEC=' not in seen or seen.count('READY=1') < 2:
-                seen += systemd.recv(4096).decode() + '\n'
+            until(lambda: 'RELOADING=1\nMONOTONIC_USEC=' in seen and seen.count('READY=1') > 1)
             self.assertEqual(program.stop()[0], 0)
-            while 'STOPPING=1' not in seen:
-                seen += systemd.recv(4096).decode() + '\n'
+            until(lambda: 'STOPPING=1' in seen)
 
     def test_https_to_real_guests(self) -> None:
         self.only('web1')
