@@ -5149,11 +5149,13 @@ class TestLife(Live):
                 ({'monitor_port': 70000}, 'monitor_port'), ({'accel': 'hvf'}, 'accelerator'),
                 ({'user': 'nobody-such'}, 'no such user'), ({'cd': '/absent.iso'}, '/absent.iso'),
                 ({'nics': many}, 'no MAC of one machine'), ({'nics': [one, one]}, 'has n already'),
-                ({'harddrives': [self.path('a'), self.path('a')]}, 'already')):
-            with self.subTest(why), mock.patch.dict(os.environ):
-                os.environ.pop('VMMONITOR_ACCEL', None)
-                with self.refused(why):
-                    vm.Machine(**options)
+                ({'harddrives': [self.path('a'), self.path('a')]}, 'already'),
+                ({'harddrives': [None]}, 'no file name'), ({'cd': 5}, 'no file name'),
+                ({'nics': 'x'}, 'use a number'), ({'nics': -1}, 'use a number'),
+                ({'nics': [5]}, 'use a number'), ({'cmdline': 5}, 'no string'),
+                ({'namespace': '../x'}, 'name of a namespace'), ({'name': 5}, 'name')):
+            with self.subTest(why), self.refused(why):
+                vm.Machine(**options)
         self.assertEqual(sorted(os.listdir(self.home)), before)
         with mock.patch.object(vm.Machine, '_write', side_effect=OSError('disk full')), \
                 self.assertRaises(OSError):
@@ -5433,6 +5435,30 @@ class TestLife(Live):
         m.wait('asleep', BOOT)
         self.assertEqual(m.wake(), 'woken')
         m.wait('agent', BOOT)
+
+    def test_interrupted_snapshot(self) -> None:
+        m, real = self.bios('ctrlc', harddrives=self.path('c.qcow2')), vm.QMP.event
+        m.start_vm()
+
+        def interrupted(qmp: vm.QMP, names: Any, *more: Any, **data: Any) -> Any:
+            if 'JOB_STATUS_CHANGE' in names and not caught:
+                caught.append(data['id'])
+                raise KeyboardInterrupt
+            return real(qmp, names, *more, **data)
+        caught: list[str] = []
+        with self.assertRaises(KeyboardInterrupt), mock.patch.object(vm.QMP, 'event', interrupted):
+            m.snapshot('s')
+        self.assertEqual(len(caught), 1)
+        self.assertEqual((m.qmp('query-jobs'), m.snapshots), ([], []))
+        self.assertIs(m.state(), vm.State.RUNNING)
+        self.assertTrue(m.snapshot('s').ram)
+
+    def test_off(self) -> None:
+        m = self.bios('off2')
+        with self.refused('off2 is off', 'start it', kind=vm.WrongState):
+            m.console().write('x')
+        with self.refused('flying', 'wait for agent, running'):
+            m.wait('flying')
 
     def test_snapshot_when_off(self) -> None:
         one, two = (vm.Harddrive(self.path(f'{n}.qcow2'), 0.01) for n in (1, 2))
@@ -6774,8 +6800,10 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
 
     # What a host has and systemd-nspawn does not show: a /dev in which the kernel makes nodes
     # (/dev/tapN of a macvtap), and settings of the kernel that can be changed.
+    # libvirtd looks for every hugetlbfs that is mounted, and ends at one that is covered.
     LIKE_A_HOST = """set -e
 mount -o remount,rw,bind /proc/sys
+umount /dev/hugepages /dev/mqueue || :
 mount -t devtmpfs dev /dev
 mount -t devpts -o ptmxmode=666 pts /dev/pts
 mount -t tmpfs shm /dev/shm

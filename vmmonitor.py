@@ -501,7 +501,7 @@ ANSWERS: dict[str, Any] = {
     'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
     'query-commands': [{'name': str}],
     'query-dump': {'status': str, 'completed': int, 'total': int},
-    'query-jobs': [{'id': str, 'error?': str}],
+    'query-jobs': [{'id': str, 'status': str, 'error?': str}],
     'query-mice': [{'current': bool, 'absolute': bool}],
     'query-migrate': {'status?': str, 'error-desc?': str,
                       'ram?': {'total': int, 'remaining': int}},
@@ -3860,7 +3860,10 @@ ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 def image_path(filename: str | os.PathLike[str]) -> str:
     """Return the absolute path, which QEMU can't take for a protocol or an option."""
-    path = os.path.abspath(os.fspath(filename))
+    try:
+        path = os.path.abspath(os.fsdecode(filename))
+    except TypeError:
+        raise DiskError(f'{filename!r:.80} is no file name', 'give a path') from None
     if not path.isprintable():
         raise DiskError(f'{path!r}: a file name with control characters', 'rename the file')
     return path
@@ -4552,12 +4555,12 @@ def kvm_opens(uid: int) -> bool:
 def usable_accel(wanted: str, uid: int = 0) -> str:
     """Return kvm if it is wanted, or 'auto', and /dev/kvm opens; else tcg. VMMONITOR_ACCEL
     overrides both."""
-    wanted = os.environ.get('VMMONITOR_ACCEL') or wanted
-    if wanted not in ('auto', 'kvm', 'tcg'):
-        raise MachineError(f'accelerator {wanted!r}', 'use auto, kvm or tcg')
-    if wanted == 'auto':
+    for name in (wanted, os.environ.get('VMMONITOR_ACCEL') or wanted):
+        if name not in ('auto', 'kvm', 'tcg'):
+            raise MachineError(f'accelerator {name!r:.80}', 'use auto, kvm or tcg')
+    if name == 'auto':
         return 'kvm' if kvm_opens(uid) else 'tcg'
-    return wanted
+    return name
 
 
 def newest_type() -> str:
@@ -4649,6 +4652,8 @@ class Console:
 
     def write(self, data: bytes | str) -> None:
         """Type into the console. Raises Busy when somebody else has it open to write."""
+        if not self.machine.is_alive():
+            raise WrongState(f'{self.machine.name} is off', 'start it first')
         if not self._wire:
             self._keep.enter_context(self.machine.claim('console', 1, Deadline(1.0)))
             self._wire = self._keep.enter_context(socket.socket(socket.AF_UNIX))
@@ -4705,6 +4710,7 @@ class Machine(Guest):
                  user: str | int | None = None, incoming: bool = False) -> None:
         identity = str(uuid.uuid4())
         self._check_sizes(name, memory, cpus, maxmemory, display, monitor_port)
+        self._check_words(name, nics, namespace, kernel, initrd, cmdline)
         usable_accel(accel)
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
                   for drive in _several(harddrives)]
@@ -4746,8 +4752,8 @@ class Machine(Guest):
     def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
                      monitor_port: int | None) -> None:
         for good, what in (
-                (not name or NAME.fullmatch(name), f'name {name!r:.80}: use letters, digits, '
-                 '".", "_", "-", at most 63'),
+                (isinstance(name, str) and (not name or NAME.fullmatch(name)),
+                 'as a name use letters, digits, ".", "_", "-", at most 63'),
                 (type(memory) is int and 16 <= memory <= 1 << 24, f'memory {memory!r}: use MiB'),
                 (type(cpus) is int and 1 <= cpus <= 255, f'cpus {cpus!r}: use 1 to 255'),
                 (type(maxmemory) is int and (not maxmemory or maxmemory > memory),
@@ -4756,7 +4762,21 @@ class Machine(Guest):
                 (monitor_port is None or type(monitor_port) is int and 0 <= monitor_port < 65536,
                  f'monitor_port {monitor_port!r}')):
             if not good:
-                raise MachineError(f'machine {name[:63]}: {what}')
+                raise MachineError(f'machine {name!r:.80}: {what}')
+
+    @staticmethod
+    def _check_words(name: str, nics: Any, namespace: str, *texts_: str) -> None:
+        if namespace:
+            valid_name(namespace, 'namespace')
+        for text in texts_:
+            if not isinstance(text, str):
+                raise MachineError(f'machine {name}: {text!r:.80} is no string',
+                                   'give kernel, initrd and cmdline as strings')
+        good = type(nics) is int and 0 <= nics <= 64 or nics == 'user' or not isinstance(
+            nics, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(nics))
+        if not good:
+            raise MachineError(f'machine {name}: nics {nics!r:.80}',
+                               "use a number, a VirtualNic, a list of them, or 'user'")
 
     @staticmethod
     def _make_home(name: str) -> str:
@@ -4948,12 +4968,20 @@ class Machine(Guest):
     def _job(self, qmp: QMP, command: str, **arguments: Any) -> None:
         """Carry out a command that is a job, whose answer says nothing of its end."""
         job = f'vmmonitor-{os.urandom(6).hex()}'
+        deadline = Deadline(JOB_TIMEOUT)
         qmp.execute(command, job_id=job, **arguments)
-        qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
-        row = next(row for row in qmp.execute('query-jobs') if row['id'] == job)
-        qmp.execute('job-dismiss', id=job)
+        try:
+            qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
+        finally:                        # after Ctrl-C, too: it goes on by itself, and would stay
+            deadline.poll(lambda: bool(self._job_row(qmp, job)['status'] == 'concluded'))
+            row = self._job_row(qmp, job)
+            qmp.execute('job-dismiss', id=job)
         if row.get('error'):
             raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {row["error"]}')
+
+    @staticmethod
+    def _job_row(qmp: QMP, job: str) -> dict[str, Any]:
+        return next(row for row in qmp.execute('query-jobs') if row['id'] == job)
 
     def _hmp_job(self, qmp: QMP, line: str) -> None:
         """Carry out an HMP command that prints nothing when it works."""
@@ -5638,7 +5666,10 @@ class Machine(Guest):
 
         Returns the seconds that it took; MachineError when they are more than `timeout`.
         """
-        began = time.monotonic()
+        began, states = time.monotonic(), [state.value for state in State]
+        if what not in ('agent', *states):
+            raise MachineError(f'{self.name}: wait({what!r:.80})',
+                               f'wait for agent, {", ".join(states)}')
 
         def reached() -> bool:
             with contextlib.suppress(GuestError):
@@ -5867,6 +5898,10 @@ class Machine(Guest):
         try:
             with self.monitor() as qmp:
                 self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
+        except KeyboardInterrupt:
+            with contextlib.suppress(GuestError), self.monitor() as qmp:
+                self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+            raise
         finally:
             if ran and self.is_alive():
                 self.qmp('cont')
