@@ -1017,6 +1017,13 @@ class QmpTest(unittest.TestCase):
         with self.assertRaises(vm.PeerClosed) as closed:
             vm.QMP('/nonexistent/qmp.sock')
         self.assertIn('No such file', str(closed.exception))
+        with tempfile.TemporaryDirectory(prefix=OURS) as directory, \
+                socket.socket(socket.AF_UNIX) as full, contextlib.ExitStack() as waiting:
+            full.bind(f'{directory}/full')
+            full.listen(0)
+            waiting.enter_context(socket.socket(socket.AF_UNIX)).connect(f'{directory}/full')
+            with self.assertRaisesRegex(vm.PeerSilent, 'takes no connections'):
+                vm.QMP(f'{directory}/full', timeout=0.2)
 
     def test_events(self) -> None:
         events = b''.join(b'{"event": "E%d", "n": %d}\r\n' % (n % 3, n) for n in range(9))
@@ -5451,7 +5458,11 @@ class TestLife(Live):
         self.assertEqual(len(caught), 1)
         self.assertEqual((m.qmp('query-jobs'), m.snapshots), ([], []))
         self.assertIs(m.state(), vm.State.RUNNING)
+        if not self.old:                                # a job that nobody dismissed
+            m.qmp('snapshot-delete', job_id='vmmonitor-left', tag='none', devices=['disk0-node'])
+            soon(lambda: [row['status'] for row in m.qmp('query-jobs')] == ['concluded'])
         self.assertTrue(m.snapshot('s').ram)
+        self.assertEqual(m.qmp('query-jobs'), [])
 
     def test_off(self) -> None:
         m = self.bios('off2')

@@ -1206,6 +1206,9 @@ class LineSocket:
         try:
             self.socket.settimeout(max(deadline.left(), 0.001))
             self.socket.connect(path)
+        except BlockingIOError:             # as many wait to be taken as may
+            self.socket.close()
+            raise PeerSilent(f'{path}: takes no connections') from None
         except OSError as problem:
             self.socket.close()
             raise PeerClosed(f'{path}: {words(problem)}', 'is the machine running?') from None
@@ -4969,6 +4972,9 @@ class Machine(Guest):
         """Carry out a command that is a job, whose answer says nothing of its end."""
         job = f'vmmonitor-{os.urandom(6).hex()}'
         deadline = Deadline(JOB_TIMEOUT)
+        for row in qmp.execute('query-jobs'):           # of a program that was killed
+            if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
+                qmp.execute('job-dismiss', id=row['id'])
         qmp.execute(command, job_id=job, **arguments)
         try:
             qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
