@@ -527,6 +527,8 @@ PYTHON
 }
 
 set_port() {            # in a config that is there, and nothing else in it
+    [ ! -L "$HERE/config.json" ] || die "$HERE/config.json is a link; set listener.port to $PORT" \
+        'there by hand, and leave out --port'
     keep "$HERE/config.json" "$HERE/config.json.new"
     (umask 077 && python "$HERE" "$PORT" >"$HERE/config.json.new" <<'PYTHON'
 import dataclasses
