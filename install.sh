@@ -904,7 +904,8 @@ restart_old() {
     fi
 }
 
-finish() {      # from here on nothing is taken back
+finish() {      # from here on nothing is taken back, and it comes to its end
+    trap '' HUP INT TERM
     UNDO=''
     if [ -n "$OLD_ACCOUNT" ] && [ "$OLD_ACCOUNT" != "$ACCOUNT" ]; then
         remove_account "$OLD_ACCOUNT"
