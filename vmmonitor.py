@@ -93,7 +93,7 @@ import xml.etree.ElementTree
 import zlib
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
 __version__ = '1.0'
 
@@ -1521,7 +1521,8 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
         if abs(result.after) > tolerance:
             result.right, result.method = began + ahead / SECOND, method.name
         result.after = measure(guest, tolerance).offset
-        if abs(result.after) <= goal or (failed and abs(result.after) > before // 2):
+        stuck = failed and abs(result.after) > max(before // 2, 4 * tolerance)
+        if abs(result.after) <= goal or stuck:
             return failed               # right; or it did not move, and this way is none
         ways.append(ahead - result.after)
         ahead = max(0, min(ways)) if len(ways) > 1 else ahead
@@ -3967,12 +3968,13 @@ class Harddrive:
     """
 
     def __init__(self, filename: str | os.PathLike[str] = 'harddrive0.qcow2', size: float = 5,
-                 format: str = 'qcow2', backing: Harddrive | str | None = None) -> None:
+                 format: str = 'qcow2',
+                 backing: Harddrive | str | os.PathLike[str] | None = None) -> None:
         if format not in ('qcow2', 'raw') or (backing and format == 'raw'):
             raise DiskError(f'{filename}: format {format!r}{backing and " with a backing file"}',
                             'use qcow2, or raw without a backing file')
         self.filename, self.format = image_path(filename), format
-        if isinstance(backing, str):
+        if backing is not None and not isinstance(backing, Harddrive):
             self._must_exist(image_path(backing))
             backing = Harddrive(backing)
         self.backing = backing
@@ -4044,9 +4046,15 @@ class Harddrive:
         if self.backing:
             self.backing.check()
 
+    def _opened(self, mode: str) -> IO[bytes]:
+        try:
+            return open(self.filename, mode)
+        except OSError as problem:
+            raise DiskError(words(problem)) from None
+
     def in_use(self) -> bool:
         """Tell whether a QEMU has the image open, by the locks that it then holds."""
-        with open(self.filename, 'rb') as image:
+        with self._opened('rb') as image:
             ask = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0)
             answer = fcntl.fcntl(image, fcntl.F_OFD_GETLK, ask)
         return bool(struct.unpack('hhqqi4x', answer)[0] != fcntl.F_UNLCK)
@@ -4054,7 +4062,7 @@ class Harddrive:
     @contextlib.contextmanager
     def _kept_free(self, what: str) -> Iterator[None]:
         """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
-        with open(self.filename, 'r+b') as image:
+        with self._opened('r+b') as image:
             try:
                 fcntl.fcntl(image, fcntl.F_OFD_SETLK,
                             struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0))
@@ -4809,8 +4817,8 @@ class Machine(Guest):
             return FIRST_UID + int(identity[:4], 16)
         try:
             return user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
-        except KeyError:
-            raise MachineError(f'user {user!r}: no such user') from None
+        except (KeyError, TypeError, ValueError):
+            raise MachineError(f'user {user!r:.80}: no such user') from None
 
     def _set_up(self, kept: Kept, cd: CD) -> None:
         self.kept = kept
@@ -4826,7 +4834,7 @@ class Machine(Guest):
     def load(cls, name: str) -> Machine:
         """Return the machine `name`, running or not, that any program made; NoGuest if none."""
         machine = cls.__new__(cls)
-        if not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise NoGuest(f'no machine is named {name!r:.80}')
         kept = cls._read(os.path.join(MACHINES_DIR, name, 'machine.json'))
         machine._set_up(kept, CD())
@@ -4857,6 +4865,8 @@ class Machine(Guest):
     def _changing(self) -> Iterator[None]:
         """Hold the machine's file: one program changes it at a time, on what it says now."""
         with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
+            for left in Path(self.home).glob('.vmmonitor-*'):       # by a program that was killed
+                left.unlink()
             cd = self.cd.filename
             self.kept = self._read(os.path.join(self.home, 'machine.json'))
             self.cd.filename = cd
@@ -5008,21 +5018,26 @@ class Machine(Guest):
             for device in [row for row in self.kept.devices if row.pending]:
                 self._drop(device)
             self._spawn()
-            if self.incoming:
-                self._after_start()
-                return 'waiting for a migration'
+            saved = self.kept.saved
             try:
                 self._after_start()
-                says = self._restore(self.kept.saved) if self.kept.saved else 'started'
+                if self.incoming:
+                    return 'waiting for a migration'
+                says = self._restore(saved) if saved else 'started'
+                self._set_saved('')             # it fits the disks only until the guest runs
                 if not paused:
                     self.qmp('cont')
             except BaseException:
                 self.stop(force=True)
+                self._set_saved(saved)
                 raise
-            if self.kept.saved == os.path.join(self.home, 'memory'):
-                os.unlink(self.kept.saved)      # it does not fit the disks any more
-            self.kept.saved = ''
+            if saved == os.path.join(self.home, 'memory'):
+                os.unlink(saved)
         return says
+
+    def _set_saved(self, path: str) -> None:
+        self.kept.saved = path
+        self._write()
 
     def _after_start(self) -> None:
         """Do what the command line can't say: the medium, and links that are down."""
@@ -5056,10 +5071,12 @@ class Machine(Guest):
         reaper = spawn(f'reap {self.name}', process.wait)
         try:
             QMP(self.run_path('qmp0'), QEMU_START_TIMEOUT).close()
-        except ProtocolError as problem:
+        except BaseException as problem:        # Ctrl-C, too: it must not run on
             if not isinstance(problem, PeerClosed):
                 process.kill()
             reaper.join(QMP_TIMEOUT)
+            if not isinstance(problem, ProtocolError):
+                raise
             raise MachineError(f'{self.name}: QEMU did not start'
                                f'{self._last_words() or ": " + str(problem)}',
                                f'see {self.home}/qemu.log') from None
@@ -5642,6 +5659,9 @@ class Machine(Guest):
             raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
         if state in (State.OFF, State.SAVED):
             return self.start_vm()
+        if state is State.PAUSED and self.kept.saved:   # a save or restore that was killed midway
+            self.stop(force=True)
+            return self.start_vm()
         if state is State.PAUSED:
             self.qmp('cont')
             return 'resumed'
@@ -5658,6 +5678,8 @@ class Machine(Guest):
         """Let its processors go on; twice is fine (QMP cont)."""
         if self.state() is State.CRASHED:
             raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
+        if self.kept.saved:
+            raise WrongState(f'{self.name} was being saved or restored', 'use start')
         self.qmp('cont')
 
     def reset(self) -> None:
@@ -5712,14 +5734,15 @@ class Machine(Guest):
             if state not in (State.RUNNING, State.PAUSED):
                 raise WrongState(f'{self.name} is {state.value}; there is nothing to save')
             path = image_path(file) if file else os.path.join(self.home, 'memory')
+            if not file:                        # of a restore that was killed: it fits no more
+                Path(path).unlink(missing_ok=True)
             if os.path.exists(path):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
             with self._run_state_kept(), whole_file(path) as temporary, self.monitor() as qmp:
                 qmp.execute('stop')
                 with give(qmp, 'memory', os.open(temporary, os.O_WRONLY | os.O_CLOEXEC)):
                     self._transfer(qmp, 'fd:memory', None, JOB_TIMEOUT)
-                self.kept.saved = path
-            self._write()
+            self._set_saved(path)
             self.stop(force=True)
         return 'saved'
 
