@@ -1537,6 +1537,17 @@ class StartupTest(unittest.TestCase):
         thread.join(5)
         self.assertEqual(away.guests['there'].calls, ['start'])     # type: ignore[attr-defined]
 
+    def test_a_host_that_goes_away_again_ends_no_startup(self) -> None:
+        here, away = ScriptedHost(ScriptedGuest('here')), ScriptedHost()
+        away.up.clear()
+        answers = iter([vm.HostAway('it went away'), here.guests['here']])
+        startup = vm.Startup(vm.Guests([here, away]), vm.steps(['start here']))
+        with mock.patch.object(here, 'find', side_effect=answers):
+            self.assertTrue(startup.guests.ready(startup.stopping, ['here']))
+        away.up.set()
+        startup.stopping.set()
+        self.assertFalse(startup.guests.ready(startup.stopping, ['here']))
+
     def test_wait(self) -> None:
         late, dead = ScriptedGuest('late'), ScriptedGuest('dead')
         late.troubles = ['not connected'] * 3

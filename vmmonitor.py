@@ -6335,9 +6335,10 @@ class Guests:
             if stopping.is_set():
                 return False
             there = [host for host in self.hosts if host.up.is_set()]
-            if all(any(host.find(name) for host in there) for name in names):
-                break
-        return True
+            with contextlib.suppress(Error):        # one went away again, or hangs
+                if all(any(host.find(name) for host in there) for name in names):
+                    break
+        return not stopping.is_set()
 
 
 # === monitor ====================================================================================
