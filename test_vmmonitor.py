@@ -3217,6 +3217,11 @@ class TestParsing(unittest.TestCase):
 
 
 class TestNames(NetCase):
+    def test_bad_addresses(self) -> None:
+        for address in ('fe80::1%a\nlink delete eth0/64', 'fe80::1%eth0/64', '192.0.2.1/33', ''):
+            with self.subTest(address), self.refused(vmanager.NetworkError, 'is no IP address'):
+                vmanager.valid_address(address)
+
     def test_bad_names(self) -> None:
         for name in ('', '-x', 'a b', 'a/b', 'a%d', 'a;b', '..', '.', 'lo', 'all', 'default',
                      'x' * 16, 'a\nb', 'a:b', 'ä', '$(id)'):

@@ -2646,6 +2646,8 @@ def valid_name(name: str, what: str = 'interface') -> str:
 def valid_address(address: str, kind: Callable[[str], object] = ipaddress.ip_interface) -> str:
     """Return an IP address with prefix, checked, as `ip` wants it."""
     try:
+        if '%' in address:              # ipaddress takes anything behind it, a new line, too
+            raise ValueError('leave out the % and what follows')
         return str(kind(address))
     except ValueError as problem:
         raise NetworkError(f'{address!r} is no IP address: {problem}',
