@@ -63,19 +63,21 @@ wrong() { printf 'install.sh: %s; see --help\n' "$*" >&2; exit 2; }
 
 # --- taking back -----------------------------------------------------------------------------
 
-later() {       # later COMMAND: what undoes the next step. It holds checked names only.
+later() {       # later COMMAND: what undoes the next step. Names in it are checked, or quoted.
     UNDO="$1
 $UNDO"
 }
+
+quote() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/"; }
 
 keep() {        # keep FILE...: each comes back as it is now, or goes if there is none
     for file in "$@"; do
         if [ -e "$file" ] || [ -L "$file" ]; then
             copy=$(mktemp -u "$SAVED/XXXXXXXX")
             cp -a "$file" "$copy"
-            later "mv -f '$copy' '$file'"
+            later "mv -f '$copy' $(quote "$file")"
         else
-            later "rm -f '$file'"
+            later "rm -f $(quote "$file")"
         fi
     done
 }
