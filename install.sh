@@ -859,7 +859,8 @@ remove_account() {      # remove_account NAME: if it was made for this, and its 
 
 purge() {       # what this file made; a certificate that somebody else signed, it did not
     rm -f "$HERE/config.json"
-    if [ "$(openssl x509 -noout -subject -in "$HERE/cert.pem" 2>/dev/null | cut -d= -f2-)" \
+    subject=$(openssl x509 -noout -subject -in "$HERE/cert.pem" 2>/dev/null | cut -d= -f2-)
+    if [ -n "$subject" ] && [ "$subject" \
         = "$(openssl x509 -noout -issuer -in "$HERE/cert.pem" 2>/dev/null | cut -d= -f2-)" ]; then
         rm -f "$HERE/cert.pem" "$HERE/key.pem"
     fi
