@@ -84,7 +84,7 @@ keep() {        # keep FILE...: each comes back as it is now, or goes if there i
 
 undo() {        # at every exit
     status=$?
-    trap '' HUP INT TERM
+    trap '' HUP INT PIPE TERM
     set +e
     if [ "$status" != 0 ]; then
         eval "$UNDO" >/dev/null 2>&1
@@ -889,7 +889,7 @@ choose() {      # what was not said stays as it is
 begin() {
     SAVED=$(mktemp -d)
     trap undo EXIT
-    trap 'exit 1' HUP INT TERM
+    trap 'exit 1' HUP INT PIPE TERM
     # Last of all, when its files are back.
     WAS_ACTIVE=no RESTARTED=no
     if [ "$SYSTEMD" = yes ] && systemctl is-active --quiet "$NAME"; then
@@ -919,7 +919,7 @@ run_in_foreground() {
     [ "$MACHINES" != yes ] || ACCOUNT=root
     say "systemd does not run here: this is the service now, as $ACCOUNT; Ctrl-C ends it"
     rm -rf "$SAVED"
-    trap - EXIT HUP INT TERM
+    trap - EXIT HUP INT PIPE TERM
     # Not runuser, which would stay as its parent.
     exec "$PYTHON" -I -c 'import os, pwd, sys
 account = pwd.getpwnam(sys.argv[1])
