@@ -550,6 +550,8 @@ PYTHON
     if cmp -s "$HERE/config.json.new" "$HERE/config.json"; then
         rm "$HERE/config.json.new"
     else
+        [ ! -L "$HERE/config.json" ] || die "$HERE/config.json is a link: set listener.port to" \
+            "$PORT in $(readlink "$HERE/config.json") by hand, and leave out --port"
         own "$HERE/config.json.new"
         mv "$HERE/config.json.new" "$HERE/config.json"
         say "$HERE/config.json: listener.port is $PORT now"
