@@ -19,6 +19,7 @@ MACHINES=''         # yes, no, or empty: as it is now
 PACKAGES=yes
 ACTION=install
 PURGE=no
+PYTHON=python3      # then the path of the one that the user can run, too
 
 INSTALLED=''        # packages, by this run
 SAVED=''            # a directory of what was there before
@@ -250,7 +251,7 @@ install_packages() {
 
 RUN='import sys; sys.path.insert(0, sys.argv[1]); exec(sys.stdin.read())'
 python() {      # python HERE [ARGUMENT...]: run the program on stdin, beside vmmonitor.py
-    "${PYTHON:-python3}" -I -B -c "$RUN" "$@"
+    "$PYTHON" -I -B -c "$RUN" "$@"
 }
 
 as_user() { runuser -u "$ACCOUNT" -- "$@"; }
