@@ -19,6 +19,7 @@ MACHINES=''         # yes, no, or empty: as it is now
 PACKAGES=yes
 ACTION=install
 PURGE=no
+PYTHON=python3      # then the path of the one that the user can run, too
 
 INSTALLED=''        # packages, by this run
 SAVED=''            # a directory of what was there before
@@ -63,26 +64,28 @@ wrong() { printf 'install.sh: %s; see --help\n' "$*" >&2; exit 2; }
 
 # --- taking back -----------------------------------------------------------------------------
 
-later() {       # later COMMAND: what undoes the next step. It holds checked names only.
+later() {       # later COMMAND: what undoes the next step. Names in it are checked, or quoted.
     UNDO="$1
 $UNDO"
 }
+
+quote() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/"; }
 
 keep() {        # keep FILE...: each comes back as it is now, or goes if there is none
     for file in "$@"; do
         if [ -e "$file" ] || [ -L "$file" ]; then
             copy=$(mktemp -u "$SAVED/XXXXXXXX")
             cp -a "$file" "$copy"
-            later "mv -f '$copy' '$file'"
+            later "mv -f '$copy' $(quote "$file")"
         else
-            later "rm -f '$file'"
+            later "rm -f $(quote "$file")"
         fi
     done
 }
 
 undo() {        # at every exit
     status=$?
-    trap '' HUP INT TERM
+    trap '' HUP INT PIPE TERM
     set +e
     if [ "$status" != 0 ]; then
         eval "$UNDO" >/dev/null 2>&1
@@ -248,7 +251,7 @@ install_packages() {
 
 RUN='import sys; sys.path.insert(0, sys.argv[1]); exec(sys.stdin.read())'
 python() {      # python HERE [ARGUMENT...]: run the program on stdin, beside vmmonitor.py
-    "${PYTHON:-python3}" -I -B -c "$RUN" "$@"
+    "$PYTHON" -I -B -c "$RUN" "$@"
 }
 
 as_user() { runuser -u "$ACCOUNT" -- "$@"; }
@@ -550,6 +553,8 @@ PYTHON
     if cmp -s "$HERE/config.json.new" "$HERE/config.json"; then
         rm "$HERE/config.json.new"
     else
+        [ ! -L "$HERE/config.json" ] || die "$HERE/config.json is a link: set listener.port to" \
+            "$PORT in $(readlink "$HERE/config.json") by hand, and leave out --port"
         own "$HERE/config.json.new"
         mv "$HERE/config.json.new" "$HERE/config.json"
         say "$HERE/config.json: listener.port is $PORT now"
@@ -859,7 +864,8 @@ remove_account() {      # remove_account NAME: if it was made for this, and its 
 
 purge() {       # what this file made; a certificate that somebody else signed, it did not
     rm -f "$HERE/config.json"
-    if [ "$(openssl x509 -noout -subject -in "$HERE/cert.pem" 2>/dev/null | cut -d= -f2-)" \
+    subject=$(openssl x509 -noout -subject -in "$HERE/cert.pem" 2>/dev/null | cut -d= -f2-)
+    if [ -n "$subject" ] && [ "$subject" \
         = "$(openssl x509 -noout -issuer -in "$HERE/cert.pem" 2>/dev/null | cut -d= -f2-)" ]; then
         rm -f "$HERE/cert.pem" "$HERE/key.pem"
     fi
@@ -888,7 +894,7 @@ choose() {      # what was not said stays as it is
 begin() {
     SAVED=$(mktemp -d)
     trap undo EXIT
-    trap 'exit 1' HUP INT TERM
+    trap 'exit 1' HUP INT PIPE TERM
     # Last of all, when its files are back.
     WAS_ACTIVE=no RESTARTED=no
     if [ "$SYSTEMD" = yes ] && systemctl is-active --quiet "$NAME"; then
@@ -919,7 +925,7 @@ run_in_foreground() {
     [ "$MACHINES" != yes ] || ACCOUNT=root
     say "systemd does not run here: this is the service now, as $ACCOUNT; Ctrl-C ends it"
     rm -rf "$SAVED"
-    trap - EXIT HUP INT TERM
+    trap - EXIT HUP INT PIPE TERM
     # Not runuser, which would stay as its parent.
     exec "$PYTHON" -I -c 'import os, pwd, sys
 account = pwd.getpwnam(sys.argv[1])

@@ -1544,6 +1544,17 @@ class StartupTest(unittest.TestCase):
         thread.join(5)
         self.assertEqual(away.guests['there'].calls, ['start'])     # type: ignore[attr-defined]
 
+    def test_a_host_that_goes_away_again_ends_no_startup(self) -> None:
+        here, away = ScriptedHost(ScriptedGuest('here')), ScriptedHost()
+        away.up.clear()
+        answers = iter([vm.HostAway('it went away'), here.guests['here']])
+        startup = vm.Startup(vm.Guests([here, away]), vm.steps(['start here']))
+        with mock.patch.object(here, 'find', side_effect=answers):
+            self.assertTrue(startup.guests.ready(startup.stopping, ['here']))
+        away.up.set()
+        startup.stopping.set()
+        self.assertFalse(startup.guests.ready(startup.stopping, ['here']))
+
     def test_wait(self) -> None:
         late, dead = ScriptedGuest('late'), ScriptedGuest('dead')
         late.troubles = ['not connected'] * 3
@@ -3221,6 +3232,11 @@ class TestParsing(unittest.TestCase):
 
 
 class TestNames(NetCase):
+    def test_bad_addresses(self) -> None:
+        for address in ('fe80::1%a\nlink delete eth0/64', 'fe80::1%eth0/64', '192.0.2.1/33', ''):
+            with self.subTest(address), self.refused(vmanager.NetworkError, 'is no IP address'):
+                vmanager.valid_address(address)
+
     def test_bad_names(self) -> None:
         for name in ('', '-x', 'a b', 'a/b', 'a%d', 'a;b', '..', '.', 'lo', 'all', 'default',
                      'x' * 16, 'a\nb', 'a:b', 'ä', '$(id)'):

@@ -2650,6 +2650,8 @@ def valid_name(name: str, what: str = 'interface') -> str:
 def valid_address(address: str, kind: Callable[[str], object] = ipaddress.ip_interface) -> str:
     """Return an IP address with prefix, checked, as `ip` wants it."""
     try:
+        if '%' in address:              # ipaddress takes anything behind it, a new line, too
+            raise ValueError('leave out the % and what follows')
         return str(kind(address))
     except ValueError as problem:
         raise NetworkError(f'{address!r} is no IP address: {problem}',
@@ -6399,9 +6401,10 @@ class Guests:
             if stopping.is_set():
                 return False
             there = [host for host in self.hosts if host.up.is_set()]
-            if all(any(host.find(name) for host in there) for name in names):
-                break
-        return True
+            with contextlib.suppress(Error):        # one went away again, or hangs
+                if all(any(host.find(name) for host in there) for name in names):
+                    break
+        return not stopping.is_set()
 
 
 # === monitor ====================================================================================
