@@ -530,8 +530,6 @@ PYTHON
 }
 
 set_port() {            # in a config that is there, and nothing else in it
-    [ ! -L "$HERE/config.json" ] || die "$HERE/config.json is a link; set listener.port to $PORT" \
-        'there by hand, and leave out --port'
     keep "$HERE/config.json" "$HERE/config.json.new"
     (umask 077 && python "$HERE" "$PORT" >"$HERE/config.json.new" <<'PYTHON'
 import dataclasses
@@ -799,7 +797,7 @@ words = ['curl', '--cacert', shlex.quote(certificate)]
 if address != host:
     words += ['--connect-to', shlex.quote(f'::[{address}]:' if ':' in address else f'::{address}:')]
 words += ['-H', f'"Authorization: Bearer $({sudo}{secret})"',
-          f"'https://{host}:{config.port}/?cmd=list'"]
+          shlex.quote(f'https://{host}:{config.port}/?cmd=list')]
 if config.listener_enabled and (config.key or config.key_file):
     print('try it:', ' '.join(words), sep='\n  ')
 found = re.search(r'subject=(.*)\nissuer=(.*)', shown)
@@ -911,7 +909,7 @@ restart_old() {
 }
 
 finish() {      # from here on nothing is taken back, and it comes to its end
-    trap '' HUP INT TERM
+    trap '' HUP INT PIPE TERM
     UNDO=''
     if [ -n "$OLD_ACCOUNT" ] && [ "$OLD_ACCOUNT" != "$ACCOUNT" ]; then
         remove_account "$OLD_ACCOUNT"

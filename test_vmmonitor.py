@@ -6781,6 +6781,8 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         for broken, options, reason in (
                 ('printf "{" > config.json', '', 'config.json: not JSON: '),
                 ('echo > cert.pem', '', 'cert.pem is there, but .*key.pem is not; put it back'),
+                ('install -m 640 /dev/null "it\'s.pem"; printf "{" > config.json', '',
+                 'config.json: not JSON: '),
                 ('true', '--user bob', 'the group of bob is users, and others may be in it'),
                 ('true', '--user root', 'what needs root is --with-machines'),
                 ('true', '--user "a b"', 'use at most 31 of a-z'),
