@@ -4855,6 +4855,8 @@ class TestGuest(Live):
         self.assertEqual(colours(self.path('b.png')), colours(self.path('a.png')))
         with self.refused('no-such-dir'):
             m.screenshot('/no-such-dir/a.png')
+        with self.refused('Is a directory'):
+            m.screenshot(os.path.dirname(self.path('a')))
         self.assertEqual(sorted(os.listdir(os.path.dirname(self.path('a')))), ['a.png', 'b.png'])
 
     def test_dump(self) -> None:
@@ -5183,6 +5185,8 @@ class TestLife(Live):
                 ({'namespace': '../x'}, 'name of a namespace'), ({'name': 5}, 'name')):
             with self.subTest(why), self.refused(why):
                 vm.Machine(**options)
+        with self.refused('no such user'):
+            vm.Machine(user=-5)
         for name in (5, None):
             with self.assertRaises(vm.NoGuest):
                 vm.Machine.load(name)           # type: ignore[arg-type]
@@ -5462,6 +5466,10 @@ class TestLife(Live):
             m.save()
         self.assertIs(m.state(), vm.State.RUNNING)
         m.save(self.path('memory'))
+        os.rename(self.path('memory'), self.path('away'))
+        with self.refused(self.path('memory'), 'No such file', 'put it back'):
+            m.start_vm()
+        self.assertIs(m.state(), vm.State.SAVED)
         Path(self.path('memory')).write_bytes(b'broken')
         m.kept.saved = self.path('memory')
         with self.refused('saves'):

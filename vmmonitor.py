@@ -3902,9 +3902,19 @@ def whole_file(path: str, replace: bool = False) -> Iterator[str]:
             os.link(temporary, path)
     except FileExistsError:
         raise DiskError(f'{path} exists', 'name another file, or remove this one') from None
+    except OSError as problem:                  # such as a full disk
+        raise DiskError(f'{path}: can\'t be written: {problem.strerror}') from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def open_file(path: str) -> int:
+    """Return a descriptor to read a file by; DiskError if it can't be opened."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as problem:
+        raise DiskError(words(problem), 'put it back') from None
 
 
 class Header(NamedTuple):
@@ -4522,7 +4532,7 @@ class Place:
         with self.machine.monitor() as qmp:
             if not medium:
                 return qmp.execute(command, **arguments)
-            with lend(qmp, os.open(medium, os.O_RDONLY | os.O_CLOEXEC)) as name:
+            with lend(qmp, open_file(medium)) as name:
                 return qmp.execute(command, filename=name, **arguments)
 
 
@@ -4818,7 +4828,10 @@ class Machine(Guest):
         if user is None:
             return FIRST_UID + int(identity[:4], 16)
         try:
-            return user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
+            uid = user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
+            if 0 <= uid < 1 << 31:
+                return uid
+            raise ValueError(uid)
         except (KeyError, TypeError, ValueError):
             raise MachineError(f'user {user!r:.80}: no such user') from None
 
@@ -5763,7 +5776,7 @@ class Machine(Guest):
     def _restore(self, path: str) -> str:
         """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
         with self.monitor() as qmp:
-            self._receive(qmp, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            self._receive(qmp, open_file(path))
             status = qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
         return 'restored' if status else ''
 
