@@ -5558,6 +5558,9 @@ class TestLife(Live):
         self.assertIn('put back', m.load_snapshot('warm'))      # -S, load, cont
         self.assertIs(m.state(), vm.State.RUNNING)
         m.stop(force=True)
+        two.delete_snapshot('warm')
+        with self.refused('snapshot warm is without', two.filename):
+            m.load_snapshot('warm')
         m.delete_snapshot('warm')
         self.assertEqual([row.tag for row in one.snapshots], ['cold'])
         with self.refused('no qcow2 disk'):
@@ -5699,8 +5702,17 @@ class TestLife(Live):
                 threading.Timer(0.3, c.cancel).start()
             cancelled.append(done)
         cancelled: list[int] = []
-        with mock.patch.object(vm.QMP, 'execute', slow), self.refused('cancelled'):
-            c.migrate(d, progress)
+        def interrupted(*_: int) -> None:
+            raise KeyboardInterrupt
+        with mock.patch.object(vm.QMP, 'execute', slow):
+            with self.assertRaises(KeyboardInterrupt):
+                c.migrate(d, interrupted)
+            self.assertTrue(soon(lambda: c.qmp('query-migrate')['status'] == 'cancelled'))
+            self.assertIs(c.state(), vm.State.RUNNING)
+            d.stop(force=True)
+            d.start_vm()
+            with self.refused('cancelled'):
+                c.migrate(d, progress)
         self.assertIs(c.state(), vm.State.RUNNING)
         c.wait('agent')
 

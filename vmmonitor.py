@@ -5794,20 +5794,24 @@ class Machine(Guest):
         qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
         qmp.execute('migrate', uri=uri)
         deadline = Deadline(timeout)
-        while True:
-            info = qmp.execute('query-migrate')
-            ram = info.get('ram')
-            if progress and ram:
-                progress(ram['total'] - ram['remaining'], ram['total'])
-            status = info.get('status')
-            if status == 'completed':
-                return
-            if status in ('failed', 'cancelled') or deadline.passed():
+        try:
+            while True:
+                info = qmp.execute('query-migrate')
+                ram = info.get('ram')
+                if progress and ram:
+                    progress(ram['total'] - ram['remaining'], ram['total'])
+                status = info.get('status')
+                if status == 'completed':
+                    return
+                if status in ('failed', 'cancelled') or deadline.passed():
+                    raise MachineError(f'{self.name}: the transfer of its memory '
+                                       f'{"took too long" if deadline.passed() else status}: '
+                                       f'{info.get("error-desc", status)}')
+                time.sleep(STATE_POLL / 5)
+        except BaseException:           # Ctrl-C, or of `progress`: it would go on by itself
+            with contextlib.suppress(ProtocolError):
                 qmp.execute('migrate_cancel')
-                raise MachineError(f'{self.name}: the transfer of its memory '
-                                   f'{"took too long" if deadline.passed() else status}: '
-                                   f'{info.get("error-desc", status)}')
-            time.sleep(STATE_POLL / 5)
+            raise
 
     def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT) -> str:
@@ -5983,6 +5987,11 @@ class Machine(Guest):
         with self._changing():
             found = self._snapshot(tag)
             layers = [row for row in self._layers() if row[1].filename in found.disks]
+            bare = [drive.filename for _, drive in self._layers()
+                    if drive.filename not in found.disks]
+            if found.ram and bare:              # its memory would not fit them
+                raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
+                                   'delete it, or remove that disk first')
             started = not self.is_alive()
             if started and self.kept.saved:
                 raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
