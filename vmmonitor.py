@@ -5818,8 +5818,9 @@ class Machine(Guest):
         """Move the running guest to another Machine(..., incoming=True), or to "host:port".
 
         Both must see the same disks, and have the same devices. `progress` is called with bytes
-        done and in all; cancel() ends it from another thread. The source runs on after any
-        failure, and MachineError has the destination's own words (getfd, migrate).
+        done and in all; cancel() ends it from another thread. After a failure the source runs on,
+        and MachineError has the destination's own words; but look whether a destination that did
+        not answer at the very end runs as well (getfd, migrate).
         """
         with self._changing(), self._run_state_kept():
             target = to if isinstance(to, Machine) else None
