@@ -4714,7 +4714,7 @@ class TestGuest(Live):
         self.assertIn('info version', m.send('help info'))
         self.assertRegex(m.send('info version'), r'^\d+\.')
         self.assertIn('unknown command', m.send('nonsense'))
-        with self.refused('CommandNotFound'):
+        with self.refused('nonsense has not been found'):
             m.qmp('nonsense')
         with socket.create_connection(('127.0.0.1', m.kept.monitor_port), 5) as hmp:
             hmp.sendall(b'info name\n')
@@ -5019,9 +5019,21 @@ class TestGuest(Live):
             console.expect('got-typed', 10)
             with self.refused('"console" is in use', kind=vm.Busy):
                 m.console().write('x')
+            with mock.patch.object(vm.Machine, 'claim', lambda *_: contextlib.nullcontext(0)), \
+                    self.refused('has its console open', kind=vm.Busy):     # by no claim
+                m.console().write('x')
             with self.refused('never-said', 'on the console'):
                 console.expect('never-said', 0.3)
         self.assertIn(b'marker-1', m.console().read())
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'head -n3 < /dev/ttyS0 | sed s/^/and-/ > /dev/ttyS0']})
+        time.sleep(0.5)
+        for number in range(3):
+            m.console().write(f'line-{number}\n')       # nobody closes these
+        m.console().expect('and-line-0\r\nand-line-1\r\nand-line-2', 10)
+        with m.console() as console, mock.patch.object(vm, 'QMP_TIMEOUT', 0.3), \
+                self.refused('console', 'timed out', 'in the guest reads'):
+            console.write(bytes(4 << 20))               # nobody reads it in the guest
 
     def test_console_without_end(self) -> None:
         m, log = self.machine, Path(self.machine.run_path('console.log'))
@@ -5182,11 +5194,20 @@ class TestLife(Live):
                 ({'harddrives': [None]}, 'no file name'), ({'cd': 5}, 'no file name'),
                 ({'nics': 'x'}, 'use a number'), ({'nics': -1}, 'use a number'),
                 ({'nics': [5]}, 'use a number'), ({'cmdline': 5}, 'no string'),
-                ({'namespace': '../x'}, 'name of a namespace'), ({'name': 5}, 'name')):
+                ({'namespace': '../x'}, 'name of a namespace'), ({'name': 5}, 'name'),
+                ({'namespace': 5}, 'name of a namespace'), ({'efi': 'x'}, 'no bool'),
+                ({'incoming': 1}, 'no bool'), ({'kernel': '/absent'}, '/absent'),
+                ({'initrd': '/etc'}, '/etc: is no file'), ({'nics': ['user']}, 'use a number'),
+                ({'harddrives': {'a'}}, 'no file name'),
+                ({'user': 'nobody-such', 'nics': 1}, 'no such user')):
             with self.subTest(why), self.refused(why):
                 vm.Machine(**options)
         with self.refused('no such user'):
             vm.Machine(user=-5)
+        self.home.parent.chmod(0o700)
+        with self.refused('come through', str(self.home.parent), 'chmod'):
+            self.bios('closed')
+        self.home.parent.chmod(0o711)
         for name in (5, None):
             with self.assertRaises(vm.NoGuest):
                 vm.Machine.load(name)           # type: ignore[arg-type]
@@ -5204,9 +5225,103 @@ class TestLife(Live):
         with self.assertRaises(vm.NoGuest):
             vm.Machine.load('../m/one')
 
+    def test_bad_calls(self) -> None:
+        """Whatever a function is given, it says what is wrong with it."""
+        m: Any = self.bios('bad', harddrives=self.path('bad.qcow2'))
+        m.start_vm()
+        c: Any = m.console()
+        wrong: list[tuple[Any, str]] = [
+                (lambda: m.snapshot(5), "can't be the name"),
+                (lambda: m.load_snapshot(5), 'no snapshot'),
+                (lambda: m.create_chardev(5), 'chardev 5'),
+                (lambda: m.create_chardev('a', [1]), 'pty, socket or file'),
+                (lambda: m.change_boot_device('cd', 'cd'), 'cd0 twice'),
+                (lambda: m.change_boot_device([1]), "can't boot from [1]"),
+                (lambda: m.add_harddrive(None), 'no file name'),
+                (lambda: m.del_harddrive([1]), 'it has disk0'),
+                (lambda: m.send_key(''), 'no key'), (lambda: m.send(b''), 'no key'),
+                (lambda: m.type_text(None), 'no key for None'),
+                (lambda: m.mouse_move('a', 1), 'pixels'),
+                (lambda: m.mouse_move(float('nan'), 1), 'pixels'),
+                (lambda: m.mouse_click([1]), 'use 1 to 5'),
+                (lambda: m.balloon('x'), 'use MiB'), (lambda: m.increase_ram(-1), 'use MiB'),
+                (lambda: m.exec([]), 'list of strings'), (lambda: m.exec('ls'), 'list of strings'),
+                (lambda: m.exec(['ls'], stdin=5), 'is no data'),
+                (lambda: m.write_file('/x', 5), 'is no data'),
+                (lambda: m.agent('guest-ping', timeout=1), 'is not connected'),
+                (lambda: c.expect('(', 0.1), 'is no pattern'),
+                (lambda: c.expect(b'nothing', 0.1), 'on the console'),
+                (lambda: c.write(5), "can't type 5"),
+                (lambda: m.migrate(m), 'bad: is here'), (lambda: m.migrate(5), 'host:port'),
+                (lambda: m.migrate('127.0.0.1:99999'), 'no address'),
+                (lambda: m.wait([1]), 'wait for agent'), (lambda: m.insert(5), 'no file name'),
+                (lambda: m.qmp('stop', x=1), "bad: QEMU: Parameter 'x'"),
+                (lambda: m.dump_memory('/absent/x'), "/absent/x: can't be written")]
+        for call, why in wrong:
+            with self.subTest(why), self.refused(why):
+                call()
+        self.assertIs(m.state(), vm.State.RUNNING)
+        m.delete(force=True)
+        m.delete()                                      # twice is fine
+        calls: list[Any] = [m.state, m.start, m.stop, m.snapshot, m.freeze, m.save, m.add_nic,
+                            lambda: m.chardevs, lambda: m.harddrives, lambda: m.wait('off', 1)]
+        for call in calls:
+            with self.assertRaises(vm.NoGuest):
+                call()
+        self.assertFalse(m.is_alive())
+        self.assertFalse([name for name in vm.Ledger().load() if name.startswith('bad')])
+        self.bios('bad')
+        with self.refused('another one made of that name', kind=vm.NoGuest):
+            m.start()
+        m.delete()
+        self.assertTrue(os.path.exists(os.path.join(self.home, 'bad')))     # that one stays
+
+    def test_two_programs(self) -> None:
+        """What one object has changed, another one knows, and takes nothing of it back."""
+        for name in ('a.iso', 'b.iso'):
+            Path(self.path(name)).write_bytes(bytes(2048))
+        for name in ('a', 'b', 'c'):
+            vm.Harddrive(self.path(f'{name}.qcow2'), 0.01)
+        mine = self.bios('shared', maxmemory=512, cd=self.path('a.iso'),
+                         harddrives=self.path('a.qcow2'))
+        other = vm.Machine.load('shared')
+        drive = other.harddrives[0]
+        mine.insert(self.path('b.iso'))
+        other.change_boot_device('cd')
+        self.assertEqual(vm.Machine.load('shared').cd.filename, self.path('b.iso'))
+        mine.cd.eject()                                 # of the drive itself, too
+        other.start_vm()
+        self.assertEqual((other.cd.filename, other.cd.tray.medium), ('', False))
+        mine.cd.insert(vm.CD(self.path('a.iso')))
+        other.stop(force=True)
+        other.start_vm()
+        self.assertTrue(other.cd.tray.medium)
+        mine.stop(force=True)
+        mine.del_harddrive(0)
+        mine.add_harddrive(self.path('b.qcow2'))        # disk0 again
+        self.assertEqual(other.harddrives[0].filename, self.path('b.qcow2'))
+        mine.start_vm()
+        drive.snapshot('free')                          # no machine's any more
+        self.assertEqual([row.tag for row in drive.snapshots], ['free'])
+        self.assertEqual(other.harddrives[0].snapshots, [])
+        mine.save()
+        self.assertIs(other.state(), vm.State.SAVED)
+        for call in (lambda: other.add_harddrive(self.path('c.qcow2')),
+                     lambda: other.del_harddrive(0), lambda: other.increase_ram(128)):
+            with self.refused('shared is saved', 'delete_saved()'):
+                call()
+        self.assertEqual(mine.start(), 'restored')
+        self.assertIs(other.state(), vm.State.RUNNING)
+        other.stop(force=True)
+        twin = self.bios('twin', cd=mine.cd)            # a drive of its own
+        twin.eject()
+        self.assertEqual(mine.cd.filename, self.path('a.iso'))
+
     def test_qemus_last_words(self) -> None:
-        m = self.bios('words', kernel='/absent-kernel')
-        with self.refused('did not start', '/absent-kernel', 'No such file', 'qemu.log'):
+        Path(self.path('kernel')).write_text('no kernel')
+        m = self.bios('words', kernel=self.path('kernel'))
+        os.unlink(self.path('kernel'))
+        with self.refused('did not start', self.path('kernel'), 'No such file', 'qemu.log'):
             m.start_vm()
         self.assertFalse(m.is_alive())
         with self.refused('is off', kind=vm.WrongState):
@@ -5426,7 +5541,7 @@ class TestLife(Live):
         m.start_vm()
         self.assertFalse(more.in_use())
         self.assertEqual(len(m.kept.devices), 1)
-        with mock.patch.object(m.kept, 'ports', 1), self.refused('ports are taken'):
+        with mock.patch.object(m.kept, 'ports', 1), self.refused('all 1 ports', 'are taken'):
             m._free_port()
 
     def test_save(self) -> None:
@@ -5471,11 +5586,18 @@ class TestLife(Live):
             m.start_vm()
         self.assertIs(m.state(), vm.State.SAVED)
         Path(self.path('memory')).write_bytes(b'broken')
-        m.kept.saved = self.path('memory')
-        with self.refused('saves'):
+        with self.refused("saves: can't be restored", 'load of migration failed', 'delete_saved()'):
             m.start_vm()
         self.assertIs(m.state(), vm.State.SAVED)
+        self.assertIn('still there', vm.Machine.load('saves').delete_saved())
         self.assertTrue(os.path.exists(self.path('memory')))
+        self.assertIs(m.state(), vm.State.OFF)
+        self.assertEqual(m.delete_saved(), 'not saved')
+        m.start_vm()
+        m.save()
+        self.assertEqual(m.delete_saved(), 'saved state deleted')
+        self.assertFalse(os.path.exists(os.path.join(m.home, 'memory')))
+        self.assertEqual(m.start(), 'started')
 
     def test_sleep(self) -> None:
         m = self.guest('sleeper')               # its own: it sees no hot-plug after its wake-up
@@ -5486,6 +5608,57 @@ class TestLife(Live):
         m.wait('asleep', BOOT)
         self.assertEqual(m.wake(), 'woken')
         m.wait('agent', BOOT)
+
+    def test_ports_stay_where_they_are(self) -> None:
+        m = self.guest('ports')
+        m.start_vm()
+        m.wait('agent', BOOT)
+        for name in ('first', 'second'):
+            m.create_chardev(name)
+        m.delete_chardev('first')
+        name = 'cat /sys/class/virtio-ports/vport*p3/name'
+        self.assertEqual(sh(m, name).strip(), 'second')
+        m.save()                                        # QEMU itself would count anew
+        self.assertEqual(m.start(), 'restored')
+        m.wait('agent', BOOT)
+        self.assertEqual(sh(m, name).strip(), 'second')
+        m.create_chardev('third')
+        self.assertEqual([row.bus for row in m._devices('chardev')], ['nr3', 'nr2'])
+        with mock.patch.object(vm, 'VIRTIO_PORTS', 4), self.refused('all 2 ports'):
+            m.create_chardev('fourth')
+
+    def test_interrupted_load(self) -> None:
+        """Ctrl-C waits for the end of a load: half of one would be no guest."""
+        m = self.guest('halfway', harddrives=self.path('half.qcow2'))
+        m.start_vm()
+        m.wait('agent', BOOT)
+        m.write_file('/tmp/then', b'')
+        m.snapshot('then')
+        sh(m, 'rm /tmp/then')
+        real = vm.Machine._snapshot_job
+
+        def interrupted(*more: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            real(*more)
+        for off in (False, True):
+            with self.subTest(off), mock.patch.object(vm.Machine, '_snapshot_job', interrupted), \
+                    self.assertRaises(KeyboardInterrupt):
+                m.load_snapshot('then')
+            self.assertIs(m.state(), vm.State.RUNNING)
+            sh(m, 'rm /tmp/then')
+            self.assertLess(abs(m.get_time() - time.time_ns()), 0.5e9)
+            m.stop(force=True)
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+        with mock.patch.object(vm.Machine, '_after_start', side_effect=vm.MachineError('no CD')), \
+                self.refused('no CD'):
+            m.load_snapshot('then')
+        self.assertFalse(m.is_alive())
+        m.start_vm()
+        m.wait('agent', BOOT)
+        with m.claim('agent', 1, vm.Deadline(1)), impatient(1.0), self.assertLogs(
+                'vmmonitor', 'WARNING') as logged:      # another program talks to the agent
+            self.assertIn('its clock is wrong', m.load_snapshot('then'))
+        self.assertIn('"agent" is in use', str(logged.output))
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))
@@ -5644,31 +5817,23 @@ class TestLife(Live):
         disk = vm.Harddrive(self.path('d.qcow2'), 0.01)
         a = self.guest('here', memory=128, harddrives=disk)
         b = self.guest('there', memory=128, harddrives=disk, incoming=True)
-        other = self.guest('other', memory=144, harddrives=disk, incoming=True)
         a.start_vm()
         a.wait('agent', BOOT)
         a.write_file('/tmp/kept', b'kept')
-        with self.refused('another kind of machine', '144'):
-            a.migrate(other)
         with self.refused("can't migrate to 127.0.0.1:1"):
             a.migrate('127.0.0.1:1')
-        self.assertEqual(b.start_vm(), 'waiting for a migration')
-        with mock.patch.object(vm.Machine, '_receive',
-                               lambda _, qmp, fd: os.close(fd)), self.refused('here'):
-            a.migrate(b)                                # nobody reads the stream
-        self.assertIs(a.state(), vm.State.RUNNING)
-        b.stop(force=True)
-        other.start_vm()
-        with mock.patch.object(vm.Machine, '_check_fits'), \
-                self.refused('here', 'Size mismatch'):      # the destination's own words
-            a.migrate(other)
-        self.assertIs(a.state(), vm.State.RUNNING)
-        b.start_vm()
+        with self.refused('there: there does not wait for a migration'):
+            a.migrate(b)
+        self.assertEqual(vm.Machine.load('there').start_vm(), 'waiting for a migration')
+        for call in (b.start, b.unfreeze, vm.Machine.load('there').wake):
+            with self.refused('there waits for a migration', 'migrate()'):
+                call()
         seen: list[tuple[int, int]] = []
         self.assertEqual(a.migrate(b, lambda *row: seen.append(row)), 'migrated to there')
         self.assertEqual((a.state(), b.state()), (vm.State.OFF, vm.State.RUNNING))
         self.assertEqual(b.read_file('/tmp/kept'), b'kept')
         self.assertGreater(seen[-1][1], 128 << 20)
+        self.assertFalse(vm.Machine.load('there').kept.incoming)
         with self.refused('another machine has it open'):
             a.start_vm()
         disk.resize(0.02)                               # goes to the machine that has it now
@@ -5678,43 +5843,128 @@ class TestLife(Live):
         self.addCleanup(away.delete)
         c = self.guest('over', memory=128, harddrives=disk, incoming=True, namespace='away')
         c.start_vm()
-        with socket.create_server(('127.0.0.1', 0)) as probe:
-            port = probe.getsockname()[1]
-        waiter = threading.Thread(target=c.receive, args=(port, 30), daemon=True)
-        waiter.start()
-        soon(lambda: self.listens(port), 5)
-        self.assertIn('migrated to', b.migrate(f'127.0.0.1:{port}'))
-        waiter.join(30)
+        b.freeze()
+        with self.receiving(c) as port:
+            for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'{"execute": "run"}\n'):
+                with socket.create_connection(('127.0.0.1', port)) as stranger:
+                    stranger.sendall(junk)
+            self.assertIn('migrated to', b.migrate(f'127.0.0.1:{port}'))
+        self.assertIs(c.state(), vm.State.PAUSED)       # as it was
+        self.assertEqual(c.start(), 'resumed')
         c.wait('agent', BOOT)
         self.assertEqual(c.read_file('/tmp/kept'), b'kept')
-        d = self.guest('slow', memory=128, harddrives=disk, incoming=True)
-        d.start_vm()
+        with self.refused('over does not wait for a migration'):
+            c.receive(1)
 
-        real = vm.QMP.execute
+    @contextlib.contextmanager
+    def receiving(self, machine: vm.Machine, why: str = '', timeout: float = 30
+                  ) -> Iterator[int]:
+        """Have a machine receive in a thread, and lend the port; `why` it fails, if it has to."""
+        with socket.create_server(('127.0.0.1', 0)) as probe:
+            port = probe.getsockname()[1]
+        ends: list[str] = []
+
+        def receive() -> None:
+            try:
+                machine.receive(port, timeout)
+                ends.append('')
+            except vm.Error as problem:
+                ends.append(vm.words(problem))
+        waiter = threading.Thread(target=receive, daemon=True)
+        waiter.start()
+        soon(lambda: self.listens(port), 5)
+        yield port
+        waiter.join(30)
+        self.assertIn(why, ends[0]) if why else self.assertEqual(ends, [''])
+
+    def test_migrate_to_what_does_not_fit(self) -> None:
+        disk, like = (vm.Harddrive(self.path(f'{name}.qcow2'), 0.01) for name in 'ef')
+        Path(self.path('c.iso')).write_bytes(bytes(2048))
+        a = self.bios('near', harddrives=disk)
+        a.start_vm()
+        for name, word, more in (
+                ('large', '48', {'memory': 48}), ('bare', 'disk0', {'harddrives': None}),
+                ('like', 'f.qcow2', {'harddrives': like}),
+                ('cd', 'no disk', {'cd': self.path('c.iso')})):
+            b = self.bios(name, **{'harddrives': disk, 'incoming': True, **more})
+            b.start_vm()
+            with self.subTest(name), self.refused(f'near: {name}', word):
+                a.migrate(b)
+            self.assertEqual((a.state(), b.kept.incoming, b.is_alive()),
+                             (vm.State.RUNNING, True, True))
+        larger = [{**row, 'size': row['size'] + 1, 'host': 'another'} for row in a._marks()]
+        with self.receiving(b, 'e.qcow2', 2) as port, mock.patch.object(
+                a, '_marks', return_value=larger), self.refused('near', f'127.0.0.1:{port}: cd'):
+            a.migrate(f'127.0.0.1:{port}')
+        with mock.patch.object(vm.Machine, '_check_fits'), \
+                self.refused('near', 'large: large is off', 'Size mismatch'):   # its own words
+            a.migrate(vm.Machine.load('large'))
+        self.assertIs(a.state(), vm.State.RUNNING)
+
+    def test_migrate_to_what_hangs(self) -> None:
+        a = self.guest('ours', memory=128)
+        b = self.guest('theirs', memory=128, incoming=True)
+        a.start_vm()
+        a.wait('agent', BOOT)
+
+        def stopped(done: int, total: int) -> None:
+            seen.append(done)
+            if done > total * share:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(b.pid(), signal.SIGSTOP)
+        for share, timeout, word in ((0.97, 60, 'theirs'), (0, 2, 'took too long')):
+            seen: list[int] = []
+            b.start_vm()
+            with self.subTest(share), mock.patch.object(vm, 'ARRIVAL_TIMEOUT', 2.0), \
+                    mock.patch.object(vm, 'QMP_TIMEOUT', 3.0), self.refused('ours', word):
+                a.migrate(b, stopped, timeout)
+            # Nothing of it may come to life there; here it goes on.
+            self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
+            a.agent('guest-ping')
+        real = vm.LineSocket.ask
+
+        def lost(wire: vm.LineSocket, command: str, *more: Any, **rest: Any) -> Any:
+            if command == 'run':
+                raise vm.PeerClosed('theirs: gone')
+            return real(wire, command, *more, **rest)
+        b.start_vm()
+        with mock.patch.object(vm.LineSocket, 'ask', lost), \
+                self.refused('stays paused', 'unfreeze() it'):
+            a.migrate(b)
+        self.assertEqual((a.state(), b.state()), (vm.State.PAUSED, vm.State.OFF))
+        a.unfreeze()
+        b.start_vm()
+        with mock.patch.object(vm.Machine, '_links', side_effect=vm.MachineError('no card')), \
+                self.refused('ours: theirs: no card'):
+            a.migrate(b)
+        self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
+        a.agent('guest-ping')
+
+        execute = vm.QMP.execute
 
         def slow(qmp: vm.QMP, command: str, *arguments: Any, **more: Any) -> Any:
             if 'max_bandwidth' in more:
                 more['max_bandwidth'] = 1 << 16         # else it may be over before it is cancelled
-            return real(qmp, command, *arguments, **more)
+            return execute(qmp, command, *arguments, **more)
 
         def progress(done: int, _total: int) -> None:
             if not cancelled:
-                threading.Timer(0.3, c.cancel).start()
+                threading.Timer(0.3, a.cancel).start()
             cancelled.append(done)
         cancelled: list[int] = []
+
         def interrupted(*_: int) -> None:
             raise KeyboardInterrupt
         with mock.patch.object(vm.QMP, 'execute', slow):
+            b.start_vm()
             with self.assertRaises(KeyboardInterrupt):
-                c.migrate(d, interrupted)
-            self.assertTrue(soon(lambda: c.qmp('query-migrate')['status'] == 'cancelled'))
-            self.assertIs(c.state(), vm.State.RUNNING)
-            d.stop(force=True)
-            d.start_vm()
+                a.migrate(b, interrupted)
+            self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
+            b.start_vm()
             with self.refused('cancelled'):
-                c.migrate(d, progress)
-        self.assertIs(c.state(), vm.State.RUNNING)
-        c.wait('agent')
+                a.migrate(b, progress)
+        self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
+        a.wait('agent')
 
     @staticmethod
     def listens(port: int) -> bool:
@@ -5829,10 +6079,11 @@ class TestAsGuests(Live):
         m.wait('agent', BOOT)
         self.assertTrue(soon(lambda: m.id in monitor.corrections, 30))
         sh(m, 'date -s @1000000000')
-        self.assertEqual(guests.act('save', guests.find('daemon')), 'saved')
-        self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored')
-        self.assertTrue(soon(lambda: abs(self.offset(m)) < 0.2e9, 20))
-        self.assertIn('daemon: clock corrected', str(monitor.corrections[m.id]))
+        with self.assertLogs('vmmonitor', 'INFO') as logged:
+            self.assertEqual(guests.act('save', guests.find('daemon')), 'saved')
+            self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored')
+            self.assertTrue(soon(lambda: abs(self.offset(m)) < 0.2e9, 20))
+            self.assertTrue(soon(lambda: 'daemon: clock corrected' in str(logged.output)))
         (self.home / 'broken').mkdir()
         (self.home / 'broken' / 'machine.json').write_text('{')
         self.assertEqual([guest.name for guest in guests.each()], ['daemon'])
@@ -6120,6 +6371,32 @@ class FuzzTest(TempCase):
                 current[:] = [data]
                 with self.only(data, vm.AgentError, vm.MachineError):
                     rng.choice(asks)()
+
+    def test_migrations(self) -> None:
+        """What anybody may say to a machine that waits for a migration."""
+        machine = vm.Machine.__new__(vm.Machine)
+        machine.name = 'web1'
+        machine.kept = vm.Kept('web1', 'u', 'pc', 64, 1, 0, '', False, 'tcg', '', '', '', '', None,
+                               1, 16, incoming=True)
+        mark = {'format': 'raw', 'size': 5, 'host': 'h', 'name': '/x', 'file': [1, 2]}
+        offer = {'execute': 'receive', 'arguments': {
+            'shape': machine.kept.shape(), 'disks': [mark], 'runs': True}}
+        nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext())
+        with mock.patch.multiple(
+                vm.Machine, now=lambda _: machine.kept, is_alive=lambda _: True, _changing=nothing,
+                monitor=nothing, _end=mock.Mock(), _marks=lambda _: [mark],
+                _receive=mock.Mock(side_effect=vm.MachineError('enough'))):
+            for data in (pair for pairs in zip(warps(offer), mutants(json.dumps(offer).encode()))
+                         for pair in pairs):
+                near, far = socket.socketpair()
+                with near, far, self.only(data):
+                    near.sendall(data + b'\n')
+                    near.shutdown(socket.SHUT_WR)
+                    why = machine.take(far, mock.MagicMock())
+                    self.assertTrue(why)
+                    answer = json.loads(near.makefile('rb').read())
+                    self.assertEqual(answer, {'error': {'desc': why}})
+        self.assertTrue(machine.kept.incoming)
 
     def printing(self, data: bytes) -> Any:
         """Have every program that is run print `data`."""

@@ -240,11 +240,12 @@ class PeerSilent(ProtocolError):
 
 
 class ReplyError(ProtocolError):
-    """The peer answered with an error object; `kind` is its class, such as CommandNotFound."""
+    """The peer answered with an error object: its class `kind`, such as CommandNotFound, and its
+    `text`."""
 
-    def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    def __init__(self, path: str, kind: str, text: str) -> None:
+        super().__init__(f'{path}: {kind}: {text}' if kind else f'{path}: {text}')
+        self.kind, self.text = kind, text
 
 
 class DiskError(Error):
@@ -413,6 +414,27 @@ class Deadline:
         return True
 
 
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Let the first Ctrl-C count only when the block has ended: it must not be left halfway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield                               # only the main thread is interrupted
+        return
+    kept: list[Any] = []
+
+    def keep(*arguments: Any) -> None:
+        if kept and callable(before):
+            before(*arguments)
+        kept.append(arguments)
+    before = signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if len(kept) == 1 and callable(before):
+        before(*kept[0])
+
+
 # === data from outside ==========================================================================
 # A guest, a client and even a QEMU that a guest has broken into may send anything at all.
 
@@ -517,6 +539,10 @@ ANSWERS: dict[str, Any] = {
     'qemu-img info': {'virtual-size': int, 'snapshots?': [
         {'name': str, 'date-sec': int, 'vm-state-size': int}]}}
 EVENT = {'event': str, 'data?': dict}
+# What the destination of a migration is asked, and with what; see Machine.migrate.
+REQUESTS: dict[str, Any] = {'receive': {'shape': [list], 'runs': bool, 'disks': [
+    {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
+    'arrived': {}, 'run': {}}
 
 
 def fits(value: Any, shape: Any) -> bool:
@@ -1194,24 +1220,37 @@ class GuestEvent(NamedTuple):
 # === json sockets ===============================================================================
 
 class LineSocket:
-    """A unix socket that carries one JSON value a line: the wire of QMP and the guest agent.
+    """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
+    two programs between which a guest migrates.
 
     Not for two threads at once; QMP and GuestAgent lock around an exchange.
     """
 
-    def __init__(self, path: str, deadline: Deadline) -> None:
-        self.path = path
+    def __init__(self, path: str, connected: socket.socket) -> None:
+        self.path = path                        # of the socket, or who is at the other end
         self.buffer = b''                       # received, not yet a whole line
-        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket = connected
+
+    @classmethod
+    def connect(cls, path: str, deadline: Deadline) -> LineSocket:
+        """Connect to a unix socket; PeerSilent or PeerClosed when that fails."""
+        connected = socket.socket(socket.AF_UNIX)
         try:
-            self.socket.settimeout(max(deadline.left(), 0.001))
-            self.socket.connect(path)
+            connected.settimeout(max(deadline.left(), 0.001))
+            connected.connect(path)
         except BlockingIOError:             # as many wait to be taken as may
-            self.socket.close()
+            connected.close()
             raise PeerSilent(f'{path}: takes no connections') from None
         except OSError as problem:
-            self.socket.close()
+            connected.close()
             raise PeerClosed(f'{path}: {words(problem)}', 'is the machine running?') from None
+        return cls(path, connected)
+
+    def __enter__(self) -> LineSocket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the socket; QEMU then serves the next client."""
@@ -1261,12 +1300,42 @@ class LineSocket:
             raise ProtocolError(f'{self.path}: not a JSON object: {line[:80]!r}')
         return value
 
+    def ask(self, command: str, timeout: float, **arguments: Any) -> Any:
+        """Return what the other end answers to a command."""
+        deadline = Deadline(timeout)
+        self.send({'execute': command, 'arguments': arguments}, deadline)
+        return self.returned(command, self.receive(deadline))
+
+    def asked(self, command: str, timeout: float) -> dict[str, Any]:
+        """Return the arguments of a command of REQUESTS, which has to come now."""
+        request = self.receive(Deadline(timeout))
+        if not fits(request, {'execute': str, 'arguments': REQUESTS[command]}) \
+                or request['execute'] != command:
+            raise ProtocolError(f'{self.path}: no request "{command}": {request!r:.80}')
+        return dict(request['arguments'])
+
+    def closed(self) -> bool:
+        """Tell whether the other end has closed it, and waits for nothing any more."""
+        with contextlib.suppress(OSError):
+            ready = select.select([self.socket], [], [], 0)[0]
+            return bool(ready and not self.buffer
+                        and not self.socket.recv(1, socket.MSG_PEEK))
+        return True
+
+    def returned(self, command: str, reply: Mapping[str, Any]) -> Any:
+        """Return what a reply to a command returns; ReplyError if it is an error."""
+        if 'error' in reply:
+            raise reply_error(self.path, reply)
+        try:
+            return answer_of(command, reply)
+        except ValueError as problem:
+            raise ProtocolError(f'{self.path}: no answer: {problem}') from None
+
 
 def reply_error(path: str, answer: Mapping[str, Any]) -> ReplyError:
     """Return the error that an answer with an "error" member stands for."""
     error = answer['error'] if isinstance(answer['error'], dict) else {'desc': answer['error']}
-    kind, text = str(error.get('class', '')), str(error.get('desc', ''))
-    return ReplyError(f'{path}: {kind}: {text}' if kind else f'{path}: {text}', kind)
+    return ReplyError(path, str(error.get('class', '')), str(error.get('desc', '')))
 
 
 class QMP:
@@ -1278,7 +1347,7 @@ class QMP:
 
     def __init__(self, path: str, timeout: float = QMP_TIMEOUT) -> None:
         deadline = Deadline(timeout)
-        self.wire = LineSocket(path, deadline)
+        self.wire = LineSocket.connect(path, deadline)
         self.lock = threading.Lock()            # one exchange at a time
         self.serial = 0                         # of the last command: an answer must carry it
         self.pending: collections.deque[dict[str, Any]] = collections.deque(
@@ -1329,12 +1398,7 @@ class QMP:
                     self.pending.append(answer)
                 elif answer.get('id') == self.serial or 'id' not in answer:
                     break               # an answer to an earlier, timed-out command is dropped
-            if 'error' in answer:
-                raise reply_error(self.wire.path, answer)
-            try:
-                return answer_of(command, answer)
-            except ValueError as problem:
-                raise ProtocolError(f'{self.wire.path}: no answer: {problem}') from None
+            return self.wire.returned(command, answer)
 
     def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
         """Return the next event whose name is in `names` (any, if that is empty) and whose data
@@ -1368,14 +1432,11 @@ class GuestAgent:
         if not self.lock.acquire(timeout=deadline.left()):
             raise agent_error(self.name, 'did not answer an earlier call yet')
         try:
-            wire = LineSocket(self.path, deadline)
-            try:
+            with LineSocket.connect(self.path, deadline) as wire:
                 self._synchronise(wire, deadline)
                 members = arguments() if callable(arguments) else arguments or {}
                 wire.send({'execute': command, 'arguments': dict(members)}, deadline)
                 answer = wire.receive(deadline)
-            finally:
-                wire.close()
         except PeerSilent:
             raise agent_error(self.name, 'did not answer') from None
         except PeerClosed as problem:
@@ -1385,7 +1446,8 @@ class GuestAgent:
         finally:
             self.lock.release()
         if 'error' in answer:
-            raise agent_error(self.name, str(reply_error(self.path, answer)))
+            refusal = reply_error(self.path, answer)
+            raise agent_error(self.name, f'{refusal.kind}: {refusal.text}'.lstrip(': '))
         return agent_answer(self.name, command, answer)
 
     def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
@@ -2638,10 +2700,10 @@ def look(namespace: str = '') -> Sight:
 def valid_name(name: str, what: str = 'interface') -> str:
     """Return a name that is safe to give to `ip` and in a path; NetworkError says what is wrong."""
     length = LENGTHS[what]
-    if not re.fullmatch(rf'[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{length - 1}}}', name) or \
-            name in ('lo', 'all', 'default'):
+    if not isinstance(name, str) or name in ('lo', 'all', 'default') or not re.fullmatch(
+            rf'[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{length - 1}}}', name):
         raise NetworkError(
-            f'{name!r} can\'t be the name of a {what}',
+            f'{name!r:.80} can\'t be the name of a {what}',
             f'take 1 to {length} of the characters A-Z a-z 0-9 _ . -, the first a letter, a digit '
             'or _, but not lo, all or default')
     return name
@@ -3877,7 +3939,7 @@ def image_path(filename: str | os.PathLike[str]) -> str:
 
 def checked_tag(tag: str) -> str:
     """Return a snapshot's name; DiskError if QEMU could take it for something else."""
-    if not TAG.fullmatch(tag):
+    if not isinstance(tag, str) or not TAG.fullmatch(tag):
         raise DiskError(f'{tag!r:.80} can\'t be the name of a snapshot',
                         'use a letter, then up to 62 letters, digits, ".", "_", "-"')
     return tag
@@ -3912,9 +3974,20 @@ def whole_file(path: str, replace: bool = False) -> Iterator[str]:
 def open_file(path: str) -> int:
     """Return a descriptor to read a file by; DiskError if it can't be opened."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would hold us
     except OSError as problem:
-        raise DiskError(words(problem), 'put it back') from None
+        raise DiskError(words(problem), 'put it back, or name another') from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DiskError(f'{path}: is no file', 'name a file or a block device')
+    return fd
+
+
+def readable(filename: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a file; DiskError if it can't be read."""
+    path = image_path(filename)
+    os.close(open_file(path))
+    return path
 
 
 class Header(NamedTuple):
@@ -3956,6 +4029,9 @@ class Attached(Protocol):
         """Carry out a QMP command; the file `medium`, if any, is opened here and becomes its
         argument `filename`."""
 
+    def keep(self, medium: str) -> None:
+        """Have the machine remember what is in the drive."""
+
 
 class Snapshot(NamedTuple):
     """A snapshot inside a qcow2 image."""
@@ -3983,7 +4059,8 @@ class Harddrive:
                  format: str = 'qcow2',
                  backing: Harddrive | str | os.PathLike[str] | None = None) -> None:
         if format not in ('qcow2', 'raw') or (backing and format == 'raw'):
-            raise DiskError(f'{filename}: format {format!r}{backing and " with a backing file"}',
+            raise DiskError(f'{filename}: format {format!r:.80}'
+                            f'{" with a backing file" if backing else ""}',
                             'use qcow2, or raw without a backing file')
         self.filename, self.format = image_path(filename), format
         if backing is not None and not isinstance(backing, Harddrive):
@@ -4029,10 +4106,15 @@ class Harddrive:
         try:
             return run(['qemu-img', *arguments], IMAGE_TIMEOUT).stdout
         except CommandError as problem:
-            in_use = 'lock' in problem.stderr
-            raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {problem.stderr.strip()}',
-                            'stop the machine that uses it first' if in_use else problem.hint
-                            ) from None
+            said = '; '.join(problem.stderr.replace(self._explicit(), self.filename).splitlines())
+            if 'lock' in said:
+                raise self._in_use() from None
+            raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {said}',
+                            problem.hint) from None
+
+    def _in_use(self) -> DiskError:
+        return DiskError(f'{self.filename}: can\'t be changed: a machine has it open',
+                         'stop the machine first; what works live, its own harddrives can do')
 
     def _explicit(self) -> str:
         """Return a name for qemu-img that leaves it nothing to find out by itself."""
@@ -4072,15 +4154,14 @@ class Harddrive:
         return bool(struct.unpack('hhqqi4x', answer)[0] != fcntl.F_UNLCK)
 
     @contextlib.contextmanager
-    def _kept_free(self, what: str) -> Iterator[None]:
+    def _kept_free(self) -> Iterator[None]:
         """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
         with self._opened('r+b') as image:
             try:
                 fcntl.fcntl(image, fcntl.F_OFD_SETLK,
                             struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0))
             except OSError:
-                raise DiskError(f'{self.filename}: can\'t {what}: a machine has it open',
-                                'stop the machine first') from None
+                raise self._in_use() from None
             yield
 
     def _live(self) -> Attached | None:
@@ -4143,7 +4224,7 @@ class Harddrive:
                 self._img('snapshot', '-q', '-d', row['name'], self._explicit())
             return
         size = self.info()['virtual-size']
-        with self._kept_free('wipe it'):
+        with self._kept_free():
             self._write(size, replace=True)
 
     def resize(self, size: float, shrink: bool = False) -> None:
@@ -4201,19 +4282,11 @@ class CD:
     """A CD drive and the ISO image in it, if any; the image is only ever read."""
 
     def __init__(self, filename: str | os.PathLike[str] | None = None) -> None:
-        self.filename = image_path(filename) if filename else ''
+        self.filename = readable(filename) if filename else ''
         self.attached: Attached | None = None
-        self._readable()
 
     def __repr__(self) -> str:
         return f'CD({self.filename!r})'
-
-    def _readable(self) -> None:
-        try:
-            if self.filename:
-                open(self.filename, 'rb').close()
-        except OSError as problem:
-            raise DiskError(f'{self.filename}: {problem.strerror}') from None
 
     def _live(self) -> Attached | None:
         return self.attached if self.attached and self.attached.alive() else None
@@ -4244,12 +4317,16 @@ class CD:
                                 'unmount it in the guest, or use force=True') from None
             if self.tray.medium:
                 raise DiskError(f'{self.filename}: is still in the drive', 'use force=True')
-        self.filename = ''
+        self._holds('')
+
+    def _holds(self, medium: str) -> None:
+        self.filename = medium
+        if self.attached:
+            self.attached.keep(medium)
 
     def insert(self, other: CD | str | os.PathLike[str], force: bool = False) -> None:
         """Put another image in (blockdev-change-medium); the old one stays in if that fails."""
-        new = other if isinstance(other, CD) else CD(other)
-        new._readable()
+        new = CD(other.filename if isinstance(other, CD) else other)
         live = self._live()
         if live and new.filename:
             try:
@@ -4263,7 +4340,7 @@ class CD:
                                 'unmount it in the guest, or use force=True') from None
         elif live:
             self.eject(force)
-        self.filename = new.filename
+        self._holds(new.filename)
 
     @classmethod
     def seed(cls, user_data: str, meta_data: str = '', filename: str | os.PathLike[str]
@@ -4273,6 +4350,8 @@ class CD:
         DiskError when none of them is installed, or `filename` exists.
         """
         path = image_path(filename)
+        if not isinstance(user_data, str) or not isinstance(meta_data, str):
+            raise DiskError(f'{path}: user_data and meta_data are no strings', 'give their text')
         maker = next((maker for maker in ISO_MAKERS if shutil.which(maker[0])), None)
         if not maker:
             raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
@@ -4335,6 +4414,8 @@ GUEST_FILE_BYTES = 48 * 1024    # in one call: an agent takes some MiB, but in m
 GUEST_FILE_LIMIT = 64 * MIB     # of a whole file: a guest may never come to its end
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
+CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
+ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word that it has arrived
 CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
 PICTURE_BYTES = 256 * MIB       # of the largest screen; what is behind it makes no picture
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
@@ -4401,7 +4482,7 @@ class Device:
 
     id: str                     # disk0, nic0, dimm0, port0
     kind: str                   # a row of KINDS
-    bus: str = ''               # the port that it sits on, see Machine._slot
+    bus: str = ''               # the port that it sits on, see Machine._where
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see KINDS
@@ -4413,7 +4494,7 @@ class Device:
 
 @dataclasses.dataclass
 class Kept:
-    """What is kept of a machine in its file."""
+    """What is kept of a machine in its file, machine.json."""
 
     name: str
     uuid: str
@@ -4434,6 +4515,7 @@ class Kept:
     cd: str = ''                # the medium in the drive
     cd_boot: int = 0
     saved: str = ''             # file with the memory of a saved machine
+    incoming: bool = False      # it waits for a migration, from its next start on
     lost: bool = False          # a snapshot was loaded by half: this guest must never run
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
@@ -4442,6 +4524,11 @@ class Kept:
         """Return all that must be the same for a memory image to fit."""
         return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
                 *sorted(device.shape() for device in self.devices)]
+
+
+def chain_of(drive: Harddrive) -> list[list[str]]:
+    """Return the files and formats of an image and those it stands on."""
+    return [[row.filename, row.format] for row in drive.chain()]
 
 
 def options(head: str, values: Mapping[str, Any]) -> str:
@@ -4520,12 +4607,19 @@ class Done(NamedTuple):
 class Place:
     """Where a Harddrive or CD is: the Attached of *disks*."""
 
-    def __init__(self, machine: Machine, id: str) -> None:
+    def __init__(self, machine: Machine, id: str, filename: str = '') -> None:
         self.machine, self.id, self.node = machine, id, f'{id}-node'
+        self.filename = filename                # of a disk; a drive's CD changes
 
     def alive(self) -> bool:
-        """Tell whether the machine runs."""
-        return self.machine.is_alive()
+        """Tell whether the machine runs, and this disk is still in this place."""
+        return self.machine.is_alive() and (not self.filename or any(
+            row.id == self.id and row.facts['chain'][0][0] == self.filename
+            for row in self.machine.now().devices))
+
+    def keep(self, medium: str) -> None:
+        """Have the machine remember what is in the drive."""
+        self.machine.keep_cd(medium)
 
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
         """Carry out a QMP command, with a file opened here as `filename`."""
@@ -4629,7 +4723,8 @@ class Console:
         self.machine = machine
         self.position = 0                       # in the log: what read() returned
         self._keep = contextlib.ExitStack()     # the socket, and the claim on it
-        self._wire: socket.socket | None = None
+        self._wire: socket.socket | None = None     # to write, and the thread that drains it
+        self._drainer: threading.Thread | None = None
 
     def __enter__(self) -> Console:
         return self
@@ -4638,9 +4733,16 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Let another one write."""
+        """Let another one write, when the guest has read what was typed, or does not."""
+        wire, self._wire = self._wire, None
+        if wire and self._drainer:
+            with contextlib.suppress(OSError):
+                wire.shutdown(socket.SHUT_WR)   # QEMU closes it at the end; at once if it hung up
+                self._drainer.join(CONSOLE_TIMEOUT)
+                wire.shutdown(socket.SHUT_RDWR)
         self._keep.close()
-        self._wire = None
+
+    __del__ = close
 
     def read(self) -> bytes:
         """Return what was written since the last read(), or since the start."""
@@ -4654,13 +4756,17 @@ class Console:
             return data
         return b''
 
-    def expect(self, pattern: str, timeout: float = 30) -> str:
+    def expect(self, pattern: str | bytes, timeout: float = 30) -> str:
         """Read until the regular expression matches; return all up to the match's end.
 
         MachineError, with the last lines, when it does not within `timeout` seconds.
         """
         deadline, seen = Deadline(timeout), b''
-        compiled = re.compile(pattern.encode())
+        try:
+            compiled = re.compile(raw_bytes(pattern))
+        except (re.error, TypeError) as problem:
+            raise MachineError(f'{self.machine.name}: {pattern!r:.80} is no pattern: {problem}',
+                               'give a regular expression') from None
         while True:
             seen += self.read()
             found = compiled.search(seen)
@@ -4674,16 +4780,40 @@ class Console:
             time.sleep(STATE_POLL / 5)
 
     def write(self, data: bytes | str) -> None:
-        """Type into the console. Raises Busy when somebody else has it open to write."""
-        if not self.machine.is_alive():
-            raise WrongState(f'{self.machine.name} is off', 'start it first')
-        if not self._wire:
-            self._keep.enter_context(self.machine.claim('console', 1, Deadline(1.0)))
-            self._wire = self._keep.enter_context(socket.socket(socket.AF_UNIX))
-            self._wire.settimeout(QMP_TIMEOUT)
-            self._wire.connect(self.machine.run_path('console'))
-            spawn(f'console {self.machine.name}', self._drain, self._wire)
-        self._wire.sendall(data.encode() if isinstance(data, str) else data)
+        """Type into the console.
+
+        Raises Busy when somebody else has it open to write, MachineError when the guest does not
+        read what is typed.
+        """
+        name = self.machine.name
+        try:
+            typed = raw_bytes(data)
+        except TypeError:
+            raise MachineError(f'{name}: can\'t type {data!r:.80}', 'give str or bytes') from None
+        try:
+            (self._wire or self._open()).sendall(typed)
+        except (OSError, ProtocolError) as problem:
+            self.close()
+            raise MachineError(f'{name}: console: {words(problem)}',
+                               'nothing in the guest reads from it'
+                               if isinstance(problem, socket.timeout) else '') from None
+
+    def _open(self) -> socket.socket:
+        """Connect to QEMU's end, which lets a second one wait without a word."""
+        machine, deadline = self.machine, Deadline(CONSOLE_TIMEOUT)
+        if not machine.is_alive():
+            raise WrongState(f'{machine.name} is off', 'start it first')
+        with contextlib.ExitStack() as keep:
+            keep.enter_context(machine.claim('console', 1, deadline))
+            if not deadline.poll(lambda: machine.chardev('console').startswith('disconnected'),
+                                 STATE_POLL / 10):
+                raise Busy(f'{machine.name}: another program has its console open', 'close it')
+            wire = LineSocket.connect(machine.run_path('console'), Deadline(QMP_TIMEOUT)).socket
+            keep.enter_context(wire)
+            wire.settimeout(QMP_TIMEOUT)
+            self._wire, self._keep = wire, keep.pop_all()
+        self._drainer = spawn(f'console {machine.name}', self._drain, wire)
+        return wire
 
     @staticmethod
     def _drain(wire: socket.socket) -> None:
@@ -4693,6 +4823,11 @@ class Console:
                 with contextlib.suppress(socket.timeout):
                     if not wire.recv(65536):
                         return
+
+
+def raw_bytes(data: str | bytes) -> bytes:
+    """Return text as UTF-8, bytes as they are; TypeError for anything else."""
+    return data.encode() if isinstance(data, str) else bytes(memoryview(data))
 
 
 def _no_links(path: str, flags: int) -> int:
@@ -4734,10 +4869,18 @@ class Machine(Guest):
         identity = str(uuid.uuid4())
         self._check_sizes(name, memory, cpus, maxmemory, display, monitor_port)
         self._check_words(name, nics, namespace, kernel, initrd, cmdline)
+        for flag in (efi, incoming):
+            if not isinstance(flag, bool):
+                raise MachineError(f'machine {name}: {flag!r:.80} is no bool',
+                                   'give efi and incoming as True or False')
         usable_accel(accel)
+        uid = self._uid(user, identity)
+        kernel, initrd = kernel and readable(kernel), initrd and readable(initrd)
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
                   for drive in _several(harddrives)]
-        disc = cd if isinstance(cd, CD) else CD(cd)
+        # A CD object that is in another machine's drive goes on speaking of that one.
+        disc = cd if isinstance(cd, CD) and not cd.attached else CD(
+            cd.filename if isinstance(cd, CD) else cd)
         home = self._make_home(name)
         cards: list[Nic | None] = []
         try:
@@ -4747,11 +4890,9 @@ class Machine(Guest):
                 os.path.basename(home), identity, kind, memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
-                kernel and image_path(kernel), initrd and image_path(initrd), cmdline,
-                display or '', monitor_port, self._uid(user, identity),
+                kernel, initrd, cmdline, display or '', monitor_port, uid,
                 min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
-                    PORTS_MAX[kind.split('-')[1]]), disc.filename), disc)
-            self.incoming = incoming
+                    PORTS_MAX[kind.split('-')[1]]), disc.filename, incoming=incoming), disc)
             for drive in drives:
                 self._plan_disk(drive)
             for card in cards:
@@ -4808,6 +4949,12 @@ class Machine(Guest):
             if not os.path.isdir(place):
                 os.makedirs(place)
                 os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
+        closed = [place for place in map(str, (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents))
+                  if not os.stat(place).st_mode & stat.S_IXOTH]
+        if closed and os.geteuid() == 0:
+            raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
+                               f'{closed[-1]}, and QEMU runs as one',
+                               f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
             if len(home) > 88:                  # a unix socket's path has 107 bytes at most
@@ -4841,9 +4988,9 @@ class Machine(Guest):
         self.home = os.path.join(MACHINES_DIR, kept.name)
         self.cd = cd
         self.cd.attached = Place(self, 'cd0')
-        self.incoming = False                       # the next start waits for a migration
         self._things: dict[str, Any] = {}           # id of a device -> its Harddrive or Nic
         self._lock = threading.RLock()              # guards `kept` and its file
+        self._changed = False                       # `kept` is ahead of its file, by _changing()
 
     @classmethod
     def load(cls, name: str) -> Machine:
@@ -4855,6 +5002,24 @@ class Machine(Guest):
         machine._set_up(kept, CD())
         machine.cd.filename = kept.cd
         return machine
+
+    def now(self) -> Kept:
+        """Return what the machine's file says at this moment; NoGuest when it was deleted."""
+        kept = self._read(os.path.join(self.home, 'machine.json'))
+        if kept.uuid != self.id:
+            raise NoGuest(f'machine {self.name} was deleted, and another one made of that name',
+                          f'Machine.load({self.name!r}) takes that one')
+        return kept
+
+    def _refresh(self) -> None:
+        """See what other programs have changed, unless a thread of ours is changing it now."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._changed:
+                    self.kept = self.now()
+                    self.cd.filename = self.kept.cd
+            finally:
+                self._lock.release()
 
     @staticmethod
     def _read(path: str) -> Kept:
@@ -4869,7 +5034,6 @@ class Machine(Guest):
             raise MachineError(f'{path}: can\'t be read: {problem}', 'restore the file') from None
 
     def _write(self) -> None:
-        self.kept.cd = self.cd.filename
         with whole_file(os.path.join(self.home, 'machine.json'), replace=True) as temporary, \
                 open(temporary, 'w', encoding='utf-8') as text:
             json.dump(dataclasses.asdict(self.kept), text, indent=1)
@@ -4882,19 +5046,24 @@ class Machine(Guest):
         with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
             for left in Path(self.home).glob('.vmmonitor-*'):       # by a program that was killed
                 left.unlink()
-            cd = self.cd.filename
-            self.kept = self._read(os.path.join(self.home, 'machine.json'))
-            self.cd.filename = cd
-            yield
-            self._write()
+            self._refresh()
+            self._changed = True
+            try:
+                yield
+                self._write()
+            finally:
+                self._changed = False
 
     @contextlib.contextmanager
     def claim(self, what: str, count: int, deadline: Deadline) -> Iterator[int]:
         """Hold one of `count` locks `what`, among all programs, and lend its number."""
         while True:
             for number in range(count):
-                lock = os.open(os.path.join(self.home, f'{what}{number}.lock'),
-                               os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    lock = os.open(os.path.join(self.home, f'{what}{number}.lock'),
+                                   os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                except FileNotFoundError:
+                    raise NoGuest(f'machine {self.name} was deleted') from None
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     yield number
@@ -4941,6 +5110,7 @@ class Machine(Guest):
 
     def state(self) -> State:
         """Return what the machine is doing (query-status)."""
+        self._refresh()
         if not self.is_alive():
             return State.SAVED if self.kept.saved else State.OFF
         try:
@@ -4965,6 +5135,8 @@ class Machine(Guest):
             with self.claim('qmp', MONITORS, deadline) as number, \
                     QMP(self.run_path(f'qmp{number}'), max(deadline.left(), 0.1)) as qmp:
                 yield qmp
+        except ReplyError as problem:
+            raise MachineError(f'{self.name}: QEMU: {problem.text}') from None
         except ProtocolError as problem:
             if not self.is_alive():
                 raise WrongState(f'{self.name} is off{self._last_words()}',
@@ -5036,7 +5208,7 @@ class Machine(Guest):
             saved = self.kept.saved
             try:
                 self._after_start()
-                if self.incoming:
+                if self.kept.incoming:
                     return 'waiting for a migration'
                 says = self._restore(saved) if saved else 'started'
                 self._set_saved('')             # it fits the disks only until the guest runs
@@ -5059,9 +5231,12 @@ class Machine(Guest):
         if self.cd.filename:
             Place(self, 'cd0').execute('blockdev-change-medium', self.cd.filename, id='cd0',
                                        format='raw', read_only_mode='read-only')
+        self._links()
+
+    def _links(self) -> None:
+        """Plug in and pull the cables as they were."""
         for device in self._devices('nic'):
-            if not device.facts['up']:
-                self.qmp('set_link', name=device.id, up=False)
+            self.qmp('set_link', name=device.id, up=device.facts['up'])
 
     def _spawn(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
@@ -5122,8 +5297,7 @@ class Machine(Guest):
                 ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
                 ('-cpu', 'host' if accel == 'kvm' else 'qemu64'), ('-smp', str(kept.cpus)),
                 ('-pidfile', self.run_path('pid')), ('-sandbox', SANDBOX),
-                ('-incoming', 'defer') if self.incoming or kept.saved else (),
-                () if self.incoming else ('-S',),
+                ('-incoming', 'defer') if kept.incoming or kept.saved else (), ('-S',),
                 ('-m', f'{kept.memory}M' + (f',slots={DIMM_SLOTS},maxmem={kept.maxmemory}M'
                                             if kept.maxmemory else '')),
                 ('-kernel', kept.kernel) if kept.kernel else (),
@@ -5207,20 +5381,32 @@ class Machine(Guest):
     @property
     def harddrives(self) -> list[Harddrive]:
         """Its disks."""
+        self._refresh()
         return [self._thing(device) for device in self._devices('disk')]
 
     @property
     def nics(self) -> list[Nic | None]:
         """Its network cards; None is QEMU's own NAT."""
+        self._refresh()
         return [self._thing(device) for device in self._devices('nic')]
 
     def _thing(self, device: Device) -> Any:
         """Return the Harddrive or Nic behind a device, made again after a load()."""
-        if device.id not in self._things:
-            self._things[device.id] = thing = self._remake(device)
-            if isinstance(thing, Harddrive):
-                thing.attached = Place(self, device.id)
+        if device.id not in self._things or not self._same(device, self._things[device.id]):
+            self._attach(device, self._remake(device))
         return self._things[device.id]
+
+    def _attach(self, device: Device, thing: Any) -> None:
+        self._things[device.id] = thing
+        if isinstance(thing, Harddrive):
+            thing.attached = Place(self, device.id, thing.filename)
+
+    @staticmethod
+    def _same(device: Device, thing: Any) -> bool:
+        """Tell whether a thing is the device's: others may have changed what has its id."""
+        if isinstance(thing, Harddrive):
+            return bool(device.facts.get('chain') == chain_of(thing))
+        return bool(device.facts.get('name', '') == getattr(thing, 'name', ''))
 
     def _remake(self, device: Device) -> Any:
         facts = device.facts
@@ -5243,36 +5429,42 @@ class Machine(Guest):
         taken = {device.id for device in self.kept.devices}
         return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
 
-    def _free_port(self) -> str:
+    def _free_port(self, stem: str = 'rp') -> str:
+        """Return a port that is free: rpN for PCI, nrN of the virtio serial device, whose first
+        two are a console's and the agent's."""
         taken = {device.bus for device in self.kept.devices}
-        free = [f'rp{n}' for n in range(self.kept.ports) if f'rp{n}' not in taken]
+        ports = range(self.kept.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
+        free = [f'{stem}{n}' for n in ports if f'{stem}{n}' not in taken]
         if not free:
-            raise MachineError(f'{self.name}: all {self.kept.ports} PCI ports are taken',
-                               'remove a device first')
+            raise MachineError(f'{self.name}: all {len(ports)} ports for such a device are taken',
+                               'remove one first')
         return free[0]
 
-    def _slot(self, port: str) -> dict[str, str]:
-        """Return where a port is: q35 has root ports to plug into, of `pc` it is a place."""
+    def _where(self, port: str) -> dict[str, Any]:
+        """Return where a port is, so that a device is there again after a restart, and in a
+        memory image: q35 has root ports to plug into, of `pc` it is a place."""
+        if port.startswith('nr'):
+            return {'bus': 'serial.0', 'nr': int(port[2:])}
         if 'q35' in self.kept.type:
             return {'bus': port}
         return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
 
     def _plan(self, device: Device, thing: Any) -> Device:
         self.kept.devices.append(device)
-        self._things[device.id] = thing
-        if isinstance(thing, Harddrive) and not self.incoming:
-            thing.attached = Place(self, device.id)
+        if self.kept.incoming:                      # a disk is its other machine's until then
+            self._things[device.id] = thing
+        else:
+            self._attach(device, thing)
         return device
 
     def _plan_disk(self, drive: Harddrive) -> Device:
         """Enter a disk into the machine's file."""
         drive.check()
-        files = {os.path.realpath(row.filename) for other in self.harddrives
-                 for row in other.chain()[:1]}
+        files = {os.path.realpath(row.facts['chain'][0][0]) for row in self._devices('disk')}
         if os.path.realpath(drive.filename) in files:
             raise DiskError(f'{self.name}: has {drive.filename} already')
         return self._plan(Device(self._new_id('disk'), 'disk', self._free_port(), facts={
-            'chain': [[row.filename, row.format] for row in drive.chain()]}), drive)
+            'chain': chain_of(drive)}), drive)
 
     def _plan_nic(self, nic: Nic | None, own: bool) -> Device:
         """Enter a network card into the machine's file."""
@@ -5301,7 +5493,7 @@ class Machine(Guest):
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
         told = {**rows[device.kind], 'id': device.id}
         if device.bus:
-            told.update(self._slot(device.bus))
+            told.update(self._where(device.bus))
         if device.boot:
             told['bootindex'] = device.boot
         return told
@@ -5312,7 +5504,7 @@ class Machine(Guest):
         if device.kind == 'disk':
             thing.check()
             # One that was just shut down is away for us some ms before it lets its disks go.
-            if not self.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
+            if not self.kept.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
                 raise DiskError(f'{self.name}: {thing.filename}: another machine has it open',
                                 'stop that one first')
         kind, back, front = KINDS[device.kind], self._back(device, launch.fd, launch.file), \
@@ -5411,8 +5603,10 @@ class Machine(Guest):
         rows = self._devices(kind)
         wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
         for number, device in enumerate(rows):
-            chain = device.facts.get('chain')
-            if wanted in (device.id, number, chain[0][0] if chain else device.facts.get('name')):
+            chain, names = device.facts.get('chain'), [device.id, device.facts.get('name')]
+            if wanted in names or wanted == number and type(wanted) is int or (
+                    chain and isinstance(wanted, (str, os.PathLike))
+                    and image_path(wanted) == chain[0][0]):
                 return device
         raise MachineError(f'{self.name}: has no {kind} {thing!r}',
                            f'it has {", ".join(row.id for row in rows) or "none"}')
@@ -5420,6 +5614,7 @@ class Machine(Guest):
     def _add(self, plan: Callable[[], Device]) -> Device:
         """Enter a device, and plug it in if the machine runs; or neither."""
         with self._changing():
+            self._not_saved()
             device = plan()
             try:
                 if self.is_alive():
@@ -5428,6 +5623,12 @@ class Machine(Guest):
                 self._drop(device)
                 raise
         return device
+
+    def _not_saved(self) -> None:
+        """Raise WrongState when its memory would not fit what it is about to become."""
+        if self.kept.saved:
+            raise WrongState(f'{self.name} is saved, and its memory would not fit',
+                             'start it first, or delete_saved() its memory')
 
     def _drop(self, device: Device) -> None:
         self.kept.devices.remove(device)
@@ -5439,6 +5640,7 @@ class Machine(Guest):
 
     def _remove(self, kind: str, what: Any, timeout: float) -> str:
         with self._changing():
+            self._not_saved()
             device = self._find(kind, what)
             if self.is_alive() and not self._unplug(device, timeout):
                 return (f'{device.id}: the guest does not let it go; it goes when the machine is '
@@ -5449,11 +5651,15 @@ class Machine(Guest):
     def add_nic(self, nic: Nic | None = None) -> Device:
         """Plug in a network card, a new one of its own if none is given, at once if it runs
         (getfd, netdev_add, device_add)."""
-        own = nic is None
-        if nic is None:
-            nic = VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
-        card = nic
-        return self._add(lambda: self._plan_nic(card, own))
+        def plan() -> Device:
+            card = nic or VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
+            try:
+                return self._plan_nic(card, own=nic is None)
+            except BaseException:
+                if nic is None:
+                    card.delete()
+                raise
+        return self._add(plan)
 
     def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
         """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
@@ -5481,17 +5687,21 @@ class Machine(Guest):
 
     def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
         """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
+        self._refresh()
         self._thing(self._find('disk', drive)).resize(size, shrink)
 
     def eject(self, force: bool = False) -> None:
         """Take the CD out (CD.eject)."""
-        with self._changing():
-            self.cd.eject(force)
+        self.cd.eject(force)
 
     def insert(self, medium: CD | str, force: bool = False) -> None:
         """Put a CD in (CD.insert)."""
+        self.cd.insert(medium, force)
+
+    def keep_cd(self, medium: str) -> None:
+        """Remember which image is in the drive; '' for none."""
         with self._changing():
-            self.cd.insert(medium, force)
+            self.kept.cd = self.cd.filename = medium
 
     def _boot_order(self, ids: Sequence[str]) -> None:
         self.kept.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
@@ -5505,6 +5715,10 @@ class Machine(Guest):
         """
         with self._changing():
             ids = [self._boot_id(device) for device in devices]
+            twice = [id for id in ids if ids.count(id) > 1]
+            if twice:
+                raise MachineError(f'{self.name}: {twice[0]} twice in the boot order',
+                                   'name each device once')
             before = {device.id: device.boot for device in self.kept.devices}
             before['cd0'] = self.kept.cd_boot
             self._boot_order(ids)
@@ -5534,8 +5748,7 @@ class Machine(Guest):
         In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
         that was ballooned down is let out first. Raises MachineError with the reason why not.
         """
-        if type(mb) is not int or mb <= 0:
-            raise MachineError(f'{self.name}: increase_ram({mb!r})', 'use MiB')
+        self._check_mib(mb)
         if self.is_alive():
             actual = self.qmp('query-balloon')['actual'] // MIB
             whole = self._ram()
@@ -5554,11 +5767,15 @@ class Machine(Guest):
                                                      facts={'mib': mb}), None))
         return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
 
+    def _check_mib(self, mb: int) -> None:
+        if type(mb) is not int or mb <= 0:
+            raise MachineError(f'{self.name}: memory {mb!r:.80}', 'use MiB')
+
     def _ram(self) -> int:
         return self.kept.memory + int(sum(row.facts['mib'] for row in self._devices('dimm')))
 
     def _memory_blocks(self) -> dict[int, bool]:
-        with contextlib.suppress(AgentError):
+        with contextlib.suppress(AgentError, Busy):
             return {row['phys-index']: row['online']
                     for row in self.agent('guest-get-memory-blocks')}
         return {}
@@ -5573,8 +5790,9 @@ class Machine(Guest):
         while not deadline.passed():
             off = [index for index, online in self._memory_blocks().items() if not online]
             if off:
-                self.agent('guest-set-memory-blocks', {
-                    'mem-blks': [{'phys-index': index, 'online': True} for index in off]})
+                with contextlib.suppress(AgentError, Busy):
+                    self.agent('guest-set-memory-blocks', {
+                        'mem-blks': [{'phys-index': index, 'online': True} for index in off]})
             new = [index for index, online in self._memory_blocks().items()
                    if online and index not in before]
             if new:
@@ -5584,6 +5802,7 @@ class Machine(Guest):
 
     def balloon(self, mb: int) -> str:
         """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
+        self._check_mib(mb)
         self.qmp('balloon', value=mb * MIB)
 
         def reached() -> bool:
@@ -5599,13 +5818,16 @@ class Machine(Guest):
         """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
         pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
         virtserialport). It is kept over restarts; chardevs tells the paths."""
-        if not NAME.fullmatch(name) or kind not in ('pty', 'socket', 'file'):
+        if not isinstance(name, str) or not NAME.fullmatch(name) \
+                or kind not in ('pty', 'socket', 'file'):
             raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
                                'use a name like org.example.0, and pty, socket or file')
-        if name in self.chardevs:
-            raise MachineError(f'{self.name}: has a chardev {name}')
-        self._add(lambda: self._plan(Device(self._new_id('chardev'), 'chardev', facts={
-            'type': kind, 'name': name}), None))
+        def plan() -> Device:
+            if any(row.facts['name'] == name for row in self._devices('chardev')):
+                raise MachineError(f'{self.name}: has a chardev {name}')
+            return self._plan(Device(self._new_id('chardev'), 'chardev', self._free_port('nr'),
+                                     facts={'type': kind, 'name': name}), None)
+        self._add(plan)
         return self.chardevs[name]
 
     def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
@@ -5615,11 +5837,17 @@ class Machine(Guest):
     @property
     def chardevs(self) -> dict[str, str]:
         """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
+        self._refresh()
         ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')
                 if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])} if self.is_alive() else {}
         return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
                 if row.facts['type'] == 'pty' else self.run_path(row.id)
                 for row in self._devices('chardev')}
+
+    def chardev(self, label: str) -> str:
+        """Return what QEMU says of the other end of one of its own chardevs (query-chardev)."""
+        return next(str(row['filename']) for row in self.qmp('query-chardev')
+                    if row['label'] == label)
 
     # Stop, save
 
@@ -5627,15 +5855,24 @@ class Machine(Guest):
         """Shut it down, and say what did it; return when it is off.
 
         The power button (system_powerdown, for `timeout` seconds), the agent (guest-shutdown),
-        quit, SIGTERM, SIGKILL; with `force` from quit on. The disks' caches are written by all
-        but the last.
+        quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
+        The disks' caches are written by all but the last.
         """
+        return self._end(STOP_STEPS[2 if force or not self._whole() else 0:], timeout)
+
+    def _whole(self) -> bool:
+        """Tell whether it holds a guest that may run: not half of one that came from a file,
+        another machine or a snapshot, nor one that has given up."""
+        self._refresh()
+        return not (self.kept.saved or self.kept.incoming or self.state() is State.CRASHED)
+
+    def _end(self, steps: Sequence[tuple[str, float]], timeout: float = 0) -> str:
         try:
             process = os.pidfd_open(self.pid())
         except OSError:
             return 'already off'
         try:
-            for name, seconds in STOP_STEPS[2 if force else 0:]:
+            for name, seconds in steps:
                 patience = timeout if name == 'power button' else seconds
                 if self._push(name, process) and select.select([process], [], [], patience)[0]:
                     return f'stopped by {name}'
@@ -5648,8 +5885,7 @@ class Machine(Guest):
         """Ask it to end in one of the ways of STOP_STEPS; tell whether to wait for it."""
         try:
             if way == 'power button':
-                if self.state() is State.PAUSED:
-                    self.qmp('cont')
+                self.start()                            # else it would not hear the button
                 self.qmp('system_powerdown')
             elif way == 'guest agent':
                 if self.agent_state() != 'connected':
@@ -5670,15 +5906,13 @@ class Machine(Guest):
     def start(self) -> str:
         """Make it run, from whatever state: start_vm, cont or system_wakeup."""
         state = self.state()
-        if state is State.CRASHED:
-            raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
         if state in (State.OFF, State.SAVED):
             return self.start_vm()
         if state is State.PAUSED and self.kept.saved:   # a save or restore that was killed midway
             self.stop(force=True)
             return self.start_vm()
-        if state is State.PAUSED:
-            self.qmp('cont')
+        if state in (State.PAUSED, State.CRASHED):
+            self.unfreeze()
             return 'resumed'
         if state is State.ASLEEP:
             self.qmp('system_wakeup')
@@ -5695,12 +5929,16 @@ class Machine(Guest):
             raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
         if self.kept.saved:
             raise WrongState(f'{self.name} was being saved or restored', 'use start')
+        if self.kept.incoming:
+            raise WrongState(f'{self.name} waits for a migration',
+                             'migrate() another machine to it, or stop(force=True)')
         self.qmp('cont')
 
     def reset(self) -> None:
         """Press the reset button; devices that the guest would not let go are gone with it
         (system_reset)."""
         self.qmp('system_reset')
+        self._refresh()
         for device in [row for row in self.kept.devices if row.pending]:
             self._remove(device.kind, device.id, UNPLUG_TIMEOUT)
 
@@ -5728,14 +5966,18 @@ class Machine(Guest):
 
     def delete(self, force: bool = False) -> None:
         """Forget the machine, with the nics that were made for it and its saved memory; never
-        its disks. WrongState while it runs, without `force`."""
-        if self.is_alive() and not force:
-            raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
-        self.stop(force=True)
-        for device in self._devices('nic'):
-            if device.facts['own']:
-                self._nic(device).delete()
-        shutil.rmtree(self.home)
+        its disks, nor a saved state in a file that you named. WrongState while it runs, without
+        `force`. Twice is fine."""
+        with contextlib.suppress(NoGuest), self._lock, \
+                self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
+            self._refresh()
+            if self.is_alive() and not force:
+                raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
+            self._end(STOP_STEPS[2:])
+            for device in [*self.kept.devices]:
+                self._drop(device)
+            self.cd.attached = None
+            shutil.rmtree(self.home)
 
     def save(self, file: str = '') -> str:
         """Save its memory to a file (or a place of its own) and end it; start goes on from there.
@@ -5755,18 +5997,32 @@ class Machine(Guest):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
             with self._run_state_kept(), whole_file(path) as temporary, self.monitor() as qmp:
                 qmp.execute('stop')
-                with give(qmp, 'memory', os.open(temporary, os.O_WRONLY | os.O_CLOEXEC)):
-                    self._transfer(qmp, 'fd:memory', None, JOB_TIMEOUT)
+                self._transfer(qmp, os.open(temporary, os.O_WRONLY | os.O_CLOEXEC), None,
+                               JOB_TIMEOUT)
             self._set_saved(path)
-            self.stop(force=True)
+            self._end(STOP_STEPS[2:])
         return 'saved'
 
+    def delete_saved(self) -> str:
+        """Forget the memory of a saved machine, so that it boots anew; what it had not written
+        to its disks is lost. A file that you named to save() stays."""
+        with self._changing():
+            path = self.kept.saved
+            if not path:
+                return 'not saved'
+            self._end(STOP_STEPS[2:])               # a restore that was killed
+            self._set_saved('')
+            if path != os.path.join(self.home, 'memory'):
+                return f'forgotten; {path} is still there'
+            Path(path).unlink(missing_ok=True)
+        return 'saved state deleted'
+
     @contextlib.contextmanager
-    def _run_state_kept(self) -> Iterator[None]:
-        """When the block fails, let the guest run again if it ran before."""
+    def _run_state_kept(self) -> Iterator[bool]:
+        """When the block fails, let the guest run again if it ran before, which it lends."""
         ran = self._status() == 'running'
         try:
-            yield
+            yield ran
         except BaseException:
             if ran and self.is_alive():
                 with contextlib.suppress(GuestError):
@@ -5775,24 +6031,31 @@ class Machine(Guest):
 
     def _restore(self, path: str) -> str:
         """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
-        with self.monitor() as qmp:
-            self._receive(qmp, open_file(path))
-            status = qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
-        return 'restored' if status else ''
+        try:
+            with self.monitor() as qmp:
+                self._receive(qmp, open_file(path))
+                qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
+        except GuestError:
+            raise MachineError(f'{self.name}: can\'t be restored from {path}{self._last_words()}',
+                               'delete_saved() forgets it; the machine then boots anew') from None
+        return 'restored'
 
     @staticmethod
-    def _receive(qmp: QMP, fd: int) -> None:
-        """Have a QEMU that waits for a migration read it from a descriptor."""
-        qmp.execute('migrate-set-capabilities',
-                    capabilities=[{'capability': 'events', 'state': True}])
+    def _receive(qmp: QMP, fd: int, late: bool = False) -> None:
+        """Have a QEMU that waits for a migration read it from a descriptor; with `late` it opens
+        its disks only when the guest runs."""
+        qmp.execute('migrate-set-capabilities', capabilities=[
+            {'capability': 'events', 'state': True},
+            {'capability': 'late-block-activate', 'state': late}])
         with give(qmp, 'stream', fd):
             qmp.execute('migrate-incoming', uri='fd:stream')
 
-    def _transfer(self, qmp: QMP, uri: str, progress: Callable[[int, int], object] | None,
-                  timeout: float) -> None:
-        """Send memory and devices to `uri`, with progress(bytes done, bytes in all)."""
+    def _transfer(self, qmp: QMP, fd: int, progress: Callable[[int, int], object] | None,
+                  timeout: float, stream: socket.socket | None = None) -> None:
+        """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
         qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
-        qmp.execute('migrate', uri=uri)
+        with give(qmp, 'stream', fd):
+            qmp.execute('migrate', uri='fd:stream')
         deadline = Deadline(timeout)
         try:
             while True:
@@ -5809,75 +6072,217 @@ class Machine(Guest):
                                        f'{info.get("error-desc", status)}')
                 time.sleep(STATE_POLL / 5)
         except BaseException:           # Ctrl-C, or of `progress`: it would go on by itself
+            if stream:                  # a QEMU whose writing waits for ever answers nothing
+                with contextlib.suppress(OSError):
+                    stream.shutdown(socket.SHUT_RDWR)
             with contextlib.suppress(ProtocolError):
                 qmp.execute('migrate_cancel')
+                Deadline(QMP_TIMEOUT).poll(lambda: qmp.execute('query-migrate').get('status') in (
+                    'failed', 'cancelled', 'completed', None), STATE_POLL / 10)
             raise
+
+    # Migration. The programs at its two ends agree over a socket beside the stream of their QEMUs,
+    # in the requests of REQUESTS. The guest runs at one end at most: the source lets it go on only
+    # while it has not said "run", and the destination lets it run only when it has heard that.
 
     def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT) -> str:
-        """Move the running guest to another Machine(..., incoming=True), or to "host:port".
+        """Move the guest to another Machine(..., incoming=True), or to "host:port" of one that
+        waits in receive().
 
-        Both must see the same disks, and have the same devices. `progress` is called with bytes
-        done and in all; cancel() ends it from another thread. After a failure the source runs on,
-        and MachineError has the destination's own words; but look whether a destination that did
-        not answer at the very end runs as well (getfd, migrate).
+        Both must have the same devices and the same disks: on one host the same files, over TCP
+        of the same format and size. `progress` is called with bytes done and in all; cancel()
+        ends it from another thread. After a failure the guest goes on here, and MachineError has
+        the destination's own words; only when contact is lost at the very last step it stays
+        paused, and the error says what to do (getfd, migrate).
         """
-        with self._changing(), self._run_state_kept():
-            target = to if isinstance(to, Machine) else None
-            if target:
-                self._check_fits(target.kept.shape(), f'{target.name} is another kind of machine')
-                ours, theirs = socket.socketpair()
-                with target.monitor() as other:
-                    self._receive(other, theirs.detach())
-            else:
-                ours = self._dial(str(to))
-            try:
-                with self.monitor() as qmp, give(qmp, 'stream', ours.detach()):
-                    self._transfer(qmp, 'fd:stream', progress, timeout)
-                if target:
-                    target._arrived()
-            except MachineError as problem:
-                said = target._last_words() if target and not target.is_alive() else ''
-                raise MachineError(f'{problem}{said}', problem.hint) from None
-        self.stop(force=True)
-        return f'migrated to {target.name if target else to}'
-
-    def _dial(self, to: str) -> socket.socket:
-        host, _, port = to.rpartition(':')
+        name = to.name if isinstance(to, Machine) else str(to)
+        if name == self.name:
+            raise MachineError(f'{name}: is here', 'migrate it to another machine')
         try:
-            return socket.create_connection((host.strip('[]'), int(port)), QMP_TIMEOUT)
-        except (OSError, ValueError) as problem:
-            raise MachineError(f'{self.name}: can\'t migrate to {to}: {words(problem)}',
-                               'give host:port of a machine that waits in receive()') from None
+            with self._changing(), contextlib.ExitStack() as ends:
+                with self._run_state_kept() as ran:
+                    peer, stream = self._meet(to, ends)
+                    self._send_to(peer, stream, ran, progress, timeout)
+                with unbroken():
+                    self._part(peer, ran)
+        except ProtocolError as problem:
+            raise MachineError(f'{self.name}: {problem}') from None
+        self._end(STOP_STEPS[2:])
+        return f'migrated to {name}'
+
+    def _meet(self, to: Machine | str, ends: contextlib.ExitStack
+              ) -> tuple[LineSocket, socket.socket]:
+        """Return two connections to the program at the other end, which may be this one."""
+        if isinstance(to, Machine):
+            (peer, far), (stream, end) = socket.socketpair(), socket.socketpair()
+            taker = spawn(f'receive {to.name}', to.take, far, lambda: end)
+            ends.callback(taker.join, ARRIVAL_TIMEOUT)      # after ours are closed
+        else:
+            host, _, port = str(to).rpartition(':')
+            try:
+                if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                    raise OSError(0, 'no address')
+                where = host.strip('[]'), int(port)
+                peer = ends.enter_context(socket.create_connection(where, QMP_TIMEOUT))
+                stream = socket.create_connection(where, QMP_TIMEOUT)
+            except OSError as problem:
+                raise MachineError(f'{self.name}: can\'t migrate to {to}: {words(problem)}',
+                                   'give host:port of a machine that waits in receive()') from None
+            stream.setblocking(True)
+        ends.enter_context(stream)
+        return ends.enter_context(LineSocket(getattr(to, 'name', str(to)), peer)), stream
+
+    def _send_to(self, peer: LineSocket, stream: socket.socket, ran: bool,
+                 progress: Callable[[int, int], object] | None, timeout: float) -> None:
+        """Send the guest, and hear that it has arrived, where it does not run yet."""
+        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.kept.shape(), disks=self._marks(), runs=ran)
+        try:
+            with self.monitor() as qmp:
+                self._transfer(qmp, os.dup(stream.fileno()), progress, timeout, stream)
+        except MachineError as problem:
+            try:
+                peer.ask('arrived', QMP_TIMEOUT / 2)
+                raise
+            except ProtocolError as answer:         # it says why
+                raise MachineError(f'{problem}; {answer}') from None
+        peer.ask('arrived', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
+
+    def _part(self, peer: LineSocket, ran: bool) -> None:
+        """Have the other end run the guest: from here on it may be there, unless that end says
+        that it is not."""
+        try:
+            peer.ask('run', ARRIVAL_TIMEOUT)
+        except ReplyError:
+            if ran:
+                self.qmp('cont')
+            raise
+        except ProtocolError as problem:
+            raise MachineError(
+                f'{self.name}: {problem}, when it was to run the guest; this one stays paused',
+                'look whether it runs there: if so, stop(force=True) this one, else unfreeze() it'
+                ) from None
 
     def receive(self, port: int, timeout: float = 60.0, address: str = '') -> None:
-        """Wait on a TCP port for migrate('host:port') of another host to this machine, which
-        was started with incoming=True; return when it has arrived."""
-        with socket.create_server((address, port)) as server:
-            server.settimeout(timeout)
-            try:
-                stream = server.accept()[0]
-            except socket.timeout:
-                raise MachineError(f'{self.name}: nobody came to port {port}') from None
-        stream.setblocking(True)
-        with self.monitor() as qmp:
-            self._receive(qmp, stream.detach())
-            qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
-        self._arrived()
+        """Wait on a TCP port for migrate('host:port') to this machine, which was started with
+        incoming=True; return when the guest runs here.
 
-    def _arrived(self) -> None:
-        """See that the guest is here, and take its disks over."""
-        def here() -> bool:
-            return self._status() != 'inmigrate'
-        if not Deadline(QMP_TIMEOUT).poll(here, STATE_POLL / 10):
-            raise MachineError(f'{self.name}: the guest did not arrive')
-        self.incoming = False
-        for device in self._devices('disk'):
-            self._thing(device).attached = Place(self, device.id)
+        Raises MachineError when nobody came within `timeout` seconds, or the guest did not
+        arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
+        """
+        self._refresh()
+        if not self.kept.incoming or not self.is_alive():
+            raise WrongState(f'{self.name} does not wait for a migration',
+                             'make it with incoming=True, and start it')
+        deadline, why = Deadline(timeout), ''
+        try:
+            with socket.create_server((address, port)) as server:
+                while self.kept.incoming and self.is_alive() and not deadline.passed():
+                    why = self._admit(server, deadline) or why
+        except (OSError, OverflowError, TypeError) as problem:
+            raise MachineError(f'{self.name}: can\'t wait on port {port!r:.80}: {words(problem)}'
+                               ) from None
+        if self.kept.incoming:
+            raise MachineError(f'{self.name}: the guest did not arrive: '
+                               f'{why or f"nobody came to port {port}"}')
 
     def cancel(self) -> None:
         """End a migration that another thread carries out (migrate_cancel)."""
         self.qmp('migrate_cancel')
+
+    def _admit(self, server: socket.socket, deadline: Deadline) -> str:
+        """Take in the guest of whoever comes; return '' or why that failed."""
+        with contextlib.suppress(socket.timeout):
+            server.settimeout(max(deadline.left(), 0.001))
+            peer, (host, *_) = server.accept()
+
+            def stream() -> socket.socket:
+                server.settimeout(QMP_TIMEOUT)
+                while True:
+                    taken, (other, *_) = server.accept()
+                    if other == host:
+                        taken.setblocking(True)
+                        return taken
+                    taken.close()
+            return self.take(peer, stream)
+        return ''
+
+    def take(self, peer: socket.socket, stream: Callable[[], socket.socket]) -> str:
+        """Be the other end of migrate(); return '' when the guest runs here, else why not."""
+        with LineSocket('the source', peer) as wire:
+            waited = self.now().incoming
+            try:
+                self._take_in(wire, stream)
+            except (Error, socket.timeout) as problem:
+                with contextlib.suppress(ProtocolError):
+                    wire.send({'error': {'desc': str(problem)}}, Deadline(QMP_TIMEOUT))
+                if waited and not self.kept.incoming:       # it runs here none the less
+                    raise
+                return str(problem)
+        return ''
+
+    def _take_in(self, peer: LineSocket, stream: Callable[[], socket.socket]) -> None:
+        offer = peer.asked('receive', QMP_TIMEOUT)
+        with stream() as carrier, self._changing():
+            if not self.kept.incoming or not self.is_alive():
+                raise WrongState(f'{self.name} does not wait for a migration')
+            self._check_fits(offer['shape'], 'the guest comes from another kind of machine')
+            self._check_same(offer['disks'])
+            try:
+                with self.monitor() as qmp:
+                    # Its disks stay the source's until it runs, if it does.
+                    self._receive(qmp, carrier.detach(), late=offer['runs'])
+                    peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
+                    peer.asked('arrived', JOB_TIMEOUT)
+                    self._landed(qmp, peer)
+                self._links()
+                peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
+                peer.asked('run', ARRIVAL_TIMEOUT)
+                with unbroken():
+                    if offer['runs']:
+                        self.qmp('cont')
+                    self.kept.incoming = False
+                    with contextlib.suppress(ProtocolError):
+                        peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
+            except BaseException:
+                if self.kept.incoming:              # what has come must not run here, too
+                    self._end(STOP_STEPS[-1:])
+                raise
+            for device in self._devices('disk'):
+                self._attach(device, self._thing(device))
+
+    def _landed(self, qmp: QMP, peer: LineSocket) -> None:
+        """Wait until QEMU has read a whole guest, and the other end still wants it to."""
+        deadline = Deadline(ARRIVAL_TIMEOUT)
+        while True:
+            with contextlib.suppress(PeerSilent):
+                qmp.event(['MIGRATION'], STATE_POLL, status='completed')
+                return
+            if deadline.passed() or peer.closed():
+                raise MachineError(f'{self.name}: its QEMU does not take the guest in')
+
+    def _marks(self) -> list[dict[str, Any]]:
+        """Return what tells its disks and CD from others: format and size, and on this host the
+        file itself."""
+        host = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+        layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
+                  for device in self._devices('disk') for layer in self._thing(device).chain()]
+        if self.cd.filename:
+            layers.append(('cd', os.path.getsize(readable(self.cd.filename)), self.cd.filename))
+        return [{'format': form, 'size': size, 'host': host, 'name': name,
+                 'file': [os.stat(name).st_dev, os.stat(name).st_ino]}
+                for form, size, name in layers]
+
+    def _check_same(self, theirs: Sequence[Mapping[str, Any]]) -> None:
+        """Raise MachineError unless these are the marks of this machine's disks."""
+        none = {'format': 'none', 'size': 0, 'host': '', 'name': 'no disk', 'file': []}
+        for mine, other in itertools.zip_longest(self._marks(), theirs, fillvalue=none):
+            file = ['file'] if mine['host'] == other['host'] else []
+            if any(mine[key] != other[key] for key in ('format', 'size', *file)):
+                here, there = ('{name} ({format}, {size} bytes)'.format(**row)
+                               for row in (mine, other))
+                raise MachineError(f'{self.name}: has {here} where the guest has {there}',
+                                   'give both machines the same disks and CD')
 
     def _check_fits(self, other: Sequence[Any], why: str) -> None:
         """Raise MachineError unless a memory image of a machine of that shape fits this one."""
@@ -6006,11 +6411,18 @@ class Machine(Guest):
                 return f'disks put back to {tag}'
             self._check_fits(self.kept.snapshots.get(tag, self.kept.shape()),
                              f'snapshot {tag} is of other devices')
-            if started:
-                self._spawn()
-                self._after_start()
-            self._load(tag, [node for node, _ in layers], started)
-            return f'put back to {tag}{self._settle()}'
+            with unbroken():
+                if started:
+                    self._spawn()
+                try:
+                    if started:
+                        self._after_start()
+                    self._load(tag, [node for node, _ in layers], started)
+                except BaseException:
+                    if started:
+                        self._end(STOP_STEPS[2:])
+                    raise
+                return f'put back to {tag}{self._settle()}'
 
     def _load(self, tag: str, nodes: Sequence[str], started: bool) -> None:
         """Carry out snapshot-load, and leave the run state as it was."""
@@ -6021,14 +6433,14 @@ class Machine(Guest):
                 self._snapshot_job(qmp, 'load', tag, nodes)
         except MachineError as problem:
             if started:
-                self.stop(force=True)
-            elif not HARMLESS.search(str(problem)):
+                raise
+            if not HARMLESS.search(str(problem)):
                 # QEMU would let it run now, half the old guest and half the new one.
                 self.kept.lost = True
                 self._write()
                 raise MachineError(f'{problem}; the guest is lost', 'load another snapshot, or '
                                    'stop(force=True) and start again') from None
-            elif ran:
+            if ran:
                 self.qmp('cont')
             raise
         self.kept.lost = False
@@ -6037,13 +6449,12 @@ class Machine(Guest):
 
     def _settle(self) -> str:
         """Set links and clock right after a load; return what is to be said of it."""
-        for device in self._devices('nic'):
-            self.qmp('set_link', name=device.id, up=device.facts['up'])
+        self._links()
         if self._status() != 'running' or self.agent_state() != 'connected':
             return ''
         try:
             self.sync_time()
-        except (AgentError, ClockError) as problem:
+        except (AgentError, ClockError, Busy) as problem:
             log.warning('%s: its clock is that of the snapshot: %s', self.name, words(problem))
             return ', but its clock is wrong'
         return ', clock set'
@@ -6106,16 +6517,18 @@ class Machine(Guest):
         Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
         """
         self._awake()
-        spoken: list[str] = re.findall(r'[^-]+|-(?=-|$)', keys.lower())
+        spoken: list[str] = re.findall(r'[^-]+|-(?=-|$)', str(keys).lower())
+        if not spoken:
+            raise MachineError(f'{self.name}: no key to press', "name keys: 'ctrl-alt-del'")
         named = [KEY_NAMES.get(key, KEYS_OF.get(key, (key, False))[0]) for key in spoken]
         with self.monitor() as qmp:
             self._press(qmp, named, hold)
 
     def type_text(self, text: str) -> None:
         """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
-        strange = sorted({c for c in text if c not in KEYS_OF})
-        if strange:
-            raise MachineError(f'{self.name}: no key for {"".join(strange)!r:.80}',
+        strange = sorted({c for c in text if c not in KEYS_OF}) if isinstance(text, str) else text
+        if strange or not isinstance(text, str):
+            raise MachineError(f'{self.name}: no key for {strange!r:.80}',
                                'type what a US keyboard has')
         self._awake()
         with self.monitor() as qmp:
@@ -6127,6 +6540,10 @@ class Machine(Guest):
 
         Raises MachineError when the guest has no driver for an absolute pointer.
         """
+        for place in (x, y):
+            if not isinstance(place, (int, float)) or not math.isfinite(place):
+                raise MachineError(f'{self.name}: mouse_move({x!r:.40}, {y!r:.40})',
+                                   'give pixels from the upper left corner')
         self._awake()
         if not any(row['current'] and row['absolute'] for row in self.qmp('query-mice')):
             raise MachineError(f'{self.name}: the guest uses no absolute pointer',
@@ -6138,8 +6555,8 @@ class Machine(Guest):
 
     def mouse_click(self, button: int = 1) -> None:
         """Click where the pointer is: 1 left, 2 middle, 3 right, 4 and 5 the wheel."""
-        if button not in BUTTONS:
-            raise MachineError(f'{self.name}: mouse button {button!r}', 'use 1 to 5')
+        if type(button) is not int or button not in BUTTONS:
+            raise MachineError(f'{self.name}: mouse button {button!r:.80}', 'use 1 to 5')
         self._awake()
         for down in (True, False):
             time.sleep(CLICK_PAUSE)
@@ -6187,17 +6604,25 @@ class Machine(Guest):
         if not self.is_alive():
             raise WrongState(f'{self.name} is off', 'start it first')
         with self.claim('agent', 1, Deadline(timeout)):
-            agent = GuestAgent(self.run_path('agent'), self.name)
-            return agent.execute(command, arguments, timeout)
+            try:
+                return GuestAgent(self.run_path('agent'), self.name).execute(command, arguments,
+                                                                             timeout)
+            except AgentError as problem:
+                if problem.trouble.name == 'silent' and self._agent_open(1.0) is False:
+                    raise agent_error(self.name, 'not connected') from None
+                raise
 
     def agent_state(self) -> str:
         """Return connected or disconnected: whether the guest has the agent's port open
         (query-chardev)."""
-        if not self.is_alive():
-            return 'disconnected'
-        rows = self.qmp('query-chardev')
-        opened = any(row['label'] == 'agent' and row['frontend-open'] for row in rows)
-        return 'connected' if opened else 'disconnected'
+        return 'connected' if self._agent_open(QMP_TIMEOUT) else 'disconnected'
+
+    def _agent_open(self, timeout: float) -> bool | None:
+        """Tell whether the guest has the agent's port open; None if QEMU does not say."""
+        with contextlib.suppress(GuestError), self.monitor(timeout) as qmp:
+            return any(row['label'] == 'agent' and row['frontend-open']
+                       for row in qmp.execute('query-chardev', timeout))
+        return None
 
     def sync_time(self, tolerance: float = 0.1, timeout: float = AGENT_TIMEOUT) -> Correction:
         """Set the guest's clock if it is off by more than `tolerance` seconds, and prove it."""
@@ -6210,15 +6635,18 @@ class Machine(Guest):
                     raise
             time.sleep(STATE_POLL)
 
-    def exec(self, argv: Sequence[str], stdin: bytes = b'', timeout: float = 30.0) -> Done:
+    def exec(self, argv: Sequence[str], stdin: bytes | str = b'', timeout: float = 30.0) -> Done:
         """Run a program in the guest and return its end (guest-exec).
 
         Raises AgentError when it can't be started, MachineError when it does not end in time: it
         then goes on, as it does for a child in the background that keeps its output open.
         """
+        if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
+            raise MachineError(f'{self.name}: exec({argv!r:.80})',
+                               "give a list of strings: ['ls', '-l']")
+        more = {'input-data': self._base64(stdin)} if stdin else {}
         started = self.agent('guest-exec', {
-            'path': argv[0], 'arg': list(argv[1:]), 'capture-output': True,
-            **({'input-data': base64.b64encode(stdin).decode()} if stdin else {})})
+            'path': argv[0], 'arg': list(argv[1:]), 'capture-output': True, **more})
         status: dict[str, Any] = {}
 
         def ended() -> bool:
@@ -6229,6 +6657,13 @@ class Machine(Guest):
         code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
         return Done(code, *(self._decoded(status.get(key, '')) for key in ('out-data',
                                                                            'err-data')))
+
+    def _base64(self, data: bytes | str) -> str:
+        try:
+            return base64.b64encode(raw_bytes(data)).decode()
+        except TypeError:
+            raise MachineError(f'{self.name}: {data!r:.80} is no data', 'give bytes or str'
+                               ) from None
 
     def _decoded(self, text: str) -> bytes:
         try:
@@ -6260,15 +6695,16 @@ class Machine(Guest):
                 if part['eof']:
                     return bytes(data)
 
-    def write_file(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes | str) -> None:
         """Write a file in the guest (guest-file-write)."""
+        left = self._decoded(self._base64(data))
         with self._guest_file(path, 'wb') as handle:
-            while data:
-                part = base64.b64encode(data[:GUEST_FILE_BYTES]).decode()
+            while left:
+                part = self._base64(left[:GUEST_FILE_BYTES])
                 done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
                 if done['count'] <= 0:
                     raise agent_error(self.name, f'wrote {done["count"]} bytes')
-                data = data[done['count']:]
+                left = left[done['count']:]
 
     def interfaces(self) -> list[dict[str, Any]]:
         """Return the guest's own view of its network (guest-network-get-interfaces)."""
