@@ -5925,6 +5925,9 @@ class TestLife(Live):
 
         def lost(wire: vm.LineSocket, command: str, *more: Any, **rest: Any) -> Any:
             if command == 'run':
+                for call in (vm.Machine.load('ours').start, vm.Machine.load('theirs').wake):
+                    with self.assertRaises(vm.Busy), mock.patch.object(vm, 'BUSY_TIMEOUT', 0.1):
+                        call()                          # nobody lets it run now, at either end
                 raise vm.PeerClosed('theirs: gone')
             return real(wire, command, *more, **rest)
         b.start_vm()
@@ -6055,10 +6058,15 @@ class TestNetwork(Live):
         right.nic_state(0, True)
         self.assertTrue(soon(lambda: left.exec(ping).status == 0))
         self.assertIn('10.9.0.1', str(left.interfaces()))
-        for machine in pair:
+        moved = self.guest('moved', memory=112, nics=1, incoming=True)
+        moved.nics[0].connect(switch)           # type: ignore[union-attr]
+        moved.start_vm()
+        left.migrate(moved)                     # with its own MAC and address
+        self.assertTrue(soon(lambda: moved.exec(ping).status == 0))
+        for machine in (*pair, moved):
             machine.delete(force=True)
         switch.delete()
-        self.assertFalse([name for name in vm.Ledger().load() if re.search('left|right|lan', name)])
+        self.assertFalse([name for name in vm.Ledger().load() if re.search('left|right|lan|moved', name)])
 
 
 class TestAsGuests(Live):
@@ -6380,7 +6388,7 @@ class FuzzTest(TempCase):
                                1, 16, incoming=True)
         mark = {'format': 'raw', 'size': 5, 'host': 'h', 'name': '/x', 'file': [1, 2]}
         offer = {'execute': 'receive', 'arguments': {
-            'shape': machine.kept.shape(), 'disks': [mark], 'runs': True}}
+            'shape': machine.kept.shape(), 'disks': [mark], 'runs': True, 'seconds': 60}}
         nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext())
         with mock.patch.multiple(
                 vm.Machine, now=lambda _: machine.kept, is_alive=lambda _: True, _changing=nothing,

@@ -102,6 +102,7 @@ __version__ = '1.0'
 
 MS = 1_000_000                 # nanoseconds in a millisecond; clock offsets are kept in ns
 SECOND = 1_000_000_000         # nanoseconds in a second
+DAY = 86400                    # seconds
 
 # libvirt
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
@@ -540,7 +541,7 @@ ANSWERS: dict[str, Any] = {
         {'name': str, 'date-sec': int, 'vm-state-size': int}]}}
 EVENT = {'event': str, 'data?': dict}
 # What the destination of a migration is asked, and with what; see Machine.migrate.
-REQUESTS: dict[str, Any] = {'receive': {'shape': [list], 'runs': bool, 'disks': [
+REQUESTS: dict[str, Any] = {'receive': {'shape': [list], 'runs': bool, 'seconds': int, 'disks': [
     {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
     'arrived': {}, 'run': {}}
 
@@ -667,7 +668,7 @@ def _seconds(number: int, line: str, text: str) -> float:
     """Read the time of a startup line."""
     with contextlib.suppress(ValueError):
         value = float(text)
-        if 0 <= value <= 86400:
+        if 0 <= value <= DAY:
             return value
     raise Problem(f'line {number}: {line!r}: {text!r} is no number of seconds from 0 to 86400')
 
@@ -770,7 +771,7 @@ class Config:
         'monitor.agentWait', 120, a_number(1, 3600, 'seconds'),
         'how long a job waits for the guest agent to answer, in seconds')
     check_interval: float = option(
-        'monitor.checkInterval', 0, a_number(0, 86400, 'seconds'),
+        'monitor.checkInterval', 0, a_number(0, DAY, 'seconds'),
         'check all running guests this often, in seconds; 0: only when something happened')
     allow_exec: bool = option(
         'monitor.allowExec', False, a_bool,
@@ -5862,9 +5863,11 @@ class Machine(Guest):
 
     def _whole(self) -> bool:
         """Tell whether it holds a guest that may run: not half of one that came from a file,
-        another machine or a snapshot, nor one that has given up."""
-        self._refresh()
-        return not (self.kept.saved or self.kept.incoming or self.state() is State.CRASHED)
+        another machine or a snapshot, nor one that has given up, nor one whose QEMU hangs."""
+        with contextlib.suppress(GuestError):
+            return self.state() is not State.CRASHED and not (
+                self.kept.saved or self.kept.incoming)
+        return False
 
     def _end(self, steps: Sequence[tuple[str, float]], timeout: float = 0) -> str:
         try:
@@ -5924,15 +5927,20 @@ class Machine(Guest):
         self.qmp('stop')
 
     def unfreeze(self) -> None:
-        """Let its processors go on; twice is fine (QMP cont)."""
-        if self.state() is State.CRASHED:
-            raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
-        if self.kept.saved:
-            raise WrongState(f'{self.name} was being saved or restored', 'use start')
-        if self.kept.incoming:
-            raise WrongState(f'{self.name} waits for a migration',
-                             'migrate() another machine to it, or stop(force=True)')
-        self.qmp('cont')
+        """Let its processors go on; twice is fine (QMP cont).
+
+        WrongState for a guest that has crashed, or is not whole, Busy while it is being saved or
+        migrated.
+        """
+        with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
+            if self.state() is State.CRASHED:
+                raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
+            if self.kept.saved:
+                raise WrongState(f'{self.name} was being saved or restored', 'use start')
+            if self.kept.incoming:
+                raise WrongState(f'{self.name} waits for a migration',
+                                 'migrate() another machine to it, or stop(force=True)')
+            self.qmp('cont')
 
     def reset(self) -> None:
         """Press the reset button; devices that the guest would not let go are gone with it
@@ -6106,9 +6114,9 @@ class Machine(Guest):
                     self._send_to(peer, stream, ran, progress, timeout)
                 with unbroken():
                     self._part(peer, ran)
+                    self._end(STOP_STEPS[2:])
         except ProtocolError as problem:
             raise MachineError(f'{self.name}: {problem}') from None
-        self._end(STOP_STEPS[2:])
         return f'migrated to {name}'
 
     def _meet(self, to: Machine | str, ends: contextlib.ExitStack
@@ -6136,7 +6144,8 @@ class Machine(Guest):
     def _send_to(self, peer: LineSocket, stream: socket.socket, ran: bool,
                  progress: Callable[[int, int], object] | None, timeout: float) -> None:
         """Send the guest, and hear that it has arrived, where it does not run yet."""
-        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.kept.shape(), disks=self._marks(), runs=ran)
+        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.kept.shape(), disks=self._marks(),
+                 runs=ran, seconds=round(timeout + ARRIVAL_TIMEOUT))
         try:
             with self.monitor() as qmp:
                 self._transfer(qmp, os.dup(stream.fileno()), progress, timeout, stream)
@@ -6233,7 +6242,7 @@ class Machine(Guest):
                     # Its disks stay the source's until it runs, if it does.
                     self._receive(qmp, carrier.detach(), late=offer['runs'])
                     peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
-                    peer.asked('arrived', JOB_TIMEOUT)
+                    peer.asked('arrived', min(offer['seconds'], DAY))
                     self._landed(qmp, peer)
                 self._links()
                 peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
