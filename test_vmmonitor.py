@@ -5660,6 +5660,40 @@ class TestLife(Live):
             self.assertIn('its clock is wrong', m.load_snapshot('then'))
         self.assertIn('"agent" is in use', str(logged.output))
 
+    def test_host_without_space(self) -> None:
+        """A guest stands still when the host's disk is full, and goes on when it is not."""
+        place = self.path('small')
+        os.mkdir(place)
+        os.chmod(place, 0o755)
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', place], check=True)
+        self.addCleanup(subprocess.run, ['umount', '-l', place], check=True)
+        m = self.guest('full2', harddrives=vm.Harddrive(f'{place}/a.raw', 0.01, 'raw'))
+        machines = vm.Machines()
+        self.addCleanup(machines.stop)
+        m.start_vm()
+        machines.watch(lambda event: None)
+        m.wait('agent', BOOT)
+        self.assertTrue(soon(lambda: 'full2' in machines._followed))
+        sh(m, 'modprobe virtio_blk')
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            m.agent('guest-exec', {'path': 'sh', 'arg': [
+                '-c', 'dd if=/dev/zero of=/dev/vda bs=1M count=4; sync; touch /tmp/done']})
+            m.wait('paused', 30)
+            self.assertTrue(soon(lambda: 'disk0-node failed: No space left on device; it is paused'
+                                 in str(logged.output)))
+        with self.refused('paused (io-error)'):
+            m.wait('agent', 0.1)
+        with self.refused('paused (io-error)', 'unfreeze'):
+            m.send_key('a')
+        with self.refused('/a.qcow2', 'No space left'):
+            vm.Harddrive(f'{place}/a.qcow2')
+        with self.refused('full2', 'No space left'):
+            m.save(f'{place}/memory')
+        self.assertEqual(os.listdir(place), ['a.raw'])
+        subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
+        self.assertEqual(m.start(), 'resumed')
+        self.assertTrue(soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20))
+
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))
         m.start_vm()
@@ -6066,7 +6100,8 @@ class TestNetwork(Live):
         for machine in (*pair, moved):
             machine.delete(force=True)
         switch.delete()
-        self.assertFalse([name for name in vm.Ledger().load() if re.search('left|right|lan|moved', name)])
+        self.assertFalse([name for name in vm.Ledger().load()
+                          if re.search('left|right|lan|moved', name)])
 
 
 class TestAsGuests(Live):

@@ -5123,6 +5123,13 @@ class Machine(Guest):
     def _status(self) -> str:
         return str(self.qmp('query-status')['status'])
 
+    def _doing(self) -> str:
+        """Return its state for an error, with what paused it: io-error is a full disk here."""
+        state, why = self.state(), ''
+        if state is State.PAUSED:
+            why = f' ({self._status()})'
+        return f'{state.value}{why}'.replace(' (paused)', '')
+
     # Monitors
 
     @contextlib.contextmanager
@@ -5969,7 +5976,7 @@ class Machine(Guest):
             return False
         if not Deadline(timeout).poll(reached, STATE_POLL / 4):
             raise MachineError(f'{self.name}: not "{what}" within {timeout:g} s, but '
-                               f'{self.state().value}{self._last_words()}')
+                               f'{self._doing()}{self._last_words()}')
         return time.monotonic() - began
 
     def delete(self, force: bool = False) -> None:
@@ -6512,7 +6519,7 @@ class Machine(Guest):
 
     def _awake(self) -> None:
         if self.state() is not State.RUNNING:
-            raise WrongState(f'{self.name} is {self.state().value}: QEMU would drop its input',
+            raise WrongState(f'{self.name} is {self._doing()}: QEMU would drop its input',
                              'start or unfreeze it')
 
     def _press(self, qmp: QMP, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
@@ -6736,6 +6743,8 @@ class Machines:
     # event of QMP -> kind of GuestEvent
     EVENTS = {'RESUME': 'resumed', 'RESET': 'booted', 'WAKEUP': 'woken',
               'VSERPORT_CHANGE': 'agent connected'}
+    # action of BLOCK_IO_ERROR -> what it means
+    IO_ERRORS = {'stop': 'it is paused: make space on the host, then start it'}
 
     def __init__(self) -> None:
         self.up = threading.Event()                 # they are always there
@@ -6791,8 +6800,14 @@ class Machines:
                 receive(GuestEvent(machine, kind, time.monotonic()))
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
-                        event = qmp.event(self.EVENTS, STATE_POLL * 10)
-                        if event.get('data', {}).get('open', True):
+                        event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR'), STATE_POLL * 10)
+                        data = event.get('data', {})
+                        if event['event'] == 'BLOCK_IO_ERROR':
+                            log.warning('%s: %s failed: %s; %s', machine.name,
+                                        data.get('node-name') or data.get('device'),
+                                        data.get('reason'), self.IO_ERRORS.get(
+                                            str(data.get('action')), 'the guest was told'))
+                        elif data.get('open', True):
                             receive(GuestEvent(machine, self.EVENTS[event['event']],
                                                time.monotonic()))
         except ProtocolError as problem:
