@@ -5263,7 +5263,7 @@ class TestLife(Live):
         self.assertIs(m.state(), vm.State.RUNNING)
         m.delete(force=True)
         m.delete()                                      # twice is fine
-        calls: list[Any] = [m.state, m.start, m.stop, m.snapshot, m.freeze, m.save, m.add_nic,
+        calls: list[Any] = [m.state, m.start, m.snapshot, m.freeze, m.save, m.add_nic,
                             lambda: m.chardevs, lambda: m.harddrives, lambda: m.wait('off', 1)]
         for call in calls:
             with self.assertRaises(vm.NoGuest):

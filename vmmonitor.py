@@ -6039,10 +6039,19 @@ class Machine(Guest):
         try:
             yield ran
         except BaseException:
-            if ran and self.is_alive():
-                with contextlib.suppress(GuestError):
-                    self.qmp('cont')
+            if ran:
+                Deadline(QMP_TIMEOUT).poll(self._goes_on)
             raise
+
+    def _goes_on(self) -> bool:
+        """Let it run, which QEMU refuses until a transfer that failed is over; tell whether it
+        does."""
+        if not self.is_alive():
+            return True
+        with contextlib.suppress(GuestError):
+            self.qmp('cont')
+            return self._status() == 'running'
+        return False
 
     def _restore(self, path: str) -> str:
         """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
