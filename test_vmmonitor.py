@@ -5039,7 +5039,7 @@ class TestGuest(Live):
         m, log = self.machine, Path(self.machine.run_path('console.log'))
         console = m.console()
         sh(m, 'seq 3000 > /dev/ttyS0; echo last-word > /dev/ttyS0')
-        console.expect('last-word')
+        console.expect('last-word\r\n')
         with mock.patch.object(vm, 'CONSOLE_BYTES', log.stat().st_size + 1):
             m.trim_console()
         self.assertGreater(log.stat().st_size, 3000)
@@ -5687,7 +5687,7 @@ class TestLife(Live):
             m.send_key('a')
         with self.refused('/a.qcow2', 'No space left'):
             vm.Harddrive(f'{place}/a.qcow2')
-        with self.refused('full2', 'No space left'):
+        with self.refused('full2: the transfer of its memory failed'):
             m.save(f'{place}/memory')
         self.assertEqual(os.listdir(place), ['a.raw'])
         subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
@@ -5712,12 +5712,17 @@ class TestLife(Live):
             m.snapshot('s')
         self.assertEqual(len(caught), 2)                # the second one deletes it again
         self.assertEqual((m.qmp('query-jobs'), m.snapshots), ([], []))
-        self.assertIs(m.state(), vm.State.RUNNING)
+        self.assertEqual((m.state(), m.now().snapshots), (vm.State.RUNNING, {}))
         if not self.old:                                # a job that nobody dismissed
             m.qmp('snapshot-delete', job_id='vmmonitor-left', tag='none', devices=['disk0-node'])
             soon(lambda: [row['status'] for row in m.qmp('query-jobs')] == ['concluded'])
         self.assertTrue(m.snapshot('s').ram)
         self.assertEqual(m.qmp('query-jobs'), [])
+        with mock.patch.object(vm.Machine, '_snapshot_job', side_effect=SystemExit), \
+                mock.patch.object(vm.Machine, '_forget', create=True), \
+                self.assertRaises(SystemExit):          # killed: what it is of is known
+            m.snapshot('killed')
+        self.assertEqual(list(m.now().snapshots), ['s', 'killed'])
 
     def test_interrupted_start(self) -> None:
         m, started = self.bios('ctrlc2'), []

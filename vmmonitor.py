@@ -6374,17 +6374,24 @@ class Machine(Guest):
 
     def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
         ran = self._status() == 'running'
+        self.kept.snapshots[tag] = self.kept.shape()    # first: it may be there though we are not
+        self._write()
         try:
             with self.monitor() as qmp:
                 self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
-        except KeyboardInterrupt:
-            with contextlib.suppress(GuestError), self.monitor() as qmp:
-                self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+        except BaseException as problem:
+            if isinstance(problem, KeyboardInterrupt):
+                with contextlib.suppress(GuestError), self.monitor() as qmp:
+                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+            self._forget(tag)
             raise
         finally:
             if ran and self.is_alive():
                 self.qmp('cont')
-        self.kept.snapshots[tag] = self.kept.shape()
+
+    def _forget(self, tag: str) -> None:
+        self.kept.snapshots.pop(tag, None)
+        self._write()
 
     @staticmethod
     def _disk_snapshots(tag: str, drives: Sequence[Harddrive]) -> None:
