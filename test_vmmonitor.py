@@ -5895,6 +5895,60 @@ class TestLife(Live):
         with self.refused('over does not wait for a migration'):
             c.receive(1)
 
+    def test_migration_whose_program_is_killed(self) -> None:
+        """kill -9 of the one that sends or receives, at any step: the guest runs once, or not."""
+        a = self.guest('from', memory=128)
+        send = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import vmmonitor as vm
+vm.MACHINES_DIR = {str(self.home)!r}
+
+def killed_at(owner, name, when):
+    real = getattr(owner, name)
+    def call(*arguments, **more):
+        if when(*arguments, **more):
+            os.kill(os.getpid(), 9)
+        return real(*arguments, **more)
+    setattr(owner, name, call)
+"""
+        for step, where, here, there in (
+                ('offered', "vm.Machine, '_transfer', lambda *_: True", 'running', 'off'),
+                ('sent', "vm.Machine, '_landed', lambda *_: True", 'paused', 'paused'),
+                ('arrived', "vm.Machine, '_part', lambda *_: True", 'paused', 'paused'),
+                ('cont', "vm.QMP, 'execute', lambda q, c, *_, **__: c == 'cont'", 'paused',
+                 'paused'),
+                ('gone', "vm.Machine, '_end', lambda *_: True", 'paused', 'running')):
+            if not a.is_alive():
+                a.start_vm()
+                a.wait('agent', BOOT)
+            b = self.guest(f'to-{step}', memory=128, incoming=True)
+            b.start_vm()
+            go = f"vm.Machine.load('from').migrate(vm.Machine.load('{b.name}'))"
+            with self.subTest(step):
+                done = subprocess.run([sys.executable, '-c', f'{send}killed_at({where})\n{go}'],
+                                      timeout=60, check=False)
+                self.assertEqual(done.returncode, -signal.SIGKILL)
+                self.assertEqual((a.state().value, b.state().value), (here, there))
+                given = step in ('cont', 'gone')
+                if given:
+                    with self.refused(f'from was told to run on {b.name}'):
+                        a.start()
+                else:
+                    if there != 'off':
+                        with self.refused('waits for a migration'):
+                            b.start()
+                    self.assertIn(a.start(), ('resumed', 'already running'))
+                if step == 'cont':
+                    self.assertEqual(b.start(), 'resumed')
+                if given:
+                    self.assertTrue(b._whole())
+                    b.agent('guest-ping')
+                    self.assertEqual(a.stop(), 'stopped by quit')       # not by its guest
+                else:
+                    a.agent('guest-ping')
+            b.delete(force=True)
+
     @contextlib.contextmanager
     def receiving(self, machine: vm.Machine, why: str = '', timeout: float = 30
                   ) -> Iterator[int]:
@@ -5954,8 +6008,9 @@ class TestLife(Live):
         for share, timeout, word in ((0.97, 60, 'theirs'), (0, 2, 'took too long')):
             seen: list[int] = []
             b.start_vm()
-            with self.subTest(share), mock.patch.object(vm, 'ARRIVAL_TIMEOUT', 2.0), \
-                    mock.patch.object(vm, 'QMP_TIMEOUT', 3.0), self.refused('ours', word):
+            # As they are, the time for "run" is longer than what the other end does in it.
+            with self.subTest(share), mock.patch.object(vm, 'ARRIVAL_TIMEOUT', 5.0), \
+                    mock.patch.object(vm, 'QMP_TIMEOUT', 2.0), self.refused('ours', word):
                 a.migrate(b, stopped, timeout)
             # Nothing of it may come to life there; here it goes on.
             self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
@@ -5971,10 +6026,16 @@ class TestLife(Live):
             return real(wire, command, *more, **rest)
         b.start_vm()
         with mock.patch.object(vm.LineSocket, 'ask', lost), \
-                self.refused('stays paused', 'unfreeze() it'):
+                self.refused('stays paused', 'unfreeze(force=True) it'):
             a.migrate(b)
         self.assertEqual((a.state(), b.state()), (vm.State.PAUSED, vm.State.OFF))
-        a.unfreeze()
+        for call in (a.start, a.unfreeze, vm.Machine.load('ours').wake, a.save, a.snapshot,
+                     lambda: a.migrate(b)):
+            with self.refused('ours was told to run on theirs', 'unfreeze(force=True)'):
+                call()
+        self.assertEqual((a.state(), a._whole()), (vm.State.PAUSED, False))
+        a.unfreeze(force=True)
+        self.assertTrue(a._whole())
         b.start_vm()
         with mock.patch.object(vm.Machine, '_links', side_effect=vm.MachineError('no card')), \
                 self.refused('ours: theirs: no card'):
@@ -6432,7 +6493,8 @@ class FuzzTest(TempCase):
         nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext())
         with mock.patch.multiple(
                 vm.Machine, now=lambda _: machine.kept, is_alive=lambda _: True, _changing=nothing,
-                monitor=nothing, _end=mock.Mock(), _marks=lambda _: [mark],
+                monitor=nothing, _end=mock.Mock(), _write=mock.Mock(), _marks=lambda _: [mark],
+                _status=lambda _: 'inmigrate',
                 _receive=mock.Mock(side_effect=vm.MachineError('enough'))):
             for data in (pair for pairs in zip(warps(offer), mutants(json.dumps(offer).encode()))
                          for pair in pairs):

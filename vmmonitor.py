@@ -4517,6 +4517,7 @@ class Kept:
     cd_boot: int = 0
     saved: str = ''             # file with the memory of a saved machine
     incoming: bool = False      # it waits for a migration, from its next start on
+    given: str = ''             # where its guest was told to run, so that it must not run here
     lost: bool = False          # a snapshot was loaded by half: this guest must never run
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
@@ -5248,7 +5249,7 @@ class Machine(Guest):
 
     def _spawn(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
-        self.kept.lost, run_dir = False, self.run_path('')
+        self.kept.lost, self.kept.given, run_dir = False, '', self.run_path('')
         os.makedirs(run_dir, mode=0o700, exist_ok=True)
         if os.geteuid() == 0:
             os.chown(run_dir, self.kept.uid, self.kept.uid)
@@ -5632,6 +5633,13 @@ class Machine(Guest):
                 raise
         return device
 
+    def _not_given(self) -> None:
+        """Raise WrongState when its guest may run elsewhere by now."""
+        if self.kept.given and self.is_alive():
+            raise WrongState(
+                f'{self.name} was told to run on {self.kept.given}',
+                'look there: if it does, stop(force=True) this one, else unfreeze(force=True) it')
+
     def _not_saved(self) -> None:
         """Raise WrongState when its memory would not fit what it is about to become."""
         if self.kept.saved:
@@ -5873,7 +5881,7 @@ class Machine(Guest):
         another machine or a snapshot, nor one that has given up, nor one whose QEMU hangs."""
         with contextlib.suppress(GuestError):
             return self.state() is not State.CRASHED and not (
-                self.kept.saved or self.kept.incoming)
+                self.kept.saved or self.kept.incoming or self.kept.given)
         return False
 
     def _end(self, steps: Sequence[tuple[str, float]], timeout: float = 0) -> str:
@@ -5933,11 +5941,12 @@ class Machine(Guest):
         """Stop its processors; twice is fine (QMP stop)."""
         self.qmp('stop')
 
-    def unfreeze(self) -> None:
+    def unfreeze(self, force: bool = False) -> None:
         """Let its processors go on; twice is fine (QMP cont).
 
         WrongState for a guest that has crashed, or is not whole, Busy while it is being saved or
-        migrated.
+        migrated. `force` is for one of which a migration that failed at the very end could not
+        tell whether it runs at its destination: see there first.
         """
         with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
             if self.state() is State.CRASHED:
@@ -5947,6 +5956,10 @@ class Machine(Guest):
             if self.kept.incoming:
                 raise WrongState(f'{self.name} waits for a migration',
                                  'migrate() another machine to it, or stop(force=True)')
+            if force:
+                self.kept.given = ''
+                self._write()
+            self._not_given()
             self.qmp('cont')
 
     def reset(self) -> None:
@@ -6005,6 +6018,7 @@ class Machine(Guest):
                 return 'already saved'
             if state not in (State.RUNNING, State.PAUSED):
                 raise WrongState(f'{self.name} is {state.value}; there is nothing to save')
+            self._not_given()
             path = image_path(file) if file else os.path.join(self.home, 'memory')
             if not file:                        # of a restore that was killed: it fits no more
                 Path(path).unlink(missing_ok=True)
@@ -6012,8 +6026,12 @@ class Machine(Guest):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
             with self._run_state_kept(), whole_file(path) as temporary, self.monitor() as qmp:
                 qmp.execute('stop')
-                self._transfer(qmp, os.open(temporary, os.O_WRONLY | os.O_CLOEXEC), None,
-                               JOB_TIMEOUT)
+                try:
+                    self._transfer(qmp, os.open(temporary, os.O_WRONLY | os.O_CLOEXEC), None,
+                                   JOB_TIMEOUT)
+                except MachineError as problem:
+                    raise MachineError(f'{problem}; to {path}', f'it may take {self._ram()} MiB '
+                                       'there') from None
             self._set_saved(path)
             self._end(STOP_STEPS[2:])
         return 'saved'
@@ -6038,9 +6056,11 @@ class Machine(Guest):
         ran = self._status() == 'running'
         try:
             yield ran
-        except BaseException:
-            if ran:
-                Deadline(QMP_TIMEOUT).poll(self._goes_on)
+        except BaseException as problem:
+            goes_on = not ran or Deadline(QMP_TIMEOUT).poll(self._goes_on)
+            if isinstance(problem, Error) and not goes_on:
+                raise MachineError(f'{words(problem)}; it stands still now',
+                                   'start it when QEMU answers again') from None
             raise
 
     def _goes_on(self) -> bool:
@@ -6125,12 +6145,14 @@ class Machine(Guest):
             raise MachineError(f'{name}: is here', 'migrate it to another machine')
         try:
             with self._changing(), contextlib.ExitStack() as ends:
+                self._not_given()
                 with self._run_state_kept() as ran:
                     peer, stream = self._meet(to, ends)
                     self._send_to(peer, stream, ran, progress, timeout)
                 with unbroken():
                     self._part(peer, ran)
                     self._end(STOP_STEPS[2:])
+                self.kept.given = ''
         except ProtocolError as problem:
             raise MachineError(f'{self.name}: {problem}') from None
         return f'migrated to {name}'
@@ -6177,16 +6199,20 @@ class Machine(Guest):
         """Have the other end run the guest: from here on it may be there, unless that end says
         that it is not."""
         try:
+            self.kept.given = peer.path         # kept before anybody hears it
+            self._write()
             peer.ask('run', ARRIVAL_TIMEOUT)
-        except ReplyError:
+        except (ReplyError, DiskError):
+            self.kept.given = ''
             if ran:
                 self.qmp('cont')
+            self._write()
             raise
         except ProtocolError as problem:
             raise MachineError(
                 f'{self.name}: {problem}, when it was to run the guest; this one stays paused',
-                'look whether it runs there: if so, stop(force=True) this one, else unfreeze() it'
-                ) from None
+                'look whether it runs there: if so, stop(force=True) this one, else '
+                'unfreeze(force=True) it') from None
 
     def receive(self, port: int, timeout: float = 60.0, address: str = '') -> None:
         """Wait on a TCP port for migrate('host:port') to this machine, which was started with
@@ -6251,8 +6277,11 @@ class Machine(Guest):
         with stream() as carrier, self._changing():
             if not self.kept.incoming or not self.is_alive():
                 raise WrongState(f'{self.name} does not wait for a migration')
+            if self._status() != 'inmigrate':
+                raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
             self._check_fits(offer['shape'], 'the guest comes from another kind of machine')
             self._check_same(offer['disks'])
+            landed = False
             try:
                 with self.monitor() as qmp:
                     # Its disks stay the source's until it runs, if it does.
@@ -6264,14 +6293,18 @@ class Machine(Guest):
                 peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
+                    self.kept.incoming = False
+                    self._write()                   # it is this machine's from here on
                     if offer['runs']:
                         self.qmp('cont')
-                    self.kept.incoming = False
+                    landed = True
                     with contextlib.suppress(ProtocolError):
                         peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
             except BaseException:
-                if self.kept.incoming:              # what has come must not run here, too
+                if not landed:                      # what has come must not run here, too
                     self._end(STOP_STEPS[-1:])
+                    self.kept.incoming = True
+                    self._write()
                 raise
             for device in self._devices('disk'):
                 self._attach(device, self._thing(device))
@@ -6354,6 +6387,7 @@ class Machine(Guest):
         """
         with self._changing():
             tag = checked_tag(tag or time.strftime('s%Y%m%d-%H%M%S'))
+            self._not_given()
             layers = self._layers()
             if not layers:
                 raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
@@ -6384,6 +6418,9 @@ class Machine(Guest):
                 with contextlib.suppress(GuestError), self.monitor() as qmp:
                     self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
             self._forget(tag)
+            if isinstance(problem, MachineError):
+                raise MachineError(str(problem), f'its memory, up to {self._ram()} MiB, goes into '
+                                   f'{layers[0][1].filename}: is there space?') from None
             raise
         finally:
             if ran and self.is_alive():
@@ -6424,6 +6461,7 @@ class Machine(Guest):
         """
         with self._changing():
             found = self._snapshot(tag)
+            self._not_given()
             layers = [row for row in self._layers() if row[1].filename in found.disks]
             bare = [drive.filename for _, drive in self._layers()
                     if drive.filename not in found.disks]
@@ -6608,18 +6646,27 @@ class Machine(Guest):
         It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
         """
         path = image_path(filename)
-        with whole_file(path) as temporary, self.monitor() as qmp:
+        with self._changing(), whole_file(path) as temporary, self.monitor() as qmp:
             with give(qmp, 'dump', os.open(temporary, os.O_RDWR | os.O_CLOEXEC)):
                 qmp.execute('dump-guest-memory', paging=False, protocol='fd:dump', detach=True,
                             format=format)
-            deadline = Deadline(JOB_TIMEOUT)
-            while not deadline.passed():
-                info = qmp.execute('query-dump')
+
+            info: dict[str, Any] = {}
+
+            def ended() -> bool:
+                info.update(qmp.execute('query-dump'))
+                return info['status'] in ('completed', 'failed')
+
+            def told() -> bool:
+                over = ended()
                 if progress:
                     progress(info['completed'], info['total'])
-                if info['status'] in ('completed', 'failed'):
-                    break
-                time.sleep(STATE_POLL / 5)
+                return over
+            deadline = Deadline(JOB_TIMEOUT)
+            try:
+                deadline.poll(told, STATE_POLL / 5)
+            finally:                                # after Ctrl-C, too: it can't be ended
+                deadline.poll(ended, STATE_POLL / 5)
             error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT).get('data', {}).get('error')
             # It comes before the guest goes on, and until then much is refused.
             Deadline(QMP_TIMEOUT).poll(
