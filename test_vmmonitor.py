@@ -5600,14 +5600,24 @@ class TestLife(Live):
         self.assertEqual(m.start(), 'started')
 
     def test_sleep(self) -> None:
-        m = self.guest('sleeper')               # its own: it sees no hot-plug after its wake-up
+        # Its own machine: it sees no hot-plug after its wake-up.
+        m = self.guest('sleeper', harddrives=self.path('sleeper.qcow2'))
         m.start_vm()
         m.wait('agent', BOOT)
-        m.agent('guest-exec', {'path': 'sh', 'arg': [
-            '-c', 'sleep 0.3; echo mem > /sys/power/state']})
-        m.wait('asleep', BOOT)
-        self.assertEqual(m.wake(), 'woken')
-        m.wait('agent', BOOT)
+        m.write_file('/tmp/then', b'then')
+        m.snapshot('then')
+        wakes: list[Callable[[], str]] = [lambda: m.load_snapshot('then')[:11], m.wake]
+        for wake in wakes:
+            m.agent('guest-exec', {'path': 'sh', 'arg': [
+                '-c', 'sleep 0.3; echo mem > /sys/power/state']})
+            m.wait('asleep', BOOT)
+            for call in (m.save, m.snapshot, lambda: m.migrate('127.0.0.1:1')):
+                with self.refused("sleeper is asleep: its memory can't be kept"):
+                    call()
+            self.assertIn(wake(), ('put back to', 'woken'))
+            m.wait('agent', BOOT)
+            self.assertIs(m.state(), vm.State.RUNNING)      # as the snapshot's guest was
+            self.assertEqual(m.read_file('/tmp/then'), b'then')
 
     def test_ports_stay_where_they_are(self) -> None:
         m = self.guest('ports')

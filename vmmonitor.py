@@ -5633,6 +5633,15 @@ class Machine(Guest):
                 raise
         return device
 
+    def _steady(self) -> None:
+        """Raise WrongState unless its memory can be kept: one that sleeps would be there again
+        without a way to wake it."""
+        state = self.state()
+        if state not in (State.RUNNING, State.PAUSED):
+            raise WrongState(f'{self.name} is {state.value}: its memory can\'t be kept',
+                             'start it first')
+        self._not_given()
+
     def _not_given(self) -> None:
         """Raise WrongState when its guest may run elsewhere by now."""
         if self.kept.given and self.is_alive():
@@ -6013,12 +6022,9 @@ class Machine(Guest):
         Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
         """
         with self._changing():
-            state = self.state()
-            if state is State.SAVED:
+            if self.state() is State.SAVED:
                 return 'already saved'
-            if state not in (State.RUNNING, State.PAUSED):
-                raise WrongState(f'{self.name} is {state.value}; there is nothing to save')
-            self._not_given()
+            self._steady()
             path = image_path(file) if file else os.path.join(self.home, 'memory')
             if not file:                        # of a restore that was killed: it fits no more
                 Path(path).unlink(missing_ok=True)
@@ -6145,7 +6151,7 @@ class Machine(Guest):
             raise MachineError(f'{name}: is here', 'migrate it to another machine')
         try:
             with self._changing(), contextlib.ExitStack() as ends:
-                self._not_given()
+                self._steady()
                 with self._run_state_kept() as ran:
                     peer, stream = self._meet(to, ends)
                     self._send_to(peer, stream, ran, progress, timeout)
@@ -6387,7 +6393,8 @@ class Machine(Guest):
         """
         with self._changing():
             tag = checked_tag(tag or time.strftime('s%Y%m%d-%H%M%S'))
-            self._not_given()
+            if self.is_alive():
+                self._steady()
             layers = self._layers()
             if not layers:
                 raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
@@ -6496,9 +6503,13 @@ class Machine(Guest):
 
     def _load(self, tag: str, nodes: Sequence[str], started: bool) -> None:
         """Carry out snapshot-load, and leave the run state as it was."""
-        ran = started or self._status() == 'running'
+        asleep = self._status() == 'suspended'      # it would be, still, with the other guest
+        ran = started or asleep or self._status() == 'running'
         try:
             with self.monitor() as qmp:
+                if asleep:
+                    qmp.execute('system_wakeup')
+                    qmp.event(['RESUME', 'WAKEUP'], QMP_TIMEOUT)
                 qmp.execute('stop')
                 self._snapshot_job(qmp, 'load', tag, nodes)
         except MachineError as problem:
