@@ -4496,6 +4496,19 @@ class TestHarddrive(Scratch):
                     with self.refused('size'):
                         drive.resize(bad)       # type: ignore[arg-type]
 
+    def test_links(self) -> None:
+        """A link stays one, and means the same disk."""
+        real, link = self.path('real.qcow2'), self.path('link.qcow2')
+        os.symlink('real.qcow2', link)
+        drive = vm.Harddrive(link, 0.01)                # what it points to was absent
+        drive.snapshot('gone')
+        drive.wipe()
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual(vm.Harddrive(real).snapshots, [])
+        Path(real).write_bytes(b'QFI\xfb')
+        with self.refused('a broken header'):
+            vm.Harddrive(link)
+
     def test_qemu_string(self) -> None:
         drive = vm.Harddrive(self.path('q.qcow2'), 0.01)
         self.assertIn('"backing": null', drive.qemu_string)
@@ -4665,7 +4678,7 @@ class TestGuest(Live):
         self.assertEqual(m.read_file('/tmp/data'), data)
         self.assertIn('lo', [row['name'] for row in m.interfaces()])
         self.assertEqual(m.agent_state(), 'connected')
-        m.set_time(lambda: 10 ** 18)
+        m.set_time(10 ** 18)
         self.assertLess(abs(m.get_time() - 1e18), 60e9)
         self.assertEqual(m.sync_time().method, 'guest-set-time')
         self.assertLess(abs(m.get_time() - time.time_ns()), 1e9)
@@ -5063,8 +5076,11 @@ class TestGuest(Live):
         self.assertIn('768 MiB now', m.increase_ram(368))   # lets the balloon out, no dimm
         self.assertEqual(len(m._devices('dimm')), 1)
         self.assertAlmostEqual(int(sh(m, total)) - before, 256 * 1024, delta=9000)
-        with self.refused('not 4000'), mock.patch.object(vm, 'BALLOON_TIMEOUT', 0.5):
+        with self.refused("can't have 4000 MiB, only 768"):
             m.balloon(4000)
+        sh(m, 'rmmod virtio_balloon')
+        with self.refused('not 500', 'driver'), mock.patch.object(vm, 'BALLOON_TIMEOUT', 0.5):
+            m.balloon(500)
 
     def test_snapshots(self) -> None:
         m, raw = self.machine, [] if self.old else [self.raw]
@@ -5236,6 +5252,12 @@ class TestLife(Live):
                 (lambda: m.change_boot_device([1]), "can't boot from [1]"),
                 (lambda: m.add_harddrive(None), 'no file name'),
                 (lambda: m.del_harddrive([1]), 'it has disk0'),
+                (lambda: m.resize_harddrive(None, 1), 'no disk None'),
+                (lambda: m.add_nic(5), 'give a VirtualNic'),
+                (lambda: m.add_nic('x'), 'give a VirtualNic'),
+                (lambda: m.write_file('/x', '\udc80'), 'is no data'),
+                (lambda: c.write('\udc80'), "can't type"),
+                (lambda: vm.CD.seed('\udc80', filename=self.path('s.iso')), 'no text'),
                 (lambda: m.send_key(''), 'no key'), (lambda: m.send(b''), 'no key'),
                 (lambda: m.type_text(None), 'no key for None'),
                 (lambda: m.mouse_move('a', 1), 'pixels'),
@@ -5316,6 +5338,28 @@ class TestLife(Live):
         twin = self.bios('twin', cd=mine.cd)            # a drive of its own
         twin.eject()
         self.assertEqual(mine.cd.filename, self.path('a.iso'))
+
+    def test_found_by_use(self) -> None:
+        m = self.bios('used', nics=1, harddrives=self.path('u.qcow2'))
+        self.assertEqual(repr(m), "Machine('used')")
+        m.del_nic(0)                                    # and its namespace with it
+        self.assertEqual(m.start(), 'started')
+        m.add_nic()
+        self.assertEqual(m.add_nic('user').facts['own'], False)
+        self.assertEqual(len({m.harddrives[0].snapshot() for _ in range(3)}), 3)   # in a second
+        self.assertEqual(len({m.snapshot().tag for _ in range(2)}), 2)
+        log = m.create_chardev('log', 'file')
+        Path(log).write_text('kept')
+        m.stop(force=True)
+        m.start()
+        self.assertEqual(Path(log).read_text(), 'kept')     # over a restart ...
+        m.stop(force=True)
+        m.delete_chardev('log')
+        m.create_chardev('log', 'file')
+        m.start()
+        self.assertEqual(Path(log).read_text(), '')         # ... not for another one
+        m.stop(force=True)
+        m.delete()
 
     def test_qemus_last_words(self) -> None:
         Path(self.path('kernel')).write_text('no kernel')

@@ -3927,6 +3927,11 @@ TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img w
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 
+def raw_bytes(data: str | bytes) -> bytes:
+    """Return text as UTF-8, bytes as they are; TypeError or ValueError for anything else."""
+    return data.encode() if isinstance(data, str) else bytes(memoryview(data))
+
+
 def image_path(filename: str | os.PathLike[str]) -> str:
     """Return the absolute path, which QEMU can't take for a protocol or an option."""
     try:
@@ -3946,6 +3951,13 @@ def checked_tag(tag: str) -> str:
     return tag
 
 
+def free_tag(taken: Sequence[str]) -> str:
+    """Return a name for a snapshot of now."""
+    now = time.strftime('s%Y%m%d-%H%M%S')
+    return next(tag for tag in itertools.chain([now], (f'{now}-{n}' for n in itertools.count(2)))
+                if tag not in taken)
+
+
 @contextlib.contextmanager
 def whole_file(path: str, replace: bool = False) -> Iterator[str]:
     """Lend the name of a file beside `path`, which becomes `path` when the block ends well.
@@ -3955,7 +3967,8 @@ def whole_file(path: str, replace: bool = False) -> Iterator[str]:
     try:
         handle, temporary = tempfile.mkstemp(prefix='.vmmonitor-', dir=os.path.dirname(path))
     except OSError as problem:
-        raise DiskError(f'{path}: can\'t be written: {problem.strerror}') from None
+        raise DiskError(f'{path}: can\'t be written: {problem.strerror}',
+                        'see that its directory is there, and may be written to') from None
     os.close(handle)
     try:
         yield temporary
@@ -4007,7 +4020,7 @@ def qcow2_header(path: str) -> Header | None:
             if head[:4] != QCOW2_MAGIC:
                 return None
             version, where, length, _, size = struct.unpack('>IQIIQ', head[4:32])
-            if where > BACKING_LAST or length > BACKING_LENGTH:
+            if version not in (2, 3) or where > BACKING_LAST or length > BACKING_LENGTH:
                 raise DiskError(f'{path}: a broken header', 'restore the image from a backup')
             image.seek(where)
             backing = image.read(length).decode(errors='replace') if where else ''
@@ -4095,7 +4108,7 @@ class Harddrive:
 
     def _write(self, size: int, replace: bool = False) -> None:
         base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
-        with whole_file(self.filename, replace) as temporary:
+        with whole_file(os.path.realpath(self.filename), replace) as temporary:
             self._img('create', '-q', '-f', self.format, *base, temporary, str(size))
             if replace:
                 old = os.stat(self.filename)
@@ -4190,10 +4203,11 @@ class Harddrive:
     def snapshot(self, name: str = '') -> str:
         """Snapshot the disk, and return the snapshot's name (qemu-img snapshot -c; of a running
         machine blockdev-snapshot-internal-sync: as if the power had failed now)."""
-        tag = checked_tag(name or time.strftime('s%Y%m%d-%H%M%S'))
         if self.format == 'raw':
             raise DiskError(f'{self.filename}: a raw image can\'t hold snapshots', 'use qcow2')
-        if any(row.tag == tag for row in self.snapshots):
+        taken = [row.tag for row in self.snapshots]
+        tag = checked_tag(name or free_tag(taken))
+        if tag in taken:
             raise DiskError(f'{self.filename}: has a snapshot {tag}', 'delete it or name another')
         live = self._live()
         if live:
@@ -4266,9 +4280,10 @@ class Harddrive:
     @property
     def qemu_string(self) -> str:
         """The options for QEMU's command line that give a machine this disk."""
+        id = f'disk-{hashlib.sha256(os.fsencode(self.filename)).hexdigest()[:8]}'
         return shlex.join([
-            '-blockdev', json.dumps(self.blockdev('disk0-node', lambda path, _: path)),
-            '-device', 'virtio-blk-pci,id=disk0,drive=disk0-node'])
+            '-blockdev', json.dumps(self.blockdev(f'{id}-node', lambda path, _: path)),
+            '-device', f'virtio-blk-pci,id={id},drive={id}-node'])
 
 
 class Tray(NamedTuple):
@@ -4351,15 +4366,17 @@ class CD:
         DiskError when none of them is installed, or `filename` exists.
         """
         path = image_path(filename)
-        if not isinstance(user_data, str) or not isinstance(meta_data, str):
-            raise DiskError(f'{path}: user_data and meta_data are no strings', 'give their text')
+        try:
+            files = {'user-data': raw_bytes(user_data), 'meta-data': raw_bytes(meta_data)}
+        except (TypeError, ValueError):
+            raise DiskError(f'{path}: user_data or meta_data is no text', 'give strings') from None
         maker = next((maker for maker in ISO_MAKERS if shutil.which(maker[0])), None)
         if not maker:
             raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
         with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place, \
                 whole_file(path) as temporary:
-            for name, text in (('user-data', user_data), ('meta-data', meta_data)):
-                Path(place, name).write_text(text, encoding='utf-8')
+            for name, data in files.items():
+                Path(place, name).write_bytes(data)
             run([*maker, '-quiet', '-output', temporary, '-volid', 'cidata', '-joliet', '-rock',
                  place], IMAGE_TIMEOUT)
         return cls(path)
@@ -4766,7 +4783,7 @@ class Console:
         deadline, seen = Deadline(timeout), b''
         try:
             compiled = re.compile(raw_bytes(pattern))
-        except (re.error, TypeError) as problem:
+        except (re.error, TypeError, ValueError) as problem:
             raise MachineError(f'{self.machine.name}: {pattern!r:.80} is no pattern: {problem}',
                                'give a regular expression') from None
         while True:
@@ -4790,7 +4807,7 @@ class Console:
         name = self.machine.name
         try:
             typed = raw_bytes(data)
-        except TypeError:
+        except (TypeError, ValueError):
             raise MachineError(f'{name}: can\'t type {data!r:.80}', 'give str or bytes') from None
         try:
             (self._wire or self._open()).sendall(typed)
@@ -4825,11 +4842,6 @@ class Console:
                 with contextlib.suppress(socket.timeout):
                     if not wire.recv(65536):
                         return
-
-
-def raw_bytes(data: str | bytes) -> bytes:
-    """Return text as UTF-8, bytes as they are; TypeError for anything else."""
-    return data.encode() if isinstance(data, str) else bytes(memoryview(data))
 
 
 def _no_links(path: str, flags: int) -> int:
@@ -4907,6 +4919,9 @@ class Machine(Guest):
                     card.delete()
             shutil.rmtree(home)
             raise
+
+    def __repr__(self) -> str:
+        return f'Machine({self.name!r})'
 
     @staticmethod
     def _cards(nics: Any, namespace: str) -> list[Nic | None]:
@@ -5282,7 +5297,10 @@ class Machine(Guest):
 
     def _wrapper(self, launch: Launch) -> list[str]:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
-        argv = ['ip', 'netns', 'exec', self.kept.namespace] if self.kept.namespace else []
+        # One that was made for its cards goes with the last of them.
+        space, cards = self.kept.namespace, self._devices('nic')
+        argv = ['ip', 'netns', 'exec', space] if space and (cards or _namespace_inode(space)) \
+            else []
         uid = self.kept.uid
         if os.geteuid() == 0 and uid:
             kvm = 'kvm' in launch.argv and os.stat('/dev/kvm').st_gid
@@ -5568,7 +5586,7 @@ class Machine(Guest):
             return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
         path = self.run_path(device.id)
         data: dict[str, dict[str, Any]] = {
-            'pty': {}, 'file': {'out': path}, 'socket': {
+            'pty': {}, 'file': {'out': path, 'append': True}, 'socket': {
                 'addr': {'type': 'unix', 'data': {'path': path}}, 'server': True, 'wait': False}}
         return {'id': name, 'backend': {'type': facts['type'], 'data': data[facts['type']]}}
 
@@ -5613,7 +5631,7 @@ class Machine(Guest):
         wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
         for number, device in enumerate(rows):
             chain, names = device.facts.get('chain'), [device.id, device.facts.get('name')]
-            if wanted in names or wanted == number and type(wanted) is int or (
+            if wanted and wanted in names or wanted == number and type(wanted) is int or (
                     chain and isinstance(wanted, (str, os.PathLike))
                     and image_path(wanted) == chain[0][0]):
                 return device
@@ -5673,10 +5691,16 @@ class Machine(Guest):
             self._drop(device)
         return f'{device.id} removed'
 
-    def add_nic(self, nic: Nic | None = None) -> Device:
-        """Plug in a network card, a new one of its own if none is given, at once if it runs
-        (getfd, netdev_add, device_add)."""
+    def add_nic(self, nic: Nic | str | None = None) -> Device:
+        """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
+        NAT, at once if it runs (getfd, netdev_add, device_add)."""
+        if nic not in (None, 'user') and not hasattr(nic, 'mac'):
+            raise MachineError(f'{self.name}: nic {nic!r:.80}',
+                               "give a VirtualNic, 'user', or nothing")
+
         def plan() -> Device:
+            if nic == 'user' or isinstance(nic, str):
+                return self._plan_nic(None, own=False)
             card = nic or VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
             try:
                 return self._plan_nic(card, own=nic is None)
@@ -5828,6 +5852,9 @@ class Machine(Guest):
     def balloon(self, mb: int) -> str:
         """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
         self._check_mib(mb)
+        if mb > self._ram():
+            raise MachineError(f'{self.name}: can\'t have {mb} MiB, only {self._ram()}',
+                               'increase_ram() plugs in more')
         self.qmp('balloon', value=mb * MIB)
 
         def reached() -> bool:
@@ -5850,7 +5877,10 @@ class Machine(Guest):
         def plan() -> Device:
             if any(row.facts['name'] == name for row in self._devices('chardev')):
                 raise MachineError(f'{self.name}: has a chardev {name}')
-            return self._plan(Device(self._new_id('chardev'), 'chardev', self._free_port('nr'),
+            id = self._new_id('chardev')
+            with contextlib.suppress(FileNotFoundError):        # of one that was deleted
+                os.unlink(self.run_path(id))
+            return self._plan(Device(id, 'chardev', self._free_port('nr'),
                                      facts={'type': kind, 'name': name}), None)
         self._add(plan)
         return self.chardevs[name]
@@ -5919,7 +5949,8 @@ class Machine(Guest):
                     return False
                 self.agent('guest-shutdown', {'mode': 'powerdown'})
             elif way == 'quit':
-                self.qmp('quit')
+                with self.monitor(STOP_STEPS[2][1]) as qmp:
+                    qmp.execute('quit')
             else:
                 signal.pidfd_send_signal(process, getattr(signal, way))
         except AgentError as problem:                   # guest-shutdown has no answer
@@ -6392,14 +6423,15 @@ class Machine(Guest):
         it. Raises MachineError with the job's own error (snapshot-save; HMP savevm before 6.0).
         """
         with self._changing():
-            tag = checked_tag(tag or time.strftime('s%Y%m%d-%H%M%S'))
+            taken = [row.tag for row in self.snapshots]
+            tag = checked_tag(tag or free_tag(taken))
             if self.is_alive():
                 self._steady()
             layers = self._layers()
             if not layers:
                 raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
                                    'save() works without one')
-            if any(row.tag == tag for row in self.snapshots):
+            if tag in taken:
                 raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
             if self.kept.saved and not self.is_alive():
                 raise WrongState(f'{self.name} is saved', 'start it first')
@@ -6408,10 +6440,10 @@ class Machine(Guest):
             else:
                 self.kept.snapshots.pop(tag, None)      # of one that was deleted elsewhere
                 self._disk_snapshots(tag, [drive for _, drive in layers])
-            taken = self._snapshot(tag)
-        if taken.uncovered:
-            log.warning('%s: snapshot %s is without %s', self.name, tag, ', '.join(taken.uncovered))
-        return taken
+            made = self._snapshot(tag)
+        if made.uncovered:
+            log.warning('%s: snapshot %s is without %s', self.name, tag, ', '.join(made.uncovered))
+        return made
 
     def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
         ran = self._status() == 'running'
@@ -6714,6 +6746,11 @@ class Machine(Guest):
                        for row in qmp.execute('query-chardev', timeout))
         return None
 
+    def set_time(self, when: Callable[[], int] | int | None) -> None:
+        """Set the guest's clock: to nanoseconds since 1970, or to what a function says when the
+        call goes out, or with None from its hardware clock (guest-set-time)."""
+        super().set_time(when if when is None or callable(when) else lambda: when)
+
     def sync_time(self, tolerance: float = 0.1, timeout: float = AGENT_TIMEOUT) -> Correction:
         """Set the guest's clock if it is off by more than `tolerance` seconds, and prove it."""
         deadline = Deadline(timeout)
@@ -6751,7 +6788,7 @@ class Machine(Guest):
     def _base64(self, data: bytes | str) -> str:
         try:
             return base64.b64encode(raw_bytes(data)).decode()
-        except TypeError:
+        except (TypeError, ValueError):
             raise MachineError(f'{self.name}: {data!r:.80} is no data', 'give bytes or str'
                                ) from None
 
