@@ -4729,7 +4729,7 @@ class TestGuest(Live):
         self.assertIn('unknown command', m.send('nonsense'))
         with self.refused('nonsense has not been found'):
             m.qmp('nonsense')
-        with socket.create_connection(('127.0.0.1', m.kept.monitor_port), 5) as hmp:
+        with socket.create_connection(('127.0.0.1', m.monitor_port), 5) as hmp:
             hmp.sendall(b'info name\n')
             self.assertTrue(soon(lambda: b'web' in hmp.recv(4096)))
         with vm.QMP(m.run_path('tool')) as tool:        # a person's, while ours works
@@ -4769,6 +4769,8 @@ class TestGuest(Live):
             self.assertIs(m.state(), vm.State.PAUSED)
         with self.refused('drop its input', kind=vm.WrongState):
             m.send_key('a')
+        with self.refused('does not answer', 'is paused: unfreeze', kind=vm.AgentError):
+            m.agent('guest-ping', timeout=1)
         for _ in range(2):
             m.unfreeze()
             self.assertIs(m.state(), vm.State.RUNNING)
@@ -4799,11 +4801,15 @@ class TestGuest(Live):
     def test_keys(self) -> None:
         def press() -> None:
             self.machine.send_key('ctrl-shift-z')
-            self.machine.send(b'alt-f2')
+            self.machine.send(b'alt-F2')
+            self.machine.send_key('!')
+            self.machine.send_key('A')
         events = self.pressed(press)
         keys = [(code, value) for kind, code, value in events if kind == 1]
         self.assertEqual(keys, [(29, 1), (42, 1), (44, 1), (44, 0), (42, 0), (29, 0),
-                                (56, 1), (60, 1), (60, 0), (56, 0)])
+                                (56, 1), (60, 1), (60, 0), (56, 0),
+                                (42, 1), (2, 1), (2, 0), (42, 0), (42, 1), (30, 1), (30, 0),
+                                (42, 0)])
         with self.refused('nokey'):
             self.machine.send_key('ctrl-nokey')
 

@@ -5110,6 +5110,12 @@ class Machine(Guest):
 
     # Is it alive
 
+    @property
+    def monitor_port(self) -> int | None:
+        """The TCP port of its HMP on 127.0.0.1; None if it has none, 0 until its first start."""
+        self._refresh()
+        return self.kept.monitor_port
+
     def pid(self) -> int:
         """Return the process id of its QEMU, 0 if none runs: who holds the pidfile's lock."""
         try:
@@ -6625,15 +6631,19 @@ class Machine(Guest):
         time.sleep(KEY_PAUSE + hold / 1000)
 
     def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
-        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a' (send-key).
+        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key).
 
         Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
         """
         self._awake()
-        spoken: list[str] = re.findall(r'[^-]+|-(?=-|$)', str(keys).lower())
+        spoken: list[str] = re.findall(r'[^-]+|-(?=-|$)', str(keys))
         if not spoken:
             raise MachineError(f'{self.name}: no key to press', "name keys: 'ctrl-alt-del'")
-        named = [KEY_NAMES.get(key, KEYS_OF.get(key, (key, False))[0]) for key in spoken]
+        named = [KEY_NAMES.get(key.lower(), KEYS_OF.get(key, (key.lower(), False))[0])
+                 for key in spoken]
+        if any(KEYS_OF.get(key, (key, False))[1] and (len(spoken) == 1 or not key.isalpha())
+               for key in spoken):              # of CTRL-C, C says the same as c
+            named.insert(0, 'shift')
         with self.monitor() as qmp:
             self._press(qmp, named, hold)
 
@@ -6730,8 +6740,11 @@ class Machine(Guest):
                 return GuestAgent(self.run_path('agent'), self.name).execute(command, arguments,
                                                                              timeout)
             except AgentError as problem:
-                if problem.trouble.name == 'silent' and self._agent_open(1.0) is False:
+                opened = problem.trouble.name != 'silent' or self._agent_open(1.0)
+                if opened is False:
                     raise agent_error(self.name, 'not connected') from None
+                if opened and problem.trouble.name == 'silent' and self.state() is State.PAUSED:
+                    problem.hint = 'the machine is paused: unfreeze or start it'
                 raise
 
     def agent_state(self) -> str:
