@@ -4505,6 +4505,10 @@ class TestHarddrive(Scratch):
         drive.wipe()
         self.assertTrue(os.path.islink(link))
         self.assertEqual(vm.Harddrive(real).snapshots, [])
+        os.mkfifo(self.path('node'))                    # or /dev/sdb
+        with self.refused('is no file', 'blkdiscard'):
+            vm.Harddrive(self.path('node'), format='raw').wipe()
+        self.assertTrue(stat.S_ISFIFO(os.stat(self.path('node')).st_mode))
         Path(real).write_bytes(b'QFI\xfb')
         with self.refused('a broken header'):
             vm.Harddrive(link)

@@ -4238,6 +4238,8 @@ class Harddrive:
             for row in self.info().get('snapshots', []):
                 self._img('snapshot', '-q', '-d', row['name'], self._explicit())
             return
+        if not os.path.isfile(self.filename):           # a device's node must stay one
+            raise DiskError(f'{self.filename}: is no file', 'wipe a block device by blkdiscard')
         size = self.info()['virtual-size']
         with self._kept_free():
             self._write(size, replace=True)
