@@ -5804,6 +5804,8 @@ class TestLife(Live):
 
     def test_off(self) -> None:
         m = self.bios('off2')
+        self.assertFalse(m._push('power button', -1))   # it ended by itself in just that moment:
+        self.assertFalse(m.is_alive())                  # stop() starts nothing
         with self.refused('off2 is off', 'start it', kind=vm.WrongState):
             m.console().write('x')
         with self.refused('flying', 'wait for agent, running'):

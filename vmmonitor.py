@@ -5149,10 +5149,9 @@ class Machine(Guest):
 
     def _doing(self) -> str:
         """Return its state for an error, with what paused it: io-error is a full disk here."""
-        state, why = self.state(), ''
-        if state is State.PAUSED:
-            why = f' ({self._status()})'
-        return f'{state.value}{why}'.replace(' (paused)', '')
+        state = self.state()
+        why = self._status() if state is State.PAUSED else state.value
+        return state.value if why == state.value else f'{state.value} ({why})'
 
     # Monitors
 
@@ -5707,7 +5706,7 @@ class Machine(Guest):
                                "give a VirtualNic, 'user', or nothing")
 
         def plan() -> Device:
-            if nic == 'user' or isinstance(nic, str):
+            if isinstance(nic, str):
                 return self._plan_nic(None, own=False)
             card = nic or VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
             try:
@@ -5882,6 +5881,7 @@ class Machine(Guest):
                 or kind not in ('pty', 'socket', 'file'):
             raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
                                'use a name like org.example.0, and pty, socket or file')
+
         def plan() -> Device:
             if any(row.facts['name'] == name for row in self._devices('chardev')):
                 raise MachineError(f'{self.name}: has a chardev {name}')
@@ -5950,7 +5950,7 @@ class Machine(Guest):
         """Ask it to end in one of the ways of STOP_STEPS; tell whether to wait for it."""
         try:
             if way == 'power button':
-                self.start()                            # else it would not hear the button
+                self._go_on(self.state())               # else it would not hear the button
                 self.qmp('system_powerdown')
             elif way == 'guest agent':
                 if self.agent_state() != 'connected':
@@ -5977,6 +5977,10 @@ class Machine(Guest):
         if state is State.PAUSED and self.kept.saved:   # a save or restore that was killed midway
             self.stop(force=True)
             return self.start_vm()
+        return self._go_on(state)
+
+    def _go_on(self, state: State) -> str:
+        """Make a guest that is there run."""
         if state in (State.PAUSED, State.CRASHED):
             self.unfreeze()
             return 'resumed'
@@ -6869,8 +6873,6 @@ class Machines:
     # event of QMP -> kind of GuestEvent
     EVENTS = {'RESUME': 'resumed', 'RESET': 'booted', 'WAKEUP': 'woken',
               'VSERPORT_CHANGE': 'agent connected'}
-    # action of BLOCK_IO_ERROR -> what it means
-    IO_ERRORS = {'stop': 'it is paused: make space on the host, then start it'}
 
     def __init__(self) -> None:
         self.up = threading.Event()                 # they are always there
@@ -6929,10 +6931,11 @@ class Machines:
                         event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR'), STATE_POLL * 10)
                         data = event.get('data', {})
                         if event['event'] == 'BLOCK_IO_ERROR':
-                            log.warning('%s: %s failed: %s; %s', machine.name,
-                                        data.get('node-name') or data.get('device'),
-                                        data.get('reason'), self.IO_ERRORS.get(
-                                            str(data.get('action')), 'the guest was told'))
+                            log.warning(
+                                '%s: %s failed: %s; %s', machine.name,
+                                data.get('node-name') or data.get('device'), data.get('reason'),
+                                'it is paused: make space on the host, then start it'
+                                if data.get('action') == 'stop' else 'the guest was told')
                         elif data.get('open', True):
                             receive(GuestEvent(machine, self.EVENTS[event['event']],
                                                time.monotonic()))
