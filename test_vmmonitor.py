@@ -5961,6 +5961,33 @@ class TestLife(Live):
         with self.refused('over does not wait for a migration'):
             c.receive(1)
 
+    def test_migrate_that_holds_qemu_up(self) -> None:
+        """A QEMU that writes the last part to one that does not read answers nothing at all."""
+        a = self.guest('held', memory=128)
+        b = self.guest('holds', memory=128, incoming=True)
+        a.start_vm()
+        a.wait('agent', BOOT)
+        b.start_vm()
+        execute = vm.QMP.execute
+
+        def at_once(qmp: vm.QMP, command: str, *arguments: Any, **more: Any) -> Any:
+            if 'max_bandwidth' in more:         # nearly all of it counts as the last part
+                more.update(max_bandwidth=10 << 20, downtime_limit=1_000_000)
+            answer = execute(qmp, command, *arguments, **more)
+            answered.append(command)
+            return answer
+        answered: list[str] = []
+
+        def stopped(*_: int) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(b.pid(), signal.SIGSTOP)
+        with mock.patch.object(vm.QMP, 'execute', at_once), impatient(2.0), \
+                self.refused('held: QEMU', 'answer in time'):
+            a.migrate(b, stopped)
+        self.assertIn('migrate_cancel', answered)       # the stream was shut: it hears again
+        self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
+        a.agent('guest-ping')
+
     def test_migration_whose_program_is_killed(self) -> None:
         """kill -9 of the one that sends or receives, at any step: the guest runs once, or not."""
         a = self.guest('from', memory=128)
