@@ -6098,12 +6098,15 @@ def killed_at(owner, name, when):
             if done > total * share:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(b.pid(), signal.SIGSTOP)
-        for share, timeout, word in ((0.97, 60, 'theirs'), (0, 2, 'took too long')):
+        # Nearly all sent, all sent (it has arrived, and can't let the guest run), and at once.
+        for share, timeout, word in ((0.97, 60, 'theirs'), (0.999999, 60, 'theirs'),
+                                     (0, 2, 'took too long')):
             seen: list[int] = []
             b.start_vm()
-            # As they are, the time for "run" is longer than what the other end does in it.
+            # The time for "run" stays longer than what the other end does in it.
             with self.subTest(share), mock.patch.object(vm, 'ARRIVAL_TIMEOUT', 5.0), \
-                    mock.patch.object(vm, 'QMP_TIMEOUT', 2.0), self.refused('ours', word):
+                    mock.patch.object(vm, 'QMP_TIMEOUT', 2.0), impatient(2.0), \
+                    self.refused('ours', word):
                 a.migrate(b, stopped, timeout)
             # Nothing of it may come to life there; here it goes on.
             self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))

@@ -6250,7 +6250,8 @@ class Machine(Guest):
         try:
             self.kept.given = peer.path         # kept before anybody hears it
             self._write()
-            peer.ask('run', ARRIVAL_TIMEOUT)
+            # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
+            peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
         except (ReplyError, DiskError):
             self.kept.given = ''
             if ran:
