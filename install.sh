@@ -276,7 +276,7 @@ import vmmonitor
 try:
     vmmonitor.Library.get()
 except vmmonitor.Error as problem:
-    print(vmmonitor.words(problem))
+    print(vmmonitor.explain(problem))
 PYTHON
     ) || :
     [ -z "$problem" ] || die "$(say "$problem" | tail -n 1)"
@@ -755,7 +755,7 @@ try:
     vmmonitor.Server(config, vmmonitor.Dispatcher(
         vmmonitor.Guests([]), vmmonitor.Settings(config), {})).server_close()
 except vmmonitor.Error as problem:
-    print(vmmonitor.words(problem))
+    print(vmmonitor.explain(problem))
 PYTHON
     ) || :
     [ -z "$problem" ] || die "$(say "$problem" | tail -n 1)"

@@ -890,9 +890,9 @@ class WordsTest(unittest.TestCase):
     """One line for every problem, and no line that something from outside could forge."""
 
     def test_words(self) -> None:
-        self.assertEqual(vm.words(vm.Error('it broke', 'mend it')), 'it broke; mend it')
-        self.assertEqual(vm.words(FileNotFoundError(2, 'No such file', '/x')), '/x: No such file')
-        self.assertEqual(vm.words(KeyError('x')), 'KeyError: \'x\'')
+        self.assertEqual(vm.explain(vm.Error('it broke', 'mend it')), 'it broke; mend it')
+        self.assertEqual(vm.explain(FileNotFoundError(2, 'No such file', '/x')), '/x: No such file')
+        self.assertEqual(vm.explain(KeyError('x')), 'KeyError: \'x\'')
 
     def test_printable(self) -> None:
         self.assertEqual(vm.printable('a\nb\x1b[2Jc\u2028d\u202ee'),
@@ -1203,7 +1203,7 @@ class ClockTest(unittest.TestCase):
         with self.assertRaises(vm.AgentError) as caught:
             vm.correct(guest, TOLERANCE, False)
         self.assertEqual(caught.exception.trouble.name, 'no hwclock')
-        self.assertIn('util-linux-extra', vm.words(caught.exception))
+        self.assertIn('util-linux-extra', vm.explain(caught.exception))
         self.assertNotIn('guest-exec', guest.calls)
         result = vm.correct(guest, TOLERANCE, True)
         self.assertEqual(result.method, 'guest-exec-date')
@@ -1371,7 +1371,7 @@ class ScriptedHost(vm.Host):
     def find(self, name: str) -> vm.Guest | None:
         return self.guests.get(name)
 
-    def each(self, running: bool = False) -> list[vm.Guest]:
+    def all(self, running: bool = False) -> list[vm.Guest]:
         return [guest for guest in self.guests.values()
                 if not running or guest.state() is vm.State.RUNNING]
 
@@ -1467,7 +1467,7 @@ class MonitorTest(unittest.TestCase):
         other = ScriptedGuest('other')          # on a host that is there
         jumps = iter(['host slept'])            # once: what follows is the making up
 
-        def each(running: bool = False) -> list[vm.Guest]:
+        def everyone(running: bool = False) -> list[vm.Guest]:
             if problems:
                 raise problems.pop()
             return [self.guest]
@@ -1475,8 +1475,8 @@ class MonitorTest(unittest.TestCase):
         def each_there(running: bool = False) -> list[vm.Guest]:
             asked.append(len(problems))
             return [other]
-        self.monitor.guests.hosts[0].each = each                # type: ignore[method-assign]
-        self.monitor.guests.hosts.append(mock.Mock(each=each_there))
+        self.monitor.guests.hosts[0].all = everyone                # type: ignore[method-assign]
+        self.monitor.guests.hosts.append(mock.Mock(all=each_there))
         with mock.patch.object(vm.HostClock, 'jump_since', lambda *_: next(jumps, '')):
             vm.spawn('host-clock', self.monitor._watch_host)
             self.assertTrue(vm.Deadline(6).poll(lambda: abs(self.guest.offset) < TOLERANCE))
@@ -1686,7 +1686,7 @@ class ListenerTest(TempCase):
                 raise problem
             self.guest.start = start        # type: ignore[method-assign]
             self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER),
-                             (status, vm.words(problem)))
+                             (status, vm.explain(problem)))
         self.guest.start = lambda: str(1 // 0)      # type: ignore[method-assign]
         with self.assertLogs('vmmonitor', 'ERROR') as logged:
             self.assertEqual(self.ask('cmd=start&target=web1&wait=1', *self.BEARER)[0], 500)
@@ -1919,7 +1919,7 @@ class ListenerTest(TempCase):
     def test_a_taken_port_is_told(self) -> None:
         with self.assertRaises(vm.Error) as caught:
             vm.Listener(self.guests, self.settings, {}).open(self.settings.config)
-        self.assertEqual(vm.words(caught.exception), f'can\'t listen on *:{self.port}: Address '
+        self.assertEqual(vm.explain(caught.exception), f'can\'t listen on *:{self.port}: Address '
                          'already in use; set listener.port and listener.address to what is free '
                          'here')
 
@@ -2420,7 +2420,7 @@ class LibvirtTest(GuestCase):
         with self.assertRaises(vm.LibvirtError) as caught:
             vm.Connection('qemu+unix:///system?socket=/nonexistent/sock')
         self.assertEqual((caught.exception.code, caught.exception.domain), (38, 7))
-        self.assertIn('systemctl start libvirtd', vm.words(caught.exception))
+        self.assertIn('systemctl start libvirtd', vm.explain(caught.exception))
 
     def test_no_reference_is_leaked(self) -> None:
         guest = self.vm('web1')
@@ -2433,7 +2433,7 @@ class LibvirtTest(GuestCase):
         for _ in range(3):
             guest.virsh('suspend')
             guest.virsh('resume')
-            host.each()
+            host.all()
             found.state()
             found.get_time()
             with self.assertRaises(vm.AgentError):
@@ -3017,7 +3017,7 @@ class Refusal:
         if not isinstance(problem, self.kind):
             return False
         for part in self.parts:
-            self.case.assertIn(part, vmanager.words(problem))
+            self.case.assertIn(part, vmanager.explain(problem))
         return True
 
 
@@ -3189,7 +3189,7 @@ class TestReading(NetCase):
         self.assertIn('exit 3', str(caught.exception))
         with self.assertRaises(vmanager.CommandError) as caught:
             vmanager.sys_command(['no-such-program-here'])
-        self.assertIn('install', vmanager.words(caught.exception))
+        self.assertIn('install', vmanager.explain(caught.exception))
 
 
 class TestParsing(unittest.TestCase):
@@ -3295,7 +3295,7 @@ class TestNames(NetCase):
 class TestNic(NetCase):
     def test_macvtap_as_it_should_be(self) -> None:
         nic = vmanager.VirtualNic(namespace='web1')
-        links = vmanager.look('web1')[0]
+        links = vmanager.read_network('web1')[0]
         tap = links[nic.tap_interface]
         self.assertEqual((tap.kind, tap.data['mode'], tap.index, tap.mac),
                          ('macvtap', 'passthru', nic.index, nic.mac))
@@ -3306,11 +3306,11 @@ class TestNic(NetCase):
                 self.assertEqual(link.addresses, ())
         vmanager.Switch('lan').connect(nic)
         time.sleep(0.3)
-        self.assertEqual([link.addresses for link in vmanager.look()[0].values()
+        self.assertEqual([link.addresses for link in vmanager.read_network()[0].values()
                           if link.name != 'lo'], [(), ()])
         nic.mtu = 1400
         self.assertEqual(nic.mtu, 1400)
-        self.assertEqual({link.mtu for link in vmanager.look('web1')[0].values()
+        self.assertEqual({link.mtu for link in vmanager.read_network('web1')[0].values()
                           if link.name != 'lo'}, {1400})
 
     def test_two_namespaces_that_claim_one_tap(self) -> None:
@@ -3423,8 +3423,8 @@ class TestNic(NetCase):
                 nic.impair(**bad)
         try:
             nic.impair(delay=0.01)
-        except vmanager.Lacking as problem:
-            self.assertIn('kernel lacks netem (modprobe sch_netem)', vmanager.words(problem))
+        except vmanager.MissingFeature as problem:
+            self.assertIn('kernel lacks netem (modprobe sch_netem)', vmanager.explain(problem))
         nic.impair()
 
 
@@ -3646,7 +3646,8 @@ class TestRouter(NetCase):
 
     def test_nat_without_a_firewall_program(self) -> None:
         with mock.patch.object(shutil, 'which', return_value=None), \
-                self.refused(vmanager.Lacking, 'neither iptables nor nft', 'install nftables'):
+                self.refused(vmanager.MissingFeature, 'neither iptables nor nft',
+                             'install nftables'):
             vmanager.Router('eth1', nat=True)
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
@@ -3878,7 +3879,7 @@ class TestErrors(NetCase):
                 'for make in (v.Switch, v.VirtualNic, v.interfaces["lo"].down,\n'
                 '             lambda: v.VirtualNic(namespace="n")):\n'
                 '    try: make()\n'
-                '    except v.Lacking as problem: print(v.words(problem))\n'
+                '    except v.MissingFeature as problem: print(v.explain(problem))\n'
                 'print(len(v.interfaces) > 0, v.doctor()[0])\n')
         done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True,
                               text=True, env={**os.environ, 'VMMONITOR_STATE': '/run/open'})
@@ -3922,15 +3923,15 @@ class TestErrors(NetCase):
         """The first row that fits, for the texts of iproute2 5.10 to 6.15."""
         for said, line, kind, hint in (
                 ('RTNETLINK answers: Operation not permitted', 'link add name x type bridge',
-                 vmanager.Lacking, 'needs root or CAP_NET_ADMIN'),
+                 vmanager.MissingFeature, 'needs root or CAP_NET_ADMIN'),
                 ('Error: Unknown device type.', 'link add name b type bond mode 802.3ad',
-                 vmanager.Lacking, 'kernel lacks bonding (modprobe bonding)'),
+                 vmanager.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
                 ('RTNETLINK answers: Operation not supported', 'link add name b type bond',
-                 vmanager.Lacking, 'kernel lacks bonding (modprobe bonding)'),
+                 vmanager.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
                 ('Error: Unknown device type.', 'link add name b type macvtap mode passthru',
-                 vmanager.Lacking, 'kernel lacks macvtap (modprobe macvtap)'),
+                 vmanager.MissingFeature, 'kernel lacks macvtap (modprobe macvtap)'),
                 ('Error: Specified qdisc kind is unknown.', 'qdisc replace dev x root netem',
-                 vmanager.Lacking, 'kernel lacks netem (modprobe sch_netem)'),
+                 vmanager.MissingFeature, 'kernel lacks netem (modprobe sch_netem)'),
                 ('RTNETLINK answers: File exists', 'link add name x', vmanager.NameTaken, 'ip'),
                 ('Cannot find device "x"', 'link set dev x up', vmanager.NoInterface, 'went away'),
                 ('Error: argument "n" is wrong: Invalid "netns" value', 'link set dev x netns n',
@@ -3961,8 +3962,8 @@ class TestErrors(NetCase):
             vmanager.Bond('bond7', ['eth2'])
         try:
             vmanager.Bond('bond7', ['eth1']).delete()
-        except vmanager.Lacking as problem:
-            self.assertIn('kernel lacks bonding (modprobe bonding)', vmanager.words(problem))
+        except vmanager.MissingFeature as problem:
+            self.assertIn('kernel lacks bonding (modprobe bonding)', vmanager.explain(problem))
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
 
@@ -4314,7 +4315,7 @@ class Scratch(unittest.TestCase):
         with self.assertRaises(kind) as caught:
             yield
         for word in words:
-            self.assertIn(word, vm.words(caught.exception))
+            self.assertIn(word, vm.explain(caught.exception))
 
 
 @contextlib.contextmanager
@@ -4709,14 +4710,14 @@ class TestGuest(Live):
         m = self.machine
         status = dict(line.split(':\t', 1) for line in
                       Path(f'/proc/{m.pid()}/status').read_text().splitlines() if ':\t' in line)
-        self.assertEqual(set(status['Uid'].split()), {str(m.kept.uid)})
-        self.assertGreater(m.kept.uid, 1 << 30)
+        self.assertEqual(set(status['Uid'].split()), {str(m.spec.uid)})
+        self.assertGreater(m.spec.uid, 1 << 30)
         self.assertEqual(status['Groups'].strip(), '')
         for row in ('CapEff', 'CapPrm', 'CapBnd', 'CapAmb', 'CapInh'):
             self.assertEqual(int(status[row], 16), 0, row)
         self.assertEqual((status['NoNewPrivs'].strip(), status['Seccomp'].strip()), ('1', '2'))
         run = os.stat(m.run_path(''))
-        self.assertEqual((run.st_uid, run.st_mode & 0o777), (m.kept.uid, 0o700))
+        self.assertEqual((run.st_uid, run.st_mode & 0o777), (m.spec.uid, 0o700))
         self.assertEqual(os.stat(m.home).st_uid, 0)
         argv = Path(f'/proc/{m.pid()}/cmdline').read_text().split('\0')
         self.assertIn('elevateprivileges=deny', argv[argv.index('-sandbox') + 1])
@@ -5526,8 +5527,8 @@ class TestLife(Live):
         m = self.bios('slots', harddrives=self.path('a.raw'))
         for kind, place in (('pc-q35-7.2', {'bus': 'rp0'}),
                             ('pc-i440fx-5.2', {'bus': 'pci.0', 'addr': '0x8'})):
-            m.kept.type = kind
-            front = m._front(m.kept.devices[0])
+            m.spec.type = kind
+            front = m._front(m.spec.devices[0])
             self.assertEqual({key: front[key] for key in place}, place)
 
     def test_vnc(self) -> None:
@@ -5573,7 +5574,7 @@ class TestLife(Live):
                                  tuple(kind == each for each in kinds))
             m.stop(force=True)
             m = vm.Machine.load('restart')
-        self.assertFalse(m.kept.devices[0].facts['up'])
+        self.assertFalse(m.spec.devices[0].facts['up'])
         m.start_vm()
         with mock.patch.object(vm.Machine.agent, '__defaults__', (None, 0.3)):
             self.assertIn('not confirmed: the guest agent does not', m.increase_ram(128))
@@ -5594,8 +5595,8 @@ class TestLife(Live):
         m.stop(force=True)
         m.start_vm()
         self.assertFalse(more.in_use())
-        self.assertEqual(len(m.kept.devices), 1)
-        with mock.patch.object(m.kept, 'ports', 1), self.refused('all 1 ports', 'are taken'):
+        self.assertEqual(len(m.spec.devices), 1)
+        with mock.patch.object(m.spec, 'ports', 1), self.refused('all 1 ports', 'are taken'):
             m._free_port()
 
     def test_save(self) -> None:
@@ -5624,7 +5625,7 @@ class TestLife(Live):
         with self.refused('saved or restored', 'use start'):
             m.unfreeze()
         self.assertEqual(m.start(), 'restored')         # from the file: it may have run meanwhile
-        self.assertEqual(m.kept.saved, '')
+        self.assertEqual(m.spec.saved, '')
         m.wait('agent', BOOT)
         self.assertFalse({'memory', '.vmmonitor-left'} & set(os.listdir(m.home)))
         Path(self.path('mine')).write_text('mine')
@@ -5938,7 +5939,7 @@ class TestLife(Live):
         self.assertEqual((a.state(), b.state()), (vm.State.OFF, vm.State.RUNNING))
         self.assertEqual(b.read_file('/tmp/kept'), b'kept')
         self.assertGreater(seen[-1][1], 128 << 20)
-        self.assertFalse(vm.Machine.load('there').kept.incoming)
+        self.assertFalse(vm.Machine.load('there').spec.incoming)
         with self.refused('another machine has it open'):
             a.start_vm()
         disk.resize(0.02)                               # goes to the machine that has it now
@@ -6055,7 +6056,7 @@ def killed_at(owner, name, when):
                 machine.receive(port, timeout)
                 ends.append('')
             except vm.Error as problem:
-                ends.append(vm.words(problem))
+                ends.append(vm.explain(problem))
         waiter = threading.Thread(target=receive, daemon=True)
         waiter.start()
         soon(lambda: self.listens(port), 5)
@@ -6076,7 +6077,7 @@ def killed_at(owner, name, when):
             b.start_vm()
             with self.subTest(name), self.refused(f'near: {name}', word):
                 a.migrate(b)
-            self.assertEqual((a.state(), b.kept.incoming, b.is_alive()),
+            self.assertEqual((a.state(), b.spec.incoming, b.is_alive()),
                              (vm.State.RUNNING, True, True))
         larger = [{**row, 'size': row['size'] + 1, 'host': 'another'} for row in a._marks()]
         with self.receiving(b, 'e.qcow2', 2) as port, mock.patch.object(
@@ -6273,8 +6274,8 @@ class TestAsGuests(Live):
         machines = vm.Machines()
         guests = vm.Guests([machines])
         m = self.guest('daemon', harddrives=self.path('d.qcow2'))
-        self.assertEqual([guest.name for guest in guests.each()], ['daemon'])
-        self.assertEqual(guests.each(running=True), [])
+        self.assertEqual([guest.name for guest in guests.all()], ['daemon'])
+        self.assertEqual(guests.all(running=True), [])
         monitor = vm.Monitor(guests, vm.Settings(vm.Config(tolerance=300)))
         monitor.start()
         machines.watch(monitor.events.put)
@@ -6291,7 +6292,7 @@ class TestAsGuests(Live):
             self.assertTrue(soon(lambda: 'daemon: clock corrected' in str(logged.output)))
         (self.home / 'broken').mkdir()
         (self.home / 'broken' / 'machine.json').write_text('{')
-        self.assertEqual([guest.name for guest in guests.each()], ['daemon'])
+        self.assertEqual([guest.name for guest in guests.all()], ['daemon'])
         shutil.rmtree(self.home / 'broken')
         self.assertEqual(guests.act('stop', guests.find('daemon')), 'stopped by power button')
         with self.assertRaises(vm.NoGuest):
@@ -6311,7 +6312,7 @@ class TestAsGuests(Live):
             os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
         with impatient(1.0):
-            found = [guest.name for guest in vm.Machines().each(running=True)]
+            found = [guest.name for guest in vm.Machines().all(running=True)]
         took = time.monotonic() - began
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
@@ -6391,12 +6392,12 @@ class JsonTest(unittest.TestCase):
     def test_shapes(self) -> None:
         shape = [{'pid': int, 'out?': str}]
         for good in ([], [{'pid': 1}], [{'pid': 1, 'out': '', 'more': None}]):
-            self.assertTrue(vm.fits(good, shape), good)
+            self.assertTrue(vm.matches(good, shape), good)
         wrong: list[Any] = [None, {}, [1], [{}], [{'pid': True}], [{'pid': '1'}],
                             [{'pid': 1, 'out': None}], [{'pid': 1}, {}]]
         for bad in wrong:
-            self.assertFalse(vm.fits(bad, shape), bad)
-        self.assertTrue(vm.fits(True, bool) and not vm.fits(1, bool))
+            self.assertFalse(vm.matches(bad, shape), bad)
+        self.assertTrue(vm.matches(True, bool) and not vm.matches(1, bool))
         replies: list[Any] = [None, [], {}, {'return': {'pid': None}}, {'Return': {'pid': 1}}]
         for reply in replies:
             with self.assertRaisesRegex(ValueError, 'guest-exec returned'):
@@ -6440,14 +6441,14 @@ class FuzzTest(TempCase):
         try:
             yield
         except kinds as problem:
-            self.assertTrue(vm.printable(vm.words(problem)))
+            self.assertTrue(vm.printable(vm.explain(problem)))
         except Exception as problem:
             raise AssertionError(f'{problem!r} after {data!r:.2000}') from problem
 
     def test_startup_lines(self) -> None:
         for data in mutants(b'start vm1', b'delay 5', b'wait db agent 60', b"start 'web server'",
                             b'# nothing', b'wait "a b" running'):
-            with self.only(data, vm.Problem):
+            with self.only(data, vm.InvalidValue):
                 step = vm.read_step(1, data.decode('utf-8', 'surrogateescape'))
                 self.assertTrue(step is None or (
                     step.verb in ('start', 'delay', 'wait') and 0 <= step.seconds <= 86400))
@@ -6465,12 +6466,12 @@ class FuzzTest(TempCase):
                 self.assertIsInstance(vm.load(path), vm.Config)
 
     def test_requests(self) -> None:
-        class Bare(vm.Exchange):
+        class Bare(vm.ClientConnection):
             """The wire without TLS, which OpenSSL has fuzzed."""
 
             def setup(self) -> None:
                 self.connection = self.client.connection
-                self.source = vm.Source(self.connection)
+                self.source = vm.RequestReader(self.connection)
                 self.rfile = io.BufferedReader(self.source)
 
             def finish(self) -> None:
@@ -6545,7 +6546,7 @@ class FuzzTest(TempCase):
                     self.assertIsInstance(qmp.event(['STOP'], 1, id='j')['event'], str)
                 else:
                     answer = qmp.execute(command, timeout=1)
-                    self.assertTrue(vm.fits(answer, vm.ANSWERS[command]))
+                    self.assertTrue(vm.matches(answer, vm.ANSWERS[command]))
 
     def test_agent(self) -> None:
         """All that a machine reads out of its guest's answers."""
@@ -6581,14 +6582,14 @@ class FuzzTest(TempCase):
         """What anybody may say to a machine that waits for a migration."""
         machine = vm.Machine.__new__(vm.Machine)
         machine.name = 'web1'
-        machine.kept = vm.Kept('web1', 'u', 'pc', 64, 1, 0, '', False, 'tcg', '', '', '', '', None,
-                               1, 16, incoming=True)
+        machine.spec = vm.MachineSpec('web1', 'u', 'pc', 64, 1, 0, '', False, 'tcg', '', '', '', '',
+                                      None, 1, 16, incoming=True)
         mark = {'format': 'raw', 'size': 5, 'host': 'h', 'name': '/x', 'file': [1, 2]}
         offer = {'execute': 'receive', 'arguments': {
-            'shape': machine.kept.shape(), 'disks': [mark], 'runs': True, 'seconds': 60}}
+            'shape': machine.spec.shape(), 'disks': [mark], 'runs': True, 'seconds': 60}}
         nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext())
         with mock.patch.multiple(
-                vm.Machine, now=lambda _: machine.kept, is_alive=lambda _: True, _changing=nothing,
+                vm.Machine, now=lambda _: machine.spec, is_alive=lambda _: True, _changing=nothing,
                 monitor=nothing, _end=mock.Mock(), _write=mock.Mock(), _marks=lambda _: [mark],
                 _status=lambda _: 'inmigrate',
                 _receive=mock.Mock(side_effect=vm.MachineError('enough'))):
@@ -6602,7 +6603,7 @@ class FuzzTest(TempCase):
                     self.assertTrue(why)
                     answer = json.loads(near.makefile('rb').read())
                     self.assertEqual(answer, {'error': {'desc': why}})
-        self.assertTrue(machine.kept.incoming)
+        self.assertTrue(machine.spec.incoming)
 
     def printing(self, data: bytes) -> Any:
         """Have every program that is run print `data`."""
@@ -6621,7 +6622,7 @@ class FuzzTest(TempCase):
                      for pair in pairs):
             text = rng.choice((data, data + whole[-len(json.dumps(routes)):], data * 2))
             with self.only(text, vm.NetworkError), self.printing(text):
-                found, ways, _ = vm.look()
+                found, ways, _ = vm.read_network()
                 for link in found.values():
                     self.assertIsInstance(list(link.address_lines(True)), list)
                 for way in ways:
@@ -6646,7 +6647,8 @@ class FuzzTest(TempCase):
     def test_machine_files(self) -> None:
         device = dataclasses.asdict(vm.Device('disk0', 'disk', facts={'chain': [['/x', 'raw']]}))
         kept: dict[str, Any] = {
-            **{field.name: '' for field in dataclasses.fields(vm.Kept)}, 'memory': 64, 'cpus': 1,
+            **{field.name: '' for field in dataclasses.fields(vm.MachineSpec)},
+            'memory': 64, 'cpus': 1,
             'maxmemory': 0, 'efi': False, 'monitor_port': None, 'uid': 1, 'ports': 16,
             'cd_boot': 0, 'lost': False, 'devices': [device], 'snapshots': {}}
         path = self.directory / 'machine.json'
@@ -6674,9 +6676,11 @@ class PackagingTest(unittest.TestCase):
 
     def test_sections_are_those_of_the_map(self) -> None:
         text = (HERE / 'vmmonitor.py').read_text()
-        sections = re.findall(r'(?m)^# === ([a-z ]+) =', text)
-        table = (vm.__doc__ or '').partition('The sections')[2].partition('Rules')[0]
-        self.assertEqual(re.findall(r'(?m)^    ([a-z]+(?: [a-z]+)*)  ', table), sections)
+        sections = [part or section for part, section in re.findall(
+            r'(?m)^# (?:### (part \d: [a-z ]+) #|=== ([a-z ]+) =)', text)]
+        table = (vm.__doc__ or '').partition('Four parts')[2].partition('Rules')[0]
+        self.assertEqual(re.findall(r'(?m)^ {2,4}(part \d: .*|[a-z]+(?: [a-z]+)*(?=  ))', table),
+                         sections)
 
     def test_the_tests_that_the_readme_names(self) -> None:
         rows = re.findall(r'(?m)^\| .* \| (`Test.*) \|$', (HERE / 'README.md').read_text())
@@ -7551,4 +7555,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    vm.leave(main())
+    vm.exit_now(main())

@@ -13,32 +13,36 @@ Three flows run through it:
     startup   lines checked when the configuration is loaded -> one after another, each start
               in a thread of its own -> one summary line
 
-The sections, each using only those above it (grep -n '^# ===' prints them with their lines):
+Four parts, each section using only those above it (grep -nE '^# (###|===)' prints them):
 
+  part 1: daemon
     constants and limits   every number that decides something
-    errors                 the exception tree, and words() that turns one into a sentence
+    errors                 the exception tree, and explain() that turns one into a sentence
     logging and threads    one log format, one thread starter, one deadline
     data from outside      JSON with limits, and the shape that each answer must have
-    configuration          the table of options, Config, load()
     processes              run(), sys_command()
+    configuration          the table of options, Config, load()
     guest                  what every guest answers, wherever it lives
-    json sockets           the line protocol, QMP, GuestAgent
     clock                  measure an offset, correct it, prove it
-    libvirt                the only place with ctypes: Library, Connection, Lane, Host, Domain
-    host network           interfaces, routes, Interface, Switch, Router, Bond, VirtualNic
-    disks                  CD, Harddrive over qemu-img
-    machine                Machine: QEMU by QMP; Machines: those of this host
+    libvirt                the only place with ctypes: Library, Connection, Host, Domain
     guests                 one name space over the hosts; one command per guest at a time
     monitor                triggers -> at most one clock job per guest
     startup                the list of starts and delays
-    listener               Server, Exchange (the wire), Dispatcher (dispatch and all error policy)
+    listener               Server, ClientConnection (the wire), Dispatcher (and all error policy)
+  part 2: networks
+    host network           interfaces, routes, Interface, Switch, Router, Bond, VirtualNic
+  part 3: machines
+    json sockets           the line protocol, QMP, GuestAgent
+    disks                  CD, Harddrive over qemu-img
+    machine                Machine: QEMU by QMP; Machines: those of this host
+  part 4: command line
     command line           options, roles, signals, systemd, main()
 
 Rules for threads:
 
   * The libvirt event loop has a thread that does nothing else. Its callbacks only enqueue.
   * A guest agent that hangs delays nobody else: agent calls have connections of their own, a
-    guest whose agent was silent moves to a slow lane, and a connection never carries more than
+    guest whose agent was silent moves to a slow pool, and a connection never carries more than
     one call.
   * Every wait has a deadline (class Deadline). SIGTERM ends the program within STOP_TIMEOUT,
     whatever hangs: every thread is a daemon thread, and main() leaves by os._exit().
@@ -96,6 +100,8 @@ from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
 __version__ = '1.0'
+
+# ### part 1: daemon ##############################################################################
 
 # === constants and limits =======================================================================
 # Times are seconds unless the name says otherwise; sizes are bytes.
@@ -185,6 +191,9 @@ class Error(Exception):
 
     Error
      +- ConfigError           the configuration: every problem at once
+     +- InvalidValue          one value of it (a ValueError, too)
+     +- Refusal               a request that gets another answer than 200
+     +- TooLarge              a request with more bytes than it may have
      +- CommandError          a program failed: argv, exit status, stderr
      +- ProtocolError         a peer on a JSON socket sent what is no answer
      |   +- PeerClosed        ... or closed it
@@ -197,7 +206,7 @@ class Error(Exception):
      |   +- NoInterface       there is none of that name (a KeyError, too)
      |   +- NameTaken         something that is not ours has the name
      |   +- InUse             it is a port of something else, or carries what would be cut off
-     |   +- Lacking           the kernel, a program or a right is missing
+     |   +- MissingFeature           the kernel, a program or a right is missing
      +- GuestError            one guest, one request
          +- NoGuest           there is none of that name
          +- WrongState        its state does not allow it
@@ -283,7 +292,7 @@ class InUse(NetworkError):
     """It is a port of something else, or carries what the host needs."""
 
 
-class Lacking(NetworkError):
+class MissingFeature(NetworkError):
     """The kernel lacks a module, the host a program, or this process a right."""
 
 
@@ -319,13 +328,20 @@ class MachineError(GuestError):
     """A machine's QEMU could not be started, refused a command, or does not answer."""
 
 
-def words(problem: BaseException) -> str:
+def explain(problem: BaseException) -> str:
     """Return one line for people: what went wrong, and what to do about it."""
     if isinstance(problem, Error):
         return f'{problem}; {problem.hint}' if problem.hint else str(problem)
     if isinstance(problem, OSError) and problem.strerror:
         return f'{problem.filename}: {problem.strerror}' if problem.filename else problem.strerror
     return f'{type(problem).__name__}: {problem}'
+
+
+class Check(NamedTuple):
+    """A line of --check."""
+
+    good: bool
+    text: str
 
 
 # === logging and threads ========================================================================
@@ -384,7 +400,7 @@ def spawn(name: str, target: Callable[..., object], *args: Any) -> threading.Thr
         try:
             target(*args)
         except Error as problem:
-            log.error('%s: %s', name, words(problem))
+            log.error('%s: %s', name, explain(problem))
         except Exception:           # the boundary of every thread: a bug must be seen in the log
             log.exception('%s: unexpected error', name)
     thread = threading.Thread(target=guarded, name=name, daemon=True)
@@ -546,27 +562,65 @@ REQUESTS: dict[str, Any] = {'receive': {'shape': [list], 'runs': bool, 'seconds'
     'arrived': {}, 'run': {}}
 
 
-def fits(value: Any, shape: Any) -> bool:
+def matches(value: Any, shape: Any) -> bool:
     """Tell whether a value has a shape, as ANSWERS writes it."""
     if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+        return isinstance(value, list) and all(matches(item, shape[0]) for item in value)
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
-            fits(value[key.rstrip('?')], inner) if key.rstrip('?') in value else key[-1] == '?'
+            matches(value[key.rstrip('?')], inner) if key.rstrip('?') in value else key[-1] == '?'
             for key, inner in shape.items())
     return isinstance(value, shape) and (shape is not int or not isinstance(value, bool))
 
 
 def answer_of(command: str, reply: Any) -> Any:
     """Return the "return" of a reply to a command; ValueError unless it is as ANSWERS says."""
-    if not fits(reply, {'return': ANSWERS.get(command, object)}):
+    if not matches(reply, {'return': ANSWERS.get(command, object)}):
         raise ValueError(f'{command} returned {reply!r:.80}')
     return reply['return']
 
 
+# === processes ==================================================================================
+
+PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2'}     # Debian's, where its name is another
+
+
+def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = True,
+        keep: Sequence[int] = ()) -> subprocess.CompletedProcess[bytes]:
+    """Run a program without a shell, for at most `timeout` seconds; return what it printed.
+
+    It inherits the descriptors `keep`. Raises CommandError when it is missing, takes longer, or
+    (with `check`) fails.
+    """
+    try:
+        done = subprocess.run(argv, input=stdin, timeout=timeout, check=False,
+                              capture_output=True, pass_fds=keep)
+    except FileNotFoundError:
+        raise CommandError(argv, 127, 'not found',
+                           f'install {PACKAGES.get(argv[0], argv[0])}') from None
+    except subprocess.TimeoutExpired:
+        raise CommandError(argv, 124, f'no end after {timeout:g} s') from None
+    if check and done.returncode:
+        raise CommandError(argv, done.returncode, done.stderr.decode(errors='replace'))
+    return done
+
+
+def sys_command(cmd: str | Sequence[str], timeout: float = SYS_COMMAND_TIMEOUT) -> bytes:
+    """Run a command of the library's user and return its standard output.
+
+    A string goes through /bin/sh, and nothing else in this program does: put no name from outside
+    into one. A list is run as it stands. Raises CommandError (`status`, `stderr`).
+    """
+    try:
+        return run(['/bin/sh', '-c', cmd] if isinstance(cmd, str) else cmd, timeout).stdout
+    except CommandError as problem:
+        shown = cmd if isinstance(cmd, str) else shlex.join(cmd)
+        raise CommandError([shown], problem.status, problem.stderr, problem.hint) from None
+
+
 # === configuration ==============================================================================
 
-class Problem(ValueError):
+class InvalidValue(Error, ValueError):
     """Why one value can't be used; load() adds its place."""
 
 
@@ -576,7 +630,7 @@ class Option:
 
     key: str                                # its place in the file: listener.certificate.path
     help: str                               # for the README's table
-    read: Callable[[Any], Any]              # checks and converts, or raises Problem
+    read: Callable[[Any], Any]              # checks and converts, or raises InvalidValue
     restart: bool = False                   # a change counts only after a restart
 
 
@@ -590,7 +644,7 @@ def option(key: str, default: Any, read: Callable[[Any], Any], text: str,
 def a_bool(value: Any) -> bool:
     """Read true or false."""
     if not isinstance(value, bool):
-        raise Problem('must be true or false')
+        raise InvalidValue('must be true or false')
     return value
 
 
@@ -599,7 +653,7 @@ def a_text(value: Any) -> str:
     if value is None:
         return ''
     if not isinstance(value, str) or not value.isprintable():
-        raise Problem('must be a string without control characters')
+        raise InvalidValue('must be a string without control characters')
     return value
 
 
@@ -609,7 +663,7 @@ def a_number(low: float, high: float, unit: str = '', whole: bool = False) -> Ca
         if isinstance(value, bool) or not isinstance(value, (int, float)) \
                 or (whole and not isinstance(value, int)) or not low <= value <= high:
             kind = 'a whole number' if whole else 'a number'
-            raise Problem(f'must be {kind} from {low} to {high}{unit and " " + unit}')
+            raise InvalidValue(f'must be {kind} from {low} to {high}{unit and " " + unit}')
         return value
     return read
 
@@ -617,7 +671,7 @@ def a_number(low: float, high: float, unit: str = '', whole: bool = False) -> Ca
 def texts(value: Any) -> tuple[str, ...]:
     """Read a list of strings."""
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise Problem('must be a list of strings')
+        raise InvalidValue('must be a list of strings')
     return tuple(a_text(item) for item in value)
 
 
@@ -628,7 +682,7 @@ def an_address(value: Any) -> str:
         with contextlib.suppress(OSError):
             socket.inet_pton(family, text or '::')
             return text
-    raise Problem('must be an IPv4 or IPv6 address, or "" for all addresses of this host')
+    raise InvalidValue('must be an IPv4 or IPv6 address, or "" for all addresses of this host')
 
 
 class Step(NamedTuple):
@@ -646,7 +700,7 @@ def read_step(number: int, line: str) -> Step | None:
     try:
         found = shlex.split(line, comments=True)
     except ValueError as reason:
-        raise Problem(f'line {number}: {line!r}: {reason}; quote names with spaces') from None
+        raise InvalidValue(f'line {number}: {line!r}: {reason}; quote names with spaces') from None
     if not found:
         return None
     verb, *rest = found
@@ -660,8 +714,9 @@ def read_step(number: int, line: str) -> Step | None:
         if len(more) <= 1:
             limit = _seconds(number, line, more[0]) if more else WAIT_DEFAULT
             return Step(number, verb, name, limit, until)
-    raise Problem(f'line {number}: {line!r} is not understood; write "start NAME", "delay SECONDS" '
-                  'or "wait NAME [agent|running] [SECONDS]", names with spaces in quotes')
+    raise InvalidValue(
+        f'line {number}: {line!r} is not understood; write "start NAME", "delay SECONDS" or "wait '
+        'NAME [agent|running] [SECONDS]", names with spaces in quotes')
 
 
 def _seconds(number: int, line: str, text: str) -> float:
@@ -670,7 +725,7 @@ def _seconds(number: int, line: str, text: str) -> float:
         value = float(text)
         if 0 <= value <= DAY:
             return value
-    raise Problem(f'line {number}: {line!r}: {text!r} is no number of seconds from 0 to 86400')
+    raise InvalidValue(f'line {number}: {line!r}: {text!r} is no number of seconds from 0 to 86400')
 
 
 def steps(value: Any) -> tuple[Step, ...]:
@@ -681,10 +736,10 @@ def steps(value: Any) -> tuple[Step, ...]:
         try:
             step = read_step(number, line)
             found += [step] if step else []
-        except Problem as problem:
+        except InvalidValue as problem:
             problems.append(str(problem))
     if problems:
-        raise Problem('; '.join(problems))
+        raise InvalidValue('; '.join(problems))
     return tuple(found)
 
 
@@ -719,20 +774,20 @@ class KeyEntry:
 def key_entries(value: Any) -> tuple[KeyEntry, ...]:
     """Read listener.keys: objects with name, key or keyFile, commands, targets."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise Problem('must be a list of objects such as {"name": "backup", "keyFile": '
+        raise InvalidValue('must be a list of objects such as {"name": "backup", "keyFile": '
                       '"backup.key", "commands": ["save", "start"], "targets": ["db*"]}')
     entries: list[KeyEntry] = []
     problems: list[str] = []
     for number, item in enumerate(value):
         try:
             entries.append(_key_entry(number, item))
-        except Problem as problem:
+        except InvalidValue as problem:
             problems.append(str(problem))
     if problems:
-        raise Problem('; '.join(problems))
+        raise InvalidValue('; '.join(problems))
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names) or 'main' in names:
-        raise Problem('each key needs a name of its own, and "main" is the one of listener.key')
+        raise InvalidValue('each key needs a name of its own; "main" is the one of listener.key')
     return tuple(entries)
 
 
@@ -741,18 +796,18 @@ def _key_entry(number: int, item: Mapping[str, Any]) -> KeyEntry:
     place = f'[{number}]'
     unknown = set(item) - {'name', 'key', 'keyFile', 'commands', 'targets'}
     if unknown:
-        raise Problem(f'{place}: unknown key {sorted(unknown)[0]!r}; an entry has name, key or '
-                      'keyFile, commands, targets')
+        raise InvalidValue(f'{place}: unknown key {sorted(unknown)[0]!r}; an entry has name, key '
+                           'or keyFile, commands, targets')
     try:
         entry = KeyEntry(a_text(item.get('name')), a_text(item.get('key')),
                          a_text(item.get('keyFile')), texts(item.get('commands', list(COMMANDS))),
                          texts(item.get('targets', ['*'])))
-    except Problem as problem:
-        raise Problem(f'{place}: a value {problem}') from None
+    except InvalidValue as problem:
+        raise InvalidValue(f'{place}: a value {problem}') from None
     if not entry.name or set(entry.commands) - set(COMMANDS):
-        raise Problem(f'{place}: needs a "name", and "commands" out of {", ".join(COMMANDS)}')
+        raise InvalidValue(f'{place}: needs a "name", and "commands" out of {", ".join(COMMANDS)}')
     if bool(entry.key) == bool(entry.key_file):
-        raise Problem(f'{place} ({entry.name}): needs one of "key" and "keyFile"')
+        raise InvalidValue(f'{place} ({entry.name}): needs one of "key" and "keyFile"')
     return entry
 
 
@@ -874,7 +929,7 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
         attribute, row = OPTIONS[key]
         try:
             values[attribute] = row.read(value)
-        except Problem as problem:
+        except InvalidValue as problem:
             problems.append(f'{key}: {problem}')
     return values, problems
 
@@ -890,7 +945,7 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
         raise ConfigError(path, ['no such file; copy config.json.sample there and edit it, or '
                                  'name another with --config']) from None
     except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigError(path, [f'can\'t be read: {words(problem)}']) from None
+        raise ConfigError(path, [f'can\'t be read: {explain(problem)}']) from None
     values, problems = parse(text, path)
     config = Config(**values)
     warnings: list[str] = []
@@ -956,7 +1011,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
     for place, entry in zip(places, entries):
         try:
             secret = entry.key or _secret_file(beside(config, entry.key_file))
-        except Problem as problem:
+        except InvalidValue as problem:
             problems.append(f'{place}.keyFile: {problem}')
             continue
         if secret.upper() in SAMPLE_KEYS:
@@ -977,9 +1032,9 @@ def _secret_file(path: str) -> str:
     try:
         secret = Path(path).read_text('utf-8').strip()
     except (OSError, UnicodeDecodeError) as problem:
-        raise Problem(f'can\'t be read: {words(problem)}') from None
+        raise InvalidValue(f'can\'t be read: {explain(problem)}') from None
     if not secret or not secret.isprintable():
-        raise Problem(f'{path} must hold one line, the key')
+        raise InvalidValue(f'{path} must hold one line, the key')
     return secret
 
 
@@ -990,7 +1045,7 @@ def _check_certificate(config: Config, problems: list[str], warnings: list[str])
         return
     try:
         tls_context(config)
-    except Problem as problem:
+    except InvalidValue as problem:
         problems.append(f'listener.certificate: {problem}')
         return
     secret = beside(config, config.certificate_key or config.certificate)
@@ -999,7 +1054,7 @@ def _check_certificate(config: Config, problems: list[str], warnings: list[str])
 
 
 def tls_context(config: Config) -> ssl.SSLContext:
-    """Return the server's TLS settings, with its certificate; Problem says what is wrong."""
+    """Return the server's TLS settings, with its certificate; InvalidValue says what is wrong."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers('ECDHE+AESGCM:ECDHE+CHACHA20')      # of TLS 1.2; 1.3 has only good ones
@@ -1009,53 +1064,16 @@ def tls_context(config: Config) -> ssl.SSLContext:
     for path in paths:
         if not os.access(path, os.R_OK):
             why = 'this user may not read it' if os.path.exists(path) else 'no such file'
-            raise Problem(f'{path}: {why}')
+            raise InvalidValue(f'{path}: {why}')
     try:
         # A function as password: without one, OpenSSL would ask at the terminal.
         context.load_cert_chain(paths[0], paths[1], lambda: config.certificate_password)
     except (ssl.SSLError, OSError, ValueError) as problem:
         stale = f' ({STALE_COPY})' if handed_over(config) else ''
-        raise Problem(f'{paths[0]} with {paths[1]}: {words(problem)}; both must be PEM, belong '
-                      f'together, and certificate.password open the key{stale}') from None
+        raise InvalidValue(
+            f'{paths[0]} with {paths[1]}: {explain(problem)}; both must be PEM, belong together, '
+            f'and certificate.password open the key{stale}') from None
     return context
-
-
-# === processes ==================================================================================
-
-PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2'}     # Debian's, where its name is another
-
-
-def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = True,
-        keep: Sequence[int] = ()) -> subprocess.CompletedProcess[bytes]:
-    """Run a program without a shell, for at most `timeout` seconds; return what it printed.
-
-    It inherits the descriptors `keep`. Raises CommandError when it is missing, takes longer, or
-    (with `check`) fails.
-    """
-    try:
-        done = subprocess.run(argv, input=stdin, timeout=timeout, check=False,
-                              capture_output=True, pass_fds=keep)
-    except FileNotFoundError:
-        raise CommandError(argv, 127, 'not found',
-                           f'install {PACKAGES.get(argv[0], argv[0])}') from None
-    except subprocess.TimeoutExpired:
-        raise CommandError(argv, 124, f'no end after {timeout:g} s') from None
-    if check and done.returncode:
-        raise CommandError(argv, done.returncode, done.stderr.decode(errors='replace'))
-    return done
-
-
-def sys_command(cmd: str | Sequence[str], timeout: float = SYS_COMMAND_TIMEOUT) -> bytes:
-    """Run a command of the library's user and return its standard output.
-
-    A string goes through /bin/sh, and nothing else in this program does: put no name from outside
-    into one. A list is run as it stands. Raises CommandError (`status`, `stderr`).
-    """
-    try:
-        return run(['/bin/sh', '-c', cmd] if isinstance(cmd, str) else cmd, timeout).stdout
-    except CommandError as problem:
-        shown = cmd if isinstance(cmd, str) else shlex.join(cmd)
-        raise CommandError([shown], problem.status, problem.stderr, problem.hint) from None
 
 
 # === guest ======================================================================================
@@ -1079,7 +1097,7 @@ class AgentTrouble(NamedTuple):
     pattern: str                # found in the text of the answer
     says: str                   # for people
     hint: str                   # what to do
-    passes: bool                # trying again may help
+    transient: bool                # trying again may help
 
 
 # The first row whose pattern is found counts; an agent's texts differ between its versions.
@@ -1199,7 +1217,7 @@ def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
         try:
             answer.update(ask(guest))
         except Error as problem:
-            answer['error'] = words(problem)
+            answer['error'] = explain(problem)
     for thread in [spawn(guest.name, fill, answer, guest)
                    for answer, guest in zip(answers, guests)]:
         thread.join()
@@ -1218,250 +1236,22 @@ class GuestEvent(NamedTuple):
     when: float                 # time.monotonic() at which it became known
 
 
-# === json sockets ===============================================================================
+class GuestHost(Protocol):
+    """A place where guests live: a libvirt, or this program's own machines."""
 
-class LineSocket:
-    """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
-    two programs between which a guest migrates.
+    up: threading.Event         # whether it can be asked
 
-    Not for two threads at once; QMP and GuestAgent lock around an exchange.
-    """
+    def find(self, name: str) -> Guest | None:
+        """Return the guest of that name, or None."""
 
-    def __init__(self, path: str, connected: socket.socket) -> None:
-        self.path = path                        # of the socket, or who is at the other end
-        self.buffer = b''                       # received, not yet a whole line
-        self.socket = connected
+    def all(self, running: bool = False) -> list[Guest]:
+        """Return all guests, or those that run, by name."""
 
-    @classmethod
-    def connect(cls, path: str, deadline: Deadline) -> LineSocket:
-        """Connect to a unix socket; PeerSilent or PeerClosed when that fails."""
-        connected = socket.socket(socket.AF_UNIX)
-        try:
-            connected.settimeout(max(deadline.left(), 0.001))
-            connected.connect(path)
-        except BlockingIOError:             # as many wait to be taken as may
-            connected.close()
-            raise PeerSilent(f'{path}: takes no connections') from None
-        except OSError as problem:
-            connected.close()
-            raise PeerClosed(f'{path}: {words(problem)}', 'is the machine running?') from None
-        return cls(path, connected)
+    def watch(self, receive: Callable[[GuestEvent], None]) -> None:
+        """Give every event to `receive`, which only enqueues, for ever."""
 
-    def __enter__(self) -> LineSocket:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the socket; QEMU then serves the next client."""
-        self.socket.close()
-
-    def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'',
-             fds: Sequence[int] = ()) -> None:
-        """Send one value as a line, after the raw bytes `prefix`, with descriptors (SCM_RIGHTS)."""
-        self.socket.settimeout(max(deadline.left(), 0.001))
-        data = prefix + json.dumps(value).encode() + b'\n'
-        try:
-            sent = socket.send_fds(self.socket, [data], fds) if fds else 0
-            self.socket.sendall(data[sent:])
-        except socket.timeout:
-            raise PeerSilent(f'{self.path}: takes no more bytes') from None
-        except OSError as problem:
-            raise PeerClosed(f'{self.path}: {words(problem)}') from None
-
-    def line(self, deadline: Deadline) -> bytes:
-        """Return the next line, without its end."""
-        while b'\n' not in self.buffer:
-            if deadline.passed():
-                raise PeerSilent(f'{self.path}: did not answer in time')
-            if len(self.buffer) > JSON_BYTES:
-                raise ProtocolError(f'{self.path}: a line longer than {JSON_BYTES} bytes')
-            self.socket.settimeout(max(deadline.left(), 0.001))
-            try:
-                data = self.socket.recv(65536)
-            except socket.timeout:
-                raise PeerSilent(f'{self.path}: did not answer in time') from None
-            except OSError as problem:
-                raise PeerClosed(f'{self.path}: {words(problem)}') from None
-            if not data:
-                raise PeerClosed(f'{self.path}: closed by its other end')
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b'\n')
-        return line
-
-    def receive(self, deadline: Deadline) -> dict[str, Any]:
-        """Return the next line as a JSON object."""
-        line = self.line(deadline).strip()
-        try:
-            value = parse_json(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise ProtocolError(f'{self.path}: not a JSON object: {line[:80]!r}')
-        return value
-
-    def ask(self, command: str, timeout: float, **arguments: Any) -> Any:
-        """Return what the other end answers to a command."""
-        deadline = Deadline(timeout)
-        self.send({'execute': command, 'arguments': arguments}, deadline)
-        return self.returned(command, self.receive(deadline))
-
-    def asked(self, command: str, timeout: float) -> dict[str, Any]:
-        """Return the arguments of a command of REQUESTS, which has to come now."""
-        request = self.receive(Deadline(timeout))
-        if not fits(request, {'execute': str, 'arguments': REQUESTS[command]}) \
-                or request['execute'] != command:
-            raise ProtocolError(f'{self.path}: no request "{command}": {request!r:.80}')
-        return dict(request['arguments'])
-
-    def closed(self) -> bool:
-        """Tell whether the other end has closed it, and waits for nothing any more."""
-        with contextlib.suppress(OSError):
-            ready = select.select([self.socket], [], [], 0)[0]
-            return bool(ready and not self.buffer
-                        and not self.socket.recv(1, socket.MSG_PEEK))
-        return True
-
-    def returned(self, command: str, reply: Mapping[str, Any]) -> Any:
-        """Return what a reply to a command returns; ReplyError if it is an error."""
-        if 'error' in reply:
-            raise reply_error(self.path, reply)
-        try:
-            return answer_of(command, reply)
-        except ValueError as problem:
-            raise ProtocolError(f'{self.path}: no answer: {problem}') from None
-
-
-def reply_error(path: str, answer: Mapping[str, Any]) -> ReplyError:
-    """Return the error that an answer with an "error" member stands for."""
-    error = answer['error'] if isinstance(answer['error'], dict) else {'desc': answer['error']}
-    return ReplyError(path, str(error.get('class', '')), str(error.get('desc', '')))
-
-
-class QMP:
-    """QEMU's monitor protocol over its unix socket (docs/interop/qmp-spec).
-
-    QEMU serves one client of a socket at a time and lets a second one wait without a word, so
-    a missing greeting means that the socket is in use.
-    """
-
-    def __init__(self, path: str, timeout: float = QMP_TIMEOUT) -> None:
-        deadline = Deadline(timeout)
-        self.wire = LineSocket.connect(path, deadline)
-        self.lock = threading.Lock()            # one exchange at a time
-        self.serial = 0                         # of the last command: an answer must carry it
-        self.pending: collections.deque[dict[str, Any]] = collections.deque(
-            maxlen=EVENTS_KEPT)                 # events that came before anybody asked
-        try:
-            self.greeting = self._greeting(deadline)
-            self.execute('qmp_capabilities', timeout=deadline.left())
-        except BaseException:
-            self.wire.close()
-            raise
-
-    def _greeting(self, deadline: Deadline) -> dict[str, Any]:
-        try:
-            greeting = self.wire.receive(deadline)
-        except PeerSilent:
-            raise PeerSilent(f'{self.wire.path}: no greeting',
-                             'another program has this monitor open; close it') from None
-        if not isinstance(greeting.get('QMP'), dict):
-            raise ProtocolError(f'{self.wire.path}: no QMP greeting: {str(greeting)[:80]}')
-        return greeting
-
-    def __enter__(self) -> QMP:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the monitor, so that another client can have it."""
-        self.wire.close()
-
-    def execute(self, command: str, timeout: float = QMP_TIMEOUT, fds: Sequence[int] = (),
-                **arguments: Any) -> Any:
-        """Return what QEMU answers to `command`; `_` in argument names stands for `-`.
-
-        `fds` are descriptors for getfd or add-fd; they stay open here. Raises ReplyError with
-        QEMU's words, PeerSilent or PeerClosed.
-        """
-        with self.lock:
-            deadline = Deadline(timeout)
-            self.serial += 1
-            members = {name.replace('_', '-'): value for name, value in arguments.items()}
-            self.wire.send({'execute': command, 'arguments': members, 'id': self.serial}, deadline,
-                           fds=fds)
-            while True:
-                answer = self.wire.receive(deadline)
-                if 'event' in answer:
-                    self.pending.append(answer)
-                elif answer.get('id') == self.serial or 'id' not in answer:
-                    break               # an answer to an earlier, timed-out command is dropped
-            return self.wire.returned(command, answer)
-
-    def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
-        """Return the next event whose name is in `names` (any, if that is empty) and whose data
-        have these members, dropping others; PeerSilent if none comes."""
-        wanted, deadline = set(names), Deadline(timeout)
-        with self.lock:
-            while True:
-                event = self.pending.popleft() if self.pending else self.wire.receive(deadline)
-                if fits(event, EVENT) and (not wanted or event['event'] in wanted) and all(
-                        event.get('data', {}).get(key) == value for key, value in data.items()):
-                    return event
-
-
-class GuestAgent:
-    """The QEMU guest agent over its unix socket (qga/qapi-schema.json).
-
-    Its protocol has no message ids, so that a late answer to an earlier question would be taken
-    for the answer to this one. Hence every attempt starts with guest-sync-delimited and a number
-    of its own: the answer with that number stands where the two ends agree again.
-    """
-
-    def __init__(self, path: str, name: str) -> None:
-        self.path, self.name = path, name
-        self.lock = threading.Lock()
-        self.serial = int.from_bytes(os.urandom(4), 'big')
-
-    def execute(self, command: str, arguments: Arguments = None,
-                timeout: float = AGENT_TIMEOUT) -> Any:
-        """Return what the agent answers to `command`; AgentError when it does not."""
-        deadline = Deadline(timeout)
-        if not self.lock.acquire(timeout=deadline.left()):
-            raise agent_error(self.name, 'did not answer an earlier call yet')
-        try:
-            with LineSocket.connect(self.path, deadline) as wire:
-                self._synchronise(wire, deadline)
-                members = arguments() if callable(arguments) else arguments or {}
-                wire.send({'execute': command, 'arguments': dict(members)}, deadline)
-                answer = wire.receive(deadline)
-        except PeerSilent:
-            raise agent_error(self.name, 'did not answer') from None
-        except PeerClosed as problem:
-            raise agent_error(self.name, f'not connected: {problem}') from None
-        except ProtocolError as problem:
-            raise agent_error(self.name, str(problem)) from None
-        finally:
-            self.lock.release()
-        if 'error' in answer:
-            refusal = reply_error(self.path, answer)
-            raise agent_error(self.name, f'{refusal.kind}: {refusal.text}'.lstrip(': '))
-        return agent_answer(self.name, command, answer)
-
-    def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
-        """Have the agent drop what it has read (0xFF), and skip what it had written."""
-        self.serial = (self.serial + 1) & 0x7fffffff
-        sync = {'execute': 'guest-sync-delimited', 'arguments': {'id': self.serial}}
-        wire.send(sync, deadline, prefix=b'\xff')
-        while True:
-            line = wire.line(deadline).rpartition(b'\xff')[2]
-            with contextlib.suppress(ValueError):
-                answer = parse_json(line)
-                if isinstance(answer, dict) and answer.get('return') == self.serial:
-                    return
+    def stop(self) -> None:
+        """Stop watching."""
 
 
 # === clock ======================================================================================
@@ -1615,11 +1405,11 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
         if not failed:
             limit = max(tolerance, method.grain)
             break
-        if failed.trouble.passes:       # it may work later: a rougher way would not do better
+        if failed.trouble.transient:       # it may work later: a rougher way would not do better
             break
     result.proved, result.when = time.monotonic(), time.time()
     if abs(result.after) <= limit:
-        result.warning = words(problem) if problem else ''
+        result.warning = explain(problem) if problem else ''
         return result
     if problem:
         raise problem
@@ -1641,7 +1431,7 @@ def synchronise(guest: Guest, config: Config, cause: str, began: float,
         try:
             result = correct(guest, round(config.tolerance * MS), config.allow_exec)
         except AgentError as problem:
-            if not problem.trouble.passes or deadline.passed():
+            if not problem.trouble.transient or deadline.passed():
                 raise
         except HostAway:
             if deadline.passed():       # events would bring us back only if their link fell, too
@@ -1966,7 +1756,7 @@ _EVENTS: dict[int, Any] = {         # virDomainEventID -> callback; never 2, RTC
 
 
 class Connection:
-    """One virConnectPtr, for one call at a time (see Lane)."""
+    """One virConnectPtr, for one call at a time (see ConnectionPool)."""
 
     def __init__(self, uri: str) -> None:
         self.library = Library.get()
@@ -2027,7 +1817,7 @@ class Connection:
         return f'{number.value // 1000000}.{number.value // 1000 % 1000}.{number.value % 1000}'
 
 
-class Lane:
+class ConnectionPool:
     """Connections for one kind of call, so that calls of another kind never wait for these.
 
     A connection is lent to one call at a time. libvirt's client allows more, but up to 10.1 it
@@ -2087,10 +1877,10 @@ class Host:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.queries = Lane(uri, QUERY_CALLS)           # state, look-ups, XML: quick ones
-        self.actions = Lane(uri, ACTION_CALLS)          # start, save, stop: seconds to minutes
-        self.agents = Lane(uri, AGENT_CALLS)            # guest agents that answer
-        self.slow = Lane(uri, SLOW_CALLS)               # guest agents that did not
+        self.queries = ConnectionPool(uri, QUERY_CALLS)     # state, look-ups, XML: quick ones
+        self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
+        self.agents = ConnectionPool(uri, AGENT_CALLS)      # guest agents that answer
+        self.slow = ConnectionPool(uri, SLOW_CALLS)         # guest agents that did not
         self.silent: dict[str, bool] = {}               # UUID -> True: its agent was silent
         self.up = threading.Event()                     # connected, with events registered
         self.stopping = threading.Event()
@@ -2126,7 +1916,7 @@ class Host:
                 since = time.monotonic()
             except LibvirtError as problem:
                 if str(problem) != str(self.problem):
-                    log.warning('libvirt %s: %s; trying again', self.uri, words(problem))
+                    log.warning('libvirt %s: %s; trying again', self.uri, explain(problem))
                 self.problem = problem
             self.stopping.wait(pause)
             pause = min(pause * 2, RECONNECT_LAST)
@@ -2161,8 +1951,8 @@ class Host:
         spawn('libvirt-close', self._close).join(STOP_TIMEOUT / 4)
 
     def _close(self) -> None:
-        for lane in (self.queries, self.actions, self.agents, self.slow):
-            lane.close()
+        for pool in (self.queries, self.actions, self.agents, self.slow):
+            pool.close()
 
     # Domains
 
@@ -2184,7 +1974,7 @@ class Host:
                 return None
             raise
 
-    def each(self, running: bool = False) -> list[Guest]:
+    def all(self, running: bool = False) -> list[Guest]:
         """Return all domains, or those that run, by name."""
         self.reachable()
         with self.queries.connection(QUERY_TIMEOUT) as connection:
@@ -2202,10 +1992,11 @@ class Domain(Guest):
         self.host, self.id, self.name = host, uuid, name
 
     @contextlib.contextmanager
-    def _on(self, lane: Lane, timeout: float = BUSY_TIMEOUT) -> Iterator[tuple[Connection, int]]:
-        """Lend (connection, virDomainPtr) on `lane`, and give libvirt's errors their meaning."""
+    def _on(self, pool: ConnectionPool, timeout: float = BUSY_TIMEOUT
+            ) -> Iterator[tuple[Connection, int]]:
+        """Lend (connection, virDomainPtr) on `pool`, and give libvirt's errors their meaning."""
         try:
-            with lane.connection(timeout) as connection, connection.domain(self.id) as handle:
+            with pool.connection(timeout) as connection, connection.domain(self.id) as handle:
                 yield connection, handle
         except LibvirtError as problem:
             meaning = self.MEANINGS.get(problem.code)
@@ -2258,7 +2049,7 @@ class Domain(Guest):
                 raise WrongState(f'{self.name} is {state.value} again after {START_ATTEMPTS} '
                                  f'attempts', 'see its log in /var/log/libvirt/qemu')
             # A save, dump or migration that goes on makes these wait, and then its end counts:
-            # somebody else was quicker, or libvirt has had enough of waiting. Look again. But
+            # somebody else was quicker, or libvirt has had enough of waiting. Check again. But
             # libvirt also says "not valid" of a network that is down, and then nothing changes.
             try:
                 self._act(function, *arguments)
@@ -2329,7 +2120,7 @@ class Domain(Guest):
 
     # Guest agent
 
-    def _lane(self) -> Lane:
+    def _pool(self) -> ConnectionPool:
         return self.host.slow if self.id in self.host.silent else self.host.agents
 
     @contextlib.contextmanager
@@ -2337,7 +2128,7 @@ class Domain(Guest):
         """Lend (connection, virDomainPtr) for an agent call; note whether the agent answers."""
         began, lent = time.monotonic(), False
         try:
-            with self._on(self._lane(), BUSY_TIMEOUT) as (connection, handle):
+            with self._on(self._pool(), BUSY_TIMEOUT) as (connection, handle):
                 began, lent = time.monotonic(), True
                 yield connection, handle
             self.host.silent.pop(self.id, None)
@@ -2349,9 +2140,9 @@ class Domain(Guest):
             raise
         except LibvirtError as problem:
             error = agent_error(self.name, str(problem))
-            if error.trouble.passes and time.monotonic() - began > AGENT_SILENT:
+            if error.trouble.transient and time.monotonic() - began > AGENT_SILENT:
                 self.host.silent[self.id] = True
-            elif not error.trouble.passes:
+            elif not error.trouble.transient:
                 self.host.silent.pop(self.id, None)     # a refusal is an answer
             raise error from None
 
@@ -2436,13 +2227,932 @@ class Domain(Guest):
                     if answer.value:
                         connection.library.take_string(answer.value)
         except (GuestError, LibvirtError) as problem:       # the time is set all the same
-            log.debug('%s: rtc-reset-reinjection: %s', self.name, words(problem))
+            log.debug('%s: rtc-reset-reinjection: %s', self.name, explain(problem))
 
+
+# === guests =====================================================================================
+
+class Guests:
+    """One name space over the hosts of guests; one command per guest at a time."""
+
+    ACTIONS: dict[str, Callable[[Guest], str]] = {
+        'start': lambda guest: guest.start(), 'stop': lambda guest: guest.stop(),
+        'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake()}
+
+    def __init__(self, hosts: Sequence[GuestHost]) -> None:
+        self.hosts = list(hosts)
+        self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
+        self._free = threading.Condition()          # guards _busy; notified when one ends
+
+    def find(self, name: str) -> Guest:
+        """Return the guest `name`; NoGuest if there is none."""
+        for host in self.hosts:
+            guest = host.find(name)
+            if guest:
+                return guest
+        raise NoGuest(f'no guest is named {name}', '--status lists them')
+
+    def all(self, running: bool = False) -> list[Guest]:
+        """Return all guests, or those that run, by name."""
+        return [guest for host in self.hosts for guest in host.all(running)]
+
+    def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT) -> str:
+        """Carry out a command of ACTIONS and return what was done, in words.
+
+        Raises Busy when another command for this guest does not end within `patience` seconds.
+        """
+        with self._alone(guest, action, Deadline(patience)):
+            return self.ACTIONS[action](guest)
+
+    @contextlib.contextmanager
+    def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
+        with self._free:
+            while guest.id in self._busy:
+                if deadline.passed():
+                    raise self._busy_error(guest)
+                self._free.wait(deadline.left())
+            self._busy[guest.id] = action
+        try:
+            yield
+        finally:
+            with self._free:
+                del self._busy[guest.id]
+                self._free.notify_all()
+
+    def _busy_error(self, guest: Guest) -> Busy:
+        return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
+                    'try again later')
+
+    def ready(self, stopping: threading.Event, names: Iterable[str]) -> bool:
+        """Wait until every host is connected, or those that are have all of `names`; or (False)
+        until `stopping`."""
+        while not all(host.up.wait(STATE_POLL) for host in self.hosts):
+            if stopping.is_set():
+                return False
+            there = [host for host in self.hosts if host.up.is_set()]
+            with contextlib.suppress(Error):        # one went away again, or hangs
+                if all(any(host.find(name) for host in there) for name in names):
+                    break
+        return not stopping.is_set()
+
+
+# === monitor ====================================================================================
+
+class Settings:
+    """The configuration that counts now; a reload replaces it whole."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
+class ClockJob:
+    """The one clock job of a guest; the Monitor's lock guards `again`."""
+
+    def __init__(self, event: GuestEvent) -> None:
+        self.event = event                              # what it is about
+        self.again: GuestEvent | None = None         # came meanwhile: run once more
+        self.nudge = threading.Event()                  # set with `again`
+
+
+class Monitor:
+    """Events -> at most one clock job per guest; a trigger during a job makes it run again."""
+
+    NO_TRIGGERS = frozenset(('booted', 'stopped'))      # a boot is announced by "resumed", too
+    NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
+
+    def __init__(self, guests: Guests, settings: Settings) -> None:
+        self.guests, self.settings = guests, settings
+        self.events: queue.SimpleQueue[GuestEvent | None] = queue.SimpleQueue()
+        self.corrections: dict[str, Correction] = {}    # id -> the last one
+        self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
+        self._told: dict[str, set[str]] = {}            # id -> complaints since its start
+        self._lock = threading.Lock()                   # guards _jobs and _told
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        """Start the threads that take events and watch the host's clock."""
+        spawn('monitor', self._take_events)
+        spawn('host-clock', self._watch_host)
+
+    def stop(self) -> None:
+        """Stop; jobs end by themselves."""
+        self._stopping.set()
+        self.events.put(None)
+
+    def trigger_all(self, cause: str, hosts: Sequence[GuestHost]) -> list[GuestHost]:
+        """Check every running guest of these hosts; return those that can't be asked now."""
+        away = []
+        for host in hosts:
+            try:
+                for guest in host.all(running=True):
+                    self.events.put(GuestEvent(guest, cause, time.monotonic()))
+            except Error as problem:
+                log.debug('%s: %s', cause, explain(problem))
+                away.append(host)
+        return away
+
+    def _take_events(self) -> None:
+        for event in iter(self.events.get, None):
+            try:
+                self._take(event)
+            except Exception:           # one event that can't be handled must not end the rest
+                log.exception('%s: unexpected error', event.kind)
+
+    def _take(self, event: GuestEvent) -> None:
+        """Start a job, or have the one that runs look again."""
+        key, config = event.guest.id, self.settings.config
+        log.debug('%s: %s', event.guest.name, event.kind)
+        with self._lock:
+            if event.kind in self.NEW_START or event.kind == 'stopped':
+                self._told.pop(key, None)
+            job = self._jobs.get(key)
+            if job and event.kind == 'booted':
+                job.event = job.event._replace(kind='booted')
+            if event.kind in self.NO_TRIGGERS or config.excludes(event.guest.name):
+                return
+            if job:
+                job.again = event
+                job.nudge.set()
+                return
+            job = self._jobs[key] = ClockJob(event)
+        try:
+            spawn(f'clock {event.guest.name}', self._work, job)
+        except RuntimeError:                    # no more threads: the next trigger tries again
+            with self._lock:
+                del self._jobs[key]
+            raise
+
+    def _work(self, job: ClockJob) -> None:
+        """Run the job, and again as long as triggers came while it ran."""
+        key = job.event.guest.id
+        while True:
+            try:
+                self._run(job)
+            except Exception:           # a bug in one job must not end the clock of this guest
+                log.exception('%s: unexpected error', job.event.guest.name)
+            with self._lock:
+                if not job.again or self._stopping.is_set():
+                    del self._jobs[key]
+                    return
+                job.event, job.again = job.again, None
+                job.nudge.clear()
+
+    def _run(self, job: ClockJob) -> None:
+        """Correct one clock, and say what came of it."""
+        guest = job.event.guest
+        try:
+            result = synchronise(guest, self.settings.config, job.event.kind, job.event.when,
+                                 job.nudge)
+        except (WrongState, NoGuest, HostAway) as problem:
+            # It was stopped or paused meanwhile, or libvirt is: an event will bring us back.
+            log.debug('%s: clock left alone: %s', guest.name, explain(problem))
+            return
+        except Error as problem:
+            kind = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
+            self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
+                           f'{explain(problem)}')
+            return
+        result.cause = job.event.kind
+        if result.method or guest.id not in self.corrections:
+            self.corrections[guest.id] = result
+        log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
+        if result.warning:
+            self._complain(guest, 'warning', f'the clock is right, but: {result.warning}')
+
+    def _complain(self, guest: Guest, kind: str, text: str) -> None:
+        """Log a warning, each kind once per start of the guest."""
+        with self._lock:
+            told = self._told.setdefault(guest.id, set())
+            news = kind not in told
+            told.add(kind)
+        log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
+
+    def _watch_host(self) -> None:
+        """Check all guests when the host slept or its clock was set, and every checkInterval:
+        libvirt has no event for these."""
+        seen, checked, cause = HostClock.now(), time.monotonic(), ''
+        away: list[GuestHost] = []        # they are asked once more, in a moment
+        while not self._stopping.wait(HOST_CLOCK_POLL):
+            now, hosts = HostClock.now(), self.guests.hosts
+            jump, seen = now.jump_since(seen), now
+            interval = self.settings.config.check_interval
+            if jump:
+                cause = jump
+                log.warning('%s; checking all guests', cause)
+            elif interval and time.monotonic() - checked >= interval:
+                cause = 'periodic check'
+            elif away:
+                hosts = away
+            else:
+                continue
+            checked = checked if hosts is away else time.monotonic()
+            away = self.trigger_all(cause, hosts)
+
+
+# === startup ====================================================================================
+
+class Startup:
+    """Carry out startup.vmStartupCommands, once."""
+
+    def __init__(self, guests: Guests, lines: Sequence[Step]) -> None:
+        self.guests, self.steps = guests, lines
+        self.stopping = threading.Event()
+        self._results: dict[str, str] = {}          # guest -> what was done, in words
+        self._failed: dict[str, str] = {}           # guest -> why not
+
+    def run(self) -> None:
+        """Wait for the guests' hosts, go through the lines, wait for the last start, and sum up."""
+        if not self.guests.ready(self.stopping, {step.name for step in self.steps if step.name}):
+            return
+        began, threads = time.monotonic(), []
+        for step in self.steps:
+            if self.stopping.is_set():
+                return
+            if step.verb == 'start':
+                threads.append(spawn(f'start {step.name}', self._start, step.name))
+            elif step.verb == 'delay':
+                self.stopping.wait(step.seconds)
+            else:
+                self._wait(step)
+        for thread in threads:
+            thread.join()
+        if not self.stopping.is_set():
+            done = ', '.join(f'{name} {says}' for name, says in self._results.items())
+            failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
+            log.log(logging.WARNING if failed else logging.INFO,
+                    'startup: ended after %.1f s: %s%s', time.monotonic() - began,
+                    done or 'nothing started', failed and f'; failed: {failed}')
+
+    def _start(self, name: str) -> None:
+        """Start one guest, trying again START_RETRIES times."""
+        for attempt in range(1 + START_RETRIES):
+            if attempt:
+                self.stopping.wait(START_RETRY_PAUSE)
+            if not self.guests.ready(self.stopping, [name]):
+                return
+            try:
+                says = self.guests.act('start', self.guests.find(name))
+            except Error as problem:
+                self._failed[name] = explain(problem)
+                left = START_RETRIES - attempt
+                log.log(logging.WARNING if left else logging.ERROR,
+                        'startup: start %s failed: %s; %s', name, explain(problem),
+                        f'{left} more tries' if left else 'given up')
+            else:
+                self._failed.pop(name, None)
+                self._results[name] = says
+                log.info('startup: %s %s', name, says)
+                return
+
+    def _wait(self, step: Step) -> None:
+        """Wait until a guest runs, or its agent answers, but not longer than the line says.
+
+        The asking has a thread of its own: an agent that hangs holds a call for seconds.
+        """
+        reached = threading.Event()
+        deadline = Deadline(step.seconds)
+
+        def ask() -> bool:
+            with contextlib.suppress(Error):
+                guest = self.guests.find(step.name)
+                if step.until == 'running':
+                    return guest.state() is State.RUNNING
+                if guest.agent_state() == 'disconnected':
+                    return False                # libvirtd would log an error for each asking
+                guest.agent('guest-ping')
+                return True
+            return self.stopping.is_set()
+
+        def look() -> None:
+            if deadline.poll(ask):
+                reached.set()
+        began = time.monotonic()
+        spawn(f'wait {step.name}', look)
+        while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
+            if self.stopping.is_set():
+                return
+        waited = time.monotonic() - began
+        if reached.is_set():
+            log.info('startup: %s: %s after %.1f s', step.name, step.until, waited)
+        else:
+            log.warning('startup: line %d: %s: not yet "%s" after %.1f s; going on', step.number,
+                        step.name, step.until, waited)
+
+
+# === listener ===================================================================================
+# Server: socket policy. ClientConnection: the wire. Dispatcher: dispatch, and all error policy.
+
+NO_HTTP = 'not an HTTP request that can be read'
+
+
+class Refusal(Error):
+    """A request that gets another answer than 200."""
+
+    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, tuple(headers)
+
+
+class TooLarge(Error):
+    """A request has more bytes than it may."""
+
+
+class Request(NamedTuple):
+    """One request, read whole."""
+
+    peer: str                   # address
+    method: str
+    target: str                 # path and query
+    headers: email.message.Message
+    body: bytes
+
+
+class Reply(NamedTuple):
+    """One answer: a line for people, and the same for programs."""
+
+    status: int
+    text: str
+    data: Mapping[str, Any] = {}
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Audit:
+    """What the audit line of a request says; filled in as it becomes known."""
+
+    def __init__(self, peer: str) -> None:
+        self.began = time.monotonic()
+        self.peer, self.key, self.command, self.target = peer, '-', '-', '-'
+
+    def write(self, status: int) -> None:
+        """Write the line; no key ever stands in it."""
+        log.info('request peer=%s key=%s cmd=%s target=%s result=%d ms=%.0f', self.peer,
+                 *(json.dumps(text[:100]) if re.search(r'[^\w.:*-]', text) else text[:100]
+                   for text in (self.key, self.command, self.target)),
+                 status, (time.monotonic() - self.began) * 1000)
+
+
+class Throttle:
+    """Counts wrong keys by address, and says when an address has had enough of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wrong: dict[str, tuple[float, int]] = {}      # network -> (window's end, count)
+
+    @staticmethod
+    def _network(peer: str) -> str:
+        """Return what is counted as one: an IPv4 address, or an IPv6 /64, which one host has."""
+        if ':' not in peer:
+            return peer
+        return socket.inet_pton(socket.AF_INET6, peer.partition('%')[0])[:8].hex()
+
+    def wrong(self, peer: str) -> None:
+        """Count a wrong key."""
+        network, now = self._network(peer), time.monotonic()
+        with self._lock:
+            end, count = self._wrong.pop(network, (0.0, 0))
+            if end <= now:
+                end, count = now + WRONG_KEYS_WINDOW, 0
+            if len(self._wrong) >= WRONG_KEYS_PEERS:
+                del self._wrong[next(iter(self._wrong))]
+            self._wrong[network] = end, count + 1
+
+    def seconds(self, peer: str) -> int:
+        """Return for how many seconds this address gets no answer; 0 if it gets one."""
+        with self._lock:
+            end, count = self._wrong.get(self._network(peer), (0.0, 0))
+        return math.ceil(max(0.0, end - time.monotonic())) if count >= WRONG_KEYS else 0
+
+
+class Dispatcher:
+    """Turns a request into an action and its outcome into an answer."""
+
+    # The first row that fits gives the status of a failed command.
+    STATUSES: tuple[tuple[type[Error], int], ...] = (
+        (NoGuest, 404), (WrongState, 409), (Busy, 409), (HostAway, 503), (Error, 500))
+    PARAMETERS = frozenset(('key', 'cmd', 'target', 'wait'))
+
+    def __init__(self, guests: Guests, settings: Settings,
+                 corrections: Mapping[str, Correction]) -> None:
+        self.guests, self.settings, self.corrections = guests, settings, corrections
+        self.throttle = Throttle()
+
+    def answer(self, request: Request) -> Reply:
+        """Return the answer to any request, and write its audit line."""
+        audit = Audit(request.peer)
+        try:
+            reply = self._dispatch(request, audit)
+        except Refusal as refusal:
+            reply = Reply(refusal.status, str(refusal), headers=refusal.headers)
+        except Error as problem:
+            status = next(code for kind, code in self.STATUSES if isinstance(problem, kind))
+            reply = Reply(status, explain(problem),
+                          headers=(('Retry-After', '2'),) if status == 503 else ())
+        except Exception:               # a boundary: the client gets an answer, the log the bug
+            log.exception('request from %s: unexpected error', request.peer)
+            reply = Reply(500, 'an error in vmmonitor; its log has more')
+        audit.write(reply.status)
+        return reply
+
+    def _dispatch(self, request: Request, audit: Audit) -> Reply:
+        """Check everything in the order in which it may be told, and carry it out."""
+        if request.method not in ('GET', 'POST'):
+            raise Refusal(405, 'use GET or POST', (('Allow', 'GET, POST'),))
+        parameters = self._parameters(request)
+        audit.command = parameters.get('cmd', '-')
+        audit.target = parameters.get('target', '-')
+        key = self._authenticate(request.peer, parameters, audit)
+        command, target = parameters.get('cmd', ''), parameters.get('target', '')
+        if command not in COMMANDS:
+            raise Refusal(400, f'cmd must be one of {", ".join(COMMANDS)}')
+        if bool(target) == (command == 'list'):
+            raise Refusal(400, f'{command} takes no target' if target else
+                          f'target is missing: the name of the guest to {command}')
+        if target and not key.covers(target):
+            self.throttle.wrong(request.peer)       # not to be told from a wrong key
+            raise self._wrong_key()
+        if not self.settings.config.allows(command):
+            raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
+        if command not in key.commands:
+            raise Refusal(403, f'this key may not {command}')
+        wait = self._wait(parameters)
+        if command == 'list':
+            return self._list(key)
+        guest = self.guests.find(target)
+        if command == 'status':
+            return self._status(guest)
+        return self._act(command, guest, wait)
+
+    @staticmethod
+    def _pairs(text: str) -> list[tuple[str, str]]:
+        """Split and decode a query or a form."""
+        if not text:
+            return []
+        try:
+            return urllib.parse.parse_qsl(text, keep_blank_values=True, strict_parsing=True,
+                                          errors='strict', max_num_fields=8)
+        except ValueError:
+            raise Refusal(400, 'parameters must be NAME=VALUE, joined by & and percent-encoded '
+                          'UTF-8') from None
+
+    def _parameters(self, request: Request) -> dict[str, str]:
+        """Collect the parameters from the query, the body and the Authorization header."""
+        try:
+            url = urllib.parse.urlsplit(request.target)
+        except ValueError:
+            raise Refusal(400, NO_HTTP) from None
+        if url.path not in ('/', ''):
+            raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
+        pairs = self._pairs(url.query)
+        kind = request.headers.get('Content-Type', '').partition(';')[0].strip().lower()
+        if request.method == 'POST' and request.body:
+            if kind == 'application/json':
+                pairs += self._json_pairs(request.body)
+            elif kind in ('application/x-www-form-urlencoded', ''):
+                pairs += self._pairs(request.body.decode('latin-1').strip())
+            else:
+                raise Refusal(415, 'send application/x-www-form-urlencoded or application/json')
+        scheme, _, token = request.headers.get('Authorization', '').partition(' ')
+        if scheme.lower() == 'bearer':
+            pairs.append(('key', token.strip()))
+        elif scheme:
+            raise Refusal(401, 'use Authorization: Bearer KEY', (('WWW-Authenticate', 'Bearer'),))
+        found: dict[str, str] = {}
+        for name, value in pairs:
+            if name not in self.PARAMETERS:
+                raise Refusal(400, 'parameters are ' + ', '.join(sorted(self.PARAMETERS)))
+            if name in found:
+                raise Refusal(400, f'{name} stands there twice')
+            if not value.isprintable():
+                raise Refusal(400, f'{name} has control characters')
+            found[name] = value
+        return found
+
+    @staticmethod
+    def _json_pairs(body: bytes) -> list[tuple[str, str]]:
+        """Read a JSON body: an object whose values are strings or numbers."""
+        try:
+            value = parse_json(body, unique=True)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or any(
+                isinstance(item, bool) or not isinstance(item, (str, int, float))
+                for item in value.values()):
+            raise Refusal(400, 'the body must be a JSON object, its keys '
+                          'once each, its values strings or numbers')
+        return [(name, str(item)) for name, item in value.items()]
+
+    @staticmethod
+    def _wrong_key() -> Refusal:
+        return Refusal(401, 'wrong key, or not for this target', (('WWW-Authenticate', 'Bearer'),))
+
+    def _authenticate(self, peer: str, parameters: Mapping[str, str], audit: Audit) -> Key:
+        """Return the key of the request; 401, or 429 for an address that guesses."""
+        pause = self.throttle.seconds(peer)
+        if pause:
+            raise Refusal(429, f'too many wrong keys; try again in {pause} s',
+                          (('Retry-After', str(pause)),))
+        if not parameters.get('key'):
+            raise Refusal(401, 'key is missing', (('WWW-Authenticate', 'Bearer'),))
+        digest = hashlib.sha256(parameters['key'].encode(errors='surrogatepass')).digest()
+        found: Key | None = None
+        for key in self.settings.config.keys:       # all of them: the time shall tell nothing
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        if not found:
+            self.throttle.wrong(peer)
+            raise self._wrong_key()
+        audit.key = found.name
+        return found
+
+    @staticmethod
+    def _wait(parameters: Mapping[str, str]) -> float:
+        """Return how many seconds the request waits for its command."""
+        try:
+            wait = float(parameters.get('wait', COMMAND_TIMEOUT))
+        except ValueError:
+            wait = -1.0
+        if not 0 <= wait <= COMMAND_TIMEOUT:
+            raise Refusal(400, f'wait must be a number of seconds from 0 to {COMMAND_TIMEOUT:g}')
+        return wait
+
+    def _act(self, command: str, guest: Guest, wait: float) -> Reply:
+        """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
+        outcome: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+        waiting = threading.Event()
+        waiting.set()
+
+        def work() -> None:
+            result: str | Exception
+            try:
+                result = self.guests.act(command, guest, BUSY_TIMEOUT if wait else 0)
+            except Exception as problem:    # all of them are raised where the answer is made
+                result = problem
+            outcome.put(result)
+            if not waiting.is_set():
+                failed = isinstance(result, Exception)
+                log.log(logging.WARNING if failed else logging.INFO, '%s %s: %s', command,
+                        guest.name, explain(result) if isinstance(result, Exception) else result)
+        spawn(f'{command} {guest.name}', work)
+        try:
+            result = outcome.get(timeout=max(wait, REFUSAL_TIMEOUT))
+        except queue.Empty:
+            waiting.clear()
+            return Reply(202, f'{guest.name}: {command} goes on', {
+                'target': guest.name, 'cmd': command, 'result': 'goes on'})
+        if isinstance(result, Exception):
+            raise result
+        return Reply(200, f'{guest.name}: {result}', {
+            'target': guest.name, 'cmd': command, 'result': result})
+
+    def _describe(self, guest: Guest) -> dict[str, Any]:
+        """Return what is known of a guest."""
+        state = guest.state()
+        last = self.corrections.get(guest.id)
+        clock = last and {
+            'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
+            'corrected': bool(last.method), 'at': utc(last.when)}
+        return {'name': guest.name, 'state': state.value, 'agent': guest.agent_state(),
+                'clock': clock}
+
+    @staticmethod
+    def _line(known: Mapping[str, Any]) -> str:
+        clock = known['clock']
+        return '{} {} agent={} clock={}'.format(
+            known['name'], known['state'], known['agent'],
+            '{:+.1f}ms at {} after "{}"'.format(clock['afterMs'], clock['at'], clock['cause'])
+            if clock else 'unknown')
+
+    def _status(self, guest: Guest) -> Reply:
+        known = self._describe(guest)
+        return Reply(200, self._line(known), known)
+
+    def _list(self, key: Key) -> Reply:
+        """Return the guests that the key reaches."""
+        found: list[dict[str, Any]] = []
+        for guest in self.guests.all():
+            if key.covers(guest.name):
+                with contextlib.suppress(NoGuest):          # undefined since it was listed
+                    found.append(self._describe(guest))
+        return Reply(200, '\n'.join(map(self._line, found)) or 'no guests', {'guests': found})
+
+
+def utc(when: float) -> str:
+    """Return a time.time() as ISO 8601 in UTC."""
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(when))
+
+
+class RequestReader(io.RawIOBase):
+    """The bytes of a connection, with a limit on how many and on how long one request may take.
+
+    The clock starts with the first byte: a connection that is idle has IDLE_TIMEOUT, and then a
+    request that trickles has REQUEST_TIMEOUT, not that long for every byte.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self.connection = connection
+        self.deadline = Deadline(REQUEST_TIMEOUT)
+        self.began = False                  # whether a byte of the request has come
+        self.bare_cr = False                # whether a CR came without its LF
+        self.budget = HEADER_BYTES
+
+    def readable(self) -> bool:
+        """Say that this is for reading (io.RawIOBase)."""
+        return True
+
+    def expect(self) -> None:
+        """Get ready for another request."""
+        self.deadline, self.began, self.bare_cr = Deadline(IDLE_TIMEOUT), False, False
+        self.budget = HEADER_BYTES
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is; TooLarge, or socket.timeout."""
+        if self.budget <= 0:
+            raise TooLarge('request line and headers too large')
+        self.connection.settimeout(max(self.deadline.left(), 0.001))
+        count = self.connection.recv_into(memoryview(buffer)[:self.budget])
+        if not self.began:
+            self.deadline, self.began = Deadline(REQUEST_TIMEOUT), True
+        self.budget -= count
+        self.bare_cr |= bool(re.search(rb'\r[^\n]', memoryview(buffer)[:count]))
+        return count
+
+
+class Client:
+    """A connection, as the Server sees it."""
+
+    def __init__(self, connection: socket.socket, address: str) -> None:
+        self.connection, self.address = connection, address
+        self.idle = True                    # not in the middle of carrying out a request
+
+    def drop(self) -> None:
+        """End the connection from another thread than its own."""
+        with contextlib.suppress(OSError):      # not SSLSocket's own, which the owner would notice
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+
+
+class ClientConnection(http.server.BaseHTTPRequestHandler):
+    """The wire: handshake, limits, time-outs, and one write per response."""
+
+    protocol_version = 'HTTP/1.1'
+    server: Server
+
+    def __init__(self, client: Client, server: Server) -> None:
+        self.client = client
+        super().__init__(client.connection, (client.address, 0), server)
+
+    def setup(self) -> None:
+        """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
+        self.client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.client.connection.settimeout(HANDSHAKE_TIMEOUT)
+        self.connection = self.server.context.wrap_socket(
+            self.client.connection, server_side=True, do_handshake_on_connect=False)
+        self.client.connection = self.connection        # wrap_socket() took the descriptor over
+        self.connection.do_handshake()
+        self.source = RequestReader(self.connection)
+        self.rfile = io.BufferedReader(self.source)
+
+    def finish(self) -> None:
+        """Say goodbye in TLS, without waiting for the other end to do so."""
+        with contextlib.suppress(OSError, ValueError):
+            self.connection.settimeout(0)
+            self.connection.unwrap()
+        self.rfile.close()
+
+    def handle_one_request(self) -> None:
+        """Read one request, have the Dispatcher answer it."""
+        self.source.expect()
+        self.close_connection = True
+        self.command = ''                               # parse_request() may leave it unset
+        try:
+            self.raw_requestline = self.rfile.readline(HEADER_BYTES + 1)
+            if not self.raw_requestline.strip():
+                return
+            if b' HTTP/' not in self.raw_requestline:       # it would be taken for HTTP/0.9
+                raise Refusal(400, NO_HTTP)
+            if not self.parse_request():
+                return
+            # Python's parser stops at a line that it can't read, and takes a bare CR for a line's
+            # end: what follows would be the next request of this connection.
+            if self.headers.defects or self.headers.get_payload() or self.source.bare_cr:
+                raise Refusal(400, NO_HTTP)
+            body = self._body()
+        except socket.timeout:
+            if self.source.began:
+                self.refuse(408, f'the request took longer than {REQUEST_TIMEOUT:g} s')
+            return
+        except TooLarge as problem:
+            self.refuse(431, str(problem))
+            return
+        except Refusal as refusal:
+            self.refuse(refusal.status, str(refusal))
+            return
+        self.client.idle = False
+        reply = self.server.router.answer(Request(
+            self.client.address, self.command, self.path, self.headers, body))
+        self.respond(reply)
+        self.client.idle = True
+
+    def _body(self) -> bytes:
+        """Read the body of the request."""
+        if 'Transfer-Encoding' in self.headers:
+            raise Refusal(411, 'send the body with a Content-Length')
+        lengths = self.headers.get_all('Content-Length', [])
+        if not lengths:
+            return b''
+        if len(lengths) > 1 or not re.fullmatch(r'[0-9]{1,10}', lengths[0]):
+            raise Refusal(400, 'Content-Length must be one number')
+        length = int(lengths[0])
+        if length > BODY_BYTES:
+            raise Refusal(413, f'the body may have {BODY_BYTES} bytes')
+        self.source.budget = BODY_BYTES
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise Refusal(400, 'the body is shorter than its Content-Length')
+        return body
+
+    def refuse(self, status: int, text: str) -> None:
+        """Answer a request that can't be read, and end the connection."""
+        self.close_connection = True
+        Audit(self.client.address).write(status)
+        self.respond(Reply(status, text))
+
+    def send_error(self, code: int, message: str | None = None,
+                   explain: str | None = None) -> None:
+        """Answer a request that parse_request() can't read."""
+        self.refuse(int(code), NO_HTTP)
+
+    def handle_expect_100(self) -> bool:
+        """Tell a client that waits for it to send its body."""
+        self.connection.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
+        return True
+
+    def respond(self, reply: Reply) -> None:
+        """Send an answer in one write, as JSON to those who accept that."""
+        headers = getattr(self, 'headers', None)
+        as_json = headers is not None and 'application/json' in headers.get('Accept', '')
+        if as_json:
+            data = reply.data or ({'error': reply.text} if reply.status >= 400 else {})
+            text = json.dumps(data)
+        else:
+            text = '\n'.join(map(printable, reply.text.split('\n')))
+        body = text.encode('utf-8', 'replace') + b'\n'
+        kind = 'application/json' if as_json else 'text/plain; charset=utf-8'
+        lines = [f'HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}',
+                 'Server: vmmonitor', f'Date: {self.date_time_string()}',
+                 f'Content-Type: {kind}', f'Content-Length: {len(body)}',
+                 'Cache-Control: no-store', 'X-Content-Type-Options: nosniff',
+                 *(f'{name}: {value}' for name, value in reply.headers),
+                 f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
+        if self.command == 'HEAD':
+            body = b''
+        self.connection.settimeout(SEND_TIMEOUT)
+        self.connection.sendall('\r\n'.join(lines).encode('latin-1') + body)
+
+    def log_message(self, format: str, *args: Any) -> None:     # pylint: disable=redefined-builtin
+        """Log nothing: the Audit does."""
+
+
+class Server(socketserver.TCPServer):
+    """The sockets: who may connect, and how many at once."""
+
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, config: Config, router: Dispatcher) -> None:
+        self.router = router
+        self.context = tls_context(config)
+        self.clients: dict[Client, None] = {}       # in the order in which they came
+        self.lock = threading.Lock()                # guards clients
+        self.place = (config.address, int(config.port))
+        self.address_family = socket.AF_INET if '.' in config.address else socket.AF_INET6
+        if not config.address and not _has_ipv6():
+            self.address_family = socket.AF_INET
+        try:
+            super().__init__(self.place, ClientConnection)      # type: ignore[arg-type]
+        except OSError as problem:
+            raise Error(f'can\'t listen on {self.name()}: {explain(problem)}',
+                        'set listener.port and listener.address to what is free here') from None
+
+    def name(self) -> str:
+        """Return address and port for people."""
+        address, port = self.place
+        return f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
+
+    def server_bind(self) -> None:
+        """Bind; without an address, to IPv6 and IPv4 with one socket."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(self.place[0]))
+        super().server_bind()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection in, at the cost of the oldest idle one when there are too many."""
+        address = client_address[0]
+        if address.startswith('::ffff:') and '.' in address:
+            address = address[7:]
+        client = Client(request, address)
+        if self._admit(client):
+            spawn(f'client {address}', self._serve, client)
+        else:
+            self.shutdown_request(request)
+
+    def _admit(self, client: Client) -> bool:
+        """Count the client in, and drop an idle one for it; False if all others are at work."""
+        with self.lock:
+            others = list(self.clients)
+            same = [other for other in others if other.address == client.address]
+            for crowd, limit in ((same, CONNECTIONS_PER_PEER), (others, CONNECTIONS_MAX)):
+                if len(crowd) >= limit:
+                    idle = next((other for other in crowd if other.idle), None)
+                    if not idle:
+                        return False
+                    idle.drop()
+                    self.clients.pop(idle, None)
+            self.clients[client] = None
+            return True
+
+    def _serve(self, client: Client) -> None:
+        """Serve one connection, in its own thread."""
+        try:
+            ClientConnection(client, self)
+        except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
+            log.debug('client %s: %s', client.address, explain(problem))
+        finally:
+            with self.lock:
+                self.clients.pop(client, None)
+            with contextlib.suppress(OSError):
+                client.connection.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what went wrong while a connection was taken in."""
+        log.exception('client %s: unexpected error', client_address)
+
+    def serve(self) -> None:
+        """Accept connections until shutdown()."""
+        self.serve_forever(poll_interval=STATE_POLL)
+
+    def stop(self) -> None:
+        """Accept no more, and end the connections that are idle."""
+        self.shutdown()
+        self.server_close()
+        with self.lock:
+            for client in self.clients:
+                if client.idle:
+                    client.drop()
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(('::', 0))
+        return True
+    return False
+
+
+class Listener:
+    """The https trigger: a Server that can be replaced while the Dispatcher stays."""
+
+    def __init__(self, guests: Guests, settings: Settings,
+                 corrections: Mapping[str, Correction]) -> None:
+        self.settings = settings
+        self.router = Dispatcher(guests, settings, corrections)
+        self.server: Server | None = None
+
+    def open(self, config: Config) -> None:
+        """Listen where `config` says, and no longer elsewhere; Error if that can't be."""
+        server = Server(config, self.router)
+        self.close()
+        self.server = server
+        spawn('listener', server.serve)
+        log.info('listening on %s', server.name())
+
+    def reload(self, old: Config) -> None:
+        """Take over the new certificate and address; with an Error, all stays as it was."""
+        new = self.settings.config
+        if self.server and (new.address, new.port) == (old.address, old.port):
+            self.server.context = tls_context(new)
+            return
+        if new.port == old.port:
+            self.close()                # "all addresses" and one of them exclude each other
+        try:
+            self.open(new)
+        except Error:
+            if not self.server:
+                self.open(old)
+            raise
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self.server:
+            self.server.stop()
+            self.server = None
+
+
+# ### part 2: networks ############################################################################
 
 # === host network ===============================================================================
-# Reading is look(): one `ip` process for all links, addresses and routes, and pure functions that
-# turn its JSON into Link and Route. Changing is carry_out(): a list of Op, run by one
-# `ip -batch` per namespace.
+# Reading is read_network(): one `ip` process for all links, addresses and routes, and pure
+# functions that turn its JSON into Link and Route. Changing is carry_out(): a list of Op, run by
+# one `ip -batch` per namespace.
 #
 # Ownership. Whatever is made gets a Record in the Ledger first, then an interface group of its
 # own and the alias "vmmonitor:GROUP". Only what shows both, or stands in the Ledger as being
@@ -2474,15 +3184,16 @@ TAP_FLAGS = 0x0002 | 0x1000 | 0x4000        # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 NET_TROUBLES: tuple[tuple[str, str, type[NetworkError], str], ...] = (
     ('busy', '^/dev/', InUse, 'another program, perhaps a machine, has it open'),
     ('', '^/dev/tap', InUse, 'needs root, and a /dev that is a devtmpfs'),
-    ('not permitted|Permission denied|must be root', '', Lacking, 'needs root or CAP_NET_ADMIN'),
-    ('No such', '^/dev/net/tun', Lacking, 'kernel lacks tun (modprobe tun)'),
-    ('Unknown device type|not supported', r'type bond\b', Lacking,
+    ('not permitted|Permission denied|must be root', '', MissingFeature,
+     'needs root or CAP_NET_ADMIN'),
+    ('No such', '^/dev/net/tun', MissingFeature, 'kernel lacks tun (modprobe tun)'),
+    ('Unknown device type|not supported', r'type bond\b', MissingFeature,
      'kernel lacks bonding (modprobe bonding)'),
-    ('Unknown device type|not supported', r'(?<=type )\w+', Lacking,
+    ('Unknown device type|not supported', r'(?<=type )\w+', MissingFeature,
      'kernel lacks {0} (modprobe {0})'),
-    ('kind is unknown|No such file', r'\bnetem\b', Lacking,
+    ('kind is unknown|No such file', r'\bnetem\b', MissingFeature,
      'kernel lacks netem (modprobe sch_netem)'),
-    ('kind is unknown|No such file|classifier|action', 'mirred|ingress', Lacking,
+    ('kind is unknown|No such file|classifier|action', 'mirred|ingress', MissingFeature,
      'kernel lacks redirection (modprobe sch_ingress cls_u32 act_mirred)'),
     ('File exists', '', NameTaken, 'something has that name or number; see ip link'),
     ('Cannot find device|does not exist', '', NoInterface, 'it went away meanwhile; see ip link'),
@@ -2566,7 +3277,7 @@ def _sysctl(ops: Sequence[Op], _force: bool, _keep: Sequence[int]) -> Iterator[t
         try:
             Path('/proc/sys', path).write_text(value)
         except OSError as problem:
-            yield op, words(problem)
+            yield op, explain(problem)
 
 
 def _single(ops: Sequence[Op], _force: bool, keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
@@ -2655,8 +3366,8 @@ class Link:
             yield ' '.join(filter(None, parts))
 
 
-class Sight(NamedTuple):
-    """What one look() saw."""
+class NetworkState(NamedTuple):
+    """What one read_network() saw."""
 
     links: dict[str, Link]
     routes: list[Route]
@@ -2682,7 +3393,7 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
     return routes
 
 
-def look(namespace: str = '') -> Sight:
+def read_network(namespace: str = '') -> NetworkState:
     """Read all links and routes of a namespace ('' is the host's): one `ip -json -batch`."""
     argv = ['ip', *(['-n', valid_name(namespace, 'namespace')] if namespace else []),
             '-json', '-details', '-batch', '-']
@@ -2695,7 +3406,7 @@ def look(namespace: str = '') -> Sight:
             ('ip address', 'ip route'), parse_documents(done.stdout)))
     except ValueError as problem:
         raise NetworkError(f'ip printed no such list: {problem}', 'update iproute2') from None
-    return Sight(parse_links(rows), parse_routes(ways), time.monotonic())
+    return NetworkState(parse_links(rows), parse_routes(ways), time.monotonic())
 
 
 def valid_name(name: str, what: str = 'interface') -> str:
@@ -2731,7 +3442,7 @@ def valid_mac(mac: str) -> str:
     return mac
 
 
-def fit(long: str) -> str:
+def short_name(long: str) -> str:
     """Return an interface name for a longer one: itself if it fits, else a stable short form."""
     if len(long) <= NAME_LENGTH:
         return long
@@ -2786,7 +3497,7 @@ class Interface:
     gateway: str = reads("The gateway of the default route that goes out here, or ''.", lambda self:
                          next((one.gateway for one in self.routes if one.to == 'default'), ''))
 
-    def __init__(self, name: str, namespace: str = '', seen: Sight | None = None) -> None:
+    def __init__(self, name: str, namespace: str = '', seen: NetworkState | None = None) -> None:
         self.name, self.namespace = name, namespace
         self._where = namespace             # a nic's port is not in its namespace
         self._seen = seen                   # from interfaces.values(): counts for a moment
@@ -2794,10 +3505,10 @@ class Interface:
     def __repr__(self) -> str:
         return f'<{type(self).__name__} {self.name}>'
 
-    def _look(self) -> Sight:
+    def _look(self) -> NetworkState:
         if self._seen and time.monotonic() - self._seen.at < SEEN_TIMEOUT:
             return self._seen
-        return look(self._where)
+        return read_network(self._where)
 
     def link(self) -> Link:
         """Return all that `ip -details address` says of it."""
@@ -2881,14 +3592,14 @@ class Interfaces(Mapping[str, Interface]):
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(look(self.namespace).links)
+        return iter(read_network(self.namespace).links)
 
     def __len__(self) -> int:
-        return len(look(self.namespace).links)
+        return len(read_network(self.namespace).links)
 
     def items(self) -> ItemsView[str, Interface]:
         """Return names and interfaces, seen at once."""
-        sight = look(self.namespace)
+        sight = read_network(self.namespace)
         return {name: Interface(name, self.namespace, sight) for name in sight.links}.items()
 
     def values(self) -> ValuesView[Interface]:
@@ -2903,13 +3614,13 @@ class Routes(Sequence[Route]):
         self.namespace = namespace
 
     def __iter__(self) -> Iterator[Route]:
-        return iter(look(self.namespace).routes)
+        return iter(read_network(self.namespace).routes)
 
     def __getitem__(self, index: Any) -> Any:
-        return look(self.namespace).routes[index]
+        return read_network(self.namespace).routes[index]
 
     def __len__(self) -> int:
-        return len(look(self.namespace).routes)
+        return len(read_network(self.namespace).routes)
 
 
 interfaces = Interfaces()
@@ -3044,7 +3755,7 @@ class Ledger:
         except FileNotFoundError:
             self.records = {}
         except (OSError, ValueError, TypeError, AttributeError) as problem:
-            raise NetworkError(f'{self.path}: can\'t be read: {words(problem)}',
+            raise NetworkError(f'{self.path}: can\'t be read: {explain(problem)}',
                                f'if it is broken, remove it and run {CLEAN}') from None
         return self.records
 
@@ -3060,7 +3771,7 @@ class Ledger:
 
     def look(self) -> None:
         """See what is there, and what can't be had any more."""
-        self.links, self.routes, _ = look()
+        self.links, self.routes, _ = read_network()
         self.taken = {word for link in self.links.values()
                       for word in (*link.names, link.mac, link.group)}
         self.taken |= {word for name, row in self.records.items()
@@ -3104,7 +3815,7 @@ class Ledger:
     def free(self, stem: str) -> str:
         """Return `stem` with the lowest number that makes it a free name."""
         return next(name for name in (f'{stem}{number}' for number in itertools.count())
-                    if fit(name) not in self.taken)
+                    if short_name(name) not in self.taken)
 
     def mac(self, prefix: str, name: str, wanted: str = '') -> str:
         """Return the MAC for a name: always the same on this host, and never one that is known."""
@@ -3215,7 +3926,7 @@ class Ledger:
         for tap in self.taps:
             fcntl.ioctl(tap, TUNSETPERSIST, 1)
         for problem in carry_out(self.tries, True, [self.lock]):
-            log.warning('%s', words(problem))
+            log.warning('%s', explain(problem))
         for row in map(self.records.__getitem__, self.claimed):
             row.stage = 'ready'
             if row.kind == 'namespace':
@@ -3270,7 +3981,7 @@ class Ledger:
         undo = [op for row in going.values() for op in row.undo
                 if op.tool != 'sysctl' or op not in needed]
         for problem in carry_out(undo, True, [self.lock]):
-            log.log(logging.WARNING if ready else logging.DEBUG, '%s', words(problem))
+            log.log(logging.WARNING if ready else logging.DEBUG, '%s', explain(problem))
         mark = f'group {self.group} alias {_alias(self.group)}'
         removal = [Op(f'mark {name}', f'link set dev {name} {mark}') for name in doomed]
         if doomed:
@@ -3288,10 +3999,10 @@ class Ledger:
 
 # --- what can be made ---
 
-T = TypeVar('T', bound='Made')
+T = TypeVar('T', bound='Managed')
 
 
-class Made(Interface):
+class Managed(Interface):
     """What this program makes: it stays when the program ends, and goes with delete().
 
     Making it twice gives the same thing. As a context it is deleted at the end of that.
@@ -3308,13 +4019,13 @@ class Made(Interface):
         self.delete()
 
 
-def delete_all(things: Iterable[Made]) -> None:
+def delete_all(things: Iterable[Managed]) -> None:
     """Delete many things at once: as quick as one, where one by one takes 22 ms each."""
     with Ledger.locked() as ledger:
         ledger.remove([thing.name for thing in things])
 
 
-class Namespace(Made):
+class Namespace(Managed):
     """A network namespace by name (ip netns), made if there is none.
 
     One that VirtualNic made by itself goes with the last VirtualNic in it; this one stays until
@@ -3332,7 +4043,7 @@ class Namespace(Made):
             ledger.save()
 
 
-class Switch(Made):
+class Switch(Managed):
     """A virtual switch: a bridge with a pinned MAC and no spanning tree, that forwards all that
     a bridge may forward, LLDP and EAPOL among it.
 
@@ -3362,7 +4073,8 @@ class Switch(Made):
         """Its ports by the names of their interfaces."""
         records = Ledger().load()
         return {link.name: VirtualNic.known(link.name, records) if link.name in records else
-                Interface(link.name) for link in look().links.values() if link.master == self.name}
+                Interface(link.name) for link in read_network().links.values()
+                if link.master == self.name}
 
     def connect(self, thing: Interface | str, *, force: bool = False) -> None:
         """Connect a VirtualNic, an Interface, another Switch or a Router; again is fine.
@@ -3435,7 +4147,8 @@ def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]
             '-j ACCEPT',
             f'-I FORWARD -i {bridge} -o {trunk} -s {subnet} -j ACCEPT')])
     if not shutil.which('nft'):
-        raise Lacking(f'can\'t {what}: there is neither iptables nor nft', 'install nftables')
+        raise MissingFeature(f'can\'t {what}: there is neither iptables nor nft',
+                             'install nftables')
     table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
     return ([Op(what, rule, tool='nft') for rule in (      # nft 0.9 takes "out" for its own word
         f'add table {table}',
@@ -3455,14 +4168,14 @@ def plan_nic(ledger: Ledger, long: str, shape: str, sink: str = '', namespace: s
 
     The port becomes a port of the bridge `master`, the sink one of `inner`.
     """
-    name, tap, group = fit(valid_name(long, 'nic')), fit(f'{long}-tap'), ledger.group
+    name, tap, group = short_name(valid_name(long, 'nic')), short_name(f'{long}-tap'), ledger.group
     row = ledger.claim(name, 'nic', parents, shape=shape, sink=sink and valid_name(sink),
                        namespace=namespace, mac=mac.lower())
     if not row:
         return name
     if namespace:
         row.parents += ledger.namespace(namespace)
-    sink = sink or fit(f'{long}-sink')
+    sink = sink or short_name(f'{long}-sink')
     own = ledger.mac(HOST_MACS['tap' if shape == 'tap' else 'port'], name)
     guest = ledger.mac(HOST_MACS['join'] if inner else GUEST_MAC, long, mac)
     index = next(index for index in iter(lambda: random.choice(TAP_INDEX), 0)
@@ -3498,14 +4211,14 @@ def tap_open(name: str) -> int:
     return tap
 
 
-class VirtualNic(Made):
+class VirtualNic(Managed):
     """A machine's network card, and its cable.
 
     VirtualNic(namespace='web1') is a veth pair: the port stays on the host, the sink goes into
     the namespace (made if there is none) and carries a macvtap for the machine. With `sink` and
     no namespace both ends stay on the host; with neither it is a plain tap. `ifname` names the
     port, at most 15 characters. `mac` is the machine's; without it, always the same for a name.
-    Raises NameTaken, Lacking.
+    Raises NameTaken, MissingFeature.
     """
 
     mac: str = reads("The machine's MAC; the port has another one.", lambda self: self._mac)
@@ -3643,7 +4356,7 @@ class VirtualNic(Made):
         """Make the cable worse, each way (tc netem): `delay` and `jitter` in seconds, `loss` in
         percent, `rate` in bits per second. Without arguments, make it good again.
 
-        Of a plain tap only what goes to the machine. Raises Lacking without netem.
+        Of a plain tap only what goes to the machine. Raises MissingFeature without netem.
         """
         if min(delay, jitter, loss, rate) < 0 or loss > 100:
             raise NetworkError(f'{self.name}: impair({delay=}, {jitter=}, {loss=}, {rate=})',
@@ -3680,7 +4393,7 @@ class Router(Switch):
                  nat: bool = False, subnet: str = '') -> None:
         self.trunk = _name(trunk)
         subnet = subnet and valid_address(subnet, ipaddress.IPv4Network)
-        Interface.__init__(self, valid_name(name) if name else fit(f'{self.trunk}-router'))
+        Interface.__init__(self, valid_name(name) if name else short_name(f'{self.trunk}-router'))
         with Ledger.locked() as ledger:
             row = ledger.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet)
             if not row:
@@ -3768,12 +4481,12 @@ class BondPort(NamedTuple):
     mac: str                    # its own, that it has again when it leaves
 
 
-class Bond(Made):
+class Bond(Managed):
     """Several interfaces as one (the bonding driver).
 
     `interfaces` are names or Interfaces; their addresses and routes move to the bond and come
     back with delete(). `mode` is one of MODES, `miimon` the milliseconds between two looks at
-    their links. Raises Lacking when the kernel lacks bonding, InUse as Router does.
+    their links. Raises MissingFeature when the kernel lacks bonding, InUse as Router does.
     """
 
     MODES = ('balance-rr', 'active-backup', 'balance-xor', 'broadcast', '802.3ad', 'balance-tlb',
@@ -3810,17 +4523,10 @@ class Bond(Made):
                                     str(link.slave.get('mii_status', '')).lower(),
                                     int(link.slave.get('link_failure_count', 0)),
                                     str(link.slave.get('perm_hwaddr', '')))
-                for link in look().links.values() if link.master == self.name}
+                for link in read_network().links.values() if link.master == self.name}
 
 
 # --- what is missing, and what leaked ---
-
-class Look(NamedTuple):
-    """A line of --check or --doctor."""
-
-    good: bool
-    text: str
-
 
 class Facility(NamedTuple):
     """A row of the table of what the kernel may lack."""
@@ -3841,30 +4547,30 @@ FACILITIES = (
     Facility('act_mirred', 'tc qdisc add dev lo ingress', 'connecting nics directly'))
 
 
-def doctor() -> list[Look]:
+def doctor() -> list[Check]:
     """Say what of the network part is missing on this host, and what leaked; changes nothing."""
     return [*_doctor()]
 
 
-def _doctor() -> Iterator[Look]:
+def _doctor() -> Iterator[Check]:
     caps = re.search(r'CapEff:\s*(\w+)', Path('/proc/self/status').read_text())
     admin = bool(caps and int(caps.group(1), 16) >> 12 & 1)
-    yield Look(admin, 'rights: ' + ('CAP_NET_ADMIN' if admin else 'needs root or CAP_NET_ADMIN'))
+    yield Check(admin, 'rights: ' + ('CAP_NET_ADMIN' if admin else 'needs root or CAP_NET_ADMIN'))
     for program, use in (('ip', 'all of it'), ('tc', 'VirtualNic.impair()'),
                          ('iptables nft', 'Router(nat=True)')):
         found = next(filter(None, map(shutil.which, program.split())), '')
         package = PACKAGES.get(program, 'nftables')
-        yield Look(bool(found), f'program {found}' if found else
+        yield Check(bool(found), f'program {found}' if found else
                    f'program {program.replace(" ", " or ")}: missing, for {use}; install {package}')
     lacking = _lacking() if admin and shutil.which('ip') else []
     for row in FACILITIES:
-        yield Look(row not in lacking, f'kernel: {row.module}' if row not in lacking else
+        yield Check(row not in lacking, f'kernel: {row.module}' if row not in lacking else
                    f'kernel lacks {row.module}, for {row.use} (modprobe {row.module})')
     if filtered('iptables'):
-        yield Look(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
+        yield Check(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
                    'crosses bridges; switches get rules to let it pass')
     for name, why in leaks().items():
-        yield Look(False, f'{name}: {why}; {CLEAN} removes it')
+        yield Check(False, f'{name}: {why}; {CLEAN} removes it')
 
 
 def _lacking() -> list[Facility]:
@@ -3908,6 +4614,254 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
                 ledger.records[link.name] = Record('nic', int(link.group), 'deleting')
             ledger.remove(found)
     return found
+
+
+# ### part 3: machines ############################################################################
+
+# === json sockets ===============================================================================
+
+class LineSocket:
+    """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
+    two programs between which a guest migrates.
+
+    Not for two threads at once; QMP and GuestAgent lock around an exchange.
+    """
+
+    def __init__(self, path: str, connected: socket.socket) -> None:
+        self.path = path                        # of the socket, or who is at the other end
+        self.buffer = b''                       # received, not yet a whole line
+        self.socket = connected
+
+    @classmethod
+    def connect(cls, path: str, deadline: Deadline) -> LineSocket:
+        """Connect to a unix socket; PeerSilent or PeerClosed when that fails."""
+        connected = socket.socket(socket.AF_UNIX)
+        try:
+            connected.settimeout(max(deadline.left(), 0.001))
+            connected.connect(path)
+        except BlockingIOError:             # as many wait to be taken as may
+            connected.close()
+            raise PeerSilent(f'{path}: takes no connections') from None
+        except OSError as problem:
+            connected.close()
+            raise PeerClosed(f'{path}: {explain(problem)}', 'is the machine running?') from None
+        return cls(path, connected)
+
+    def __enter__(self) -> LineSocket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket; QEMU then serves the next client."""
+        self.socket.close()
+
+    def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'',
+             fds: Sequence[int] = ()) -> None:
+        """Send one value as a line, after the raw bytes `prefix`, with descriptors (SCM_RIGHTS)."""
+        self.socket.settimeout(max(deadline.left(), 0.001))
+        data = prefix + json.dumps(value).encode() + b'\n'
+        try:
+            sent = socket.send_fds(self.socket, [data], fds) if fds else 0
+            self.socket.sendall(data[sent:])
+        except socket.timeout:
+            raise PeerSilent(f'{self.path}: takes no more bytes') from None
+        except OSError as problem:
+            raise PeerClosed(f'{self.path}: {explain(problem)}') from None
+
+    def line(self, deadline: Deadline) -> bytes:
+        """Return the next line, without its end."""
+        while b'\n' not in self.buffer:
+            if deadline.passed():
+                raise PeerSilent(f'{self.path}: did not answer in time')
+            if len(self.buffer) > JSON_BYTES:
+                raise ProtocolError(f'{self.path}: a line longer than {JSON_BYTES} bytes')
+            self.socket.settimeout(max(deadline.left(), 0.001))
+            try:
+                data = self.socket.recv(65536)
+            except socket.timeout:
+                raise PeerSilent(f'{self.path}: did not answer in time') from None
+            except OSError as problem:
+                raise PeerClosed(f'{self.path}: {explain(problem)}') from None
+            if not data:
+                raise PeerClosed(f'{self.path}: closed by its other end')
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b'\n')
+        return line
+
+    def receive(self, deadline: Deadline) -> dict[str, Any]:
+        """Return the next line as a JSON object."""
+        line = self.line(deadline).strip()
+        try:
+            value = parse_json(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ProtocolError(f'{self.path}: not a JSON object: {line[:80]!r}')
+        return value
+
+    def ask(self, command: str, timeout: float, **arguments: Any) -> Any:
+        """Return what the other end answers to a command."""
+        deadline = Deadline(timeout)
+        self.send({'execute': command, 'arguments': arguments}, deadline)
+        return self.returned(command, self.receive(deadline))
+
+    def asked(self, command: str, timeout: float) -> dict[str, Any]:
+        """Return the arguments of a command of REQUESTS, which has to come now."""
+        request = self.receive(Deadline(timeout))
+        if not matches(request, {'execute': str, 'arguments': REQUESTS[command]}) \
+                or request['execute'] != command:
+            raise ProtocolError(f'{self.path}: no request "{command}": {request!r:.80}')
+        return dict(request['arguments'])
+
+    def closed(self) -> bool:
+        """Tell whether the other end has closed it, and waits for nothing any more."""
+        with contextlib.suppress(OSError):
+            ready = select.select([self.socket], [], [], 0)[0]
+            return bool(ready and not self.buffer
+                        and not self.socket.recv(1, socket.MSG_PEEK))
+        return True
+
+    def returned(self, command: str, reply: Mapping[str, Any]) -> Any:
+        """Return what a reply to a command returns; ReplyError if it is an error."""
+        if 'error' in reply:
+            raise reply_error(self.path, reply)
+        try:
+            return answer_of(command, reply)
+        except ValueError as problem:
+            raise ProtocolError(f'{self.path}: no answer: {problem}') from None
+
+
+def reply_error(path: str, answer: Mapping[str, Any]) -> ReplyError:
+    """Return the error that an answer with an "error" member stands for."""
+    error = answer['error'] if isinstance(answer['error'], dict) else {'desc': answer['error']}
+    return ReplyError(path, str(error.get('class', '')), str(error.get('desc', '')))
+
+
+class QMP:
+    """QEMU's monitor protocol over its unix socket (docs/interop/qmp-spec).
+
+    QEMU serves one client of a socket at a time and lets a second one wait without a word, so
+    a missing greeting means that the socket is in use.
+    """
+
+    def __init__(self, path: str, timeout: float = QMP_TIMEOUT) -> None:
+        deadline = Deadline(timeout)
+        self.wire = LineSocket.connect(path, deadline)
+        self.lock = threading.Lock()            # one exchange at a time
+        self.serial = 0                         # of the last command: an answer must carry it
+        self.pending: collections.deque[dict[str, Any]] = collections.deque(
+            maxlen=EVENTS_KEPT)                 # events that came before anybody asked
+        try:
+            self.greeting = self._greeting(deadline)
+            self.execute('qmp_capabilities', timeout=deadline.left())
+        except BaseException:
+            self.wire.close()
+            raise
+
+    def _greeting(self, deadline: Deadline) -> dict[str, Any]:
+        try:
+            greeting = self.wire.receive(deadline)
+        except PeerSilent:
+            raise PeerSilent(f'{self.wire.path}: no greeting',
+                             'another program has this monitor open; close it') from None
+        if not isinstance(greeting.get('QMP'), dict):
+            raise ProtocolError(f'{self.wire.path}: no QMP greeting: {str(greeting)[:80]}')
+        return greeting
+
+    def __enter__(self) -> QMP:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the monitor, so that another client can have it."""
+        self.wire.close()
+
+    def execute(self, command: str, timeout: float = QMP_TIMEOUT, fds: Sequence[int] = (),
+                **arguments: Any) -> Any:
+        """Return what QEMU answers to `command`; `_` in argument names stands for `-`.
+
+        `fds` are descriptors for getfd or add-fd; they stay open here. Raises ReplyError with
+        QEMU's words, PeerSilent or PeerClosed.
+        """
+        with self.lock:
+            deadline = Deadline(timeout)
+            self.serial += 1
+            members = {name.replace('_', '-'): value for name, value in arguments.items()}
+            self.wire.send({'execute': command, 'arguments': members, 'id': self.serial}, deadline,
+                           fds=fds)
+            while True:
+                answer = self.wire.receive(deadline)
+                if 'event' in answer:
+                    self.pending.append(answer)
+                elif answer.get('id') == self.serial or 'id' not in answer:
+                    break               # an answer to an earlier, timed-out command is dropped
+            return self.wire.returned(command, answer)
+
+    def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
+        """Return the next event whose name is in `names` (any, if that is empty) and whose data
+        have these members, dropping others; PeerSilent if none comes."""
+        wanted, deadline = set(names), Deadline(timeout)
+        with self.lock:
+            while True:
+                event = self.pending.popleft() if self.pending else self.wire.receive(deadline)
+                if matches(event, EVENT) and (not wanted or event['event'] in wanted) and all(
+                        event.get('data', {}).get(key) == value for key, value in data.items()):
+                    return event
+
+
+class GuestAgent:
+    """The QEMU guest agent over its unix socket (qga/qapi-schema.json).
+
+    Its protocol has no message ids, so that a late answer to an earlier question would be taken
+    for the answer to this one. Hence every attempt starts with guest-sync-delimited and a number
+    of its own: the answer with that number stands where the two ends agree again.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+        self.lock = threading.Lock()
+        self.serial = int.from_bytes(os.urandom(4), 'big')
+
+    def execute(self, command: str, arguments: Arguments = None,
+                timeout: float = AGENT_TIMEOUT) -> Any:
+        """Return what the agent answers to `command`; AgentError when it does not."""
+        deadline = Deadline(timeout)
+        if not self.lock.acquire(timeout=deadline.left()):
+            raise agent_error(self.name, 'did not answer an earlier call yet')
+        try:
+            with LineSocket.connect(self.path, deadline) as wire:
+                self._synchronise(wire, deadline)
+                members = arguments() if callable(arguments) else arguments or {}
+                wire.send({'execute': command, 'arguments': dict(members)}, deadline)
+                answer = wire.receive(deadline)
+        except PeerSilent:
+            raise agent_error(self.name, 'did not answer') from None
+        except PeerClosed as problem:
+            raise agent_error(self.name, f'not connected: {problem}') from None
+        except ProtocolError as problem:
+            raise agent_error(self.name, str(problem)) from None
+        finally:
+            self.lock.release()
+        if 'error' in answer:
+            refusal = reply_error(self.path, answer)
+            raise agent_error(self.name, f'{refusal.kind}: {refusal.text}'.lstrip(': '))
+        return agent_answer(self.name, command, answer)
+
+    def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
+        """Have the agent drop what it has read (0xFF), and skip what it had written."""
+        self.serial = (self.serial + 1) & 0x7fffffff
+        sync = {'execute': 'guest-sync-delimited', 'arguments': {'id': self.serial}}
+        wire.send(sync, deadline, prefix=b'\xff')
+        while True:
+            line = wire.line(deadline).rpartition(b'\xff')[2]
+            with contextlib.suppress(ValueError):
+                answer = parse_json(line)
+                if isinstance(answer, dict) and answer.get('return') == self.serial:
+                    return
 
 
 # === disks ======================================================================================
@@ -3990,7 +4944,7 @@ def open_file(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would hold us
     except OSError as problem:
-        raise DiskError(words(problem), 'put it back, or name another') from None
+        raise DiskError(explain(problem), 'put it back, or name another') from None
     if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
         os.close(fd)
         raise DiskError(f'{path}: is no file', 'name a file or a block device')
@@ -4158,7 +5112,7 @@ class Harddrive:
         try:
             return open(self.filename, mode)
         except OSError as problem:
-            raise DiskError(words(problem)) from None
+            raise DiskError(explain(problem)) from None
 
     def in_use(self) -> bool:
         """Tell whether a QEMU has the image open, by the locks that it then holds."""
@@ -4513,7 +5467,7 @@ class Device:
 
 
 @dataclasses.dataclass
-class Kept:
+class MachineSpec:
     """What is kept of a machine in its file, machine.json."""
 
     name: str
@@ -4559,7 +5513,7 @@ def options(head: str, values: Mapping[str, Any]) -> str:
     return ','.join([head, *(f'{key}={told(value)}' for key, value in values.items())])
 
 
-class Launch:
+class QemuCommand:
     """The command line of a QEMU to be, and the descriptors that it inherits."""
 
     def __init__(self) -> None:
@@ -4617,7 +5571,7 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-class Done(NamedTuple):
+class ExecResult(NamedTuple):
     """The end of a program that ran in a guest."""
 
     status: int                 # exit status, or 128 + signal
@@ -4625,7 +5579,7 @@ class Done(NamedTuple):
     err: bytes
 
 
-class Place:
+class DriveSlot:
     """Where a Harddrive or CD is: the Attached of *disks*."""
 
     def __init__(self, machine: Machine, id: str, filename: str = '') -> None:
@@ -4815,7 +5769,7 @@ class Console:
             (self._wire or self._open()).sendall(typed)
         except (OSError, ProtocolError) as problem:
             self.close()
-            raise MachineError(f'{name}: console: {words(problem)}',
+            raise MachineError(f'{name}: console: {explain(problem)}',
                                'nothing in the guest reads from it'
                                if isinstance(problem, socket.timeout) else '') from None
 
@@ -4902,7 +5856,7 @@ class Machine(Guest):
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
             kind = newest_type()
-            self._set_up(Kept(
+            self._set_up(MachineSpec(
                 os.path.basename(home), identity, kind, memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
@@ -5001,15 +5955,15 @@ class Machine(Guest):
         except (KeyError, TypeError, ValueError):
             raise MachineError(f'user {user!r:.80}: no such user') from None
 
-    def _set_up(self, kept: Kept, cd: CD) -> None:
-        self.kept = kept
-        self.name, self.id = kept.name, kept.uuid
-        self.home = os.path.join(MACHINES_DIR, kept.name)
+    def _set_up(self, spec: MachineSpec, cd: CD) -> None:
+        self.spec = spec
+        self.name, self.id = spec.name, spec.uuid
+        self.home = os.path.join(MACHINES_DIR, spec.name)
         self.cd = cd
-        self.cd.attached = Place(self, 'cd0')
+        self.cd.attached = DriveSlot(self, 'cd0')
         self._things: dict[str, Any] = {}           # id of a device -> its Harddrive or Nic
-        self._lock = threading.RLock()              # guards `kept` and its file
-        self._changed = False                       # `kept` is ahead of its file, by _changing()
+        self._lock = threading.RLock()              # guards `spec` and its file
+        self._changed = False                       # `spec` is ahead of its file, by _changing()
 
     @classmethod
     def load(cls, name: str) -> Machine:
@@ -5017,36 +5971,36 @@ class Machine(Guest):
         machine = cls.__new__(cls)
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise NoGuest(f'no machine is named {name!r:.80}')
-        kept = cls._read(os.path.join(MACHINES_DIR, name, 'machine.json'))
-        machine._set_up(kept, CD())
-        machine.cd.filename = kept.cd
+        spec = cls._read(os.path.join(MACHINES_DIR, name, 'machine.json'))
+        machine._set_up(spec, CD())
+        machine.cd.filename = spec.cd
         return machine
 
-    def now(self) -> Kept:
+    def now(self) -> MachineSpec:
         """Return what the machine's file says at this moment; NoGuest when it was deleted."""
-        kept = self._read(os.path.join(self.home, 'machine.json'))
-        if kept.uuid != self.id:
+        spec = self._read(os.path.join(self.home, 'machine.json'))
+        if spec.uuid != self.id:
             raise NoGuest(f'machine {self.name} was deleted, and another one made of that name',
                           f'Machine.load({self.name!r}) takes that one')
-        return kept
+        return spec
 
     def _refresh(self) -> None:
         """See what other programs have changed, unless a thread of ours is changing it now."""
         if self._lock.acquire(blocking=False):
             try:
                 if not self._changed:
-                    self.kept = self.now()
-                    self.cd.filename = self.kept.cd
+                    self.spec = self.now()
+                    self.cd.filename = self.spec.cd
             finally:
                 self._lock.release()
 
     @staticmethod
-    def _read(path: str) -> Kept:
+    def _read(path: str) -> MachineSpec:
         try:
             with open(path, encoding='utf-8') as text:
                 known = parse_json(text.read())
             known['devices'] = [Device(**row) for row in known['devices']]
-            return Kept(**known)
+            return MachineSpec(**known)
         except FileNotFoundError:
             raise NoGuest(f'{path}: no such machine') from None
         except (OSError, ValueError, TypeError, KeyError) as problem:
@@ -5055,7 +6009,7 @@ class Machine(Guest):
     def _write(self) -> None:
         with whole_file(os.path.join(self.home, 'machine.json'), replace=True) as temporary, \
                 open(temporary, 'w', encoding='utf-8') as text:
-            json.dump(dataclasses.asdict(self.kept), text, indent=1)
+            json.dump(dataclasses.asdict(self.spec), text, indent=1)
             text.flush()
             os.fsync(text.fileno())
 
@@ -5116,7 +6070,7 @@ class Machine(Guest):
     def monitor_port(self) -> int | None:
         """The TCP port of its HMP on 127.0.0.1; None if it has none, 0 until its first start."""
         self._refresh()
-        return self.kept.monitor_port
+        return self.spec.monitor_port
 
     def pid(self) -> int:
         """Return the process id of its QEMU, 0 if none runs: who holds the pidfile's lock."""
@@ -5137,9 +6091,9 @@ class Machine(Guest):
         """Return what the machine is doing (query-status)."""
         self._refresh()
         if not self.is_alive():
-            return State.SAVED if self.kept.saved else State.OFF
+            return State.SAVED if self.spec.saved else State.OFF
         try:
-            return State.CRASHED if self.kept.lost else QEMU_STATES.get(self._status(),
+            return State.CRASHED if self.spec.lost else QEMU_STATES.get(self._status(),
                                                                         State.RUNNING)
         except WrongState:                      # it ended meanwhile
             return State.OFF
@@ -5233,13 +6187,13 @@ class Machine(Guest):
         with self._changing():
             if self.is_alive():
                 return 'already running'
-            for device in [row for row in self.kept.devices if row.pending]:
+            for device in [row for row in self.spec.devices if row.pending]:
                 self._drop(device)
             self._spawn()
-            saved = self.kept.saved
+            saved = self.spec.saved
             try:
                 self._after_start()
-                if self.kept.incoming:
+                if self.spec.incoming:
                     return 'waiting for a migration'
                 says = self._restore(saved) if saved else 'started'
                 self._set_saved('')             # it fits the disks only until the guest runs
@@ -5254,13 +6208,13 @@ class Machine(Guest):
         return says
 
     def _set_saved(self, path: str) -> None:
-        self.kept.saved = path
+        self.spec.saved = path
         self._write()
 
     def _after_start(self) -> None:
         """Do what the command line can't say: the medium, and links that are down."""
         if self.cd.filename:
-            Place(self, 'cd0').execute('blockdev-change-medium', self.cd.filename, id='cd0',
+            DriveSlot(self, 'cd0').execute('blockdev-change-medium', self.cd.filename, id='cd0',
                                        format='raw', read_only_mode='read-only')
         self._links()
 
@@ -5271,13 +6225,13 @@ class Machine(Guest):
 
     def _spawn(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
-        self.kept.lost, self.kept.given, run_dir = False, '', self.run_path('')
+        self.spec.lost, self.spec.given, run_dir = False, '', self.run_path('')
         os.makedirs(run_dir, mode=0o700, exist_ok=True)
         if os.geteuid() == 0:
-            os.chown(run_dir, self.kept.uid, self.kept.uid)
+            os.chown(run_dir, self.spec.uid, self.spec.uid)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.run_path('console.log'), self.run_path('console.log.1'))
-        launch = Launch()
+        launch = QemuCommand()
         try:
             self._compose(launch)
             argv = [*self._wrapper(launch), QEMU, *launch.argv]
@@ -5286,7 +6240,7 @@ class Machine(Guest):
                                            stderr=words_, cwd='/', start_new_session=True,
                                            pass_fds=launch.fds)
         except OSError as problem:
-            raise MachineError(f'{self.name}: can\'t start QEMU: {words(problem)}') from None
+            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
         finally:
             launch.close()
         reaper = spawn(f'reap {self.name}', process.wait)
@@ -5302,13 +6256,13 @@ class Machine(Guest):
                                f'{self._last_words() or ": " + str(problem)}',
                                f'see {self.home}/qemu.log') from None
 
-    def _wrapper(self, launch: Launch) -> list[str]:
+    def _wrapper(self, launch: QemuCommand) -> list[str]:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
         # One that was made for its cards goes with the last of them.
-        space, cards = self.kept.namespace, self._devices('nic')
+        space, cards = self.spec.namespace, self._devices('nic')
         argv = ['ip', 'netns', 'exec', space] if space and (cards or _namespace_inode(space)) \
             else []
-        uid = self.kept.uid
+        uid = self.spec.uid
         if os.geteuid() == 0 and uid:
             kvm = 'kvm' in launch.argv and os.stat('/dev/kvm').st_gid
             argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *NO_PRIVILEGES,
@@ -5323,32 +6277,32 @@ class Machine(Guest):
             return ''.join(f': {line}' for line in lines)
         return ''
 
-    def _compose(self, launch: Launch) -> None:
+    def _compose(self, launch: QemuCommand) -> None:
         """Put QEMU's whole command line together."""
-        kept, accel = self.kept, usable_accel(self.kept.accel, self.kept.uid)
+        spec, accel = self.spec, usable_accel(self.spec.accel, self.spec.uid)
         plain: tuple[tuple[str, ...], ...] = (
-                ('-name', f'guest={kept.name}'), ('-uuid', kept.uuid), ('-no-user-config',),
+                ('-name', f'guest={spec.name}'), ('-uuid', spec.uuid), ('-no-user-config',),
                 ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
-                ('-cpu', 'host' if accel == 'kvm' else 'qemu64'), ('-smp', str(kept.cpus)),
+                ('-cpu', 'host' if accel == 'kvm' else 'qemu64'), ('-smp', str(spec.cpus)),
                 ('-pidfile', self.run_path('pid')), ('-sandbox', SANDBOX),
-                ('-incoming', 'defer') if kept.incoming or kept.saved else (), ('-S',),
-                ('-m', f'{kept.memory}M' + (f',slots={DIMM_SLOTS},maxmem={kept.maxmemory}M'
-                                            if kept.maxmemory else '')),
-                ('-kernel', kept.kernel) if kept.kernel else (),
-                ('-initrd', kept.initrd) if kept.initrd else (),
-                ('-append', kept.cmdline) if kept.cmdline else (),
-                ('-vnc', f'unix:{self.run_path("vnc")}') if kept.display == 'vnc' else ())
+                ('-incoming', 'defer') if spec.incoming or spec.saved else (), ('-S',),
+                ('-m', f'{spec.memory}M' + (f',slots={DIMM_SLOTS},maxmem={spec.maxmemory}M'
+                                            if spec.maxmemory else '')),
+                ('-kernel', spec.kernel) if spec.kernel else (),
+                ('-initrd', spec.initrd) if spec.initrd else (),
+                ('-append', spec.cmdline) if spec.cmdline else (),
+                ('-vnc', f'unix:{self.run_path("vnc")}') if spec.display == 'vnc' else ())
         launch.argv += itertools.chain(*plain)
         self._compose_firmware(launch)
         self._compose_sockets(launch)
         for text in self._fixed_devices():
             launch.add('-device', text)
-        for device in kept.devices:
+        for device in spec.devices:
             self._compose_device(launch, device)
 
-    def _compose_firmware(self, launch: Launch) -> None:
+    def _compose_firmware(self, launch: QemuCommand) -> None:
         flash = ''
-        if self.kept.efi:
+        if self.spec.efi:
             code, blank = next((pair for pair in OVMF if all(map(os.path.exists, pair))), ('', ''))
             if not code:
                 raise MachineError(f'{self.name}: no UEFI firmware', 'install ovmf')
@@ -5363,9 +6317,9 @@ class Machine(Guest):
                     'file': {'driver': 'file', 'filename': launch.file(path, form == 'qcow2'),
                              'read-only': node == 'efi-code'}}))
             flash = ',pflash0=efi-code,pflash1=efi-vars'
-        launch.add('-machine', self.kept.type + flash)
+        launch.add('-machine', self.spec.type + flash)
 
-    def _compose_sockets(self, launch: Launch) -> None:
+    def _compose_sockets(self, launch: QemuCommand) -> None:
         """Open the listening sockets here: no polling for them, and no right to make them."""
         monitors = [*(f'qmp{number}' for number in range(MONITORS)), 'events', 'tool']
         for name in (*monitors, 'agent', 'console'):
@@ -5383,16 +6337,16 @@ class Machine(Guest):
         for name in monitors:
             launch.add('-mon', f'chardev={name},mode=control')
         launch.add('-serial', 'chardev:console')
-        if self.kept.monitor_port is not None:
-            server = socket.create_server(('127.0.0.1', self.kept.monitor_port))
-            self.kept.monitor_port = server.getsockname()[1]
+        if self.spec.monitor_port is not None:
+            server = socket.create_server(('127.0.0.1', self.spec.monitor_port))
+            self.spec.monitor_port = server.getsockname()[1]
             launch.add('-chardev', options('socket', {
                 'id': 'hmp', 'fd': launch.fd(server.detach()), 'server': True, 'wait': False}))
             launch.add('-mon', 'chardev=hmp,mode=readline')
 
     def _fixed_devices(self) -> Iterator[str]:
         """Yield the devices that every machine has."""
-        for number in range(self.kept.ports if 'q35' in self.kept.type else 0):
+        for number in range(self.spec.ports if 'q35' in self.spec.type else 0):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
                 'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
@@ -5404,13 +6358,13 @@ class Machine(Guest):
         yield 'virtserialport,chardev=agent,name=org.qemu.guest_agent.0,bus=serial.0'
         yield 'virtio-balloon-pci,id=balloon'
         yield 'virtio-scsi-pci,id=scsi'
-        yield 'scsi-cd,id=cd0,bus=scsi.0' + (f',bootindex={self.kept.cd_boot}'
-                                             if self.kept.cd_boot else '')
+        yield 'scsi-cd,id=cd0,bus=scsi.0' + (f',bootindex={self.spec.cd_boot}'
+                                             if self.spec.cd_boot else '')
 
     # Devices
 
     def _devices(self, kind: str) -> list[Device]:
-        return [device for device in self.kept.devices if device.kind == kind]
+        return [device for device in self.spec.devices if device.kind == kind]
 
     @property
     def harddrives(self) -> list[Harddrive]:
@@ -5433,7 +6387,7 @@ class Machine(Guest):
     def _attach(self, device: Device, thing: Any) -> None:
         self._things[device.id] = thing
         if isinstance(thing, Harddrive):
-            thing.attached = Place(self, device.id, thing.filename)
+            thing.attached = DriveSlot(self, device.id, thing.filename)
 
     @staticmethod
     def _same(device: Device, thing: Any) -> bool:
@@ -5460,14 +6414,14 @@ class Machine(Guest):
         return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
 
     def _new_id(self, stem: str) -> str:
-        taken = {device.id for device in self.kept.devices}
+        taken = {device.id for device in self.spec.devices}
         return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
 
     def _free_port(self, stem: str = 'rp') -> str:
         """Return a port that is free: rpN for PCI, nrN of the virtio serial device, whose first
         two are a console's and the agent's."""
-        taken = {device.bus for device in self.kept.devices}
-        ports = range(self.kept.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
+        taken = {device.bus for device in self.spec.devices}
+        ports = range(self.spec.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
         free = [f'{stem}{n}' for n in ports if f'{stem}{n}' not in taken]
         if not free:
             raise MachineError(f'{self.name}: all {len(ports)} ports for such a device are taken',
@@ -5479,13 +6433,13 @@ class Machine(Guest):
         memory image: q35 has root ports to plug into, of `pc` it is a place."""
         if port.startswith('nr'):
             return {'bus': 'serial.0', 'nr': int(port[2:])}
-        if 'q35' in self.kept.type:
+        if 'q35' in self.spec.type:
             return {'bus': port}
         return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
 
     def _plan(self, device: Device, thing: Any) -> Device:
-        self.kept.devices.append(device)
-        if self.kept.incoming:                      # a disk is its other machine's until then
+        self.spec.devices.append(device)
+        if self.spec.incoming:                      # a disk is its other machine's until then
             self._things[device.id] = thing
         else:
             self._attach(device, thing)
@@ -5532,13 +6486,13 @@ class Machine(Guest):
             told['bootindex'] = device.boot
         return told
 
-    def _compose_device(self, launch: Launch, device: Device) -> None:
+    def _compose_device(self, launch: QemuCommand, device: Device) -> None:
         """Put a device into the command line."""
         thing = self._thing(device)
         if device.kind == 'disk':
             thing.check()
             # One that was just shut down is away for us some ms before it lets its disks go.
-            if not self.kept.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
+            if not self.spec.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
                 raise DiskError(f'{self.name}: {thing.filename}: another machine has it open',
                                 'stop that one first')
         kind, back, front = KINDS[device.kind], self._back(device, launch.fd, launch.file), \
@@ -5669,19 +6623,19 @@ class Machine(Guest):
 
     def _not_given(self) -> None:
         """Raise WrongState when its guest may run elsewhere by now."""
-        if self.kept.given and self.is_alive():
+        if self.spec.given and self.is_alive():
             raise WrongState(
-                f'{self.name} was told to run on {self.kept.given}',
+                f'{self.name} was told to run on {self.spec.given}',
                 'look there: if it does, stop(force=True) this one, else unfreeze(force=True) it')
 
     def _not_saved(self) -> None:
         """Raise WrongState when its memory would not fit what it is about to become."""
-        if self.kept.saved:
+        if self.spec.saved:
             raise WrongState(f'{self.name} is saved, and its memory would not fit',
                              'start it first, or delete_saved() its memory')
 
     def _drop(self, device: Device) -> None:
-        self.kept.devices.remove(device)
+        self.spec.devices.remove(device)
         thing = self._things.pop(device.id, None)
         if isinstance(thing, Harddrive):
             thing.attached = None
@@ -5708,7 +6662,7 @@ class Machine(Guest):
         def plan() -> Device:
             if isinstance(nic, str):
                 return self._plan_nic(None, own=False)
-            card = nic or VirtualNic.create_many(1, self.kept.namespace or self.name)[0]
+            card = nic or VirtualNic.create_many(1, self.spec.namespace or self.name)[0]
             try:
                 return self._plan_nic(card, own=nic is None)
             except BaseException:
@@ -5757,11 +6711,11 @@ class Machine(Guest):
     def keep_cd(self, medium: str) -> None:
         """Remember which image is in the drive; '' for none."""
         with self._changing():
-            self.kept.cd = self.cd.filename = medium
+            self.spec.cd = self.cd.filename = medium
 
     def _boot_order(self, ids: Sequence[str]) -> None:
-        self.kept.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
-        for device in self.kept.devices:
+        self.spec.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
+        for device in self.spec.devices:
             device.boot = ids.index(device.id) + 1 if device.id in ids else 0
 
     def change_boot_device(self, *devices: Any) -> None:
@@ -5775,8 +6729,8 @@ class Machine(Guest):
             if twice:
                 raise MachineError(f'{self.name}: {twice[0]} twice in the boot order',
                                    'name each device once')
-            before = {device.id: device.boot for device in self.kept.devices}
-            before['cd0'] = self.kept.cd_boot
+            before = {device.id: device.boot for device in self.spec.devices}
+            before['cd0'] = self.spec.cd_boot
             self._boot_order(ids)
             if not self.is_alive():
                 return
@@ -5810,7 +6764,7 @@ class Machine(Guest):
             whole = self._ram()
             if actual + mb <= whole:
                 return self.balloon(actual + mb)
-        room = self.kept.maxmemory - self._ram()
+        room = self.spec.maxmemory - self._ram()
         if mb % DIMM_MIB or mb > room:
             raise MachineError(
                 f'{self.name}: can\'t get {mb} MiB more: '
@@ -5828,7 +6782,7 @@ class Machine(Guest):
             raise MachineError(f'{self.name}: memory {mb!r:.80}', 'use MiB')
 
     def _ram(self) -> int:
-        return self.kept.memory + int(sum(row.facts['mib'] for row in self._devices('dimm')))
+        return self.spec.memory + int(sum(row.facts['mib'] for row in self._devices('dimm')))
 
     def _memory_blocks(self) -> dict[int, bool]:
         with contextlib.suppress(AgentError, Busy):
@@ -5928,7 +6882,7 @@ class Machine(Guest):
         another machine or a snapshot, nor one that has given up, nor one whose QEMU hangs."""
         with contextlib.suppress(GuestError):
             return self.state() is not State.CRASHED and not (
-                self.kept.saved or self.kept.incoming or self.kept.given)
+                self.spec.saved or self.spec.incoming or self.spec.given)
         return False
 
     def _end(self, steps: Sequence[tuple[str, float]], timeout: float = 0) -> str:
@@ -5974,7 +6928,7 @@ class Machine(Guest):
         state = self.state()
         if state in (State.OFF, State.SAVED):
             return self.start_vm()
-        if state is State.PAUSED and self.kept.saved:   # a save or restore that was killed midway
+        if state is State.PAUSED and self.spec.saved:   # a save or restore that was killed midway
             self.stop(force=True)
             return self.start_vm()
         return self._go_on(state)
@@ -6003,13 +6957,13 @@ class Machine(Guest):
         with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
             if self.state() is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
-            if self.kept.saved:
+            if self.spec.saved:
                 raise WrongState(f'{self.name} was being saved or restored', 'use start')
-            if self.kept.incoming:
+            if self.spec.incoming:
                 raise WrongState(f'{self.name} waits for a migration',
                                  'migrate() another machine to it, or stop(force=True)')
             if force:
-                self.kept.given = ''
+                self.spec.given = ''
                 self._write()
             self._not_given()
             self.qmp('cont')
@@ -6019,7 +6973,7 @@ class Machine(Guest):
         (system_reset)."""
         self.qmp('system_reset')
         self._refresh()
-        for device in [row for row in self.kept.devices if row.pending]:
+        for device in [row for row in self.spec.devices if row.pending]:
             self._remove(device.kind, device.id, UNPLUG_TIMEOUT)
 
     def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
@@ -6054,7 +7008,7 @@ class Machine(Guest):
             if self.is_alive() and not force:
                 raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
             self._end(STOP_STEPS[2:])
-            for device in [*self.kept.devices]:
+            for device in [*self.spec.devices]:
                 self._drop(device)
             self.cd.attached = None
             shutil.rmtree(self.home)
@@ -6089,7 +7043,7 @@ class Machine(Guest):
         """Forget the memory of a saved machine, so that it boots anew; what it had not written
         to its disks is lost. A file that you named to save() stays."""
         with self._changing():
-            path = self.kept.saved
+            path = self.spec.saved
             if not path:
                 return 'not saved'
             self._end(STOP_STEPS[2:])               # a restore that was killed
@@ -6108,7 +7062,7 @@ class Machine(Guest):
         except BaseException as problem:
             goes_on = not ran or Deadline(QMP_TIMEOUT).poll(self._goes_on)
             if isinstance(problem, Error) and not goes_on:
-                raise MachineError(f'{words(problem)}; it stands still now',
+                raise MachineError(f'{explain(problem)}; it stands still now',
                                    'start it when QEMU answers again') from None
             raise
 
@@ -6201,7 +7155,7 @@ class Machine(Guest):
                 with unbroken():
                     self._part(peer, ran)
                     self._end(STOP_STEPS[2:])
-                self.kept.given = ''
+                self.spec.given = ''
         except ProtocolError as problem:
             raise MachineError(f'{self.name}: {problem}') from None
         return f'migrated to {name}'
@@ -6222,7 +7176,7 @@ class Machine(Guest):
                 peer = ends.enter_context(socket.create_connection(where, QMP_TIMEOUT))
                 stream = socket.create_connection(where, QMP_TIMEOUT)
             except OSError as problem:
-                raise MachineError(f'{self.name}: can\'t migrate to {to}: {words(problem)}',
+                raise MachineError(f'{self.name}: can\'t migrate to {to}: {explain(problem)}',
                                    'give host:port of a machine that waits in receive()') from None
             stream.setblocking(True)
         ends.enter_context(stream)
@@ -6231,7 +7185,7 @@ class Machine(Guest):
     def _send_to(self, peer: LineSocket, stream: socket.socket, ran: bool,
                  progress: Callable[[int, int], object] | None, timeout: float) -> None:
         """Send the guest, and hear that it has arrived, where it does not run yet."""
-        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.kept.shape(), disks=self._marks(),
+        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.spec.shape(), disks=self._marks(),
                  runs=ran, seconds=round(timeout + ARRIVAL_TIMEOUT))
         try:
             with self.monitor() as qmp:
@@ -6248,12 +7202,12 @@ class Machine(Guest):
         """Have the other end run the guest: from here on it may be there, unless that end says
         that it is not."""
         try:
-            self.kept.given = peer.path         # kept before anybody hears it
+            self.spec.given = peer.path         # kept before anybody hears it
             self._write()
             # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
             peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
         except (ReplyError, DiskError):
-            self.kept.given = ''
+            self.spec.given = ''
             if ran:
                 self.qmp('cont')
             self._write()
@@ -6272,18 +7226,18 @@ class Machine(Guest):
         arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
         """
         self._refresh()
-        if not self.kept.incoming or not self.is_alive():
+        if not self.spec.incoming or not self.is_alive():
             raise WrongState(f'{self.name} does not wait for a migration',
                              'make it with incoming=True, and start it')
         deadline, why = Deadline(timeout), ''
         try:
             with socket.create_server((address, port)) as server:
-                while self.kept.incoming and self.is_alive() and not deadline.passed():
+                while self.spec.incoming and self.is_alive() and not deadline.passed():
                     why = self._admit(server, deadline) or why
         except (OSError, OverflowError, TypeError) as problem:
-            raise MachineError(f'{self.name}: can\'t wait on port {port!r:.80}: {words(problem)}'
+            raise MachineError(f'{self.name}: can\'t wait on port {port!r:.80}: {explain(problem)}'
                                ) from None
-        if self.kept.incoming:
+        if self.spec.incoming:
             raise MachineError(f'{self.name}: the guest did not arrive: '
                                f'{why or f"nobody came to port {port}"}')
 
@@ -6317,7 +7271,7 @@ class Machine(Guest):
             except (Error, socket.timeout) as problem:
                 with contextlib.suppress(ProtocolError):
                     wire.send({'error': {'desc': str(problem)}}, Deadline(QMP_TIMEOUT))
-                if waited and not self.kept.incoming:       # it runs here none the less
+                if waited and not self.spec.incoming:       # it runs here none the less
                     raise
                 return str(problem)
         return ''
@@ -6325,7 +7279,7 @@ class Machine(Guest):
     def _take_in(self, peer: LineSocket, stream: Callable[[], socket.socket]) -> None:
         offer = peer.asked('receive', QMP_TIMEOUT)
         with stream() as carrier, self._changing():
-            if not self.kept.incoming or not self.is_alive():
+            if not self.spec.incoming or not self.is_alive():
                 raise WrongState(f'{self.name} does not wait for a migration')
             if self._status() != 'inmigrate':
                 raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
@@ -6343,7 +7297,7 @@ class Machine(Guest):
                 peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
-                    self.kept.incoming = False
+                    self.spec.incoming = False
                     self._write()                   # it is this machine's from here on
                     if offer['runs']:
                         self.qmp('cont')
@@ -6353,7 +7307,7 @@ class Machine(Guest):
             except BaseException:
                 if not landed:                      # what has come must not run here, too
                     self._end(STOP_STEPS[-1:])
-                    self.kept.incoming = True
+                    self.spec.incoming = True
                     self._write()
                 raise
             for device in self._devices('disk'):
@@ -6394,7 +7348,7 @@ class Machine(Guest):
 
     def _check_fits(self, other: Sequence[Any], why: str) -> None:
         """Raise MachineError unless a memory image of a machine of that shape fits this one."""
-        mine = self.kept.shape()
+        mine = self.spec.shape()
         here, there = ([row for row in a if row not in b] for a, b in ((mine, list(other)),
                                                                      (list(other), mine)))
         if here or there:
@@ -6419,7 +7373,7 @@ class Machine(Guest):
             mine = {drive.filename: row for drive, row in rows if row.tag == tag}
             found.append(MachineSnapshot(
                 tag, min(row.when for row in mine.values()),
-                tag in self.kept.snapshots or any(row.ram for row in mine.values()), tuple(mine),
+                tag in self.spec.snapshots or any(row.ram for row in mine.values()), tuple(mine),
                 tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
         return found
 
@@ -6446,12 +7400,12 @@ class Machine(Guest):
                                    'save() works without one')
             if tag in taken:
                 raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
-            if self.kept.saved and not self.is_alive():
+            if self.spec.saved and not self.is_alive():
                 raise WrongState(f'{self.name} is saved', 'start it first')
             if self.is_alive():
                 self._live_snapshot(tag, layers)
             else:
-                self.kept.snapshots.pop(tag, None)      # of one that was deleted elsewhere
+                self.spec.snapshots.pop(tag, None)      # of one that was deleted elsewhere
                 self._disk_snapshots(tag, [drive for _, drive in layers])
             made = self._snapshot(tag)
         if made.uncovered:
@@ -6460,7 +7414,7 @@ class Machine(Guest):
 
     def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
         ran = self._status() == 'running'
-        self.kept.snapshots[tag] = self.kept.shape()    # first: it may be there though we are not
+        self.spec.snapshots[tag] = self.spec.shape()    # first: it may be there though we are not
         self._write()
         try:
             with self.monitor() as qmp:
@@ -6479,7 +7433,7 @@ class Machine(Guest):
                 self.qmp('cont')
 
     def _forget(self, tag: str) -> None:
-        self.kept.snapshots.pop(tag, None)
+        self.spec.snapshots.pop(tag, None)
         self._write()
 
     @staticmethod
@@ -6501,7 +7455,7 @@ class Machine(Guest):
             line = {'save': 'savevm', 'load': 'loadvm', 'delete': 'delvm'}[verb]
             self._hmp_job(qmp, f'{line} {tag}')
             return
-        firmware = ['efi-vars'] if self.kept.efi else []
+        firmware = ['efi-vars'] if self.spec.efi else []
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
         self._job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
 
@@ -6521,7 +7475,7 @@ class Machine(Guest):
                 raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
                                    'delete it, or remove that disk first')
             started = not self.is_alive()
-            if started and self.kept.saved:
+            if started and self.spec.saved:
                 raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
                                  'start it, then load the snapshot')
             if not found.ram and not started:
@@ -6531,7 +7485,7 @@ class Machine(Guest):
                 for _, drive in layers:
                     drive.load_snapshot(tag)
                 return f'disks put back to {tag}'
-            self._check_fits(self.kept.snapshots.get(tag, self.kept.shape()),
+            self._check_fits(self.spec.snapshots.get(tag, self.spec.shape()),
                              f'snapshot {tag} is of other devices')
             with unbroken():
                 if started:
@@ -6562,14 +7516,14 @@ class Machine(Guest):
                 raise
             if not HARMLESS.search(str(problem)):
                 # QEMU would let it run now, half the old guest and half the new one.
-                self.kept.lost = True
+                self.spec.lost = True
                 self._write()
                 raise MachineError(f'{problem}; the guest is lost', 'load another snapshot, or '
                                    'stop(force=True) and start again') from None
             if ran:
                 self.qmp('cont')
             raise
-        self.kept.lost = False
+        self.spec.lost = False
         if ran:
             self.qmp('cont')
 
@@ -6581,7 +7535,7 @@ class Machine(Guest):
         try:
             self.sync_time()
         except (AgentError, ClockError, Busy) as problem:
-            log.warning('%s: its clock is that of the snapshot: %s', self.name, words(problem))
+            log.warning('%s: its clock is that of the snapshot: %s', self.name, explain(problem))
             return ', but its clock is wrong'
         return ', clock set'
 
@@ -6596,7 +7550,7 @@ class Machine(Guest):
             else:
                 for _, drive in layers:
                     drive.delete_snapshot(tag)
-            self.kept.snapshots.pop(tag, None)
+            self.spec.snapshots.pop(tag, None)
 
     # Screen, keyboard, mouse
 
@@ -6778,11 +7732,12 @@ class Machine(Guest):
             try:
                 return correct(self, round(tolerance * SECOND), allow_exec=True)
             except AgentError as problem:
-                if not problem.trouble.passes or deadline.passed():
+                if not problem.trouble.transient or deadline.passed():
                     raise
             time.sleep(STATE_POLL)
 
-    def exec(self, argv: Sequence[str], stdin: bytes | str = b'', timeout: float = 30.0) -> Done:
+    def exec(self, argv: Sequence[str], stdin: bytes | str = b'', timeout: float = 30.0
+             ) -> ExecResult:
         """Run a program in the guest and return its end (guest-exec).
 
         Raises AgentError when it can't be started, MachineError when it does not end in time: it
@@ -6802,7 +7757,7 @@ class Machine(Guest):
         if not Deadline(timeout).poll(ended, STATE_POLL / 4):
             raise MachineError(f'{self.name}: {argv[0]} did not end within {timeout:g} s')
         code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
-        return Done(code, *(self._decoded(status.get(key, '')) for key in ('out-data',
+        return ExecResult(code, *(self._decoded(status.get(key, '')) for key in ('out-data',
                                                                            'err-data')))
 
     def _base64(self, data: bytes | str) -> str:
@@ -6888,7 +7843,7 @@ class Machines:
         except NoGuest:
             return None
 
-    def each(self, running: bool = False) -> list[Guest]:
+    def all(self, running: bool = False) -> list[Guest]:
         """Return all machines, or those that run, by name; not those that hang."""
         found: list[Guest] = []
         names: list[str] = []
@@ -6898,7 +7853,7 @@ class Machines:
             try:
                 found.append(Machine.load(name))
             except Error as problem:                # one broken file must not hide the others
-                log.debug('%s: %s', name, words(problem))
+                log.debug('%s: %s', name, explain(problem))
         if not running:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
@@ -6912,7 +7867,7 @@ class Machines:
     def _look(self, receive: Callable[[GuestEvent], None]) -> None:
         kind = 'found'
         while not self.stopping.is_set():
-            for machine in self.each():
+            for machine in self.all():
                 if not isinstance(machine, Machine) or not machine.is_alive():
                     continue
                 machine.trim_console()
@@ -6941,7 +7896,7 @@ class Machines:
                             receive(GuestEvent(machine, self.EVENTS[event['event']],
                                                time.monotonic()))
         except ProtocolError as problem:
-            log.debug('%s: events: %s', machine.name, words(problem))
+            log.debug('%s: events: %s', machine.name, explain(problem))
         finally:
             self._followed.discard(machine.name)
             receive(GuestEvent(machine, 'stopped', time.monotonic()))
@@ -6954,922 +7909,7 @@ class Machines:
 machines = Machines()
 
 
-# === guests =====================================================================================
-
-class Guests:
-    """One name space over the hosts of guests; one command per guest at a time."""
-
-    ACTIONS: dict[str, Callable[[Guest], str]] = {
-        'start': lambda guest: guest.start(), 'stop': lambda guest: guest.stop(),
-        'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake()}
-
-    def __init__(self, hosts: Sequence[Host | Machines]) -> None:
-        self.hosts = list(hosts)
-        self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
-        self._free = threading.Condition()          # guards _busy; notified when one ends
-
-    def find(self, name: str) -> Guest:
-        """Return the guest `name`; NoGuest if there is none."""
-        for host in self.hosts:
-            guest = host.find(name)
-            if guest:
-                return guest
-        raise NoGuest(f'no guest is named {name}', '--status lists them')
-
-    def each(self, running: bool = False) -> list[Guest]:
-        """Return all guests, or those that run, by name."""
-        return [guest for host in self.hosts for guest in host.each(running)]
-
-    def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT) -> str:
-        """Carry out a command of ACTIONS and return what was done, in words.
-
-        Raises Busy when another command for this guest does not end within `patience` seconds.
-        """
-        with self._alone(guest, action, Deadline(patience)):
-            return self.ACTIONS[action](guest)
-
-    @contextlib.contextmanager
-    def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
-        with self._free:
-            while guest.id in self._busy:
-                if deadline.passed():
-                    raise self._busy_error(guest)
-                self._free.wait(deadline.left())
-            self._busy[guest.id] = action
-        try:
-            yield
-        finally:
-            with self._free:
-                del self._busy[guest.id]
-                self._free.notify_all()
-
-    def _busy_error(self, guest: Guest) -> Busy:
-        return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
-                    'try again later')
-
-    def ready(self, stopping: threading.Event, names: Iterable[str]) -> bool:
-        """Wait until every host is connected, or those that are have all of `names`; or (False)
-        until `stopping`."""
-        while not all(host.up.wait(STATE_POLL) for host in self.hosts):
-            if stopping.is_set():
-                return False
-            there = [host for host in self.hosts if host.up.is_set()]
-            with contextlib.suppress(Error):        # one went away again, or hangs
-                if all(any(host.find(name) for host in there) for name in names):
-                    break
-        return not stopping.is_set()
-
-
-# === monitor ====================================================================================
-
-class Settings:
-    """The configuration that counts now; a reload replaces it whole."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-
-class ClockJob:
-    """The one clock job of a guest; the Monitor's lock guards `again`."""
-
-    def __init__(self, event: GuestEvent) -> None:
-        self.event = event                              # what it is about
-        self.again: GuestEvent | None = None         # came meanwhile: run once more
-        self.nudge = threading.Event()                  # set with `again`
-
-
-class Monitor:
-    """Events -> at most one clock job per guest; a trigger during a job makes it run again."""
-
-    NO_TRIGGERS = frozenset(('booted', 'stopped'))      # a boot is announced by "resumed", too
-    NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
-
-    def __init__(self, guests: Guests, settings: Settings) -> None:
-        self.guests, self.settings = guests, settings
-        self.events: queue.SimpleQueue[GuestEvent | None] = queue.SimpleQueue()
-        self.corrections: dict[str, Correction] = {}    # id -> the last one
-        self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
-        self._told: dict[str, set[str]] = {}            # id -> complaints since its start
-        self._lock = threading.Lock()                   # guards _jobs and _told
-        self._stopping = threading.Event()
-
-    def start(self) -> None:
-        """Start the threads that take events and watch the host's clock."""
-        spawn('monitor', self._take_events)
-        spawn('host-clock', self._watch_host)
-
-    def stop(self) -> None:
-        """Stop; jobs end by themselves."""
-        self._stopping.set()
-        self.events.put(None)
-
-    def trigger_all(self, cause: str, hosts: Sequence[Host | Machines]) -> list[Host | Machines]:
-        """Check every running guest of these hosts; return those that can't be asked now."""
-        away = []
-        for host in hosts:
-            try:
-                for guest in host.each(running=True):
-                    self.events.put(GuestEvent(guest, cause, time.monotonic()))
-            except Error as problem:
-                log.debug('%s: %s', cause, words(problem))
-                away.append(host)
-        return away
-
-    def _take_events(self) -> None:
-        for event in iter(self.events.get, None):
-            try:
-                self._take(event)
-            except Exception:           # one event that can't be handled must not end the rest
-                log.exception('%s: unexpected error', event.kind)
-
-    def _take(self, event: GuestEvent) -> None:
-        """Start a job, or have the one that runs look again."""
-        key, config = event.guest.id, self.settings.config
-        log.debug('%s: %s', event.guest.name, event.kind)
-        with self._lock:
-            if event.kind in self.NEW_START or event.kind == 'stopped':
-                self._told.pop(key, None)
-            job = self._jobs.get(key)
-            if job and event.kind == 'booted':
-                job.event = job.event._replace(kind='booted')
-            if event.kind in self.NO_TRIGGERS or config.excludes(event.guest.name):
-                return
-            if job:
-                job.again = event
-                job.nudge.set()
-                return
-            job = self._jobs[key] = ClockJob(event)
-        try:
-            spawn(f'clock {event.guest.name}', self._work, job)
-        except RuntimeError:                    # no more threads: the next trigger tries again
-            with self._lock:
-                del self._jobs[key]
-            raise
-
-    def _work(self, job: ClockJob) -> None:
-        """Run the job, and again as long as triggers came while it ran."""
-        key = job.event.guest.id
-        while True:
-            try:
-                self._run(job)
-            except Exception:           # a bug in one job must not end the clock of this guest
-                log.exception('%s: unexpected error', job.event.guest.name)
-            with self._lock:
-                if not job.again or self._stopping.is_set():
-                    del self._jobs[key]
-                    return
-                job.event, job.again = job.again, None
-                job.nudge.clear()
-
-    def _run(self, job: ClockJob) -> None:
-        """Correct one clock, and say what came of it."""
-        guest = job.event.guest
-        try:
-            result = synchronise(guest, self.settings.config, job.event.kind, job.event.when,
-                                 job.nudge)
-        except (WrongState, NoGuest, HostAway) as problem:
-            # It was stopped or paused meanwhile, or libvirt is: an event will bring us back.
-            log.debug('%s: clock left alone: %s', guest.name, words(problem))
-            return
-        except Error as problem:
-            kind = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
-            self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
-                           f'{words(problem)}')
-            return
-        result.cause = job.event.kind
-        if result.method or guest.id not in self.corrections:
-            self.corrections[guest.id] = result
-        log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
-        if result.warning:
-            self._complain(guest, 'warning', f'the clock is right, but: {result.warning}')
-
-    def _complain(self, guest: Guest, kind: str, text: str) -> None:
-        """Log a warning, each kind once per start of the guest."""
-        with self._lock:
-            told = self._told.setdefault(guest.id, set())
-            news = kind not in told
-            told.add(kind)
-        log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
-
-    def _watch_host(self) -> None:
-        """Check all guests when the host slept or its clock was set, and every checkInterval:
-        libvirt has no event for these."""
-        seen, checked, cause = HostClock.now(), time.monotonic(), ''
-        away: list[Host | Machines] = []        # they are asked once more, in a moment
-        while not self._stopping.wait(HOST_CLOCK_POLL):
-            now, hosts = HostClock.now(), self.guests.hosts
-            jump, seen = now.jump_since(seen), now
-            interval = self.settings.config.check_interval
-            if jump:
-                cause = jump
-                log.warning('%s; checking all guests', cause)
-            elif interval and time.monotonic() - checked >= interval:
-                cause = 'periodic check'
-            elif away:
-                hosts = away
-            else:
-                continue
-            checked = checked if hosts is away else time.monotonic()
-            away = self.trigger_all(cause, hosts)
-
-
-# === startup ====================================================================================
-
-class Startup:
-    """Carry out startup.vmStartupCommands, once."""
-
-    def __init__(self, guests: Guests, lines: Sequence[Step]) -> None:
-        self.guests, self.steps = guests, lines
-        self.stopping = threading.Event()
-        self._results: dict[str, str] = {}          # guest -> what was done, in words
-        self._failed: dict[str, str] = {}           # guest -> why not
-
-    def run(self) -> None:
-        """Wait for the guests' hosts, go through the lines, wait for the last start, and sum up."""
-        if not self.guests.ready(self.stopping, {step.name for step in self.steps if step.name}):
-            return
-        began, threads = time.monotonic(), []
-        for step in self.steps:
-            if self.stopping.is_set():
-                return
-            if step.verb == 'start':
-                threads.append(spawn(f'start {step.name}', self._start, step.name))
-            elif step.verb == 'delay':
-                self.stopping.wait(step.seconds)
-            else:
-                self._wait(step)
-        for thread in threads:
-            thread.join()
-        if not self.stopping.is_set():
-            done = ', '.join(f'{name} {says}' for name, says in self._results.items())
-            failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
-            log.log(logging.WARNING if failed else logging.INFO,
-                    'startup: ended after %.1f s: %s%s', time.monotonic() - began,
-                    done or 'nothing started', failed and f'; failed: {failed}')
-
-    def _start(self, name: str) -> None:
-        """Start one guest, trying again START_RETRIES times."""
-        for attempt in range(1 + START_RETRIES):
-            if attempt:
-                self.stopping.wait(START_RETRY_PAUSE)
-            if not self.guests.ready(self.stopping, [name]):
-                return
-            try:
-                says = self.guests.act('start', self.guests.find(name))
-            except Error as problem:
-                self._failed[name] = words(problem)
-                left = START_RETRIES - attempt
-                log.log(logging.WARNING if left else logging.ERROR,
-                        'startup: start %s failed: %s; %s', name, words(problem),
-                        f'{left} more tries' if left else 'given up')
-            else:
-                self._failed.pop(name, None)
-                self._results[name] = says
-                log.info('startup: %s %s', name, says)
-                return
-
-    def _wait(self, step: Step) -> None:
-        """Wait until a guest runs, or its agent answers, but not longer than the line says.
-
-        The asking has a thread of its own: an agent that hangs holds a call for seconds.
-        """
-        reached = threading.Event()
-        deadline = Deadline(step.seconds)
-
-        def ask() -> bool:
-            with contextlib.suppress(Error):
-                guest = self.guests.find(step.name)
-                if step.until == 'running':
-                    return guest.state() is State.RUNNING
-                if guest.agent_state() == 'disconnected':
-                    return False                # libvirtd would log an error for each asking
-                guest.agent('guest-ping')
-                return True
-            return self.stopping.is_set()
-
-        def look() -> None:
-            if deadline.poll(ask):
-                reached.set()
-        began = time.monotonic()
-        spawn(f'wait {step.name}', look)
-        while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
-            if self.stopping.is_set():
-                return
-        waited = time.monotonic() - began
-        if reached.is_set():
-            log.info('startup: %s: %s after %.1f s', step.name, step.until, waited)
-        else:
-            log.warning('startup: line %d: %s: not yet "%s" after %.1f s; going on', step.number,
-                        step.name, step.until, waited)
-
-
-# === listener ===================================================================================
-# Server: socket policy. Exchange: the wire. Dispatcher: dispatch, and all of the error policy.
-
-NO_HTTP = 'not an HTTP request that can be read'
-
-
-class Refusal(Error):
-    """A request that gets another answer than 200."""
-
-    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, tuple(headers)
-
-
-class TooLarge(Error):
-    """A request has more bytes than it may."""
-
-
-class Request(NamedTuple):
-    """One request, read whole."""
-
-    peer: str                   # address
-    method: str
-    target: str                 # path and query
-    headers: email.message.Message
-    body: bytes
-
-
-class Reply(NamedTuple):
-    """One answer: a line for people, and the same for programs."""
-
-    status: int
-    text: str
-    data: Mapping[str, Any] = {}
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-class Audit:
-    """What the audit line of a request says; filled in as it becomes known."""
-
-    def __init__(self, peer: str) -> None:
-        self.began = time.monotonic()
-        self.peer, self.key, self.command, self.target = peer, '-', '-', '-'
-
-    def write(self, status: int) -> None:
-        """Write the line; no key ever stands in it."""
-        log.info('request peer=%s key=%s cmd=%s target=%s result=%d ms=%.0f', self.peer,
-                 *(json.dumps(text[:100]) if re.search(r'[^\w.:*-]', text) else text[:100]
-                   for text in (self.key, self.command, self.target)),
-                 status, (time.monotonic() - self.began) * 1000)
-
-
-class Throttle:
-    """Counts wrong keys by address, and says when an address has had enough of them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wrong: dict[str, tuple[float, int]] = {}      # network -> (window's end, count)
-
-    @staticmethod
-    def _network(peer: str) -> str:
-        """Return what is counted as one: an IPv4 address, or an IPv6 /64, which one host has."""
-        if ':' not in peer:
-            return peer
-        return socket.inet_pton(socket.AF_INET6, peer.partition('%')[0])[:8].hex()
-
-    def wrong(self, peer: str) -> None:
-        """Count a wrong key."""
-        network, now = self._network(peer), time.monotonic()
-        with self._lock:
-            end, count = self._wrong.pop(network, (0.0, 0))
-            if end <= now:
-                end, count = now + WRONG_KEYS_WINDOW, 0
-            if len(self._wrong) >= WRONG_KEYS_PEERS:
-                del self._wrong[next(iter(self._wrong))]
-            self._wrong[network] = end, count + 1
-
-    def seconds(self, peer: str) -> int:
-        """Return for how many seconds this address gets no answer; 0 if it gets one."""
-        with self._lock:
-            end, count = self._wrong.get(self._network(peer), (0.0, 0))
-        return math.ceil(max(0.0, end - time.monotonic())) if count >= WRONG_KEYS else 0
-
-
-class Dispatcher:
-    """Turns a request into an action and its outcome into an answer."""
-
-    # The first row that fits gives the status of a failed command.
-    STATUSES: tuple[tuple[type[Error], int], ...] = (
-        (NoGuest, 404), (WrongState, 409), (Busy, 409), (HostAway, 503), (Error, 500))
-    PARAMETERS = frozenset(('key', 'cmd', 'target', 'wait'))
-
-    def __init__(self, guests: Guests, settings: Settings,
-                 corrections: Mapping[str, Correction]) -> None:
-        self.guests, self.settings, self.corrections = guests, settings, corrections
-        self.throttle = Throttle()
-
-    def answer(self, request: Request) -> Reply:
-        """Return the answer to any request, and write its audit line."""
-        audit = Audit(request.peer)
-        try:
-            reply = self._dispatch(request, audit)
-        except Refusal as refusal:
-            reply = Reply(refusal.status, str(refusal), headers=refusal.headers)
-        except Error as problem:
-            status = next(code for kind, code in self.STATUSES if isinstance(problem, kind))
-            reply = Reply(status, words(problem),
-                          headers=(('Retry-After', '2'),) if status == 503 else ())
-        except Exception:               # a boundary: the client gets an answer, the log the bug
-            log.exception('request from %s: unexpected error', request.peer)
-            reply = Reply(500, 'an error in vmmonitor; its log has more')
-        audit.write(reply.status)
-        return reply
-
-    def _dispatch(self, request: Request, audit: Audit) -> Reply:
-        """Check everything in the order in which it may be told, and carry it out."""
-        if request.method not in ('GET', 'POST'):
-            raise Refusal(405, 'use GET or POST', (('Allow', 'GET, POST'),))
-        parameters = self._parameters(request)
-        audit.command = parameters.get('cmd', '-')
-        audit.target = parameters.get('target', '-')
-        key = self._authenticate(request.peer, parameters, audit)
-        command, target = parameters.get('cmd', ''), parameters.get('target', '')
-        if command not in COMMANDS:
-            raise Refusal(400, f'cmd must be one of {", ".join(COMMANDS)}')
-        if bool(target) == (command == 'list'):
-            raise Refusal(400, f'{command} takes no target' if target else
-                          f'target is missing: the name of the guest to {command}')
-        if target and not key.covers(target):
-            self.throttle.wrong(request.peer)       # not to be told from a wrong key
-            raise self._wrong_key()
-        if not self.settings.config.allows(command):
-            raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
-        if command not in key.commands:
-            raise Refusal(403, f'this key may not {command}')
-        wait = self._wait(parameters)
-        if command == 'list':
-            return self._list(key)
-        guest = self.guests.find(target)
-        if command == 'status':
-            return self._status(guest)
-        return self._act(command, guest, wait)
-
-    @staticmethod
-    def _pairs(text: str) -> list[tuple[str, str]]:
-        """Split and decode a query or a form."""
-        if not text:
-            return []
-        try:
-            return urllib.parse.parse_qsl(text, keep_blank_values=True, strict_parsing=True,
-                                          errors='strict', max_num_fields=8)
-        except ValueError:
-            raise Refusal(400, 'parameters must be NAME=VALUE, joined by & and percent-encoded '
-                          'UTF-8') from None
-
-    def _parameters(self, request: Request) -> dict[str, str]:
-        """Collect the parameters from the query, the body and the Authorization header."""
-        try:
-            url = urllib.parse.urlsplit(request.target)
-        except ValueError:
-            raise Refusal(400, NO_HTTP) from None
-        if url.path not in ('/', ''):
-            raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
-        pairs = self._pairs(url.query)
-        kind = request.headers.get('Content-Type', '').partition(';')[0].strip().lower()
-        if request.method == 'POST' and request.body:
-            if kind == 'application/json':
-                pairs += self._json_pairs(request.body)
-            elif kind in ('application/x-www-form-urlencoded', ''):
-                pairs += self._pairs(request.body.decode('latin-1').strip())
-            else:
-                raise Refusal(415, 'send application/x-www-form-urlencoded or application/json')
-        scheme, _, token = request.headers.get('Authorization', '').partition(' ')
-        if scheme.lower() == 'bearer':
-            pairs.append(('key', token.strip()))
-        elif scheme:
-            raise Refusal(401, 'use Authorization: Bearer KEY', (('WWW-Authenticate', 'Bearer'),))
-        found: dict[str, str] = {}
-        for name, value in pairs:
-            if name not in self.PARAMETERS:
-                raise Refusal(400, 'parameters are ' + ', '.join(sorted(self.PARAMETERS)))
-            if name in found:
-                raise Refusal(400, f'{name} stands there twice')
-            if not value.isprintable():
-                raise Refusal(400, f'{name} has control characters')
-            found[name] = value
-        return found
-
-    @staticmethod
-    def _json_pairs(body: bytes) -> list[tuple[str, str]]:
-        """Read a JSON body: an object whose values are strings or numbers."""
-        try:
-            value = parse_json(body, unique=True)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict) or any(
-                isinstance(item, bool) or not isinstance(item, (str, int, float))
-                for item in value.values()):
-            raise Refusal(400, 'the body must be a JSON object, its keys '
-                          'once each, its values strings or numbers')
-        return [(name, str(item)) for name, item in value.items()]
-
-    @staticmethod
-    def _wrong_key() -> Refusal:
-        return Refusal(401, 'wrong key, or not for this target', (('WWW-Authenticate', 'Bearer'),))
-
-    def _authenticate(self, peer: str, parameters: Mapping[str, str], audit: Audit) -> Key:
-        """Return the key of the request; 401, or 429 for an address that guesses."""
-        pause = self.throttle.seconds(peer)
-        if pause:
-            raise Refusal(429, f'too many wrong keys; try again in {pause} s',
-                          (('Retry-After', str(pause)),))
-        if not parameters.get('key'):
-            raise Refusal(401, 'key is missing', (('WWW-Authenticate', 'Bearer'),))
-        digest = hashlib.sha256(parameters['key'].encode(errors='surrogatepass')).digest()
-        found: Key | None = None
-        for key in self.settings.config.keys:       # all of them: the time shall tell nothing
-            if hmac.compare_digest(key.digest, digest):
-                found = key
-        if not found:
-            self.throttle.wrong(peer)
-            raise self._wrong_key()
-        audit.key = found.name
-        return found
-
-    @staticmethod
-    def _wait(parameters: Mapping[str, str]) -> float:
-        """Return how many seconds the request waits for its command."""
-        try:
-            wait = float(parameters.get('wait', COMMAND_TIMEOUT))
-        except ValueError:
-            wait = -1.0
-        if not 0 <= wait <= COMMAND_TIMEOUT:
-            raise Refusal(400, f'wait must be a number of seconds from 0 to {COMMAND_TIMEOUT:g}')
-        return wait
-
-    def _act(self, command: str, guest: Guest, wait: float) -> Reply:
-        """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
-        outcome: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-        waiting = threading.Event()
-        waiting.set()
-
-        def work() -> None:
-            result: str | Exception
-            try:
-                result = self.guests.act(command, guest, BUSY_TIMEOUT if wait else 0)
-            except Exception as problem:    # all of them are raised where the answer is made
-                result = problem
-            outcome.put(result)
-            if not waiting.is_set():
-                failed = isinstance(result, Exception)
-                log.log(logging.WARNING if failed else logging.INFO, '%s %s: %s', command,
-                        guest.name, words(result) if isinstance(result, Exception) else result)
-        spawn(f'{command} {guest.name}', work)
-        try:
-            result = outcome.get(timeout=max(wait, REFUSAL_TIMEOUT))
-        except queue.Empty:
-            waiting.clear()
-            return Reply(202, f'{guest.name}: {command} goes on', {
-                'target': guest.name, 'cmd': command, 'result': 'goes on'})
-        if isinstance(result, Exception):
-            raise result
-        return Reply(200, f'{guest.name}: {result}', {
-            'target': guest.name, 'cmd': command, 'result': result})
-
-    def _describe(self, guest: Guest) -> dict[str, Any]:
-        """Return what is known of a guest."""
-        state = guest.state()
-        last = self.corrections.get(guest.id)
-        clock = last and {
-            'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
-            'corrected': bool(last.method), 'at': utc(last.when)}
-        return {'name': guest.name, 'state': state.value, 'agent': guest.agent_state(),
-                'clock': clock}
-
-    @staticmethod
-    def _line(known: Mapping[str, Any]) -> str:
-        clock = known['clock']
-        return '{} {} agent={} clock={}'.format(
-            known['name'], known['state'], known['agent'],
-            '{:+.1f}ms at {} after "{}"'.format(clock['afterMs'], clock['at'], clock['cause'])
-            if clock else 'unknown')
-
-    def _status(self, guest: Guest) -> Reply:
-        known = self._describe(guest)
-        return Reply(200, self._line(known), known)
-
-    def _list(self, key: Key) -> Reply:
-        """Return the guests that the key reaches."""
-        found: list[dict[str, Any]] = []
-        for guest in self.guests.each():
-            if key.covers(guest.name):
-                with contextlib.suppress(NoGuest):          # undefined since it was listed
-                    found.append(self._describe(guest))
-        return Reply(200, '\n'.join(map(self._line, found)) or 'no guests', {'guests': found})
-
-
-def utc(when: float) -> str:
-    """Return a time.time() as ISO 8601 in UTC."""
-    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(when))
-
-
-class Source(io.RawIOBase):
-    """The bytes of a connection, with a limit on how many and on how long one request may take.
-
-    The clock starts with the first byte: a connection that is idle has IDLE_TIMEOUT, and then a
-    request that trickles has REQUEST_TIMEOUT, not that long for every byte.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        super().__init__()
-        self.connection = connection
-        self.deadline = Deadline(REQUEST_TIMEOUT)
-        self.began = False                  # whether a byte of the request has come
-        self.bare_cr = False                # whether a CR came without its LF
-        self.budget = HEADER_BYTES
-
-    def readable(self) -> bool:
-        """Say that this is for reading (io.RawIOBase)."""
-        return True
-
-    def expect(self) -> None:
-        """Get ready for another request."""
-        self.deadline, self.began, self.bare_cr = Deadline(IDLE_TIMEOUT), False, False
-        self.budget = HEADER_BYTES
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what there is; TooLarge, or socket.timeout."""
-        if self.budget <= 0:
-            raise TooLarge('request line and headers too large')
-        self.connection.settimeout(max(self.deadline.left(), 0.001))
-        count = self.connection.recv_into(memoryview(buffer)[:self.budget])
-        if not self.began:
-            self.deadline, self.began = Deadline(REQUEST_TIMEOUT), True
-        self.budget -= count
-        self.bare_cr |= bool(re.search(rb'\r[^\n]', memoryview(buffer)[:count]))
-        return count
-
-
-class Client:
-    """A connection, as the Server sees it."""
-
-    def __init__(self, connection: socket.socket, address: str) -> None:
-        self.connection, self.address = connection, address
-        self.idle = True                    # not in the middle of carrying out a request
-
-    def drop(self) -> None:
-        """End the connection from another thread than its own."""
-        with contextlib.suppress(OSError):      # not SSLSocket's own, which the owner would notice
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
-
-
-class Exchange(http.server.BaseHTTPRequestHandler):
-    """The wire: handshake, limits, time-outs, and one write per response."""
-
-    protocol_version = 'HTTP/1.1'
-    server: Server
-
-    def __init__(self, client: Client, server: Server) -> None:
-        self.client = client
-        super().__init__(client.connection, (client.address, 0), server)
-
-    def setup(self) -> None:
-        """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
-        self.client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.client.connection.settimeout(HANDSHAKE_TIMEOUT)
-        self.connection = self.server.context.wrap_socket(
-            self.client.connection, server_side=True, do_handshake_on_connect=False)
-        self.client.connection = self.connection        # wrap_socket() took the descriptor over
-        self.connection.do_handshake()
-        self.source = Source(self.connection)
-        self.rfile = io.BufferedReader(self.source)
-
-    def finish(self) -> None:
-        """Say goodbye in TLS, without waiting for the other end to do so."""
-        with contextlib.suppress(OSError, ValueError):
-            self.connection.settimeout(0)
-            self.connection.unwrap()
-        self.rfile.close()
-
-    def handle_one_request(self) -> None:
-        """Read one request, have the Dispatcher answer it."""
-        self.source.expect()
-        self.close_connection = True
-        self.command = ''                               # parse_request() may leave it unset
-        try:
-            self.raw_requestline = self.rfile.readline(HEADER_BYTES + 1)
-            if not self.raw_requestline.strip():
-                return
-            if b' HTTP/' not in self.raw_requestline:       # it would be taken for HTTP/0.9
-                raise Refusal(400, NO_HTTP)
-            if not self.parse_request():
-                return
-            # Python's parser stops at a line that it can't read, and takes a bare CR for a line's
-            # end: what follows would be the next request of this connection.
-            if self.headers.defects or self.headers.get_payload() or self.source.bare_cr:
-                raise Refusal(400, NO_HTTP)
-            body = self._body()
-        except socket.timeout:
-            if self.source.began:
-                self.refuse(408, f'the request took longer than {REQUEST_TIMEOUT:g} s')
-            return
-        except TooLarge as problem:
-            self.refuse(431, str(problem))
-            return
-        except Refusal as refusal:
-            self.refuse(refusal.status, str(refusal))
-            return
-        self.client.idle = False
-        reply = self.server.router.answer(Request(
-            self.client.address, self.command, self.path, self.headers, body))
-        self.respond(reply)
-        self.client.idle = True
-
-    def _body(self) -> bytes:
-        """Read the body of the request."""
-        if 'Transfer-Encoding' in self.headers:
-            raise Refusal(411, 'send the body with a Content-Length')
-        lengths = self.headers.get_all('Content-Length', [])
-        if not lengths:
-            return b''
-        if len(lengths) > 1 or not re.fullmatch(r'[0-9]{1,10}', lengths[0]):
-            raise Refusal(400, 'Content-Length must be one number')
-        length = int(lengths[0])
-        if length > BODY_BYTES:
-            raise Refusal(413, f'the body may have {BODY_BYTES} bytes')
-        self.source.budget = BODY_BYTES
-        body = self.rfile.read(length)
-        if len(body) < length:
-            raise Refusal(400, 'the body is shorter than its Content-Length')
-        return body
-
-    def refuse(self, status: int, text: str) -> None:
-        """Answer a request that can't be read, and end the connection."""
-        self.close_connection = True
-        Audit(self.client.address).write(status)
-        self.respond(Reply(status, text))
-
-    def send_error(self, code: int, message: str | None = None,
-                   explain: str | None = None) -> None:
-        """Answer a request that parse_request() can't read."""
-        self.refuse(int(code), NO_HTTP)
-
-    def handle_expect_100(self) -> bool:
-        """Tell a client that waits for it to send its body."""
-        self.connection.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
-        return True
-
-    def respond(self, reply: Reply) -> None:
-        """Send an answer in one write, as JSON to those who accept that."""
-        headers = getattr(self, 'headers', None)
-        as_json = headers is not None and 'application/json' in headers.get('Accept', '')
-        if as_json:
-            data = reply.data or ({'error': reply.text} if reply.status >= 400 else {})
-            text = json.dumps(data)
-        else:
-            text = '\n'.join(map(printable, reply.text.split('\n')))
-        body = text.encode('utf-8', 'replace') + b'\n'
-        kind = 'application/json' if as_json else 'text/plain; charset=utf-8'
-        lines = [f'HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}',
-                 'Server: vmmonitor', f'Date: {self.date_time_string()}',
-                 f'Content-Type: {kind}', f'Content-Length: {len(body)}',
-                 'Cache-Control: no-store', 'X-Content-Type-Options: nosniff',
-                 *(f'{name}: {value}' for name, value in reply.headers),
-                 f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
-        if self.command == 'HEAD':
-            body = b''
-        self.connection.settimeout(SEND_TIMEOUT)
-        self.connection.sendall('\r\n'.join(lines).encode('latin-1') + body)
-
-    def log_message(self, format: str, *args: Any) -> None:     # pylint: disable=redefined-builtin
-        """Log nothing: the Audit does."""
-
-
-class Server(socketserver.TCPServer):
-    """The sockets: who may connect, and how many at once."""
-
-    allow_reuse_address = True
-    request_queue_size = 128
-
-    def __init__(self, config: Config, router: Dispatcher) -> None:
-        self.router = router
-        self.context = tls_context(config)
-        self.clients: dict[Client, None] = {}       # in the order in which they came
-        self.lock = threading.Lock()                # guards clients
-        self.place = (config.address, int(config.port))
-        self.address_family = socket.AF_INET if '.' in config.address else socket.AF_INET6
-        if not config.address and not _has_ipv6():
-            self.address_family = socket.AF_INET
-        try:
-            super().__init__(self.place, Exchange)      # type: ignore[arg-type]
-        except OSError as problem:
-            raise Error(f'can\'t listen on {self.name()}: {words(problem)}',
-                        'set listener.port and listener.address to what is free here') from None
-
-    def name(self) -> str:
-        """Return address and port for people."""
-        address, port = self.place
-        return f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
-
-    def server_bind(self) -> None:
-        """Bind; without an address, to IPv6 and IPv4 with one socket."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(self.place[0]))
-        super().server_bind()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection in, at the cost of the oldest idle one when there are too many."""
-        address = client_address[0]
-        if address.startswith('::ffff:') and '.' in address:
-            address = address[7:]
-        client = Client(request, address)
-        if self._admit(client):
-            spawn(f'client {address}', self._serve, client)
-        else:
-            self.shutdown_request(request)
-
-    def _admit(self, client: Client) -> bool:
-        """Count the client in, and drop an idle one for it; False if all others are at work."""
-        with self.lock:
-            others = list(self.clients)
-            same = [other for other in others if other.address == client.address]
-            for crowd, limit in ((same, CONNECTIONS_PER_PEER), (others, CONNECTIONS_MAX)):
-                if len(crowd) >= limit:
-                    idle = next((other for other in crowd if other.idle), None)
-                    if not idle:
-                        return False
-                    idle.drop()
-                    self.clients.pop(idle, None)
-            self.clients[client] = None
-            return True
-
-    def _serve(self, client: Client) -> None:
-        """Serve one connection, in its own thread."""
-        try:
-            Exchange(client, self)
-        except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
-            log.debug('client %s: %s', client.address, words(problem))
-        finally:
-            with self.lock:
-                self.clients.pop(client, None)
-            with contextlib.suppress(OSError):
-                client.connection.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what went wrong while a connection was taken in."""
-        log.exception('client %s: unexpected error', client_address)
-
-    def serve(self) -> None:
-        """Accept connections until shutdown()."""
-        self.serve_forever(poll_interval=STATE_POLL)
-
-    def stop(self) -> None:
-        """Accept no more, and end the connections that are idle."""
-        self.shutdown()
-        self.server_close()
-        with self.lock:
-            for client in self.clients:
-                if client.idle:
-                    client.drop()
-
-
-def _has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
-        probe.bind(('::', 0))
-        return True
-    return False
-
-
-class Listener:
-    """The https trigger: a Server that can be replaced while the Dispatcher stays."""
-
-    def __init__(self, guests: Guests, settings: Settings,
-                 corrections: Mapping[str, Correction]) -> None:
-        self.settings = settings
-        self.router = Dispatcher(guests, settings, corrections)
-        self.server: Server | None = None
-
-    def open(self, config: Config) -> None:
-        """Listen where `config` says, and no longer elsewhere; Error if that can't be."""
-        server = Server(config, self.router)
-        self.close()
-        self.server = server
-        spawn('listener', server.serve)
-        log.info('listening on %s', server.name())
-
-    def reload(self, old: Config) -> None:
-        """Take over the new certificate and address; with an Error, all stays as it was."""
-        new = self.settings.config
-        if self.server and (new.address, new.port) == (old.address, old.port):
-            self.server.context = tls_context(new)
-            return
-        if new.port == old.port:
-            self.close()                # "all addresses" and one of them exclude each other
-        try:
-            self.open(new)
-        except Error:
-            if not self.server:
-                self.open(old)
-            raise
-
-    def close(self) -> None:
-        """Stop listening."""
-        if self.server:
-            self.server.stop()
-            self.server = None
-
+# ### part 4: command line ########################################################################
 
 # === command line ===============================================================================
 
@@ -7982,10 +8022,10 @@ class Daemon:
             self.settings.config = new
             if 'listen' in self.roles:
                 self.listener.reload(old)
-        except (Error, Problem, OSError) as problem:        # files may change under our hands
+        except (Error, InvalidValue, OSError) as problem:        # files may change under our hands
             self.settings.config = old
             self._refused = '; the last reload was refused, see the log'
-            lines = problem.problems if isinstance(problem, ConfigError) else [words(problem)]
+            lines = problem.problems if isinstance(problem, ConfigError) else [explain(problem)]
             for line in lines:
                 log.error('reload refused, the old configuration stays: %s', line)
         else:
@@ -8001,52 +8041,52 @@ class Daemon:
         self._say('READY=1')
 
 
-def check(path: str, roles: Sequence[str]) -> Iterator[Look]:
+def check(path: str, roles: Sequence[str]) -> Iterator[Check]:
     """Yield what --check prints: each thing that must be there, in the order of its use."""
     try:
         config = load(path, roles) if path else Config()
     except ConfigError as problem:
         for line in problem.problems:
-            yield Look(False, f'config {problem.path}: {line}')
+            yield Check(False, f'config {problem.path}: {line}')
         return
     roles = roles or enabled_roles(config)
-    yield Look(True, f'config {path or "none, defaults"}: {", ".join(roles) or "nothing enabled"}')
+    yield Check(True, f'config {path or "none, defaults"}: {", ".join(roles) or "nothing enabled"}')
     for warning in config.warnings:
-        yield Look(False, warning)
+        yield Check(False, warning)
     if 'listen' in roles:
         yield from _check_listener(config)
     try:
         library = Library.get()
         connection = Connection(config.libvirt_uri)
     except LibvirtError as problem:
-        yield Look(False, f'libvirt {config.libvirt_uri}: {words(problem)}')
+        yield Check(False, f'libvirt {config.libvirt_uri}: {explain(problem)}')
         return
-    yield Look(True, f'libvirt {config.libvirt_uri}: version {connection.version()}')
+    yield Check(True, f'libvirt {config.libvirt_uri}: version {connection.version()}')
     connection.close()
     if not library.has(AGENT_CALL):
-        yield Look(False, 'libvirt-qemu.so.0 is missing: agent calls are bounded in a less '
+        yield Check(False, 'libvirt-qemu.so.0 is missing: agent calls are bounded in a less '
                    'friendly way; install all of your distribution\'s libvirt client library')
     yield from _check_guests(config, roles)
 
 
-def _check_listener(config: Config) -> Iterator[Look]:
-    """Look at the certificate's end and at the port."""
+def _check_listener(config: Config) -> Iterator[Check]:
+    """Check at the certificate's end and at the port."""
     try:
         shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend', '1209600', '-in',
                      beside(config, config.certificate)], QMP_TIMEOUT, check=False)
         end = shown.stdout.decode(errors='replace').partition('=')[2].partition('\n')[0]
-        yield Look(shown.returncode == 0, f'certificate {config.certificate}: valid until {end}'
+        yield Check(shown.returncode == 0, f'certificate {config.certificate}: valid until {end}'
                    + ('' if shown.returncode == 0 else '; renew it'))
     except CommandError:
-        yield Look(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
+        yield Check(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
     try:
         server = Server(config, Dispatcher(Guests([]), Settings(config), {}))
     except Error as problem:
         served = _is_served(config)
-        yield Look(served, f'port: {config.port} is served with this certificate, by the daemon'
-                   if served else words(problem))
+        yield Check(served, f'port: {config.port} is served with this certificate, by the daemon'
+                   if served else explain(problem))
     else:
-        yield Look(True, f'port: can listen on {server.name()}')
+        yield Check(True, f'port: can listen on {server.name()}')
         server.server_close()
 
 
@@ -8065,26 +8105,26 @@ def _is_served(config: Config) -> bool:
         return False
 
 
-def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Look]:
-    """Look at the guests: their agent channels, and the names in the startup list."""
+def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
+    """Check at the guests: their agent channels, and the names in the startup list."""
     host = Host(config.libvirt_uri)
     try:
-        guests = {guest.name: guest for guest in Guests([host, Machines()]).each()}
+        guests = {guest.name: guest for guest in Guests([host, Machines()]).all()}
     except LibvirtError as problem:
-        yield Look(False, f'guests: {words(problem)}')
+        yield Check(False, f'guests: {explain(problem)}')
         return
-    yield Look(True, f'guests: {len(guests)} defined')
+    yield Check(True, f'guests: {len(guests)} defined')
     if 'monitor' in roles:
         for guest in guests.values():
             with contextlib.suppress(NoGuest):          # undefined since it was listed
                 if not config.excludes(guest.name) and guest.agent_state() == 'absent':
-                    yield Look(False, words(agent_error(guest.name, 'not configured')))
+                    yield Check(False, explain(agent_error(guest.name, 'not configured')))
     for step in config.steps if 'startup' in roles else ():
         if step.name and step.name not in guests:
-            yield Look(False, f'startup.vmStartupCommands line {step.number}: no guest is named '
+            yield Check(False, f'startup.vmStartupCommands line {step.number}: no guest is named '
                        f'{step.name}')
         elif step.verb == 'start' and guests[step.name].autostarts():
-            yield Look(False, f'{step.name} is started by libvirt, too, before this program runs; '
+            yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
                        f'virsh autostart --disable {step.name}')
     host.stop()
 
@@ -8099,7 +8139,7 @@ def command_check(path: str, roles: Sequence[str], as_json: bool) -> int:
     return show_looks(looks)
 
 
-def show_looks(looks: Sequence[Look]) -> int:
+def show_looks(looks: Sequence[Check]) -> int:
     """Print the lines of --check and --doctor, and return the exit status."""
     for look in looks:
         print('ok   ' if look.good else 'FAIL ', printable(look.text))
@@ -8120,7 +8160,7 @@ def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, 
     """Return the host, and its guests of these names, or all."""
     host = Host(config.libvirt_uri)
     guests = Guests([Machines(), host])
-    return host, [guests.find(name) for name in names] if names else guests.each(running)
+    return host, [guests.find(name) for name in names] if names else guests.all(running)
 
 
 def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
@@ -8131,7 +8171,7 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
             try:
                 reading = measure(guest, round(config.tolerance * MS))
             except AgentError as problem:
-                return {**known, 'agent': problem.trouble.name, 'error': words(problem)}
+                return {**known, 'agent': problem.trouble.name, 'error': explain(problem)}
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
     host, guests = _chosen(config, names, running=False)
@@ -8265,7 +8305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.error('%s: %s', problem.path, line)
         return EXIT_USAGE
     except Error as problem:
-        log.error('%s', words(problem))
+        log.error('%s', explain(problem))
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -8274,7 +8314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End the process at once: a thread that hangs inside libvirt would hold it for ever."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -8284,4 +8324,4 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == '__main__':
-    leave(main())
+    exit_now(main())
