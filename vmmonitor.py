@@ -16,7 +16,7 @@ Three flows run through it:
 Four parts, each section using only those above it (grep -nE '^# (###|===)' prints them):
 
   part 1: daemon
-    constants and limits   every number that decides something
+    constants              units, and the numbers that several sections use
     errors                 the exception tree, and explain() that turns one into a sentence
     logging and threads    one log format, one thread starter, one deadline
     data from outside      JSON with limits, and the shape that each answer must have
@@ -103,84 +103,17 @@ __version__ = '1.0'
 
 # ### part 1: daemon ##############################################################################
 
-# === constants and limits =======================================================================
+# === constants ==================================================================================
+# What several sections use; every other number that decides something heads its own section.
 # Times are seconds unless the name says otherwise; sizes are bytes.
 
 MS = 1_000_000                 # nanoseconds in a millisecond; clock offsets are kept in ns
 SECOND = 1_000_000_000         # nanoseconds in a second
 DAY = 86400                    # seconds
 
-# libvirt
-AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
-SLOW_CALLS = 3                 # ... to those that were silent ...
-ACTION_CALLS = 6               # ... starts, saves, stops ...
-QUERY_CALLS = 2                # ... look-ups: together 19 of libvirtd's 20 workers
-KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed after about
-KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
-RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
-RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
-LOOP_TICK_MS = 500             # the event loop shows this often that it runs
-
-# guests
-START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
-START_ATTEMPTS = 3             # the same action on the same state, before giving up
 STATE_POLL = 0.1               # between two looks at a state that somebody else is changing
-QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
-
-# guest agents
-AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for guest-sync
-AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
-AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
-
-# clock
-SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
-SAMPLES_MAX = 8                # ... of up to so many, while it is too long to be sure
-ROUNDS = 6                     # settings in a row, each made better by what the others missed by
-CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
-RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
-RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
-RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
-HOST_CLOCK_POLL = 0.5          # between two looks at the host's own clocks
-HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
-
-# startup
-START_RETRIES = 3              # further tries of a guest that failed to start ...
-START_RETRY_PAUSE = 5.0        # ... this long apart
-WAIT_DEFAULT = 120.0           # of "wait NAME" without a time
-
-# listener
-HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
-REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
-IDLE_TIMEOUT = 15.0            # between two requests of one connection
-SEND_TIMEOUT = 10.0            # for one response
-CONNECTIONS_MAX = 256          # threads that serve clients
-CONNECTIONS_PER_PEER = 100     # of them for one address
-HEADER_BYTES = 16 * 1024       # request line and headers together
-BODY_BYTES = 16 * 1024
-COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unless wait= says less
-REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
 BUSY_TIMEOUT = 30.0            # how long a command waits for another one on the same guest
-WRONG_KEYS = 10                # wrong keys from one address within ...
-WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
-WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
-KEY_MINIMUM = 16               # shorter keys draw a warning
-
-# JSON, and the sockets that carry it
-JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
-JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
-JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
-EVENTS_KEPT = 1000             # that came while nobody waited for one; the oldest are forgotten
-QMP_TIMEOUT = 10.0
-
-# host network
-IP_TIMEOUT = 60.0              # for one run of ip, tc, iptables or nft
-LOCK_TIMEOUT = 90.0            # for another process that is changing the network, longer than that
-SEEN_TIMEOUT = 1.0             # how long an Interface from interfaces.values() needs no new look
-NAME_LENGTH = 15               # the kernel's IFNAMSIZ, less its final zero byte
-GROUP_FIRST = 1 << 30          # interface groups we mark our own with: from here to 2 << 30
-TAP_INDEX = range(1_000_000, 1 << 31)   # ifindex of macvtaps, so that /dev/tapN is theirs alone
-SYS_COMMAND_TIMEOUT = 600.0    # of sys_command(), unless it is told another
-
+QMP_TIMEOUT = 10.0             # for one answer of QEMU, or of a short-lived program
 STOP_TIMEOUT = 1.5             # from SIGTERM to the end of the process
 
 
@@ -455,6 +388,11 @@ def unbroken() -> Iterator[None]:
 # === data from outside ==========================================================================
 # A guest, a client and even a QEMU that a guest has broken into may send anything at all.
 
+JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
+JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
+JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
+
+
 def parse_documents(text: str | bytes, unique: bool = False) -> Iterator[Any]:
     """Yield the JSON values that follow each other in a text; with `unique`, no object may have
     a key twice.
@@ -582,6 +520,7 @@ def answer_of(command: str, reply: Any) -> Any:
 
 # === processes ==================================================================================
 
+SYS_COMMAND_TIMEOUT = 600.0    # of sys_command(), unless it is told another
 PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2'}     # Debian's, where its name is another
 
 
@@ -619,6 +558,10 @@ def sys_command(cmd: str | Sequence[str], timeout: float = SYS_COMMAND_TIMEOUT) 
 
 
 # === configuration ==============================================================================
+
+KEY_MINIMUM = 16               # shorter keys draw a warning
+WAIT_DEFAULT = 120.0           # of "wait NAME" without a time
+
 
 class InvalidValue(Error, ValueError):
     """Why one value can't be used; load() adds its place."""
@@ -883,6 +826,13 @@ class Config:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
+class Settings:
+    """The configuration that counts now; a reload replaces it whole."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
 OPTIONS: dict[str, tuple[str, Option]] = {      # key in the file -> (attribute of Config, row)
     field.metadata['option'].key: (field.name, field.metadata['option'])
     for field in dataclasses.fields(Config) if 'option' in field.metadata}
@@ -1078,6 +1028,11 @@ def tls_context(config: Config) -> ssl.SSLContext:
 
 # === guest ======================================================================================
 
+AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for guest-sync
+AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
+AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
+
+
 class State(enum.Enum):
     """What a guest is doing; the value is the word that people read."""
 
@@ -1255,6 +1210,17 @@ class GuestHost(Protocol):
 
 
 # === clock ======================================================================================
+
+SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
+SAMPLES_MAX = 8                # ... of up to so many, while it is too long to be sure
+ROUNDS = 6                     # settings in a row, each made better by what the others missed by
+CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
+RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
+RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
+RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
+HOST_CLOCK_POLL = 0.5          # between two looks at the host's own clocks
+HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
+
 
 class Reading(NamedTuple):
     """One look at a guest's clock."""
@@ -1481,6 +1447,20 @@ class HostClock(NamedTuple):
 
 # === libvirt ====================================================================================
 # Structures, then prototypes, then thin wrappers. Nothing outside this section uses ctypes.
+
+AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
+SLOW_CALLS = 3                 # ... to those that were silent ...
+ACTION_CALLS = 6               # ... starts, saves, stops ...
+QUERY_CALLS = 2                # ... look-ups: together 19 of libvirtd's 20 workers
+KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed after about
+KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
+RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
+RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
+LOOP_TICK_MS = 500             # the event loop shows this often that it runs
+QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
+START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
+START_ATTEMPTS = 3             # the same action on the same state, before giving up
+
 
 class VirError(ctypes.Structure):
     """virError of virterror.h."""
@@ -2298,13 +2278,6 @@ class Guests:
 
 # === monitor ====================================================================================
 
-class Settings:
-    """The configuration that counts now; a reload replaces it whole."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-
 class ClockJob:
     """The one clock job of a guest; the Monitor's lock guards `again`."""
 
@@ -2451,6 +2424,10 @@ class Monitor:
 
 # === startup ====================================================================================
 
+START_RETRIES = 3              # further tries of a guest that failed to start ...
+START_RETRY_PAUSE = 5.0        # ... this long apart
+
+
 class Startup:
     """Carry out startup.vmStartupCommands, once."""
 
@@ -2541,6 +2518,20 @@ class Startup:
 
 # === listener ===================================================================================
 # Server: socket policy. ClientConnection: the wire. Dispatcher: dispatch, and all error policy.
+
+HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
+REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
+IDLE_TIMEOUT = 15.0            # between two requests of one connection
+SEND_TIMEOUT = 10.0            # for one response
+CONNECTIONS_MAX = 256          # threads that serve clients
+CONNECTIONS_PER_PEER = 100     # of them for one address
+HEADER_BYTES = 16 * 1024       # request line and headers together
+BODY_BYTES = 16 * 1024
+COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unless wait= says less
+REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
+WRONG_KEYS = 10                # wrong keys from one address within ...
+WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
+WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
 
 NO_HTTP = 'not an HTTP request that can be read'
 
@@ -3159,6 +3150,13 @@ class Listener:
 # created with that group, is ever removed. A Record has the way back, too, as a list of Op: a
 # trunk's addresses and routes, firewall rules, forwarding. Rollback, delete() and clean() are
 # the same function, Ledger.remove().
+
+IP_TIMEOUT = 60.0              # for one run of ip, tc, iptables or nft
+LOCK_TIMEOUT = 90.0            # for another process that is changing the network, longer than that
+SEEN_TIMEOUT = 1.0             # how long an Interface from interfaces.values() needs no new look
+NAME_LENGTH = 15               # the kernel's IFNAMSIZ, less its final zero byte
+GROUP_FIRST = 1 << 30          # interface groups we mark our own with: from here to 2 << 30
+TAP_INDEX = range(1_000_000, 1 << 31)   # ifindex of macvtaps, so that /dev/tapN is theirs alone
 
 STATE_DIR = os.environ.get('VMMONITOR_STATE', '/run/vmmonitor')     # of the Ledger
 NETNS_DIR = '/run/netns'        # where `ip netns` keeps the names of namespaces
@@ -4619,6 +4617,9 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
 # ### part 3: machines ############################################################################
 
 # === json sockets ===============================================================================
+
+EVENTS_KEPT = 1000             # that came while nobody waited for one; the oldest are forgotten
+
 
 class LineSocket:
     """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
