@@ -58,7 +58,6 @@ from typing import Any, Callable
 from unittest import mock
 
 import vmmonitor as vm
-import vmmonitor as vmanager  # as the library's users write it
 
 CACHE = Path('/var/tmp/vmmonitor-test')
 OURS = f'vmmonitor-{os.getpid()}-'      # how all begins that this run makes
@@ -2984,7 +2983,7 @@ class NetCase(unittest.TestCase):
         call(libc.mount(b'sysfs', b'/sys', b'sysfs', 0, None))
         for name in ('accept_dad', 'dad_transmits'):       # saves a second or two for each address
             Path('/proc/sys/net/ipv6/conf/default', name).write_text('0')
-        patch = mock.patch.object(vmanager, 'STATE_DIR', '/run/vmmonitor-test')
+        patch = mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-test')
         patch.start()
         self.addCleanup(patch.stop)
         ip('link set dev lo up')
@@ -2994,18 +2993,18 @@ class NetCase(unittest.TestCase):
             call(libc.setns(file, kind))
             os.close(file)
 
-    def refused(self, kind: type[vmanager.NetworkError], *parts: str) -> Any:
+    def refused(self, kind: type[vm.NetworkError], *parts: str) -> Any:
         """Expect an error whose words have all of these parts."""
         return Refusal(self, kind, parts)
 
     def records(self) -> dict[str, Any]:
-        return dict(vmanager.Ledger().load())
+        return dict(vm.Ledger().load())
 
 
 class Refusal:
     """assertRaises, that also wants the reason."""
 
-    def __init__(self, case: unittest.TestCase, kind: type[vmanager.NetworkError],
+    def __init__(self, case: unittest.TestCase, kind: type[vm.NetworkError],
                  parts: Sequence[str]) -> None:
         self.case, self.kind, self.parts = case, kind, parts
 
@@ -3017,20 +3016,20 @@ class Refusal:
         if not isinstance(problem, self.kind):
             return False
         for part in self.parts:
-            self.case.assertIn(part, vmanager.explain(problem))
+            self.case.assertIn(part, vm.explain(problem))
         return True
 
 
 # --- tests ---
 
 class TestSwitch(NetCase):
-    def taps(self, *nics: vmanager.VirtualNic) -> list[int]:
+    def taps(self, *nics: vm.VirtualNic) -> list[int]:
         taps = [nic.open() for nic in nics]
         for tap in taps:
             self.addCleanup(os.close, tap)
         return taps
 
-    def all_frames(self, one: vmanager.VirtualNic, other: vmanager.VirtualNic) -> None:
+    def all_frames(self, one: vm.VirtualNic, other: vm.VirtualNic) -> None:
         ends = self.taps(one, other)
         for (here, there), (a, b) in (((one, other), ends), ((other, one), ends[::-1])):
             for what, build in FRAMES.items():
@@ -3044,16 +3043,16 @@ class TestSwitch(NetCase):
                         self.fail(f'{what} did not arrive')
 
     def test_macvtaps_on_a_switch(self) -> None:
-        switch = vmanager.Switch('lan')
-        a, b = vmanager.VirtualNic(namespace='web1'), vmanager.VirtualNic(namespace='web2')
+        switch = vm.Switch('lan')
+        a, b = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web2')
         a.connect(switch)
         switch.connect(b)
         self.assertEqual(set(switch.ports), {'web1-p0', 'web2-p0'})
         self.all_frames(a, b)
 
     def test_plain_taps_on_two_joined_switches(self) -> None:
-        one, two = vmanager.Switch('one'), vmanager.Switch('two')
-        a, b = vmanager.VirtualNic(), vmanager.VirtualNic()
+        one, two = vm.Switch('one'), vm.Switch('two')
+        a, b = vm.VirtualNic(), vm.VirtualNic()
         a.connect(one)
         b.connect(two)
         one.connect(two)
@@ -3065,10 +3064,10 @@ class TestSwitch(NetCase):
         self.assertEqual(names(), {'one', 'two', a.name, b.name})
 
     def test_ip_stacks_on_two_joined_switches(self) -> None:
-        one, two = vmanager.Switch('one'), vmanager.Switch('two')
+        one, two = vm.Switch('one'), vm.Switch('two')
         one.connect(two)
         for number, switch in enumerate((one, two), 1):
-            nic = vmanager.VirtualNic(f'p{number}', sink=f's{number}')
+            nic = vm.VirtualNic(f'p{number}', sink=f's{number}')
             nic.connect(switch)
             machine(f'm{number}', f's{number}', f'10.1.0.{number}/24', f'fd01::{number}/64')
         self.assertEqual(reaches('m1', 'm2', '10.1.0.2'), '10.1.0.1')
@@ -3085,9 +3084,9 @@ class TestSwitch(NetCase):
             subprocess.run([program, '-P', 'FORWARD', 'DROP'], check=True)
         before = subprocess.run('iptables -S; iptables -t raw -S; ip6tables -S', shell=True,
                                 capture_output=True).stdout
-        switch = vmanager.Switch('lan')
+        switch = vm.Switch('lan')
         for number in (1, 2):
-            vmanager.VirtualNic(f'p{number}', sink=f's{number}').connect(switch)
+            vm.VirtualNic(f'p{number}', sink=f's{number}').connect(switch)
             machine(f'm{number}', f's{number}', f'10.1.0.{number}/24', f'fd01::{number}/64')
         self.assertEqual(reaches('m1', 'm2', '10.1.0.2'), '10.1.0.1')
         self.assertEqual(reaches('m1', 'm2', 'fd01::2'), 'fd01::1')
@@ -3096,19 +3095,19 @@ class TestSwitch(NetCase):
                                         capture_output=True).stdout, before)
 
     def test_direct_link_passes_even_what_bridges_keep(self) -> None:
-        a, b = vmanager.VirtualNic(namespace='web1'), vmanager.VirtualNic(namespace='web2')
+        a, b = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web2')
         a.connect(b)
         b.connect(a)
         self.assertEqual((a.peer, b.peer), (b.name, a.name))
         self.all_frames(a, b)
         with mock.patch.dict(FRAMES, {'LACP': lambda here, there: frame(
                 '01:80:c2:00:00:02', here, 0x8809, bytes(40))}, clear=True):
-            c, d = vmanager.VirtualNic(), vmanager.VirtualNic()
+            c, d = vm.VirtualNic(), vm.VirtualNic()
             c.connect(d)
             self.all_frames(c, d)
         a.disconnect()
         self.assertEqual((a.peer, b.peer), ('', ''))
-        b.connect(vmanager.Switch('lan'))
+        b.connect(vm.Switch('lan'))
 
 
 class TestReading(NetCase):
@@ -3118,44 +3117,44 @@ class TestReading(NetCase):
         ip('addr add 2001:db8::5/64 dev eth1 nodad')
         ip('route add default via 192.0.2.1 dev eth1 metric 7')
         ip('-6 route add default via 2001:db8::1 dev eth1')
-        eth1 = vmanager.interfaces['eth1']
+        eth1 = vm.interfaces['eth1']
         self.assertEqual(eth1.addresses[:2], ('192.0.2.5/24', '2001:db8::5/64'))
         self.assertEqual((eth1.ip, eth1.gateway, eth1.kind, eth1.state, eth1.mtu),
                          ('192.0.2.5', '192.0.2.1', 'veth', 'up', 1500))
         self.assertRegex(eth1.mac, '^([0-9a-f]{2}:){5}[0-9a-f]{2}$')
-        self.assertEqual([(route.to, route.gateway, route.v6) for route in vmanager.routes
+        self.assertEqual([(route.to, route.gateway, route.v6) for route in vm.routes
                           if route.to == 'default'],
                          [('default', '192.0.2.1', False), ('default', '2001:db8::1', True)])
         self.assertEqual({route.device for route in eth1.routes}, {'eth1'})
-        self.assertIn('eth1', vmanager.interfaces)
-        self.assertNotIn('eth9', vmanager.interfaces)
-        self.assertIsNone(vmanager.interfaces.get('eth9'))
-        self.assertIn('w0', vmanager.Interfaces('server'))
-        self.assertEqual([route.to for route in vmanager.Routes('server') if not route.v6], [])
+        self.assertIn('eth1', vm.interfaces)
+        self.assertNotIn('eth9', vm.interfaces)
+        self.assertIsNone(vm.interfaces.get('eth9'))
+        self.assertIn('w0', vm.Interfaces('server'))
+        self.assertEqual([route.to for route in vm.Routes('server') if not route.v6], [])
 
     def test_it_is_live(self) -> None:
         ip('link add name x0 type bridge')
-        x0 = vmanager.interfaces['x0']
+        x0 = vm.interfaces['x0']
         self.assertEqual((x0.ip, x0.state), ('', 'down'))
         ip('addr add 192.0.2.9/24 dev x0')
         self.assertEqual(x0.ip, '192.0.2.9')
         ip('link del dev x0')
         self.assertFalse(x0.exists)
-        with self.refused(vmanager.NoInterface, 'x0: no such interface'):
+        with self.refused(vm.NoInterface, 'x0: no such interface'):
             x0.link()
 
     def test_two_processes_at_most_for_all(self) -> None:
         for number in range(20):
             ip(f'link add name x{number} type bridge')
-        with mock.patch.object(vmanager, 'run', wraps=vmanager.run) as run:
+        with mock.patch.object(vm, 'run', wraps=vm.run) as run:
             seen = [(one.name, one.ip, one.mac, one.mtu, one.routes, one.gateway)
-                    for one in vmanager.interfaces.values()]
+                    for one in vm.interfaces.values()]
         self.assertGreaterEqual(len(seen), 20)
         self.assertLessEqual(run.call_count, 2)
 
     def test_changes(self) -> None:
         ip('link add name x0 type bridge')
-        x0 = vmanager.interfaces['x0']
+        x0 = vm.interfaces['x0']
         x0.up()
         self.assertIn('UP', x0.link().flags)
         x0.down()
@@ -3174,22 +3173,22 @@ class TestReading(NetCase):
         self.assertEqual((x0.name, 'UP' in x0.link().flags), ('x1', True))
         ip('netns add far')
         physical('eth1', 'server')
-        eth1 = vmanager.interfaces['eth1']
+        eth1 = vm.interfaces['eth1']
         eth1.move('far')
-        self.assertIn('eth1', vmanager.Interfaces('far'))
+        self.assertIn('eth1', vm.Interfaces('far'))
         eth1.up()
         self.assertEqual(eth1.state, 'up')
 
     def test_sys_command(self) -> None:
-        self.assertEqual(vmanager.sys_command(['printf', '%s', '$HOME;']), b'$HOME;')
-        self.assertEqual(vmanager.sys_command('echo one | tr o 0'), b'0ne\n')
-        with self.assertRaises(vmanager.CommandError) as caught:
-            vmanager.sys_command('echo why >&2; exit 3')
+        self.assertEqual(vm.sys_command(['printf', '%s', '$HOME;']), b'$HOME;')
+        self.assertEqual(vm.sys_command('echo one | tr o 0'), b'0ne\n')
+        with self.assertRaises(vm.CommandError) as caught:
+            vm.sys_command('echo why >&2; exit 3')
         self.assertEqual((caught.exception.status, caught.exception.stderr), (3, 'why\n'))
         self.assertIn('exit 3', str(caught.exception))
-        with self.assertRaises(vmanager.CommandError) as caught:
-            vmanager.sys_command(['no-such-program-here'])
-        self.assertIn('install', vmanager.explain(caught.exception))
+        with self.assertRaises(vm.CommandError) as caught:
+            vm.sys_command(['no-such-program-here'])
+        self.assertIn('install', vm.explain(caught.exception))
 
 
 class TestParsing(unittest.TestCase):
@@ -3198,10 +3197,10 @@ class TestParsing(unittest.TestCase):
     def test_documents(self) -> None:
         for text, wanted in (('', []), ('[]\n[]\n', [[], []]), ('[{"a":1}]', [[{'a': 1}]]),
                              ('[1] \n\n [2]\n', [[1], [2]])):
-            self.assertEqual([*vmanager.parse_documents(text)], wanted)
+            self.assertEqual([*vm.parse_documents(text)], wanted)
 
     def test_links(self) -> None:
-        links = vmanager.parse_links([
+        links = vm.parse_links([
             {'ifindex': 1, 'ifname': 'a'},
             {'ifindex': 2, 'ifname': 'b', 'link': 'a', 'linkinfo': {'info_kind': 'veth'}},
             {'ifindex': 3, 'ifname': 'c', 'link': 'a', 'linkinfo': {'info_kind': 'macvtap'}},
@@ -3226,7 +3225,7 @@ class TestParsing(unittest.TestCase):
                   'protocol': 'static', 'table': '77', 'flags': ['onlink']},
                  'unicast 10.0.0.0/8 via inet6 fe80::1 dev y proto static table 77 onlink'),
                 ({'type': 'local', 'dst': '192.0.2.1', 'dev': 'x', 'table': 'local'}, None)]
-        parsed = vmanager.parse_routes(row for row, _ in rows)      # type: ignore[misc]
+        parsed = vm.parse_routes(row for row, _ in rows)      # type: ignore[misc]
         lines = [route.line('y') for route in parsed]
         self.assertEqual(lines, [line for _, line in rows if line])
 
@@ -3234,68 +3233,68 @@ class TestParsing(unittest.TestCase):
 class TestNames(NetCase):
     def test_bad_addresses(self) -> None:
         for address in ('fe80::1%a\nlink delete eth0/64', 'fe80::1%eth0/64', '192.0.2.1/33', ''):
-            with self.subTest(address), self.refused(vmanager.NetworkError, 'is no IP address'):
-                vmanager.valid_address(address)
+            with self.subTest(address), self.refused(vm.NetworkError, 'is no IP address'):
+                vm.valid_address(address)
 
     def test_bad_names(self) -> None:
         for name in ('', '-x', 'a b', 'a/b', 'a%d', 'a;b', '..', '.', 'lo', 'all', 'default',
                      'x' * 16, 'a\nb', 'a:b', 'ä', '$(id)'):
-            for make in (vmanager.valid_name, lambda name: vmanager.Switch(name or '-'),
-                         lambda name: vmanager.VirtualNic(name or '-'),
-                         lambda name: vmanager.VirtualNic('ok', sink=name or '-')):
-                with self.subTest(name), self.refused(vmanager.NetworkError, 'can\'t be the name'):
+            for make in (vm.valid_name, lambda name: vm.Switch(name or '-'),
+                         lambda name: vm.VirtualNic(name or '-'),
+                         lambda name: vm.VirtualNic('ok', sink=name or '-')):
+                with self.subTest(name), self.refused(vm.NetworkError, 'can\'t be the name'):
                     make(name)
-        with self.refused(vmanager.NetworkError, 'can\'t be the name of a namespace'):
-            vmanager.VirtualNic(namespace='../etc')
+        with self.refused(vm.NetworkError, 'can\'t be the name of a namespace'):
+            vm.VirtualNic(namespace='../etc')
         self.assertEqual(names(), set())
         self.assertEqual(self.records(), {})
 
     def test_default_names_fit_and_the_long_one_is_an_altname(self) -> None:
         long = 'a-machine-with-a-very-long-name'
-        nics = vmanager.VirtualNic.create_many(12, long)
+        nics = vm.VirtualNic.create_many(12, long)
         self.assertEqual(len({nic.name for nic in nics}), 12)
         for number, nic in enumerate(nics):
             for name in (nic.name, nic.sink, nic.tap_interface):
                 self.assertLessEqual(len(name), 15)
             self.assertIn(f'{long}-p{number}', nic.link().names)
         nics[3].delete()
-        self.assertEqual(vmanager.VirtualNic(namespace=long).name, nics[3].name)
+        self.assertEqual(vm.VirtualNic(namespace=long).name, nics[3].name)
 
     def test_macs(self) -> None:
-        a, b = vmanager.VirtualNic(), vmanager.VirtualNic()
+        a, b = vm.VirtualNic(), vm.VirtualNic()
         self.assertRegex(a.mac, '^52:54:00:')
         self.assertRegex(a.link().mac, '^fe:01:')
         self.assertNotEqual(a.mac, b.mac)
         before = a.mac
         a.delete()
-        self.assertEqual(vmanager.VirtualNic().mac, before)
+        self.assertEqual(vm.VirtualNic().mac, before)
         # A name whose MAC somebody else has gets another.
         ip('link add name thief type bridge')
-        vmanager.VirtualNic('n9').delete()
-        nic = vmanager.VirtualNic('n9')
+        vm.VirtualNic('n9').delete()
+        nic = vm.VirtualNic('n9')
         wanted = nic.mac
         nic.delete()
         ip(f'link set dev thief address {wanted}')
-        self.assertNotEqual(vmanager.VirtualNic('n9').mac, wanted)
-        self.assertEqual(vmanager.VirtualNic('n8', mac='52:54:00:AA:bb:01').mac,
+        self.assertNotEqual(vm.VirtualNic('n9').mac, wanted)
+        self.assertEqual(vm.VirtualNic('n8', mac='52:54:00:AA:bb:01').mac,
                          '52:54:00:aa:bb:01')
-        with self.refused(vmanager.NameTaken, 'has the MAC'):
-            vmanager.VirtualNic('n7', mac='52:54:00:aa:bb:01')
+        with self.refused(vm.NameTaken, 'has the MAC'):
+            vm.VirtualNic('n7', mac='52:54:00:aa:bb:01')
         for mac in ('01:00:5e:00:00:01', '00:00:00:00:00:00', '52:54:00', 'x'):
-            with self.refused(vmanager.NetworkError, 'is no MAC'):
-                vmanager.VirtualNic('n6', mac=mac)
-        switch = vmanager.Switch('sw')
+            with self.refused(vm.NetworkError, 'is no MAC'):
+                vm.VirtualNic('n6', mac=mac)
+        switch = vm.Switch('sw')
         pinned = switch.mac
         self.assertRegex(pinned, '^fe:01:00')
-        switch.connect(a := vmanager.VirtualNic())
+        switch.connect(a := vm.VirtualNic())
         self.assertEqual(switch.mac, pinned)
         a.delete()
 
 
 class TestNic(NetCase):
     def test_macvtap_as_it_should_be(self) -> None:
-        nic = vmanager.VirtualNic(namespace='web1')
-        links = vmanager.read_network('web1')[0]
+        nic = vm.VirtualNic(namespace='web1')
+        links = vm.read_network('web1')[0]
         tap = links[nic.tap_interface]
         self.assertEqual((tap.kind, tap.data['mode'], tap.index, tap.mac),
                          ('macvtap', 'passthru', nic.index, nic.mac))
@@ -3304,71 +3303,71 @@ class TestNic(NetCase):
             if link.name != 'lo':
                 self.assertTrue(link.ours(), link)
                 self.assertEqual(link.addresses, ())
-        vmanager.Switch('lan').connect(nic)
+        vm.Switch('lan').connect(nic)
         time.sleep(0.3)
-        self.assertEqual([link.addresses for link in vmanager.read_network()[0].values()
+        self.assertEqual([link.addresses for link in vm.read_network()[0].values()
                           if link.name != 'lo'], [(), ()])
         nic.mtu = 1400
         self.assertEqual(nic.mtu, 1400)
-        self.assertEqual({link.mtu for link in vmanager.read_network('web1')[0].values()
+        self.assertEqual({link.mtu for link in vm.read_network('web1')[0].values()
                           if link.name != 'lo'}, {1400})
 
     def test_two_namespaces_that_claim_one_tap(self) -> None:
-        one = vmanager.VirtualNic(namespace='web1')
+        one = vm.VirtualNic(namespace='web1')
         os.close(one.open())
         # Another namespace makes a macvtap of the same number, as the kernel lets it ...
         with mock.patch.object(random, 'choice', return_value=one.index), \
                 mock.patch.object(os.path, 'exists', return_value=False):
-            two = vmanager.VirtualNic(namespace='web2')
+            two = vm.VirtualNic(namespace='web2')
         self.assertEqual(one.index, two.index)
         os.close(one.open())
-        with self.refused(vmanager.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
+        with self.refused(vm.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
             two.open()
         ip(f'-n web2 link set dev {two.tap_interface} down')     # ... even of the same name ...
         ip(f'-n web2 link set dev {two.tap_interface} name {one.tap_interface}')
         two.tap_interface, name = one.tap_interface, two.tap_interface
-        with self.refused(vmanager.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
+        with self.refused(vm.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
             two.open()
         two.tap_interface = name
         # ... and if the numbers agreed, the name would not.
-        with mock.patch.object(vmanager, 'run') as run:
+        with mock.patch.object(vm, 'run') as run:
             run.return_value.returncode = 0
             rdev = os.stat(f'/dev/tap{one.index}').st_rdev
             run.return_value.stdout = f'{os.major(rdev)}:{os.minor(rdev)}\n'.encode()
-            with self.refused(vmanager.InUse, f'of {one.tap_interface}'):
+            with self.refused(vm.InUse, f'of {one.tap_interface}'):
                 two.open()
         self.assertEqual(open_files('/dev/tap'), [])
 
     def test_index_avoids_taps_that_exist(self) -> None:
-        one = vmanager.VirtualNic(namespace='web1')
+        one = vm.VirtualNic(namespace='web1')
         with mock.patch.object(random, 'choice', side_effect=[one.index, 1234567]):
-            two = vmanager.VirtualNic(namespace='web2')
+            two = vm.VirtualNic(namespace='web2')
         self.assertEqual(two.index, 1234567)
 
     def test_plain_tap(self) -> None:
-        nic = vmanager.VirtualNic('tap7')
+        nic = vm.VirtualNic('tap7')
         tap = nic.open()
-        with self.refused(vmanager.InUse, 'tap tap7', 'has it open'):
+        with self.refused(vm.InUse, 'tap tap7', 'has it open'):
             nic.open()
         os.close(tap)
         self.assertTrue(nic.exists)
         os.close(nic.open())
 
     def test_a_pair_has_no_tap(self) -> None:
-        nic = vmanager.VirtualNic('p1', sink='s1')
+        nic = vm.VirtualNic('p1', sink='s1')
         self.assertEqual(nic.far_end.kind, 'veth')
-        with self.refused(vmanager.NetworkError, 'without a tap'):
+        with self.refused(vm.NetworkError, 'without a tap'):
             nic.open()
 
     def test_tap_that_is_gone(self) -> None:
-        nic = vmanager.VirtualNic(namespace='web1')
+        nic = vm.VirtualNic(namespace='web1')
         ip(f'-n web1 link del dev {nic.tap_interface}')
-        with self.refused(vmanager.NoInterface, 'no such tap in web1'):
+        with self.refused(vm.NoInterface, 'no such tap in web1'):
             nic.open()
 
     def test_unplugged_is_seen_by_the_machine(self) -> None:
-        nic, switch = vmanager.VirtualNic(namespace='web1'), vmanager.Switch('lan')
-        tap = vmanager.Interface(nic.tap_interface, 'web1')
+        nic, switch = vm.VirtualNic(namespace='web1'), vm.Switch('lan')
+        tap = vm.Interface(nic.tap_interface, 'web1')
         self.assertEqual(tap.state, 'lowerlayerdown')
         for _ in range(2):
             nic.connect(switch)
@@ -3378,15 +3377,15 @@ class TestNic(NetCase):
         wait(lambda: tap.state == 'lowerlayerdown')
 
     def test_twice_is_the_same(self) -> None:
-        self.assertEqual(vmanager.VirtualNic('n1', namespace='web1').index,
-                         vmanager.VirtualNic('n1', namespace='web1').index)
-        vmanager.Switch('lan')
-        vmanager.Switch('lan')
-        with self.refused(vmanager.NameTaken, 'exists already, as a switch'):
-            vmanager.VirtualNic('lan')
-        with self.refused(vmanager.NameTaken, 'exists already, as a nic'):
-            vmanager.VirtualNic('n1', namespace='web2')
-        nic = vmanager.VirtualNic('n1', namespace='web1')
+        self.assertEqual(vm.VirtualNic('n1', namespace='web1').index,
+                         vm.VirtualNic('n1', namespace='web1').index)
+        vm.Switch('lan')
+        vm.Switch('lan')
+        with self.refused(vm.NameTaken, 'exists already, as a switch'):
+            vm.VirtualNic('lan')
+        with self.refused(vm.NameTaken, 'exists already, as a nic'):
+            vm.VirtualNic('n1', namespace='web2')
+        nic = vm.VirtualNic('n1', namespace='web1')
         for _ in range(2):
             nic.delete()
         self.assertEqual(set(namespaces()), set())
@@ -3394,37 +3393,37 @@ class TestNic(NetCase):
     def test_namespace_goes_with_its_last_nic_and_comes_again_at_once(self) -> None:
         ip('netns add theirs')
         for _ in range(5):
-            one, two = vmanager.VirtualNic.create_many(2, 'web1')
-            other = vmanager.VirtualNic(namespace='theirs')
+            one, two = vm.VirtualNic.create_many(2, 'web1')
+            other = vm.VirtualNic(namespace='theirs')
             one.delete()
             self.assertIn('web1', namespaces())
             two.delete()
             other.delete()
             self.assertEqual(namespaces(), ['theirs'])
-        room = vmanager.Namespace('room')
-        vmanager.VirtualNic(namespace='room').delete()
-        nic = vmanager.VirtualNic(namespace='room')
+        room = vm.Namespace('room')
+        vm.VirtualNic(namespace='room').delete()
+        nic = vm.VirtualNic(namespace='room')
         self.assertIn(nic.tap_interface, room.interfaces)
         room.delete()
         self.assertEqual(names(), set())
         self.assertEqual(namespaces(), ['theirs'])
-        with self.refused(vmanager.NameTaken, 'namespace theirs: exists and is not ours'):
-            vmanager.Namespace('theirs')
+        with self.refused(vm.NameTaken, 'namespace theirs: exists and is not ours'):
+            vm.Namespace('theirs')
 
     def test_contexts(self) -> None:
-        with vmanager.Switch('lan') as lan, vmanager.VirtualNic() as nic:
+        with vm.Switch('lan') as lan, vm.VirtualNic() as nic:
             lan.connect(nic)
         self.assertEqual(names(), set())
 
     def test_netem_that_the_kernel_lacks(self) -> None:
-        nic = vmanager.VirtualNic(namespace='web1')
+        nic = vm.VirtualNic(namespace='web1')
         for bad in ({'delay': -1}, {'loss': 101}):
-            with self.refused(vmanager.NetworkError, 'percent up to 100'):
+            with self.refused(vm.NetworkError, 'percent up to 100'):
                 nic.impair(**bad)
         try:
             nic.impair(delay=0.01)
-        except vmanager.MissingFeature as problem:
-            self.assertIn('kernel lacks netem (modprobe sch_netem)', vmanager.explain(problem))
+        except vm.MissingFeature as problem:
+            self.assertIn('kernel lacks netem (modprobe sch_netem)', vm.explain(problem))
         nic.impair()
 
 
@@ -3471,18 +3470,18 @@ class TestRouter(NetCase):
         return sorted(rows)
 
     def test_all_kinds_of_traffic_between_machine_and_server(self) -> None:
-        router, switch = vmanager.Router('eth1'), vmanager.Switch('lan')
+        router, switch = vm.Router('eth1'), vm.Switch('lan')
         for _ in range(2):
             router.connect('p0', switch)
             switch.connect(router)
         self.assertEqual(list(router.ports), ['p0'])
-        vmanager.VirtualNic('m0', sink='m0s').connect(switch)
+        vm.VirtualNic('m0', sink='m0s').connect(switch)
         machine('web1', 'm0s', '192.0.2.77/24', '2001:db8::77/64')
         self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.77')
         self.assertEqual(reaches('web1', 'server', '2001:db8::1'), '2001:db8::77')
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
         self.assertEqual(reaches('', 'server', '2001:db8::1'), '2001:db8::5')
-        nic = vmanager.VirtualNic(namespace='vm1')
+        nic = vm.VirtualNic(namespace='vm1')
         nic.connect(switch)
         tap = nic.open()
         self.addCleanup(os.close, tap)
@@ -3505,15 +3504,15 @@ class TestRouter(NetCase):
         return False
 
     def test_addresses_and_routes_move_and_come_back(self) -> None:
-        router = vmanager.Router('eth1')
-        self.assertEqual(router.mac, vmanager.interfaces['eth1'].mac)
-        self.assertEqual(vmanager.interfaces['eth1'].addresses, ())
-        self.assertEqual(vmanager.interfaces['eth1'].master, router.name)
+        router = vm.Router('eth1')
+        self.assertEqual(router.mac, vm.interfaces['eth1'].mac)
+        self.assertEqual(vm.interfaces['eth1'].addresses, ())
+        self.assertEqual(vm.interfaces['eth1'].master, router.name)
         self.assertEqual(set(router.addresses[:3]),
                          {'192.0.2.5/24', '192.0.2.6/32', '2001:db8::5/64'})
         self.assertEqual({route.to for route in router.routes if route.protocol != 'kernel'},
                          {'198.51.100.0/24', '203.0.113.0/24', '2001:db8:9::/48', 'default'})
-        self.assertEqual(vmanager.Router('eth1').name, router.name)
+        self.assertEqual(vm.Router('eth1').name, router.name)
         for _ in range(2):
             router.delete()
         self.assertEqual(self.picture(), self.before)
@@ -3525,9 +3524,9 @@ class TestRouter(NetCase):
         """Killed at the start, in the middle and at the end of its one batch."""
         for lines in (3, 10, 99):
             with self.subTest(f'killed after {lines} lines'):
-                crash('vmanager.Router("eth1")', lines)
-                self.assertIn('eth1-router', vmanager.leaks())
-                vmanager.clean()
+                crash('vm.Router("eth1")', lines)
+                self.assertIn('eth1-router', vm.leaks())
+                vm.clean()
                 self.assertEqual(self.picture(), self.before)
                 self.assertEqual(names(), {'eth1'})
                 self.assertEqual(self.records(), {})
@@ -3535,65 +3534,65 @@ class TestRouter(NetCase):
     def test_rolls_back_when_it_fails(self) -> None:
         for failing in ('master', 'route replace', 'type bridge'):
             with self.subTest(failing), ip_fails_at(failing), \
-                    self.refused(vmanager.NetworkError, 'can\'t', failing, 'as told'):
-                vmanager.Router('eth1')
+                    self.refused(vm.NetworkError, 'can\'t', failing, 'as told'):
+                vm.Router('eth1')
             self.assertEqual(self.picture(), self.before)
             self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
     def test_made_by_a_program_that_ended(self) -> None:
-        python('vmanager.Router("eth1")')
-        self.assertEqual(vmanager.leaks(), {})
-        self.assertIn('which has ended', vmanager.leaks(everything=True)['eth1-router'])
-        vmanager.Router('eth1').delete()
+        python('vm.Router("eth1")')
+        self.assertEqual(vm.leaks(), {})
+        self.assertIn('which has ended', vm.leaks(everything=True)['eth1-router'])
+        vm.Router('eth1').delete()
         self.assertEqual(self.picture(), self.before)
 
     def test_default_route(self) -> None:
         ip('route add default via 192.0.2.1 dev eth1')
-        with self.refused(vmanager.InUse, 'eth1: carries the default route via 192.0.2.1',
+        with self.refused(vm.InUse, 'eth1: carries the default route via 192.0.2.1',
                           'force=True'):
-            vmanager.Router('eth1')
-        with self.refused(vmanager.InUse, 'carries the default route'):
-            vmanager.Switch('lan').connect('eth1')
+            vm.Router('eth1')
+        with self.refused(vm.InUse, 'carries the default route'):
+            vm.Switch('lan').connect('eth1')
         before = self.picture()
-        router = vmanager.Router('eth1', force=True)
+        router = vm.Router('eth1', force=True)
         self.assertEqual(router.gateway, '192.0.2.1')
         router.delete()
         self.assertEqual(self.picture(), before)
 
     def test_refusals(self) -> None:
-        switch = vmanager.Switch('lan')
-        with self.refused(vmanager.NoInterface, 'eth11: no such interface', 'did you mean eth1?'):
-            vmanager.Router('eth11')
-        with self.refused(vmanager.InUse, 'lo: is the loopback'):
-            vmanager.Router('lo', name='r')
-        with self.refused(vmanager.InUse, 'has the address 192.0.2.5/24', 'Router('):
+        switch = vm.Switch('lan')
+        with self.refused(vm.NoInterface, 'eth11: no such interface', 'did you mean eth1?'):
+            vm.Router('eth11')
+        with self.refused(vm.InUse, 'lo: is the loopback'):
+            vm.Router('lo', name='r')
+        with self.refused(vm.InUse, 'has the address 192.0.2.5/24', 'Router('):
             switch.connect('eth1')
-        with self.refused(vmanager.NetworkError, '\'x0\' can\'t be a port', 'p0'):
-            vmanager.Router('eth1').connect('x0', switch)
-        with self.refused(vmanager.InUse, 'eth1: is already a port of eth1-router'):
+        with self.refused(vm.NetworkError, '\'x0\' can\'t be a port', 'p0'):
+            vm.Router('eth1').connect('x0', switch)
+        with self.refused(vm.InUse, 'eth1: is already a port of eth1-router'):
             switch.connect('eth1', force=True)
-        with self.refused(vmanager.InUse, 'eth1: is already a port of eth1-router'):
-            vmanager.Router('eth1', name='another')
+        with self.refused(vm.InUse, 'eth1: is already a port of eth1-router'):
+            vm.Router('eth1', name='another')
 
     def test_plain_interface_on_a_switch(self) -> None:
         ip('addr flush dev eth1')
-        switch = vmanager.Switch('lan')
+        switch = vm.Switch('lan')
         for _ in range(2):
-            switch.connect(vmanager.interfaces['eth1'])
+            switch.connect(vm.interfaces['eth1'])
         self.assertEqual(list(switch.ports), ['eth1'])
         switch.disconnect('eth1')
         self.assertEqual(list(switch.ports), [])
 
     def test_no_loops(self) -> None:
-        a, b, c = vmanager.Switch('a'), vmanager.Switch('b'), vmanager.Switch('c')
+        a, b, c = vm.Switch('a'), vm.Switch('b'), vm.Switch('c')
         a.connect(b)
         b.connect(c)
-        router = vmanager.Router('eth1')
+        router = vm.Router('eth1')
         router.connect('p0', a)
         second_ways: tuple[Callable[[], object], ...] = (
             lambda: a.connect(c), lambda: a.connect(a), lambda: router.connect('p1', c))
         for again in second_ways:
-            with self.refused(vmanager.InUse, 'a second way would be a loop'):
+            with self.refused(vm.InUse, 'a second way would be a loop'):
                 again()
         b.disconnect(c)
         a.connect(c)
@@ -3602,12 +3601,12 @@ class TestRouter(NetCase):
     def test_nat(self) -> None:
         ip('route add default via 192.0.2.1 dev eth1')
         before = self.picture()
-        router = vmanager.Router('eth1', nat=True)
+        router = vm.Router('eth1', nat=True)
         self.assertEqual(router.ip, '10.77.0.1')
         self.assertEqual(self.picture(), before)
-        switch = vmanager.Switch('lan')
+        switch = vm.Switch('lan')
         router.connect('p0', switch)
-        vmanager.VirtualNic('m0', sink='m0s').connect(switch)
+        vm.VirtualNic('m0', sink='m0s').connect(switch)
         machine('web1', 'm0s', '10.77.0.9/24')
         ip('-n web1 route add default via 10.77.0.1')
         self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')   # masqueraded
@@ -3616,7 +3615,7 @@ class TestRouter(NetCase):
         forwarding = Path('/proc/sys/net/ipv4/conf')
         self.assertEqual((forwarding / 'all/forwarding').read_text(), '0\n')
         self.assertEqual((forwarding / 'eth1/forwarding').read_text(), '1\n')
-        second = vmanager.Router('eth1', name='second', nat=True)
+        second = vm.Router('eth1', name='second', nat=True)
         self.assertEqual(second.ip, '10.77.1.1')
         router.delete()
         self.assertEqual((forwarding / 'eth1/forwarding').read_text(), '1\n')
@@ -3633,8 +3632,8 @@ class TestRouter(NetCase):
         which = shutil.which
         with mock.patch.object(shutil, 'which',
                                lambda name: None if 'iptables' in name else which(name)):
-            router = vmanager.Router('eth1', nat=True)
-        router.connect(nic := vmanager.VirtualNic('m0', sink='m0s'))
+            router = vm.Router('eth1', nat=True)
+        router.connect(nic := vm.VirtualNic('m0', sink='m0s'))
         self.assertEqual(nic.master, router.name)
         machine('web1', 'm0s', '10.77.0.9/24')
         ip('-n web1 route add default via 10.77.0.1')
@@ -3642,13 +3641,13 @@ class TestRouter(NetCase):
         ip('-n server route add 10.77.0.0/24 via 192.0.2.5')
         self.assertEqual(reaches('server', 'web1', '10.77.0.9', 0.5), '')
         router.delete()
-        self.assertEqual(vmanager.sys_command(['nft', 'list', 'tables']), b'')
+        self.assertEqual(vm.sys_command(['nft', 'list', 'tables']), b'')
 
     def test_nat_without_a_firewall_program(self) -> None:
         with mock.patch.object(shutil, 'which', return_value=None), \
-                self.refused(vmanager.MissingFeature, 'neither iptables nor nft',
+                self.refused(vm.MissingFeature, 'neither iptables nor nft',
                              'install nftables'):
-            vmanager.Router('eth1', nat=True)
+            vm.Router('eth1', nat=True)
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
 
@@ -3703,8 +3702,8 @@ def ip_fails_at(word: str) -> Any:
 
 def python(code: str) -> int:
     """Run code in a process of its own, and return how it ended."""
-    return subprocess.run([sys.executable, '-c', f'import vmmonitor as vmanager; {code}'],
-                          cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vmanager.STATE_DIR},
+    return subprocess.run([sys.executable, '-c', f'import vmmonitor as vm; {code}'],
+                          cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR},
                           capture_output=True, timeout=60).returncode
 
 
@@ -3717,72 +3716,72 @@ def crash(code: str, lines: int) -> None:
 
 
 class TestCrash(NetCase):
-    FIFTY = 'vmanager.VirtualNic.create_many(50, "web1", vmanager.Switch("lan"))'
+    FIFTY = 'vm.VirtualNic.create_many(50, "web1", vm.Switch("lan"))'
 
     def test_kill_in_the_middle_of_fifty(self) -> None:
         ip('link add name theirs type bridge')
         for lines in (30, 80):
             with self.subTest(f'killed after {lines} lines'):
                 crash(self.FIFTY, lines)
-                would = vmanager.clean(dry_run=True)
+                would = vm.clean(dry_run=True)
                 if lines == 30:
                     self.assertGreater(len(names()), 20)
                     self.assertIn('interrupted while creating', would['web1-p7'])
-                self.assertEqual(vmanager.clean(), would)
-                vmanager.clean(everything=True)         # the switch, which was whole
+                self.assertEqual(vm.clean(), would)
+                vm.clean(everything=True)         # the switch, which was whole
                 self.assertEqual(names(), {'theirs'})
                 self.assertEqual(namespaces(), [])
                 self.assertEqual(self.records(), {})
-        self.assertEqual(len(vmanager.VirtualNic.create_many(50, 'web1')), 50)
+        self.assertEqual(len(vm.VirtualNic.create_many(50, 'web1')), 50)
 
     def test_kill_before_the_marks_are_whole(self) -> None:
-        crash('vmanager.Switch("lan")', 1)
-        self.assertEqual(set(vmanager.leaks()), {'lan'})        # waits for the orphan
-        self.assertFalse(vmanager.Interface('lan').link().ours())
-        vmanager.clean()
+        crash('vm.Switch("lan")', 1)
+        self.assertEqual(set(vm.leaks()), {'lan'})        # waits for the orphan
+        self.assertFalse(vm.Interface('lan').link().ours())
+        vm.clean()
         self.assertEqual((names(), self.records()), (set(), {}))
 
     def test_kill_in_the_middle_of_deleting(self) -> None:
         python(self.FIFTY)
-        crash('vmanager.Namespace("web1").delete()', 20)
-        self.assertIn('interrupted while deleting', vmanager.leaks()['web1-p0'])
-        vmanager.clean()
+        crash('vm.Namespace("web1").delete()', 20)
+        self.assertIn('interrupted while deleting', vm.leaks()['web1-p0'])
+        vm.clean()
         self.assertEqual((names(), namespaces()), ({'lan'}, []))
 
     def test_failure_in_the_middle_rolls_back_and_names_the_line(self) -> None:
         with ip_fails_at('name web1-p33 '), self.refused(
-                vmanager.NetworkError, 'can\'t create port web1-p33 and sink web1-p33-sink: as '
+                vm.NetworkError, 'can\'t create port web1-p33 and sink web1-p33-sink: as '
                 'told', 'link add name web1-p33'):
-            vmanager.VirtualNic.create_many(50, 'web1')
+            vm.VirtualNic.create_many(50, 'web1')
         with ip_fails_at('name web1-p9-tap '), self.refused(
-                vmanager.NetworkError, 'can\'t create macvtap web1-p9-tap in namespace web1'):
-            vmanager.VirtualNic.create_many(50, 'web1')
+                vm.NetworkError, 'can\'t create macvtap web1-p9-tap in namespace web1'):
+            vm.VirtualNic.create_many(50, 'web1')
         self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
 
     def test_interrupt_rolls_back(self) -> None:
-        with mock.patch.object(vmanager, 'tap_open', side_effect=[
-                vmanager.tap_open('nic-p0'), KeyboardInterrupt]), \
+        with mock.patch.object(vm, 'tap_open', side_effect=[
+                vm.tap_open('nic-p0'), KeyboardInterrupt]), \
                 self.assertRaises(KeyboardInterrupt):
-            vmanager.VirtualNic.create_many(2)
+            vm.VirtualNic.create_many(2)
         self.assertEqual((names(), self.records()), (set(), {}))
-        real = vmanager._batch
+        real = vm._batch
 
         def interrupted(*args: Any) -> Iterator[Any]:
             yield from real(*args)
             raise KeyboardInterrupt
-        with mock.patch.dict(vmanager.TOOLS, ip=interrupted), contextlib.ExitStack() as stack:
+        with mock.patch.dict(vm.TOOLS, ip=interrupted), contextlib.ExitStack() as stack:
             stack.enter_context(self.assertRaises(KeyboardInterrupt))
-            with mock.patch.object(vmanager.Ledger, 'remove', autospec=True,
+            with mock.patch.object(vm.Ledger, 'remove', autospec=True,
                                    side_effect=lambda *args: None):
-                vmanager.VirtualNic.create_many(5, 'web1')
-        vmanager.clean()
+                vm.VirtualNic.create_many(5, 'web1')
+        vm.clean()
         self.assertEqual((names(), self.records()), (set(), {}))
 
     def test_two_processes_at_once(self) -> None:
         children = [subprocess.Popen(
             [sys.executable, '-c', 'import vmmonitor as v; v.VirtualNic.create_many(10, "web1")'],
-            cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vmanager.STATE_DIR}) for _ in range(3)]
-        threads = [threading.Thread(target=vmanager.VirtualNic.create_many, args=(5,))
+            cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR}) for _ in range(3)]
+        threads = [threading.Thread(target=vm.VirtualNic.create_many, args=(5,))
                    for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -3798,76 +3797,76 @@ class TestOwnership(NetCase):
     def test_names_taken_by_others(self) -> None:
         ip('link add name lan type bridge')
         ip('link property add dev lan altname other-lan')
-        for make in (vmanager.Switch, vmanager.VirtualNic):
+        for make in (vm.Switch, vm.VirtualNic):
             for name in ('lan', 'other-lan'):
-                with self.refused(vmanager.NameTaken, f'{name}: a bridge interface of that name '
+                with self.refused(vm.NameTaken, f'{name}: a bridge interface of that name '
                                   'exists that is not ours', 'choose another name'):
                     make(name)
-        with self.refused(vmanager.NetworkError, 's1'):
+        with self.refused(vm.NetworkError, 's1'):
             ip('link add name s1 type bridge')
-            vmanager.VirtualNic('p1', sink='s1')
+            vm.VirtualNic('p1', sink='s1')
         self.assertEqual(names(), {'lan', 's1'})
 
     def test_only_what_is_marked_as_ours_is_removed(self) -> None:
-        switch = vmanager.Switch('lan')
+        switch = vm.Switch('lan')
         for spoil in ('alias theirs', 'group 7'):
             with self.subTest(spoil):
                 ip(f'link set dev lan {spoil}')
                 switch.delete()
                 self.assertEqual(names(), {'lan'})
                 ip('link del dev lan')
-                switch = vmanager.Switch('lan')
+                switch = vm.Switch('lan')
         ip('link del dev lan')
         ip('link add name lan type bridge')             # another of the same name
-        self.assertEqual(vmanager.clean(), {'lan': 'switch, of which a part is gone'})
+        self.assertEqual(vm.clean(), {'lan': 'switch, of which a part is gone'})
         switch.delete()
         self.assertEqual((names(), self.records()), ({'lan'}, {}))
 
     def test_namespace_of_the_same_name(self) -> None:
-        nic = vmanager.VirtualNic(namespace='web1')
+        nic = vm.VirtualNic(namespace='web1')
         ip('netns del web1')
         ip('netns add keep')
         ip('netns add web1')
         wait(lambda: not nic.exists)
-        self.assertEqual(set(vmanager.leaks()), {'web1-p0', 'netns/web1'})
-        vmanager.clean()
+        self.assertEqual(set(vm.leaks()), {'web1-p0', 'netns/web1'})
+        vm.clean()
         self.assertEqual(set(namespaces()), {'keep', 'web1'})
         nic.delete()
 
     def test_marks_without_a_ledger(self) -> None:
-        vmanager.Switch('lan')
-        vmanager.VirtualNic(namespace='web1')
+        vm.Switch('lan')
+        vm.VirtualNic(namespace='web1')
         ip('link add name theirs type bridge')
         ip('link set dev theirs alias vmmonitor:40000000')
-        vmanager.Ledger().path.unlink()
-        self.assertEqual(set(vmanager.leaks()), {'lan', 'web1-p0'})
-        vmanager.clean()
+        vm.Ledger().path.unlink()
+        self.assertEqual(set(vm.leaks()), {'lan', 'web1-p0'})
+        vm.clean()
         self.assertEqual(names(), {'theirs'})
 
     def test_state_is_private_and_written_first(self) -> None:
         seen = []
-        real = vmanager.carry_out
+        real = vm.carry_out
 
         def spy(ops: Any, *args: Any, **more: Any) -> Any:
             seen.append({name: row['stage'] for name, row in json.loads(
-                vmanager.Ledger().path.read_text()).items()})
+                vm.Ledger().path.read_text()).items()})
             return real(ops, *args, **more)
-        with mock.patch.object(vmanager, 'carry_out', spy):
-            vmanager.Switch('lan').delete()
+        with mock.patch.object(vm, 'carry_out', spy):
+            vm.Switch('lan').delete()
         self.assertEqual(seen[0], {'lan': 'creating'})
         self.assertEqual(seen[-1], {'lan': 'deleting'})
-        path = vmanager.Ledger().path
+        path = vm.Ledger().path
         self.assertEqual((path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777),
                          (0o600, 0o700))
         path.write_text('{broken')
-        with self.refused(vmanager.NetworkError, 'can\'t be read', 'remove it'):
-            vmanager.Switch('lan')
+        with self.refused(vm.NetworkError, 'can\'t be read', 'remove it'):
+            vm.Switch('lan')
 
     def test_made_things_keep_their_names(self) -> None:
-        switch = vmanager.Switch('lan')
-        with self.refused(vmanager.InUse, 'made by this program and can\'t be renamed'):
+        switch = vm.Switch('lan')
+        with self.refused(vm.InUse, 'made by this program and can\'t be renamed'):
             switch.rename('wan')
-        with self.refused(vmanager.InUse, 'can\'t be moved'):
+        with self.refused(vm.InUse, 'can\'t be moved'):
             switch.move('far')
 
 
@@ -3895,75 +3894,75 @@ class TestErrors(NetCase):
         self.assertIn('needs root or CAP_NET_ADMIN', shut.stdout)
 
     def test_connecting(self) -> None:
-        one, two, nic = vmanager.Switch('one'), vmanager.Switch('two'), vmanager.VirtualNic()
+        one, two, nic = vm.Switch('one'), vm.Switch('two'), vm.VirtualNic()
         nic.connect(one)
-        with self.refused(vmanager.InUse, 'nic-p0: is already a port of one', 'disconnect it'):
+        with self.refused(vm.InUse, 'nic-p0: is already a port of one', 'disconnect it'):
             nic.connect(two)
-        with self.refused(vmanager.NoInterface, 'onee: no such interface', 'did you mean one?'):
+        with self.refused(vm.NoInterface, 'onee: no such interface', 'did you mean one?'):
             nic.connect('onee')
-        with self.refused(vmanager.NoInterface, 'theirs: no such interface'):
+        with self.refused(vm.NoInterface, 'theirs: no such interface'):
             one.connect('theirs')
-        other, third = vmanager.VirtualNic(), vmanager.VirtualNic()
-        with self.refused(vmanager.InUse, 'nic-p0: is already connected to one'):
+        other, third = vm.VirtualNic(), vm.VirtualNic()
+        with self.refused(vm.InUse, 'nic-p0: is already connected to one'):
             nic.connect(other)
-        with self.refused(vmanager.InUse, 'is already connected to itself'):
+        with self.refused(vm.InUse, 'is already connected to itself'):
             other.connect(other)
         other.connect(third)
-        with self.refused(vmanager.InUse, 'nic-p1: is already connected to nic-p2'):
+        with self.refused(vm.InUse, 'nic-p1: is already connected to nic-p2'):
             other.connect(one)
         third.delete()
         self.assertEqual(other.peer, '')
         other.connect(one)
-        with self.refused(vmanager.NoInterface, 'nic-p2: no such interface', 'did you mean nic-p'):
+        with self.refused(vm.NoInterface, 'nic-p2: no such interface', 'did you mean nic-p'):
             third.connect(one)
-        with self.refused(vmanager.NoInterface, 'no such namespace'):
-            len(vmanager.Interfaces('far'))
+        with self.refused(vm.NoInterface, 'no such namespace'):
+            len(vm.Interfaces('far'))
 
     def test_what_ip_says(self) -> None:
         """The first row that fits, for the texts of iproute2 5.10 to 6.15."""
         for said, line, kind, hint in (
                 ('RTNETLINK answers: Operation not permitted', 'link add name x type bridge',
-                 vmanager.MissingFeature, 'needs root or CAP_NET_ADMIN'),
+                 vm.MissingFeature, 'needs root or CAP_NET_ADMIN'),
                 ('Error: Unknown device type.', 'link add name b type bond mode 802.3ad',
-                 vmanager.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
+                 vm.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
                 ('RTNETLINK answers: Operation not supported', 'link add name b type bond',
-                 vmanager.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
+                 vm.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
                 ('Error: Unknown device type.', 'link add name b type macvtap mode passthru',
-                 vmanager.MissingFeature, 'kernel lacks macvtap (modprobe macvtap)'),
+                 vm.MissingFeature, 'kernel lacks macvtap (modprobe macvtap)'),
                 ('Error: Specified qdisc kind is unknown.', 'qdisc replace dev x root netem',
-                 vmanager.MissingFeature, 'kernel lacks netem (modprobe sch_netem)'),
-                ('RTNETLINK answers: File exists', 'link add name x', vmanager.NameTaken, 'ip'),
-                ('Cannot find device "x"', 'link set dev x up', vmanager.NoInterface, 'went away'),
+                 vm.MissingFeature, 'kernel lacks netem (modprobe sch_netem)'),
+                ('RTNETLINK answers: File exists', 'link add name x', vm.NameTaken, 'ip'),
+                ('Cannot find device "x"', 'link set dev x up', vm.NoInterface, 'went away'),
                 ('Error: argument "n" is wrong: Invalid "netns" value', 'link set dev x netns n',
-                 vmanager.NoInterface, 'no such namespace'),
-                ('something new', 'link set', vmanager.NetworkError, '')):
+                 vm.NoInterface, 'no such namespace'),
+                ('something new', 'link set', vm.NetworkError, '')):
             with self.subTest(said):
-                problem = vmanager.net_error(vmanager.Op('do it', line, 'ns'), said)
+                problem = vm.net_error(vm.Op('do it', line, 'ns'), said)
                 self.assertIs(type(problem), kind)
                 self.assertIn(hint, problem.hint)
                 self.assertIn('can\'t do it in namespace ns: ', str(problem))
                 self.assertNotIn('RTNETLINK', str(problem))
 
     def test_batch_that_ends_without_a_line_number(self) -> None:
-        ops = [vmanager.Op('first', 'link set dev lo up'),
-               vmanager.Op('second', 'link set dev lo master nothing'),
-               vmanager.Op('third', 'link add name x3 type bridge')]
-        with self.refused(vmanager.NoInterface, 'can\'t second: argument "nothing" is wrong'):
-            vmanager.carry_out(ops)
+        ops = [vm.Op('first', 'link set dev lo up'),
+               vm.Op('second', 'link set dev lo master nothing'),
+               vm.Op('third', 'link add name x3 type bridge')]
+        with self.refused(vm.NoInterface, 'can\'t second: argument "nothing" is wrong'):
+            vm.carry_out(ops)
         self.assertEqual(names(), set())
-        self.assertEqual(len(vmanager.carry_out(ops, force=True)), 1)
+        self.assertEqual(len(vm.carry_out(ops, force=True)), 1)
         self.assertEqual(names(), {'x3'})
 
     def test_bond_that_the_kernel_lacks(self) -> None:
         physical('eth1', 'server')
-        with self.refused(vmanager.NetworkError, 'mode \'fast\'', 'active-backup'):
-            vmanager.Bond('bond7', ['eth1'], mode='fast')
-        with self.refused(vmanager.NoInterface, 'eth2: no such interface', 'eth1'):
-            vmanager.Bond('bond7', ['eth2'])
+        with self.refused(vm.NetworkError, 'mode \'fast\'', 'active-backup'):
+            vm.Bond('bond7', ['eth1'], mode='fast')
+        with self.refused(vm.NoInterface, 'eth2: no such interface', 'eth1'):
+            vm.Bond('bond7', ['eth2'])
         try:
-            vmanager.Bond('bond7', ['eth1']).delete()
-        except vmanager.MissingFeature as problem:
-            self.assertIn('kernel lacks bonding (modprobe bonding)', vmanager.explain(problem))
+            vm.Bond('bond7', ['eth1']).delete()
+        except vm.MissingFeature as problem:
+            self.assertIn('kernel lacks bonding (modprobe bonding)', vm.explain(problem))
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
 
@@ -3971,7 +3970,7 @@ class TestDoctor(NetCase):
     def test_doctor_and_clean_on_the_command_line(self) -> None:
         self.assertEqual(self.program('--clean'), (0, 'nothing to clean up\n'))
         crash(TestCrash.FIFTY, 30)
-        vmanager.leaks()                        # waits for the orphan
+        vm.leaks()                        # waits for the orphan
         before = names()
         status, text = self.program('--doctor')
         self.assertEqual(status, 1)
@@ -3988,18 +3987,18 @@ class TestDoctor(NetCase):
     def program(self, *args: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, HERE / 'vmmonitor.py', *args], text=True, timeout=30,
                               capture_output=True,
-                              env={**os.environ, 'VMMONITOR_STATE': vmanager.STATE_DIR})
+                              env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR})
         self.assertEqual(done.stderr, '')
         return done.returncode, done.stdout
 
     def test_what_is_missing(self) -> None:
         with mock.patch.object(shutil, 'which', return_value=None):
-            lines = [look.text for look in vmanager.doctor() if not look.good]
+            lines = [look.text for look in vm.doctor() if not look.good]
         self.assertIn('program ip: missing, for all of it; install iproute2', lines)
         self.assertTrue(any('iptables or nft: missing' in line for line in lines))
-        with mock.patch.object(vmanager, 'FACILITIES', (*vmanager.FACILITIES, vmanager.Facility(
+        with mock.patch.object(vm, 'FACILITIES', (*vm.FACILITIES, vm.Facility(
                 'nothing', 'ip link add name x9 type nothing', 'a test'))):
-            lines = [look.text for look in vmanager.doctor()]
+            lines = [look.text for look in vm.doctor()]
         self.assertIn('kernel lacks nothing, for a test (modprobe nothing)', lines)
         self.assertIn('kernel: bridge', lines)
         self.assertEqual(names(), set())
@@ -4015,15 +4014,15 @@ class TestSpeed(NetCase):
             ip(f'-n slow link add link b{number} name t{number} type macvtap mode passthru')
         singly = time.monotonic() - start
         start = time.monotonic()
-        with mock.patch.object(vmanager, 'run', wraps=vmanager.run) as run:
-            nics = vmanager.VirtualNic.create_many(50, 'fast')
+        with mock.patch.object(vm, 'run', wraps=vm.run) as run:
+            nics = vm.VirtualNic.create_many(50, 'fast')
         batch = time.monotonic() - start
         self.assertLessEqual(run.call_count, 3)         # a look, the host, the namespace
         lines = sum(call.kwargs.get('stdin', call.args[2] if len(call.args) > 2 else b'').count(
             b'\n') for call in run.call_args_list)
         self.assertLessEqual(lines, 3 * 50 + 5)
         start = time.monotonic()
-        vmanager.delete_all(nics)
+        vm.delete_all(nics)
         bulk = time.monotonic() - start
         start = time.monotonic()
         for number in range(20):
@@ -4058,8 +4057,8 @@ class TestInGuest(NetCase):
     def test_bond_fails_over_while_traffic_flows(self) -> None:
         ip('addr add 192.0.2.5/24 dev e0')
         ip('route add 198.51.100.0/24 via 192.0.2.1 dev e0')
-        bond = vmanager.Bond('bond0', interfaces=['e0', vmanager.interfaces['e1']], miimon=20)
-        self.assertEqual(vmanager.Bond('bond0', ['e0', 'e1']).name, 'bond0')
+        bond = vm.Bond('bond0', interfaces=['e0', vm.interfaces['e1']], miimon=20)
+        self.assertEqual(vm.Bond('bond0', ['e0', 'e1']).name, 'bond0')
         self.assertEqual(bond.addresses[0], '192.0.2.5/24')
         self.assertIn('198.51.100.0/24', [route.to for route in bond.routes])
         wait(lambda: bond.active)
@@ -4089,36 +4088,36 @@ class TestInGuest(NetCase):
         self.assertEqual(bond.status[used].link, 'down')
         self.assertEqual(bond.status[used].failures, 1)
         bond.delete()
-        self.assertEqual(vmanager.interfaces['e0'].addresses[0], '192.0.2.5/24')
-        self.assertIn('198.51.100.0/24', [route.to for route in vmanager.interfaces['e0'].routes])
+        self.assertEqual(vm.interfaces['e0'].addresses[0], '192.0.2.5/24')
+        self.assertIn('198.51.100.0/24', [route.to for route in vm.interfaces['e0'].routes])
         self.assertEqual(names(), {'e0', 'e1'})
 
     def test_bond_modes(self) -> None:
         for mode in ('balance-rr', '802.3ad', 'balance-alb'):
-            with self.subTest(mode), vmanager.Bond('bond1', ['e0', 'e1'], mode=mode) as bond:
+            with self.subTest(mode), vm.Bond('bond1', ['e0', 'e1'], mode=mode) as bond:
                 self.assertEqual(set(bond.status), {'e0', 'e1'})
                 self.assertEqual(bond.link().data['mode'], mode)
-        with self.refused(vmanager.InUse, 'e0: is already a port of bond1'):
-            vmanager.Bond('bond1', ['e0'])
-            vmanager.Bond('bond2', ['e0'])
+        with self.refused(vm.InUse, 'e0: is already a port of bond1'):
+            vm.Bond('bond1', ['e0'])
+            vm.Bond('bond2', ['e0'])
 
     def test_bond_comes_apart_after_a_crash(self) -> None:
         ip('addr add 192.0.2.5/24 dev e0')
         for lines in (5,):                      # the first of two is in it
-            crash('vmanager.Bond("bond3", ["e0", "e1"])', lines)
-            vmanager.clean()
+            crash('vm.Bond("bond3", ["e0", "e1"])', lines)
+            vm.clean()
             self.assertEqual((names(), self.records()), ({'e0', 'e1'}, {}))
-            self.assertEqual(vmanager.interfaces['e0'].addresses[0], '192.0.2.5/24')
-            self.assertIn('UP', vmanager.interfaces['e0'].link().flags)
+            self.assertEqual(vm.interfaces['e0'].addresses[0], '192.0.2.5/24')
+            self.assertIn('UP', vm.interfaces['e0'].link().flags)
 
     def test_netem(self) -> None:
-        switch = vmanager.Switch('lan')
-        nics = [vmanager.VirtualNic(f'p{number}', sink=f's{number}') for number in (1, 2)]
+        switch = vm.Switch('lan')
+        nics = [vm.VirtualNic(f'p{number}', sink=f's{number}') for number in (1, 2)]
         for number, nic in enumerate(nics, 1):
             nic.connect(switch)
             nic.far_end.add_address(f'10.1.0.{number}/24')
-        one = vmanager.VirtualNic(namespace='web1')
-        two = vmanager.VirtualNic(namespace='web2')
+        one = vm.VirtualNic(namespace='web1')
+        two = vm.VirtualNic(namespace='web2')
         one.connect(two)
         ends = [one.open(), two.open()]
 
@@ -4144,7 +4143,7 @@ class TestInGuest(NetCase):
             os.close(tap)
 
     def test_doctor_finds_all_modules(self) -> None:
-        lacking = [look.text for look in vmanager.doctor() if look.text.startswith('kernel lacks')]
+        lacking = [look.text for look in vm.doctor() if look.text.startswith('kernel lacks')]
         self.assertEqual(lacking, [])
 
 
@@ -4247,8 +4246,8 @@ class TestReadme(NetCase):
         self.assertIn('10.77.0.1', said.getvalue())
         # "everything" is for programs that have ended, and this one has not.
         self.assertLessEqual({'lan', 'dmz', 'eth1-router'}, names())
-        vmanager.delete_all([space['lan'], space['dmz'], space['router'], space['nic'],
-                             space['one'], space['two']])
+        vm.delete_all([space['lan'], space['dmz'], space['router'], space['nic'],
+                       space['one'], space['two']])
         self.assertLessEqual(names(), {'eth1', 'eth2', 'eth3', 'bond0'})
 
 
