@@ -2106,6 +2106,20 @@ class LibvirtTest(GuestCase):
             self.assertEqual(call('virConnectClose', lane.idle.pop().handle), 0,
                              'references are left')
 
+    def test_programs_and_files_in_a_domain(self) -> None:
+        self.vm('web1')
+        found = vm.Host(self.host.uri).find('web1')
+        assert found
+        done = found.exec(['sh', '-c', 'cat; echo err >&2; exit 3'], stdin=b'in\0put')
+        self.assertEqual(done, (3, b'in\0put', b'err\n'))
+        with self.assertRaisesRegex(vm.AgentError, 'sh did not end within 0.5 s'):
+            found.exec(['sh', '-c', 'sleep 3 & echo'], timeout=0.5)
+        data = os.urandom(100_000)
+        found.write_file('/tmp/data', data)
+        self.assertEqual(found.read_file('/tmp/data'), data)
+        with self.assertRaisesRegex(vm.GuestError, '/tmp/data has more than 9 bytes'):
+            found.read_file('/tmp/data', 9)
+
     def test_reconnects_leave_no_descriptors(self) -> None:
         program = self.monitor()
 

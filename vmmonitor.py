@@ -518,6 +518,11 @@ def answer_of(command: str, reply: Any) -> Any:
     return reply['return']
 
 
+def raw_bytes(data: str | bytes) -> bytes:
+    """Return text as UTF-8, bytes as they are; TypeError or ValueError for anything else."""
+    return data.encode() if isinstance(data, str) else bytes(memoryview(data))
+
+
 # === processes ==================================================================================
 
 SYS_COMMAND_TIMEOUT = 600.0    # of sys_command(), unless it is told another
@@ -1031,6 +1036,8 @@ def tls_context(config: Config) -> ssl.SSLContext:
 AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for guest-sync
 AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
+GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
+GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come to its end
 
 
 class State(enum.Enum):
@@ -1057,6 +1064,8 @@ class AgentTrouble(NamedTuple):
 
 # The first row whose pattern is found counts; an agent's texts differ between its versions.
 AGENT_TROUBLES = (
+    AgentTrouble('no end', r'did not end within', '{text}',
+                 'it goes on in the guest; give it more time', False),
     AgentTrouble(
         'no channel', r'not configured', 'no guest agent channel',
         'add a <channel> for org.qemu.guest_agent.0 and install qemu-guest-agent in the guest',
@@ -1106,6 +1115,14 @@ def agent_answer(guest: str, command: str, reply: Any) -> Any:
 # What an agent command is given. A time has to be looked at as late as can be: a call may wait
 # for a free connection. Hence a function may stand in for the arguments.
 Arguments = Union[Mapping[str, Any], Callable[[], Mapping[str, Any]], None]
+
+
+class ExecResult(NamedTuple):
+    """The end of a program that ran in a guest."""
+
+    status: int                 # exit status, or 128 + signal
+    out: bytes
+    err: bytes
 
 
 class Guest:
@@ -1161,6 +1178,77 @@ class Guest:
         """Set the guest's clock: to nanoseconds since 1970, asked for when the call goes out, or
         with None from its hardware clock (guest-set-time)."""
         self.agent('guest-set-time', (lambda: {'time': when()}) if when else {}, AGENT_SET_TIMEOUT)
+
+    def exec(self, argv: Sequence[str], stdin: bytes | str = b'', timeout: float = 30.0
+             ) -> ExecResult:
+        """Run a program in the guest and return its end (guest-exec).
+
+        Raises AgentError when it can't be started or does not end in time: it then goes on, as it
+        does for a child in the background that keeps its output open.
+        """
+        if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
+            raise GuestError(f'{self.name}: exec({argv!r:.80})',
+                             "give a list of strings: ['ls', '-l']")
+        more = {'input-data': self._base64(stdin)} if stdin else {}
+        started = self.agent('guest-exec', {
+            'path': argv[0], 'arg': list(argv[1:]), 'capture-output': True, **more})
+        status: dict[str, Any] = {}
+
+        def ended() -> bool:
+            status.update(self.agent('guest-exec-status', {'pid': started['pid']}))
+            return bool(status['exited'])
+        if not Deadline(timeout).poll(ended, STATE_POLL / 4):
+            raise agent_error(self.name, f'{argv[0]} did not end within {timeout:g} s')
+        code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
+        return ExecResult(code, *(self._decoded(status.get(key, ''))
+                                  for key in ('out-data', 'err-data')))
+
+    def _base64(self, data: bytes | str) -> str:
+        try:
+            return base64.b64encode(raw_bytes(data)).decode()
+        except (TypeError, ValueError):
+            raise GuestError(f'{self.name}: {data!r:.80} is no data', 'give bytes or str') from None
+
+    def _decoded(self, text: str) -> bytes:
+        try:
+            return base64.b64decode(text)
+        except ValueError:
+            raise agent_error(self.name, f'no base64: {text!r:.80}') from None
+
+    @contextlib.contextmanager
+    def _guest_file(self, path: str, mode: str) -> Iterator[int]:
+        handle = self.agent('guest-file-open', {'path': path, 'mode': mode})
+        try:
+            yield handle
+        finally:
+            self.agent('guest-file-close', {'handle': handle})
+
+    def read_file(self, path: str, limit: int = GUEST_FILE_LIMIT) -> bytes:
+        """Return what is in a file of the guest (guest-file-read).
+
+        Raises GuestError when it has more than `limit` bytes.
+        """
+        data = bytearray()
+        with self._guest_file(path, 'rb') as handle:
+            while True:
+                part = self.agent('guest-file-read', {'handle': handle, 'count': GUEST_FILE_BYTES})
+                data += self._decoded(part['buf-b64'])
+                if len(data) > limit:
+                    raise GuestError(f'{self.name}: {path} has more than {limit} bytes',
+                                     'say a larger limit=')
+                if part['eof']:
+                    return bytes(data)
+
+    def write_file(self, path: str, data: bytes | str) -> None:
+        """Write a file in the guest (guest-file-write)."""
+        left = self._decoded(self._base64(data))
+        with self._guest_file(path, 'wb') as handle:
+            while left:
+                part = self._base64(left[:GUEST_FILE_BYTES])
+                done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
+                if done['count'] <= 0:
+                    raise agent_error(self.name, f'wrote {done["count"]} bytes')
+                left = left[done['count']:]
 
 
 def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
@@ -1293,14 +1381,9 @@ def _set_by_date(guest: Guest, ahead: int) -> None:
     date takes fractions."""
     second = (time.time_ns() + ahead) // SECOND + 1
     time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
-    started = guest.agent('guest-exec', {'path': 'date', 'arg': ['-u', '-s', f'@{second}']})
-    status: dict[str, Any] = {}
-
-    def ended() -> bool:
-        status.update(guest.agent('guest-exec-status', {'pid': started['pid']}))
-        return bool(status['exited'])
-    if not Deadline(AGENT_SET_TIMEOUT).poll(ended, STATE_POLL / 4) or status.get('exitcode') != 0:
-        raise agent_error(guest.name, f'date did not set the time: {status!r:.80}')
+    done = guest.exec(['date', '-u', '-s', f'@{second}'], timeout=AGENT_SET_TIMEOUT)
+    if done.status:
+        raise agent_error(guest.name, f'date did not set the time: {done!r:.80}')
 
 
 class Method(NamedTuple):
@@ -4882,11 +4965,6 @@ TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img w
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 
-def raw_bytes(data: str | bytes) -> bytes:
-    """Return text as UTF-8, bytes as they are; TypeError or ValueError for anything else."""
-    return data.encode() if isinstance(data, str) else bytes(memoryview(data))
-
-
 def image_path(filename: str | os.PathLike[str]) -> str:
     """Return the absolute path, which QEMU can't take for a protocol or an option."""
     try:
@@ -5385,8 +5463,6 @@ HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 
 #                                 guest: a smaller one can't boot with them
 KEY_HOLD = 10                   # ms that a key is down
 KEY_PAUSE = 0.03                # s per key: faster ones pile up, and QEMU drops them unsaid
-GUEST_FILE_BYTES = 48 * 1024    # in one call: an agent takes some MiB, but in memory
-GUEST_FILE_LIMIT = 64 * MIB     # of a whole file: a guest may never come to its end
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
 CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
@@ -5570,14 +5646,6 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
         inner = flat(value) if isinstance(value, dict) else {'path' if key == 'out' else key: value}
         told = {**inner, **told}
     return told
-
-
-class ExecResult(NamedTuple):
-    """The end of a program that ran in a guest."""
-
-    status: int                 # exit status, or 128 + signal
-    out: bytes
-    err: bytes
 
 
 class DriveSlot:
@@ -7736,78 +7804,6 @@ class Machine(Guest):
                 if not problem.trouble.transient or deadline.passed():
                     raise
             time.sleep(STATE_POLL)
-
-    def exec(self, argv: Sequence[str], stdin: bytes | str = b'', timeout: float = 30.0
-             ) -> ExecResult:
-        """Run a program in the guest and return its end (guest-exec).
-
-        Raises AgentError when it can't be started, MachineError when it does not end in time: it
-        then goes on, as it does for a child in the background that keeps its output open.
-        """
-        if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
-            raise MachineError(f'{self.name}: exec({argv!r:.80})',
-                               "give a list of strings: ['ls', '-l']")
-        more = {'input-data': self._base64(stdin)} if stdin else {}
-        started = self.agent('guest-exec', {
-            'path': argv[0], 'arg': list(argv[1:]), 'capture-output': True, **more})
-        status: dict[str, Any] = {}
-
-        def ended() -> bool:
-            status.update(self.agent('guest-exec-status', {'pid': started['pid']}))
-            return bool(status['exited'])
-        if not Deadline(timeout).poll(ended, STATE_POLL / 4):
-            raise MachineError(f'{self.name}: {argv[0]} did not end within {timeout:g} s')
-        code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
-        return ExecResult(code, *(self._decoded(status.get(key, '')) for key in ('out-data',
-                                                                           'err-data')))
-
-    def _base64(self, data: bytes | str) -> str:
-        try:
-            return base64.b64encode(raw_bytes(data)).decode()
-        except (TypeError, ValueError):
-            raise MachineError(f'{self.name}: {data!r:.80} is no data', 'give bytes or str'
-                               ) from None
-
-    def _decoded(self, text: str) -> bytes:
-        try:
-            return base64.b64decode(text)
-        except ValueError:
-            raise agent_error(self.name, f'no base64: {text!r:.80}') from None
-
-    @contextlib.contextmanager
-    def _guest_file(self, path: str, mode: str) -> Iterator[int]:
-        handle = self.agent('guest-file-open', {'path': path, 'mode': mode})
-        try:
-            yield handle
-        finally:
-            self.agent('guest-file-close', {'handle': handle})
-
-    def read_file(self, path: str, limit: int = GUEST_FILE_LIMIT) -> bytes:
-        """Return what is in a file of the guest (guest-file-read).
-
-        Raises MachineError when it has more than `limit` bytes.
-        """
-        data = bytearray()
-        with self._guest_file(path, 'rb') as handle:
-            while True:
-                part = self.agent('guest-file-read', {'handle': handle, 'count': GUEST_FILE_BYTES})
-                data += self._decoded(part['buf-b64'])
-                if len(data) > limit:
-                    raise MachineError(f'{self.name}: {path} has more than {limit} bytes',
-                                       'say a larger limit=')
-                if part['eof']:
-                    return bytes(data)
-
-    def write_file(self, path: str, data: bytes | str) -> None:
-        """Write a file in the guest (guest-file-write)."""
-        left = self._decoded(self._base64(data))
-        with self._guest_file(path, 'wb') as handle:
-            while left:
-                part = self._base64(left[:GUEST_FILE_BYTES])
-                done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
-                if done['count'] <= 0:
-                    raise agent_error(self.name, f'wrote {done["count"]} bytes')
-                left = left[done['count']:]
 
     def interfaces(self) -> list[dict[str, Any]]:
         """Return the guest's own view of its network (guest-network-get-interfaces)."""
