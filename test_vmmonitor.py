@@ -881,7 +881,7 @@ class ScriptedGuest(vm.Guest):
         return {'pid': 1} if command == 'guest-exec' else {}
 
 
-class ScriptedHost(vm.Host):
+class ScriptedHost(vm.LibvirtHost):
     """A host of scripted guests, with no libvirt behind it."""
 
     def __init__(self, *guests: vm.Guest) -> None:
@@ -1963,7 +1963,7 @@ class ClockTest(unittest.TestCase):
         self.assertLess(abs(guest.offset), TOLERANCE)
 
     def test_old_agents_call_a_command_disabled_when_frozen(self) -> None:
-        domain = vm.Domain(vm.Host('test:///x'), 'id', 'web1')
+        domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
         with mock.patch.object(vm.Domain, 'agent', return_value='frozen'), \
                 self.assertRaisesRegex(vm.AgentError, 'file systems are frozen'):
             domain._raise_if_frozen()
@@ -1971,7 +1971,7 @@ class ClockTest(unittest.TestCase):
             domain._raise_if_frozen()
 
     def test_a_start_that_libvirt_refuses_is_not_tried_for_ever(self) -> None:
-        domain = vm.Domain(vm.Host('test:///x'), 'id', 'web1')
+        domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
         refusal = vm.WrongState('web1: network \'default\' is not active')
         with mock.patch.object(vm.Domain, 'state', return_value=vm.State.OFF), \
                 mock.patch.object(vm.Domain, '_act', side_effect=refusal) as act, \
@@ -2083,7 +2083,7 @@ class LibvirtTest(GuestCase):
 
     def test_no_reference_is_leaked(self) -> None:
         guest = self.vm('web1')
-        host = vm.Host(self.host.uri)
+        host = vm.LibvirtHost(self.host.uri)
         found = host.find('web1')
         assert found
         events: list[str] = []
@@ -2101,14 +2101,14 @@ class LibvirtTest(GuestCase):
         subscription.cancel()
         call = connection.library.call
         self.assertEqual(call('virConnectClose', connection.handle), 0, 'references are left')
-        for lane in (host.queries, host.agents):
-            self.assertEqual(len(lane.idle), 1, 'one call at a time needs one connection')
-            self.assertEqual(call('virConnectClose', lane.idle.pop().handle), 0,
+        for pool in (host.queries, host.agents):
+            self.assertEqual(len(pool.idle), 1, 'one call at a time needs one connection')
+            self.assertEqual(call('virConnectClose', pool.idle.pop().handle), 0,
                              'references are left')
 
     def test_programs_and_files_in_a_domain(self) -> None:
         self.vm('web1')
-        found = vm.Host(self.host.uri).find('web1')
+        found = vm.LibvirtHost(self.host.uri).find('web1')
         assert found
         done = found.exec(['sh', '-c', 'cat; echo err >&2; exit 3'], stdin=b'in\0put')
         self.assertEqual(done, (3, b'in\0put', b'err\n'))
@@ -2140,7 +2140,7 @@ class LibvirtTest(GuestCase):
         self.only('web1', 'web2')
         guest, other = self.vm('web1'), self.vm('web2')
         guest.freeze_agent(12)
-        host = vm.Host(self.host.uri)
+        host = vm.LibvirtHost(self.host.uri)
         hung, healthy = host.find('web1'), host.find('web2')
         assert hung and healthy
         calls = [vm.spawn(f'hung {number}', self._ask, hung) for number in range(6)]
@@ -2171,7 +2171,7 @@ class LibvirtTest(GuestCase):
         guest = self.vm('web1')
         guest.skew(-30)
         code = ('import sys, vmmonitor as vm; vm.QEMU_PROTOTYPES.clear(); '
-                'vm.leave(vm.main(sys.argv[1:]))')
+                'vm.exit_now(vm.main(sys.argv[1:]))')
         done = subprocess.run([sys.executable, '-c', code, '--config', self.config(), '--sync',
                                'web1'], cwd=HERE, timeout=60, stdout=subprocess.PIPE, check=False)
         self.assertRegex(done.stdout.decode(), 'web1: clock corrected, cause=sync before=-')
@@ -2183,7 +2183,7 @@ class LibvirtTest(GuestCase):
                  'apt install libvirt-daemon-system'),
                 ('vm.PROTOTYPES["virNew"] = (None, ())', 'libvirt.so.0 has no virNew; update')):
             code = ('import sys, vmmonitor as vm\ndef fail(*_):\n    raise OSError("gone")\n'
-                    f'{change}\nvm.leave(vm.main(sys.argv[1:]))')
+                    f'{change}\nvm.exit_now(vm.main(sys.argv[1:]))')
             done = subprocess.run([sys.executable, '-c', code, '--monitor'], cwd=HERE, timeout=60,
                                   stderr=subprocess.PIPE, check=False)
             self.assertEqual(done.returncode, 1)
@@ -6686,7 +6686,7 @@ class DaemonTest(GuestCase):
     def test_stop_without_an_agent_uses_acpi(self) -> None:
         self.only('noagent')
         guest = self.vm('noagent', cmdline='noga')
-        host = vm.Host(self.host.uri)
+        host = vm.LibvirtHost(self.host.uri)
         found = host.find('noagent')
         assert found
         self.assertEqual(found.stop(), 'asked to shut down')
@@ -7495,7 +7495,7 @@ def benchmark() -> None:
         guest.define()
         guest.start()
         guest.wait_agent()
-        domain = vm.Host(host.uri).find('bench')
+        domain = vm.LibvirtHost(host.uri).find('bench')
         assert domain
         ways: dict[str, Callable[[], object]] = {
             'vmmonitor': lambda: vm.correct(domain, 5 * vm.MS, False),

@@ -24,7 +24,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     configuration          the table of options, Config, load()
     guest                  what every guest answers, wherever it lives
     clock                  measure an offset, correct it, prove it
-    libvirt                the only place with ctypes: Library, Connection, Host, Domain
+    libvirt                the only place with ctypes: Library, Connection, LibvirtHost, Domain
     guests                 one name space over the hosts; one command per guest at a time
     monitor                triggers -> at most one clock job per guest
     startup                the list of starts and delays
@@ -1935,7 +1935,7 @@ class ConnectionPool:
             connection.close()
 
 
-class Host:
+class LibvirtHost:
     """One libvirt: its domains, its events, and the connections for each kind of call."""
 
     def __init__(self, uri: str) -> None:
@@ -2051,7 +2051,7 @@ class Domain(Guest):
     MEANINGS: dict[int, type[GuestError]] = {
         ERR_NO_DOMAIN: NoGuest, ERR_INVALID: WrongState, ERR_TIMEOUT: Busy}
 
-    def __init__(self, host: Host, uuid: str, name: str) -> None:
+    def __init__(self, host: LibvirtHost, uuid: str, name: str) -> None:
         self.host, self.id, self.name = host, uuid, name
 
     @contextlib.contextmanager
@@ -7821,7 +7821,7 @@ class MachineSnapshot(NamedTuple):
 
 
 class Machines:
-    """The machines of this host, as `Host` is the domains of a libvirt."""
+    """The machines of this host, as `LibvirtHost` is the domains of a libvirt."""
 
     # event of QMP -> kind of GuestEvent
     EVENTS = {'RESUME': 'resumed', 'RESET': 'booted', 'WAKEUP': 'woken',
@@ -7946,7 +7946,7 @@ class Daemon:
     def __init__(self, config: Config, roles: Sequence[str]) -> None:
         self.settings = Settings(config)
         self.roles = list(roles)
-        self.host = Host(config.libvirt_uri)
+        self.host = LibvirtHost(config.libvirt_uri)
         self.machines = Machines()
         self.guests = Guests([self.machines, self.host])
         self.monitor = Monitor(self.guests, self.settings)
@@ -8104,7 +8104,7 @@ def _is_served(config: Config) -> bool:
 
 def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
     """Check at the guests: their agent channels, and the names in the startup list."""
-    host = Host(config.libvirt_uri)
+    host = LibvirtHost(config.libvirt_uri)
     try:
         guests = {guest.name: guest for guest in Guests([host, Machines()]).all()}
     except LibvirtError as problem:
@@ -8153,9 +8153,9 @@ def command_clean(dry_run: bool, everything: bool) -> int:
     return 0
 
 
-def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[Host, list[Guest]]:
+def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[LibvirtHost, list[Guest]]:
     """Return the host, and its guests of these names, or all."""
-    host = Host(config.libvirt_uri)
+    host = LibvirtHost(config.libvirt_uri)
     guests = Guests([Machines(), host])
     return host, [guests.find(name) for name in names] if names else guests.all(running)
 
