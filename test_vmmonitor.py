@@ -1205,6 +1205,18 @@ class Refusal:
         return True
 
 
+def killed_at(step: str, code: str) -> None:
+    """Run code in a process that gets SIGKILL just before the first step, as vm.TRACE names
+    them, in which that pattern is found."""
+    done = subprocess.run(
+        [sys.executable, '-c', 'import os, re, vmmonitor as vm\n'
+         f'vm.TRACE = lambda step: re.search({step!r}, step) and os.kill(os.getpid(), 9)\n{code}'],
+        timeout=60, check=False, cwd=HERE, capture_output=True, env={
+            **os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR, 'VMMONITOR_STATE': vm.STATE_DIR})
+    if done.returncode != -signal.SIGKILL:
+        raise AssertionError(f'no step {step}: status {done.returncode}, {done.stderr!r}')
+
+
 class Scratch(unittest.TestCase):
     """Tests with a directory of their own, whose end leaves nothing behind."""
 
@@ -6049,54 +6061,35 @@ class TestLife(Live):
     def test_migration_whose_program_is_killed(self) -> None:
         """kill -9 of the one that sends or receives, at any step: the guest runs once, or not."""
         a = self.guest('from', memory=128)
-        send = f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import vmmonitor as vm
-vm.MACHINES_DIR = {str(self.home)!r}
-
-def killed_at(owner, name, when):
-    real = getattr(owner, name)
-    def call(*arguments, **more):
-        if when(*arguments, **more):
-            os.kill(os.getpid(), 9)
-        return real(*arguments, **more)
-    setattr(owner, name, call)
-"""
-        for step, where, here, there in (
-                ('offered', "vm.Machine, '_transfer', lambda *_: True", 'running', 'off'),
-                ('sent', "vm.Machine, '_landed', lambda *_: True", 'paused', 'paused'),
-                ('arrived', "vm.Machine, '_part', lambda *_: True", 'paused', 'paused'),
-                ('cont', "vm.QMP, 'execute', lambda q, c, *_, **__: c == 'cont'", 'paused',
-                 'paused'),
-                ('gone', "vm.Machine, '_end', lambda *_: True", 'paused', 'running')):
+        told = 'send run to', 'send cont', 'send quit'      # from where on it may run there
+        for step, here, there in (
+                ('send migrate-set-parameters', 'running', 'off'),
+                ('send arrived to', 'paused', 'paused'), ('write .*/from/', 'paused', 'paused'),
+                ('send run to', 'paused', 'paused'), ('send cont', 'paused', 'paused'),
+                ('send quit', 'paused', 'running')):
             if not a.is_alive():
                 a.start_vm()
                 a.wait('agent', BOOT)
-            b = self.guest(f'to-{step}', memory=128, incoming=True)
+            b = self.guest('to', memory=128, incoming=True)
             b.start_vm()
-            go = f"vm.Machine.load('from').migrate(vm.Machine.load('{b.name}'))"
             with self.subTest(step):
-                done = subprocess.run([sys.executable, '-c', f'{send}killed_at({where})\n{go}'],
-                                      timeout=60, check=False)
-                self.assertEqual(done.returncode, -signal.SIGKILL)
+                killed_at(step, "vm.Machine.load('from').migrate(vm.Machine.load('to'))")
                 self.assertEqual((a.state().value, b.state().value), (here, there))
-                given = step in ('cont', 'gone')
-                if given:
-                    with self.refused(f'from was told to run on {b.name}'):
+                if step in told:
+                    with self.refused('from was told to run on to'):
                         a.start()
+                if step in ('send cont', 'send quit'):
+                    self.assertEqual(b.start(), 'resumed' if there == 'paused' else
+                                     'already running')
+                    b.agent('guest-ping')
+                    self.assertEqual(a.stop(), 'stopped by quit')       # not by its guest
                 else:
                     if there != 'off':
                         with self.refused('waits for a migration'):
                             b.start()
+                    if step in told:
+                        a.unfreeze(force=True)
                     self.assertIn(a.start(), ('resumed', 'already running'))
-                if step == 'cont':
-                    self.assertEqual(b.start(), 'resumed')
-                if given:
-                    self.assertTrue(b._whole())
-                    b.agent('guest-ping')
-                    self.assertEqual(a.stop(), 'stopped by quit')       # not by its guest
-                else:
                     a.agent('guest-ping')
             b.delete(force=True)
 

@@ -281,6 +281,16 @@ class Check(NamedTuple):
 
 log = logging.getLogger('vmmonitor')
 
+
+def untraced(_step: str) -> None:
+    """What TRACE does outside of tests: nothing."""
+
+
+# Told of each step that outlives a crash of this program, just before it: "run ip ...",
+# "send cont to PATH", "write PATH". A test kills or interrupts it there.
+TRACE: Callable[[str], None] = untraced
+
+
 def printable(text: str) -> str:
     """Return `text` with control characters and line ends escaped, so that no name or answer
     from outside can forge a log line or move a terminal's cursor."""
@@ -536,6 +546,7 @@ def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = T
     It inherits the descriptors `keep`. Raises CommandError when it is missing, takes longer, or
     (with `check`) fails.
     """
+    TRACE(f'run {" ".join(argv)}')
     try:
         done = subprocess.run(argv, input=stdin, timeout=timeout, check=False,
                               capture_output=True, pass_fds=keep)
@@ -3848,6 +3859,7 @@ class Ledger:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        TRACE(f'write {self.path}')
         os.replace(draft, self.path)
 
     def look(self) -> None:
@@ -4744,6 +4756,7 @@ class LineSocket:
     def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'',
              fds: Sequence[int] = ()) -> None:
         """Send one value as a line, after the raw bytes `prefix`, with descriptors (SCM_RIGHTS)."""
+        TRACE(f'send {value.get("execute")} to {self.path}')
         self.socket.settimeout(max(deadline.left(), 0.001))
         data = prefix + json.dumps(value).encode() + b'\n'
         try:
@@ -5005,6 +5018,7 @@ def whole_file(path: str, replace: bool = False) -> Iterator[str]:
     os.close(handle)
     try:
         yield temporary
+        TRACE(f'write {path}')
         if replace:
             os.replace(temporary, path)
         else:
