@@ -6761,7 +6761,7 @@ class TestReadme(NetCase):
 # memory (an overlay). Its network is its own, with nothing but loopback; only packages are
 # downloaded by the host's, before they are needed. It ends with us, of whatever cause.
 
-SUITES = ('bullseye', 'bookworm', 'trixie')
+SUITES = ('bookworm', 'trixie', 'forky')
 FRESH_PACKAGES = ('debootstrap', 'systemd-container', 'busybox-static', 'qemu-guest-agent',
                   'cpio', 'kmod', 'xz-utils')
 ROOT_AGE = 30 * 86400           # seconds after which a cached root is made anew
@@ -6810,7 +6810,7 @@ def bare_root(suite: str) -> Path:
             # In name spaces of its own: an interrupted one leaves no mount and no process.
             run('unshare', '-m', '-p', '-f', '--kill-child', '--mount-proc', 'debootstrap',
                 '--variant=minbase', '--include=systemd,systemd-sysv,dbus', suite, f'{work}/root',
-                mirror, timeout=900)
+                mirror, '/usr/share/debootstrap/scripts/sid', timeout=900)   # one for all of them
             os.utime(f'{work}/root')
             Path(work, 'root').rename(root)
     return root
