@@ -229,16 +229,16 @@ def guest_image() -> tuple[str, str]:
         raise RigError(f'{CACHE}: not ours alone, and we would boot what is in it; remove it')
     with (CACHE / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        deb = None if installed_kernel() else kernel_deb()
-        version = deb.name.split('_')[0][len('linux-image-'):] if deb else installed_kernel()
+        debs = [] if installed_kernel() else kernel_debs()
+        version = debs[0].name.split('_')[0][len('linux-image-'):] if debs else installed_kernel()
         kernel = CACHE / f'vmlinuz-{version}'
-        initramfs = CACHE / f'initramfs-{version}-{fingerprint(deb)}'
+        initramfs = CACHE / f'initramfs-{version}-{fingerprint(debs)}'
         if not (kernel.exists() and initramfs.exists()):
             say(f'building {initramfs}')
             for left in CACHE.glob('build-*'):  # by a killed run; the lock is ours, so nobody's
                 shutil.rmtree(left)
             with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
-                build_image(Path(work), deb, version)
+                build_image(Path(work), debs, version)
                 Path(work, 'kernel').rename(kernel)
                 Path(work, 'initramfs').rename(initramfs)
     return str(kernel), str(initramfs)
@@ -250,41 +250,51 @@ def installed_kernel() -> str:
     return max((v for v in found if Path('/lib/modules', v, 'modules.dep').exists()), default='')
 
 
-def kernel_deb() -> Path:
-    """Return a cloud kernel's .deb in the cache; download it if there is none."""
+def kernel_debs() -> list[Path]:
+    """Return a cloud kernel's .debs in the cache, that of its name first; download them if there
+    are none. Since forky, program and modules are packages of their own."""
     def cached() -> list[Path]:
-        return sorted(CACHE.glob('linux-image-*.deb'))
+        return sorted(CACHE.glob('linux-*.deb'), key=lambda path: '-image-' not in path.name)
+
+    def depends(package: str) -> list[str]:
+        shown = run('apt-cache', 'depends', '--important', package, timeout=60).split()
+        return [word for word in shown if re.match('linux-(image|binary|modules)-', word)]
 
     if not cached():
         say(f'downloading {KERNEL_PACKAGE}')
         with contextlib.suppress(RigError):     # stale or missing lists: stay with what we have
             apt('update')
-        depends = run('apt-cache', 'depends', '--important', KERNEL_PACKAGE, timeout=60).split()
-        package = next(word for word in reversed(depends) if word.startswith('linux-image-'))
+        package = depends(KERNEL_PACKAGE)[-1]
         with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
-            apt('download', package, cwd=Path(work))
+            apt('download', *dict.fromkeys([package, *depends(package)]), cwd=Path(work))
             for path in Path(work).glob('*.deb'):
                 path.rename(CACHE / path.name)
-    return cached()[-1]
+    return cached()
 
 
-def fingerprint(deb: Path | None) -> str:
+def fingerprint(debs: Sequence[Path]) -> str:
     """Return a digest of what goes into an image besides an installed kernel."""
-    parts = (IMAGE_RECIPE, MODULES, SCRIPTS, deb and deb.name)
+    parts = (IMAGE_RECIPE, MODULES, SCRIPTS, [deb.name for deb in debs])
     digest = hashlib.sha256(repr(parts).encode())
     for path in (BUSYBOX, AGENT):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def build_image(work: Path, deb: Path | None, version: str) -> None:
+def unpack(debs: Sequence[Path], root: Path) -> Path:
+    """Unpack packages into the directory `root`, and return it."""
+    for deb in debs:
+        run('dpkg-deb', '-x', str(deb), str(root), timeout=300)
+    if not (root / 'lib').exists():             # merged-/usr packages have /usr/lib only
+        (root / 'lib').symlink_to('usr/lib')
+    return root
+
+
+def build_image(work: Path, debs: Sequence[Path], version: str) -> None:
     """Build the files `kernel` and `initramfs` in the directory `work`."""
     root, stage = Path('/'), work / 'stage'
-    if deb:
-        root = work / 'deb'
-        run('dpkg-deb', '-x', str(deb), str(root), timeout=300)
-        if not (root / 'lib').exists():         # merged-/usr packages have /usr/lib only
-            (root / 'lib').symlink_to('usr/lib')
+    if debs:
+        root = unpack(debs, work / 'deb')
     for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'var'):
         (stage / name).mkdir(parents=True)
     (stage / 'var/run').symlink_to('../run')
@@ -4267,10 +4277,7 @@ def boot_guest(work: Path, tests: str, timeout: float) -> str:
     """Boot Debian's cloud kernel with Python, iproute2 and this directory, run `tests` (names for
     unittest, with commas), and return what the guest printed."""
     CACHE.mkdir(mode=0o755, exist_ok=True)
-    root, stage = work / 'deb', work / 'stage'
-    subprocess.run(['dpkg-deb', '-x', kernel_deb(), root], check=True, timeout=60)
-    if not (root / 'lib').exists():
-        (root / 'lib').symlink_to('usr/lib')
+    root, stage = unpack(kernel_debs(), work / 'deb'), work / 'stage'
     kernel = max((root / 'boot').glob('vmlinuz-*cloud*'))
     for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'test',
                  'root'):
