@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
 import unittest.mock
@@ -1328,6 +1329,57 @@ class WordsTest(unittest.TestCase):
         self.assertEqual(vm.explain(FileNotFoundError(2, 'No such file', '/x')), '/x: No such file')
         self.assertEqual(vm.explain(KeyError('x')), 'KeyError: \'x\'')
 
+    def test_a_traceback_shows_the_remedy(self) -> None:
+        for problem in (vm.Error('it broke', 'mend it'), vm.NoInterface('it broke', 'mend it')):
+            shown = traceback.format_exception(type(problem), problem, None)[-1]
+            self.assertEqual(shown.partition(': ')[2], 'it broke; mend it\n')
+            self.assertEqual((problem.message, problem.hint), ('it broke', 'mend it'))
+
+    def test_the_tree_of_errors_is_as_drawn(self) -> None:
+        drawn: dict[str, str] = {}
+        above: dict[int, str] = {}
+        for depth, name in re.findall(r'(?m)^    ([ |+-]*)([A-Z]\w+)(?=  |$)',
+                                      vm.Error.__doc__ or ''):
+            above[len(depth)] = name
+            drawn[name] = above.get(len(depth) - 4, '')
+        real = {name: next(base.__name__ for base in kind.__bases__ if base is not ValueError)
+                for name, kind in vars(vm).items()
+                if isinstance(kind, type) and issubclass(kind, vm.Error)}
+        self.assertEqual(drawn, {**real, 'Error': ''})
+
+    LONG = 'x' * 49152 + '\n<0>forged'
+
+    def test_a_log_line_is_cut(self) -> None:
+        """journald begins a new line, with a priority of its own, after 48 KiB."""
+        for text in (self.LONG, '\x1b' * 49152, 'x' * 49151 + '\N{DESKTOP COMPUTER}<0>forged'):
+            record = logging.LogRecord('vmmonitor', logging.INFO, __file__, 1, text, (), None)
+            line = vm.LogFormat(True).format(record)
+            self.assertLessEqual(len(line), vm.LINE_LENGTH + 3)
+            self.assertNotIn('<0>', line)
+        try:
+            raise ValueError('\n'.join([self.LONG] * 99))
+        except ValueError:
+            record.exc_info = sys.exc_info()
+        lines = vm.LogFormat(True).format(record).split('\n')
+        self.assertLess(len(lines), 99)
+        self.assertEqual([line for line in lines if len(line) > 1003 or line[:3] != '<6>'], [])
+
+    def test_texts_from_outside_are_cut_where_they_come_in(self) -> None:
+        """Those of agents, QMP, QEMU's log, programs, and of libvirt through the same clip()."""
+        path = Peer(self, answering(b'{"error": {"class": "%s", "desc": "%s"}, "id": ID}\r\n' % (
+            2 * (self.LONG[:49152].encode(),)))).path
+        with vm.QMP(path) as qmp, self.assertRaises(vm.ReplyError) as caught:
+            qmp.execute('stop')
+        program = ['sh', '-c', 'yes $(printf %0900d) | head -c 100000 >&2; exit 1']
+        with self.assertRaises(vm.CommandError) as failed:
+            vm.run(program, 10)
+        for problem in (caught.exception, failed.exception, vm.agent_error('web1', self.LONG),
+                        vm.net_error(vm.Op('do it', 'link set x up'), self.LONG)):
+            self.assertLess(len(str(problem)), 3 * vm.LINE_LENGTH, type(problem))
+        self.assertEqual(vm.clip(b'gr\xfcn'), 'gr\\xfcn')
+        self.assertEqual(vm.clip('\N{DESKTOP COMPUTER}'.encode() * 9999, 3),
+                         '\N{DESKTOP COMPUTER}' * 2 + '…')
+
     def test_printable(self) -> None:
         self.assertEqual(vm.printable('a\nb\x1b[2Jc\u2028d\u202ee'),
                          'a\\nb\\x1b[2Jc\\u2028d\\u202ee')
@@ -1429,6 +1481,15 @@ class JsonTest(unittest.TestCase):
         for bad in wrong:
             self.assertFalse(vm.matches(bad, shape), bad)
         self.assertTrue(vm.matches(True, bool) and not vm.matches(1, bool))
+        numbers = {'*': (str, int, float), 'key?': str}
+        rows: tuple[tuple[Any, bool], ...] = (
+            ({'a': 1, 'b': 2.5, 'key': ''}, True), ({'a': True}, False), ({}, True),
+            ({'a': None}, False), ({'key': 1}, False), ({'a': []}, False))
+        for value, fits in rows:
+            self.assertEqual(vm.matches(value, numbers), fits, value)
+        long = 'x' * (vm.TEXT_LENGTH + 1)
+        self.assertTrue(vm.matches(long, vm.DATA) and vm.matches(None, (None, str)))
+        self.assertFalse(vm.matches(long, str) or vm.matches(5, vm.DATA))
         replies: list[Any] = [None, [], {}, {'return': {'pid': None}}, {'Return': {'pid': 1}}]
         for reply in replies:
             with self.assertRaisesRegex(ValueError, 'guest-exec returned'):
@@ -1448,12 +1509,12 @@ class JsonTest(unittest.TestCase):
                 vm.Machines().find('evil')
 
     def test_every_answer_that_is_looked_into_has_a_shape(self) -> None:
-        """A command whose answer is used, not only waited for, stands in ANSWERS."""
+        """A command whose answer is used, not only waited for, stands in SCHEMAS."""
         text = (HERE / 'vmmonitor.py').read_text()
         used = re.findall(r"(?:agent|qmp|execute)\(\s*'([a-z_-]+)'[^()]*\)\s*(?:\[|\.get)", text)
         used += re.findall(r"(?:=|in|return) self\.(?:agent|qmp)\(\s*'([a-z-]+)'", text)
         self.assertGreater(len(used), 8)
-        self.assertEqual(sorted(set(used) - set(vm.ANSWERS)), [])
+        self.assertEqual(sorted(set(used) - set(vm.SCHEMAS)), [])
 
 
 class FuzzTest(TempCase):
@@ -1577,7 +1638,7 @@ class FuzzTest(TempCase):
                     self.assertIsInstance(qmp.event(['STOP'], 1, id='j')['event'], str)
                 else:
                     answer = qmp.execute(command, timeout=1)
-                    self.assertTrue(vm.matches(answer, vm.ANSWERS[command]))
+                    self.assertTrue(vm.matches(answer, vm.SCHEMAS[command]))
 
     def test_agent(self) -> None:
         """All that a machine reads out of its guest's answers."""
@@ -1714,9 +1775,12 @@ class ConfigTest(TempCase):
         ({'listener': {'key': '', 'keyFile': 'nokey'}}, 'nokey: No such file or directory'),
         ({'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'tragets': []}]}},
          'listener.keys: [0]: unknown key \'tragets\''),
-        ({'listener': {'keys': [{'name': 'a'}]}}, '[0] (a): needs one of "key" and "keyFile"'),
+        ({'listener': {'keys': [{'name': 'a'}]}}, '[0]: (a) needs one of "key" and "keyFile"'),
+        ({'listener': {'keys': [{'key': OTHER_KEY}]}}, '[0]: needs a "name"'),
+        ({'listener': {'keys': ['x']}}, 'listener.keys: must be a list of objects such as'),
+        ({'listener': {'keys': [{'name': 'a', 'key': 5}]}}, '[0]: key: must be a string'),
         ({'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'commands': ['fly']}]}},
-         '[0]: needs a "name", and "commands" out of start'),
+         '[0]: commands: [0]: must be one of start, '),
         ({'listener': {'keys': [{'name': 'main', 'key': OTHER_KEY}]}}, 'needs a name of its own'),
         ({'listener': {'keys': [{'name': 'a', 'key': KEY}]}}, 'two entries have the same key'),
         ({'listener': {'certificate': {'path': ''}}}, 'listener.certificate.path: missing'),
@@ -1741,7 +1805,7 @@ class ConfigTest(TempCase):
                 self.assertIn(reason, caught.exception.problems[0])
 
     def test_all_problems_at_once(self) -> None:
-        path = self.write(*(change for change, _ in (self.BAD[0], self.BAD[1], self.BAD[24])))
+        path = self.write(*(change for change, _ in (self.BAD[0], self.BAD[1], self.BAD[-1])))
         with self.assertRaises(vm.ConfigError) as caught:
             vm.load(path)
         self.assertEqual(len(caught.exception.problems), 3)
@@ -1795,6 +1859,41 @@ class ConfigTest(TempCase):
             self.assertIn(reason, warnings)
         os.chmod(path, 0o640)
         self.assertNotIn('holds a key', ' | '.join(vm.load(path).warnings))
+        secret = self.write_text(OTHER_KEY, 'shown.key')
+        path = self.write({'listener': {'keys': [{'name': 'a', 'keyFile': 'shown.key'}]}})
+        self.assertNotIn('shown.key', ' | '.join(vm.load(path).warnings))
+        os.chmod(secret, 0o644)
+        self.assertIn(f'{secret} holds a key and everybody may read it; chmod o-r {secret}',
+                      vm.load(path).warnings)
+
+    def test_a_byte_order_mark_is_skipped(self) -> None:
+        text = Path(self.write({'listener': {'key': '', 'keyFile': 'bom.key'}})).read_text()
+        self.write_text('\ufeff' + OTHER_KEY, 'bom.key')
+        config = vm.load(self.write_text('\ufeff' + text))
+        self.assertEqual(config.keys[0].digest, hashlib.sha256(OTHER_KEY.encode()).digest())
+
+    def test_arguments(self) -> None:
+        """check() and the readers: what the library's own arguments are read with."""
+        for value, read, good in (
+                (3, vm.a_number(0, 3600, 'seconds'), True),
+                (3601, vm.a_number(0, 3600, 'seconds'), '3601 must be a number from 0 to 3600 sec'),
+                (True, vm.a_number(0, 9), 'True must be a number'),
+                (float('nan'), vm.a_number(0, 9), 'nan must be a number'),
+                (2.0, vm.a_number(0, 9, whole=True), '2.0 must be a whole number from 0 to 9'),
+                ('raw', vm.one_of('raw', 'qcow2'), True),
+                ('vdi', vm.one_of('raw', 'qcow2'), "'vdi' must be one of raw, qcow2"),
+                ([], vm.one_of('raw', 'qcow2'), '[] must be one of raw, qcow2'),
+                (None, vm.optional(vm.a_bool), True), ('no', vm.optional(vm.a_bool), "'no' must"),
+                (['a', 'b\n'], vm.texts, '[1]: must be a string without control characters'),
+                ('ab', vm.texts, "'ab' must be a list of strings")):
+            with self.subTest(value=value):
+                if good is True:
+                    self.assertEqual(vm.check('delay', value, read), value)
+                    continue
+                with self.assertRaises(vm.NetworkError) as caught:
+                    vm.check('delay', value, read, vm.NetworkError, 'give another')
+                self.assertRegex(str(caught.exception), f'^delay: .*{re.escape(str(good))}')
+                self.assertEqual(caught.exception.hint, 'give another')
 
     def test_key_files_and_encrypted_key(self) -> None:
         make_certificate(self.directory, 'locked', 'open sesame')
@@ -3059,31 +3158,25 @@ class ListenerTest(TempCase):
             self.assertTrue(idle.recv(65536).startswith(b'HTTP/1.1 401 '))
             self.assertEqual(idle.recv(1), b'')
 
-    def test_certificate_and_address_change(self) -> None:
+    def test_certificate_change(self) -> None:
+        """A new certificate counts at once; what can't be used leaves the listener as it is."""
         def fingerprint() -> str:
             return hashlib.sha256(ssl.get_server_certificate(
-                ('127.0.0.1', self.listener.settings.config.port)).encode()).hexdigest()
-        first, old = fingerprint(), self.settings.config
+                ('127.0.0.1', self.port)).encode()).hexdigest()
+        first = fingerprint()
         make_certificate(self.directory, 'next')
-        change: dict[str, Any] = {'listener': {'certificate': {
+        change: dict[str, Any] = {'listener': {'port': free_port(), 'certificate': {
             'path': 'next.pem', 'keyPath': 'next.key'}}}
-        self.settings.config = vm.load(self.write(self.changes, change))
-        self.listener.reload(old)
-        self.assertNotEqual(fingerprint(), first)
-        other = free_port()
-        new = vm.load(self.write(self.changes, change, {'listener': {'port': other}}))
-        old, self.settings.config = self.settings.config, new
-        self.listener.reload(old)
-        fingerprint()
-        with self.assertRaises(ConnectionRefusedError):
-            socket.create_connection(('127.0.0.1', self.port), timeout=5)
-        only_v4 = vm.load(self.write(self.changes, change, {'listener': {
-            'port': other, 'address': '127.0.0.1'}}))
-        old, self.settings.config = new, only_v4
-        self.listener.reload(old)
-        fingerprint()
-        with self.assertRaises(OSError):
-            socket.create_connection(('::1', other), timeout=5)
+        new = vm.load(self.write(self.changes, change))
+        self.listener.reload(new)           # to the port it goes on listening at
+        second = fingerprint()
+        self.assertNotEqual(second, first)
+        self.write_text('no longer', 'next.key')
+        with self.assertRaisesRegex(vm.Error, 'both must be PEM'):
+            self.listener.reload(new)
+        self.assertEqual(fingerprint(), second)
+        self.assertTrue({'listener.port', 'listener.address'} <= {
+            row.key for _, row in vm.OPTIONS.values() if row.restart})
 
     def test_a_taken_port_is_told(self) -> None:
         with self.assertRaises(vm.Error) as caught:
@@ -6586,9 +6679,11 @@ class DaemonTest(GuestCase):
             program.process.send_signal(signal.SIGHUP)
             program.wait_log(f'reload refused, the old configuration stays: .*{reason}')
             self.assertEqual(ask(OTHER_KEY), 200)
-        self.config(listener, {'listener': {'key': OTHER_KEY}, 'libvirt': {'uri': 'test:///x'}})
+        self.config(listener, {'listener': {'key': OTHER_KEY, 'port': free_port()},
+                               'libvirt': {'uri': 'test:///x'}})
         program.process.send_signal(signal.SIGHUP)
-        program.wait_log('counts after a restart: libvirt.uri')
+        program.wait_log('counts after a restart: libvirt.uri, listener.port')
+        self.assertEqual(ask(OTHER_KEY), 200)
         self.assertNotIn(OTHER_KEY, program.log())
 
     def test_systemd(self) -> None:

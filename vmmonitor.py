@@ -120,11 +120,13 @@ STOP_TIMEOUT = 1.5             # from SIGTERM to the end of the process
 # === errors =====================================================================================
 
 class Error(Exception):
-    """Something went wrong that the user can do something about; `hint` says what.
+    """Something went wrong that the user can do something about.
+
+    `message` says what, `hint` what to do; str() is both, so that a traceback shows both.
 
     Error
      +- ConfigError           the configuration: every problem at once
-     +- InvalidValue          one value of it (a ValueError, too)
+     +- InvalidValue          one value of it, or an argument (a ValueError, too)
      +- Refusal               a request that gets another answer than 200
      +- TooLarge              a request with more bytes than it may have
      +- CommandError          a program failed: argv, exit status, stderr
@@ -139,7 +141,7 @@ class Error(Exception):
      |   +- NoInterface       there is none of that name (a KeyError, too)
      |   +- NameTaken         something that is not ours has the name
      |   +- InUse             it is a port of something else, or carries what would be cut off
-     |   +- MissingFeature           the kernel, a program or a right is missing
+     |   +- MissingFeature    the kernel, a program or a right is missing
      +- GuestError            one guest, one request
          +- NoGuest           there is none of that name
          +- WrongState        its state does not allow it
@@ -151,7 +153,14 @@ class Error(Exception):
 
     def __init__(self, message: str, hint: str = '') -> None:
         super().__init__(message)
-        self.hint = hint
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return f'{self.message}; {self.hint}' if self.hint else self.message
+
+
+class InvalidValue(Error, ValueError):
+    """Why one value can't be used; whoever asked for it adds its place."""
 
 
 class ConfigError(Error):
@@ -166,7 +175,7 @@ class CommandError(Error):
     """A program that was run failed."""
 
     def __init__(self, argv: Sequence[str], status: int, stderr: str, hint: str = '') -> None:
-        super().__init__(f'{argv[0]} failed with status {status}: {stderr.strip()}', hint)
+        super().__init__(f'{argv[0]} failed with status {status}: {clip(stderr.strip())}', hint)
         self.argv, self.status, self.stderr = list(argv), status, stderr
 
 
@@ -183,12 +192,12 @@ class PeerSilent(ProtocolError):
 
 
 class ReplyError(ProtocolError):
-    """The peer answered with an error object: its class `kind`, such as CommandNotFound, and its
+    """The peer answered with an error object: its class `code`, such as CommandNotFound, and its
     `text`."""
 
-    def __init__(self, path: str, kind: str, text: str) -> None:
-        super().__init__(f'{path}: {kind}: {text}' if kind else f'{path}: {text}')
-        self.kind, self.text = kind, text
+    def __init__(self, path: str, code: str, text: str) -> None:
+        super().__init__(': '.join(filter(None, [path, code, text])))
+        self.code, self.text = code, text
 
 
 class DiskError(Error):
@@ -264,7 +273,7 @@ class MachineError(GuestError):
 def explain(problem: BaseException) -> str:
     """Return one line for people: what went wrong, and what to do about it."""
     if isinstance(problem, Error):
-        return f'{problem}; {problem.hint}' if problem.hint else str(problem)
+        return str(problem)
     if isinstance(problem, OSError) and problem.strerror:
         return f'{problem.filename}: {problem.strerror}' if problem.filename else problem.strerror
     return f'{type(problem).__name__}: {problem}'
@@ -279,6 +288,9 @@ class Check(NamedTuple):
 
 # === logging and threads ========================================================================
 
+LINE_LENGTH = 1000              # characters of a log line; journald's own limit is 48 KiB
+TRACE_LINES = 60                # of a traceback: the first ones, for its message may be anything
+
 log = logging.getLogger('vmmonitor')
 
 
@@ -291,6 +303,14 @@ def untraced(_step: str) -> None:
 TRACE: Callable[[str], None] = untraced
 
 
+def clip(text: str | bytes, length: int = LINE_LENGTH) -> str:
+    """Return a text from outside at no more than `length`, saying what was cut off; bytes that are
+    no UTF-8 are escaped. Whoever takes such a text in passes it through here."""
+    if isinstance(text, bytes):
+        text = text[:4 * length + 4].decode(errors='backslashreplace')
+    return text if len(text) <= length else f'{text[:length - 1]}…'
+
+
 def printable(text: str) -> str:
     """Return `text` with control characters and line ends escaped, so that no name or answer
     from outside can forge a log line or move a terminal's cursor."""
@@ -298,7 +318,8 @@ def printable(text: str) -> str:
 
 
 class LogFormat(logging.Formatter):
-    """One record, one line: with a priority for journald, or with the time for a terminal."""
+    """One record, one line of LINE_LENGTH at most: with a priority for journald, which would take
+    the rest of a longer one for a line of its own, or with the time for a terminal."""
 
     PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
 
@@ -313,10 +334,10 @@ class LogFormat(logging.Formatter):
         else:
             clock = time.strftime('%H:%M:%S', time.localtime(record.created))
             head = f'{clock}.{int(record.msecs):03d} {record.levelname.lower():7} '
-        lines = [printable(record.getMessage())]
+        lines = [record.getMessage()]
         if record.exc_info:
-            lines += map(printable, self.formatException(record.exc_info).splitlines())
-        return '\n'.join(head + line for line in lines)
+            lines += self.formatException(record.exc_info).splitlines()[:TRACE_LINES]
+        return '\n'.join(head + clip(printable(clip(line))) for line in lines)
 
 
 def under_journal() -> bool:
@@ -401,6 +422,9 @@ def unbroken() -> Iterator[None]:
 JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
 JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
 JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
+TEXT_LENGTH = 4096             # characters of a string in an answer, unless it is DATA
+BOM = '\ufeff'                 # with which some editors begin a text; it is none of it
+DATA = 'data'                  # in a schema: a string of any length
 
 
 def parse_documents(text: str | bytes, unique: bool = False) -> Iterator[Any]:
@@ -412,7 +436,7 @@ def parse_documents(text: str | bytes, unique: bool = False) -> Iterator[Any]:
     """
     if len(text) > JSON_BYTES:
         raise ValueError(f'longer than {JSON_BYTES} bytes')
-    text = (text if isinstance(text, str) else text.decode()).strip()
+    text = (text if isinstance(text, str) else text.decode()).removeprefix(BOM).strip()
     decoder = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite,
                                object_pairs_hook=_no_duplicates if unique else None)
     place = 0
@@ -468,64 +492,45 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-# What is read of an answer: a type, [shape] for a list of such, {member: shape} for an object
-# that has these members and maybe others; a member with a "?" may be missing.
-ANSWERS: dict[str, Any] = {
-    'guest-exec': {'pid': int},
-    'guest-exec-status': {'exited': bool, 'exitcode?': int, 'signal?': int, 'out-data?': str,
-                          'err-data?': str},
-    'guest-file-open': int,
-    'guest-file-read': {'buf-b64': str, 'eof': bool},
-    'guest-file-write': {'count': int},
-    'guest-fsfreeze-status': str,
-    'guest-get-memory-blocks': [{'phys-index': int, 'online': bool}],
-    'guest-get-time': int,
-    'guest-network-get-interfaces': [{'name': str}],
-    'add-fd': {'fdset-id': int},
-    'human-monitor-command': str,
-    'query-balloon': {'actual': int},
-    'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
-    'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
-    'query-commands': [{'name': str}],
-    'query-dump': {'status': str, 'completed': int, 'total': int},
-    'query-jobs': [{'id': str, 'status': str, 'error?': str}],
-    'query-mice': [{'current': bool, 'absolute': bool}],
-    'query-migrate': {'status?': str, 'error-desc?': str,
-                      'ram?': {'total': int, 'remaining': int}},
-    'query-status': {'status': str},
-    'ip address': [{
-        'ifname': str, 'ifindex': int, 'address?': str, 'mtu?': int, 'operstate?': str,
-        'flags?': [str], 'master?': str, 'link?': str, 'ifalias?': str, 'altnames?': [str],
-        'linkinfo?': {'info_kind?': str, 'info_data?': dict, 'info_slave_data?': dict},
-        'addr_info?': [{'family?': str, 'local?': str, 'prefixlen?': int, 'scope?': str}]}],
-    'ip route': [{
-        'dst': str, 'gateway?': str, 'via?': {'host?': str}, 'dev?': str, 'metric?': int,
-        'table?': str, 'protocol?': str, 'type?': str, 'flags?': [str]}],
-    'qemu-img info': {'virtual-size': int, 'snapshots?': [
-        {'name': str, 'date-sec': int, 'vm-state-size': int}]}}
-EVENT = {'event': str, 'data?': dict}
-# What the destination of a migration is asked, and with what; see Machine.migrate.
-REQUESTS: dict[str, Any] = {'receive': {'shape': [list], 'runs': bool, 'seconds': int, 'disks': [
-    {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
-    'arrived': {}, 'run': {}}
+# A table that each layer adds its own rows to: what is read of an answer to a command, or of
+# another value from outside. A row is a schema: a type (bool is no int, int is a float, str has
+# TEXT_LENGTH at most), DATA for a string of any length, None, [schema] for a list of such, a tuple
+# for a choice, {member: schema} for an object that has these members and maybe others; a member
+# with a "?" may be missing, and "*" stands for all that are not named.
+SCHEMAS: dict[str, Any] = {}
 
 
-def matches(value: Any, shape: Any) -> bool:
-    """Tell whether a value has a shape, as ANSWERS writes it."""
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(matches(item, shape[0]) for item in value)
-    if isinstance(shape, dict):
+def matches(value: Any, schema: Any) -> bool:
+    """Tell whether a value is as a schema says."""
+    if isinstance(schema, tuple):
+        return any(matches(value, one) for one in schema)
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(matches(item, schema[0]) for item in value)
+    if isinstance(schema, dict):
+        named = {key.rstrip('?'): inner for key, inner in schema.items()}
         return isinstance(value, dict) and all(
-            matches(value[key.rstrip('?')], inner) if key.rstrip('?') in value else key[-1] == '?'
-            for key, inner in shape.items())
-    return isinstance(value, shape) and (shape is not int or not isinstance(value, bool))
+            key.rstrip('?') in value for key in schema if key[-1] not in '?*') and all(
+            matches(item, named.get(key, named.get('*', object))) for key, item in value.items())
+    if schema is None or schema == DATA:
+        return value is None if schema is None else isinstance(value, str)
+    if isinstance(value, bool) or schema is bool:
+        return isinstance(value, bool) and schema in (bool, object)
+    if isinstance(value, str):
+        return schema is object or schema is str and len(value) <= TEXT_LENGTH
+    return isinstance(value, (int, float) if schema is float else schema)
+
+
+def checked(what: str, value: Any, schema: Any = None) -> Any:
+    """Return a value from outside; ValueError unless it is as its schema says, by default the row
+    `what` of SCHEMAS."""
+    if not matches(value, SCHEMAS.get(what, object) if schema is None else schema):
+        raise ValueError(f'{what} returned {value!r:.80}')
+    return value
 
 
 def answer_of(command: str, reply: Any) -> Any:
-    """Return the "return" of a reply to a command; ValueError unless it is as ANSWERS says."""
-    if not matches(reply, {'return': ANSWERS.get(command, object)}):
-        raise ValueError(f'{command} returned {reply!r:.80}')
-    return reply['return']
+    """Return the "return" of a reply to a command, checked."""
+    return checked(command, reply, {'return': SCHEMAS.get(command, object)})['return']
 
 
 def raw_bytes(data: str | bytes) -> bytes:
@@ -556,7 +561,7 @@ def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = T
     except subprocess.TimeoutExpired:
         raise CommandError(argv, 124, f'no end after {timeout:g} s') from None
     if check and done.returncode:
-        raise CommandError(argv, done.returncode, done.stderr.decode(errors='replace'))
+        raise CommandError(argv, done.returncode, done.stderr.decode(errors='backslashreplace'))
     return done
 
 
@@ -579,10 +584,6 @@ KEY_MINIMUM = 16               # shorter keys draw a warning
 WAIT_DEFAULT = 120.0           # of "wait NAME" without a time
 
 
-class InvalidValue(Error, ValueError):
-    """Why one value can't be used; load() adds its place."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One row of the table of options: everything that is known of a configuration key."""
@@ -598,6 +599,23 @@ def option(key: str, default: Any, read: Callable[[Any], Any], text: str,
     """Return a dataclass field of Config that carries its row of the table."""
     row = Option(key, text, read, restart)
     return dataclasses.field(default=default, repr=not secret, metadata={'option': row})
+
+
+# --- readers: each returns a value as it is used, or raises InvalidValue with what it must be ---
+
+Reader = Callable[[Any], Any]
+
+
+def check(name: str, value: Any, read: Reader, error: type[Error] = InvalidValue,
+          hint: str = '') -> Any:
+    """Return an argument as `read` reads it; `error`, which names it, if it can't be used.
+
+        delay = check('delay', delay, a_number(0, 3600, 'seconds'), NetworkError)
+    """
+    try:
+        return read(value)
+    except InvalidValue as problem:
+        raise error(f'{name}: {value!r:.80} {problem.message}', hint or problem.hint) from None
 
 
 def a_bool(value: Any) -> bool:
@@ -616,22 +634,50 @@ def a_text(value: Any) -> str:
     return value
 
 
-def a_number(low: float, high: float, unit: str = '', whole: bool = False) -> Callable[[Any], Any]:
+def a_number(low: float, high: float, unit: str = '', whole: bool = False) -> Reader:
     """Return a reader of numbers from `low` to `high`."""
     def read(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) \
                 or (whole and not isinstance(value, int)) or not low <= value <= high:
-            kind = 'a whole number' if whole else 'a number'
-            raise InvalidValue(f'must be {kind} from {low} to {high}{unit and " " + unit}')
+            number = 'a whole number' if whole else 'a number'
+            raise InvalidValue(f'must be {number} from {low} to {high}{unit and " " + unit}')
         return value
     return read
 
 
-def texts(value: Any) -> tuple[str, ...]:
-    """Read a list of strings."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise InvalidValue('must be a list of strings')
-    return tuple(a_text(item) for item in value)
+def one_of(*choices: Any) -> Reader:
+    """Return a reader of what is one of these."""
+    def read(value: Any) -> Any:
+        if value not in choices:
+            raise InvalidValue(f'must be one of {", ".join(map(str, choices))}')
+        return value
+    return read
+
+
+def optional(read: Reader) -> Reader:
+    """Return a reader of None, or of what `read` reads."""
+    return lambda value: None if value is None else read(value)
+
+
+def a_list(read: Reader, what: str = 'strings', of: type = str, place: str = '[{}]: ') -> Reader:
+    """Return a reader of lists of `what`, read into a tuple; all that is wrong is said at once,
+    each with its `place`."""
+    def read_all(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, of) for item in value):
+            raise InvalidValue(f'must be a list of {what}')
+        found, problems = [], []
+        for number, item in enumerate(value):
+            try:
+                found.append(read(item))
+            except InvalidValue as problem:
+                problems.append(f'{place.format(number)}{problem}')
+        if problems:
+            raise InvalidValue('; '.join(problems))
+        return tuple(found)
+    return read_all
+
+
+texts = a_list(a_text)
 
 
 def an_address(value: Any) -> str:
@@ -689,17 +735,9 @@ def _seconds(number: int, line: str, text: str) -> float:
 
 def steps(value: Any) -> tuple[Step, ...]:
     """Read the list of startup lines, naming every line that can't be understood."""
-    found: list[Step] = []
-    problems: list[str] = []
-    for number, line in enumerate(texts(value), 1):
-        try:
-            step = read_step(number, line)
-            found += [step] if step else []
-        except InvalidValue as problem:
-            problems.append(str(problem))
-    if problems:
-        raise InvalidValue('; '.join(problems))
-    return tuple(found)
+    numbers = itertools.count(1)
+    read = a_list(lambda line: read_step(next(numbers), a_text(line)), place='')
+    return tuple(filter(None, read(value)))
 
 
 COMMANDS = ('start', 'stop', 'save', 'wake', 'status', 'list')      # that the listener knows
@@ -730,43 +768,39 @@ class KeyEntry:
     targets: tuple[str, ...]
 
 
+KEY_MEMBERS: dict[str, tuple[Reader, Any]] = {      # of an entry -> its reader, its default
+    'name': (a_text, ''), 'key': (a_text, ''), 'keyFile': (a_text, ''),
+    'commands': (a_list(one_of(*COMMANDS)), COMMANDS), 'targets': (texts, ('*',))}
+
+
 def key_entries(value: Any) -> tuple[KeyEntry, ...]:
     """Read listener.keys: objects with name, key or keyFile, commands, targets."""
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise InvalidValue('must be a list of objects such as {"name": "backup", "keyFile": '
-                      '"backup.key", "commands": ["save", "start"], "targets": ["db*"]}')
-    entries: list[KeyEntry] = []
-    problems: list[str] = []
-    for number, item in enumerate(value):
-        try:
-            entries.append(_key_entry(number, item))
-        except InvalidValue as problem:
-            problems.append(str(problem))
-    if problems:
-        raise InvalidValue('; '.join(problems))
+    entries: tuple[KeyEntry, ...] = a_list(
+        _key_entry, 'objects such as {"name": "backup", "keyFile": "backup.key", "commands": '
+        '["save", "start"], "targets": ["db*"]}', dict)(value)
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names) or 'main' in names:
         raise InvalidValue('each key needs a name of its own; "main" is the one of listener.key')
-    return tuple(entries)
+    return entries
 
 
-def _key_entry(number: int, item: Mapping[str, Any]) -> KeyEntry:
-    """Read one entry of listener.keys."""
-    place = f'[{number}]'
-    unknown = set(item) - {'name', 'key', 'keyFile', 'commands', 'targets'}
+def _key_entry(item: Mapping[str, Any]) -> KeyEntry:
+    """Read one entry of listener.keys; what is wrong is said without showing the key."""
+    unknown = set(item) - set(KEY_MEMBERS)
     if unknown:
-        raise InvalidValue(f'{place}: unknown key {sorted(unknown)[0]!r}; an entry has name, key '
-                           'or keyFile, commands, targets')
-    try:
-        entry = KeyEntry(a_text(item.get('name')), a_text(item.get('key')),
-                         a_text(item.get('keyFile')), texts(item.get('commands', list(COMMANDS))),
-                         texts(item.get('targets', ['*'])))
-    except InvalidValue as problem:
-        raise InvalidValue(f'{place}: a value {problem}') from None
-    if not entry.name or set(entry.commands) - set(COMMANDS):
-        raise InvalidValue(f'{place}: needs a "name", and "commands" out of {", ".join(COMMANDS)}')
+        raise InvalidValue(f'unknown key {sorted(unknown)[0]!r}; an entry has name, key or '
+                           'keyFile, commands, targets')
+    values = []
+    for member, (read, default) in KEY_MEMBERS.items():
+        try:
+            values.append(read(item.get(member, default)))
+        except InvalidValue as problem:
+            raise InvalidValue(f'{member}: {problem}') from None
+    entry = KeyEntry(*values)
+    if not entry.name:
+        raise InvalidValue('needs a "name"')
     if bool(entry.key) == bool(entry.key_file):
-        raise InvalidValue(f'{place} ({entry.name}): needs one of "key" and "keyFile"')
+        raise InvalidValue(f'({entry.name}) needs one of "key" and "keyFile"')
     return entry
 
 
@@ -795,9 +829,11 @@ class Config:
     listener_enabled: bool = option(
         'listener.enabled', False, a_bool, 'answer https requests', restart=True)
     address: str = option(
-        'listener.address', '', an_address, 'the address to listen on; "": all, IPv6 and IPv4')
+        'listener.address', '', an_address, 'the address to listen on; "": all, IPv6 and IPv4',
+        restart=True)
     port: int = option(
-        'listener.port', 10000, a_number(1, 65535, whole=True), 'the TCP port to listen on')
+        'listener.port', 10000, a_number(1, 65535, whole=True), 'the TCP port to listen on',
+        restart=True)
     certificate: str = option(
         'listener.certificate.path', '', a_text, 'certificate chain, PEM')
     certificate_key: str = option(
@@ -919,8 +955,8 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
         keys = _read_keys(config, problems, warnings)
         config = dataclasses.replace(config, keys=tuple(keys))
         _check_certificate(config, problems, warnings)
-        if stat.S_IMODE(os.stat(path).st_mode) & 0o004 and any(_keys_inside(config)):
-            warnings.append(f'{path} holds a key and everybody may read it; chmod o-r {path}')
+        if any(_keys_inside(config)):
+            warnings += _exposed(path, 'a key')
     if problems:
         raise ConfigError(path, problems)
     return dataclasses.replace(config, warnings=tuple(warnings))
@@ -956,6 +992,14 @@ def handed_over(config: Config) -> list[str]:
     return [name for name in names if os.path.dirname(beside(config, name)) == copies]
 
 
+def _exposed(path: str, secret: str) -> list[str]:
+    """Return a warning if everybody may read a file with a secret in it."""
+    with contextlib.suppress(OSError):          # that it can't be read is said elsewhere
+        if stat.S_IMODE(os.stat(path).st_mode) & 0o004:
+            return [f'{path} holds {secret} and everybody may read it; chmod o-r {path}']
+    return []
+
+
 def _keys_inside(config: Config) -> Iterator[str]:
     """Yield the secrets that stand in the file itself."""
     yield from filter(None, [config.key, config.certificate_password,
@@ -976,7 +1020,9 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
     keys: list[Key] = []
     for place, entry in zip(places, entries):
         try:
-            secret = entry.key or _secret_file(beside(config, entry.key_file))
+            path = beside(config, entry.key_file)
+            secret = entry.key or _secret_file(path)
+            warnings += [] if entry.key else _exposed(path, 'a key')
         except InvalidValue as problem:
             problems.append(f'{place}.keyFile: {problem}')
             continue
@@ -996,7 +1042,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
 def _secret_file(path: str) -> str:
     """Return the key that the file `path` holds, without the line end."""
     try:
-        secret = Path(path).read_text('utf-8').strip()
+        secret = Path(path).read_text('utf-8').removeprefix(BOM).strip()
     except (OSError, UnicodeDecodeError) as problem:
         raise InvalidValue(f'can\'t be read: {explain(problem)}') from None
     if not secret or not secret.isprintable():
@@ -1014,9 +1060,8 @@ def _check_certificate(config: Config, problems: list[str], warnings: list[str])
     except InvalidValue as problem:
         problems.append(f'listener.certificate: {problem}')
         return
-    secret = beside(config, config.certificate_key or config.certificate)
-    if stat.S_IMODE(os.stat(secret).st_mode) & 0o004:
-        warnings.append(f'everybody may read the private key {secret}; chmod o-r {secret}')
+    warnings += _exposed(beside(config, config.certificate_key or config.certificate),
+                         'the private key')
 
 
 def tls_context(config: Config) -> ssl.SSLContext:
@@ -1049,6 +1094,19 @@ AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
 GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come to its end
+
+# What is read of a guest agent's answers (qga/qapi-schema.json).
+SCHEMAS.update({
+    'guest-exec': {'pid': int},
+    'guest-exec-status': {'exited': bool, 'exitcode?': int, 'signal?': int, 'out-data?': DATA,
+                          'err-data?': DATA},
+    'guest-file-open': int,
+    'guest-file-read': {'buf-b64': DATA, 'eof': bool},
+    'guest-file-write': {'count': int},
+    'guest-fsfreeze-status': str,
+    'guest-get-memory-blocks': [{'phys-index': int, 'online': bool}],
+    'guest-get-time': int,
+    'guest-network-get-interfaces': [{'name': str}]})
 
 
 class State(enum.Enum):
@@ -1111,6 +1169,7 @@ AGENT_TROUBLES = (
 
 def agent_error(guest: str, text: str) -> AgentError:
     """Return the error that stands for an agent's, or libvirt's, text."""
+    text = clip(text)
     row = next(row for row in AGENT_TROUBLES if re.search(row.pattern, text, re.IGNORECASE))
     return AgentError(guest, row, text)
 
@@ -1728,7 +1787,7 @@ class Library:
         if not last:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
-        text = (info.message or name.encode()).decode('utf-8', 'replace')
+        text = clip(info.message or name.encode())
         hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
         error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
@@ -1837,7 +1896,7 @@ class Connection:
         try:
             self.handle = self.library.call('virConnectOpen', uri.encode())
         except LibvirtError as problem:
-            raise HostAway(str(problem), problem.code, problem.domain, problem.hint) from None
+            raise HostAway(problem.message, problem.code, problem.domain, problem.hint) from None
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
@@ -1859,7 +1918,7 @@ class Connection:
             return self.library.call(name, *arguments)
         except LibvirtError as problem:
             if problem.domain == FROM_RPC or not self.alive():
-                raise HostAway(f'libvirt is away: {problem}', problem.code, problem.domain,
+                raise HostAway(f'libvirt is away: {problem.message}', problem.code, problem.domain,
                                'try again in a moment') from None
             raise
 
@@ -2209,11 +2268,11 @@ class Domain(Guest):
         except Busy as problem:
             if lent:                    # another program's call to this agent hangs
                 self.host.silent[self.id] = True
-            raise agent_error(self.name, f'state change lock: {problem}') from None
+            raise agent_error(self.name, f'state change lock: {problem.message}') from None
         except HostAway:
             raise
         except LibvirtError as problem:
-            error = agent_error(self.name, str(problem))
+            error = agent_error(self.name, problem.message)
             if error.trouble.transient and time.monotonic() - began > AGENT_SILENT:
                 self.host.silent[self.id] = True
             elif not error.trouble.transient:
@@ -2816,14 +2875,10 @@ class Dispatcher:
     def _json_pairs(body: bytes) -> list[tuple[str, str]]:
         """Read a JSON body: an object whose values are strings or numbers."""
         try:
-            value = parse_json(body, unique=True)
+            value = checked('the body', parse_json(body, unique=True), {'*': (str, int, float)})
         except ValueError:
-            value = None
-        if not isinstance(value, dict) or any(
-                isinstance(item, bool) or not isinstance(item, (str, int, float))
-                for item in value.values()):
-            raise Refusal(400, 'the body must be a JSON object, its keys '
-                          'once each, its values strings or numbers')
+            raise Refusal(400, 'the body must be a JSON object, its keys once each, its values '
+                          'strings or numbers') from None
         return [(name, str(item)) for name, item in value.items()]
 
     @staticmethod
@@ -3194,36 +3249,23 @@ def _has_ipv6() -> bool:
 
 
 class Listener:
-    """The https trigger: a Server that can be replaced while the Dispatcher stays."""
+    """The https trigger: the Server, and the Dispatcher that it asks."""
 
     def __init__(self, guests: Guests, settings: Settings,
                  corrections: Mapping[str, Correction]) -> None:
-        self.settings = settings
         self.router = Dispatcher(guests, settings, corrections)
         self.server: Server | None = None
 
     def open(self, config: Config) -> None:
-        """Listen where `config` says, and no longer elsewhere; Error if that can't be."""
-        server = Server(config, self.router)
-        self.close()
-        self.server = server
-        spawn('listener', server.serve)
-        log.info('listening on %s', server.name())
+        """Listen where `config` says; Error if that can't be."""
+        self.server = Server(config, self.router)
+        spawn('listener', self.server.serve)
+        log.info('listening on %s', self.server.name())
 
-    def reload(self, old: Config) -> None:
-        """Take over the new certificate and address; with an Error, all stays as it was."""
-        new = self.settings.config
-        if self.server and (new.address, new.port) == (old.address, old.port):
-            self.server.context = tls_context(new)
-            return
-        if new.port == old.port:
-            self.close()                # "all addresses" and one of them exclude each other
-        try:
-            self.open(new)
-        except Error:
-            if not self.server:
-                self.open(old)
-            raise
+    def reload(self, config: Config) -> None:
+        """Take over the new certificate; with an InvalidValue, the old one stays."""
+        if self.server:
+            self.server.context = tls_context(config)
 
     def close(self) -> None:
         """Stop listening."""
@@ -3273,6 +3315,18 @@ TAP_FLAGS = 0x0002 | 0x1000 | 0x4000        # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 
 # What `ip`, `tc` and the kernel refuse: found in what was said, found in the line of the operation
 # (the first row with both counts), the error, and its hint: {0} is what was found in the line.
+
+SCHEMAS.update({
+    'ip address': [{
+        'ifname': str, 'ifindex': int, 'address?': str, 'mtu?': int, 'operstate?': str,
+        'flags?': [str], 'master?': str, 'link?': str, 'ifalias?': str, 'altnames?': [str],
+        'linkinfo?': {'info_kind?': str, 'info_data?': dict, 'info_slave_data?': dict},
+        'addr_info?': [{'family?': str, 'local?': str, 'prefixlen?': int, 'scope?': str}]}],
+    'ip route': [{
+        'dst': str, 'gateway?': str, 'via?': {'host?': str}, 'dev?': str, 'metric?': int,
+        'table?': str, 'protocol?': str, 'type?': str, 'flags?': [str]}]})
+
+
 NET_TROUBLES: tuple[tuple[str, str, type[NetworkError], str], ...] = (
     ('busy', '^/dev/', InUse, 'another program, perhaps a machine, has it open'),
     ('', '^/dev/tap', InUse, 'needs root, and a /dev that is a devtmpfs'),
@@ -3305,7 +3359,7 @@ class Op(NamedTuple):
 
 def net_error(op: Op, said: str) -> NetworkError:
     """Return the error that stands for what a tool said about an operation."""
-    said = re.sub(r'^(RTNETLINK answers|Error): |^Command failed.*\n?', '', said.strip(),
+    said = re.sub(r'^(RTNETLINK answers|Error): |^Command failed.*\n?', '', clip(said.strip()),
                   flags=re.MULTILINE).strip()
     kind, hint, found = next(
         (kind, hint, found) for pattern, line, kind, hint in NET_TROUBLES
@@ -3494,7 +3548,7 @@ def read_network(namespace: str = '') -> NetworkState:
         raise net_error(Op('read the interfaces', 'address show', namespace),
                         done.stderr.decode(errors='replace'))
     try:
-        rows, ways = (answer_of(command, {'return': value}) for command, value in zip(
+        rows, ways = (checked(what, value) for what, value in zip(
             ('ip address', 'ip route'), parse_documents(done.stdout)))
     except ValueError as problem:
         raise NetworkError(f'ip printed no such list: {problem}', 'update iproute2') from None
@@ -4715,6 +4769,8 @@ def clean(dry_run: bool = False, everything: bool = False) -> dict[str, str]:
 
 EVENTS_KEPT = 1000             # that came while nobody waited for one; the oldest are forgotten
 
+SCHEMAS['event'] = {'event': str, 'data?': dict}
+
 
 class LineSocket:
     """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
@@ -4805,9 +4861,10 @@ class LineSocket:
         return self.returned(command, self.receive(deadline))
 
     def asked(self, command: str, timeout: float) -> dict[str, Any]:
-        """Return the arguments of a command of REQUESTS, which has to come now."""
+        """Return the arguments of a command, its schema "request COMMAND", which has to come
+        now."""
         request = self.receive(Deadline(timeout))
-        if not matches(request, {'execute': str, 'arguments': REQUESTS[command]}) \
+        if not matches(request, {'execute': str, 'arguments': SCHEMAS[f'request {command}']}) \
                 or request['execute'] != command:
             raise ProtocolError(f'{self.path}: no request "{command}": {request!r:.80}')
         return dict(request['arguments'])
@@ -4833,7 +4890,7 @@ class LineSocket:
 def reply_error(path: str, answer: Mapping[str, Any]) -> ReplyError:
     """Return the error that an answer with an "error" member stands for."""
     error = answer['error'] if isinstance(answer['error'], dict) else {'desc': answer['error']}
-    return ReplyError(path, str(error.get('class', '')), str(error.get('desc', '')))
+    return ReplyError(path, *(clip(str(error.get(member, ''))) for member in ('class', 'desc')))
 
 
 class QMP:
@@ -4905,8 +4962,9 @@ class QMP:
         with self.lock:
             while True:
                 event = self.pending.popleft() if self.pending else self.wire.receive(deadline)
-                if matches(event, EVENT) and (not wanted or event['event'] in wanted) and all(
-                        event.get('data', {}).get(key) == value for key, value in data.items()):
+                if not matches(event, SCHEMAS['event']) or wanted and event['event'] not in wanted:
+                    continue
+                if all(event.get('data', {}).get(key) == value for key, value in data.items()):
                     return event
 
 
@@ -4938,14 +4996,14 @@ class GuestAgent:
         except PeerSilent:
             raise agent_error(self.name, 'did not answer') from None
         except PeerClosed as problem:
-            raise agent_error(self.name, f'not connected: {problem}') from None
+            raise agent_error(self.name, f'not connected: {problem.message}') from None
         except ProtocolError as problem:
-            raise agent_error(self.name, str(problem)) from None
+            raise agent_error(self.name, problem.message) from None
         finally:
             self.lock.release()
         if 'error' in answer:
             refusal = reply_error(self.path, answer)
-            raise agent_error(self.name, f'{refusal.kind}: {refusal.text}'.lstrip(': '))
+            raise agent_error(self.name, f'{refusal.code}: {refusal.text}'.lstrip(': '))
         return agent_answer(self.name, command, answer)
 
     def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
@@ -4976,6 +5034,11 @@ IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that i
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
+
+SCHEMAS.update({
+    'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
+    'qemu-img info': {'virtual-size': int, 'snapshots?': [
+        {'name': str, 'date-sec': int, 'vm-state-size': int}]}})
 
 
 def image_path(filename: str | os.PathLike[str]) -> str:
@@ -5233,7 +5296,7 @@ class Harddrive:
         self.check()
         printed = self._img('info', '-U', '--output=json', '-f', self.format, self.filename)
         try:
-            return dict(answer_of('qemu-img info', {'return': parse_json(printed)}))
+            return dict(checked('qemu-img info', parse_json(printed)))
         except ValueError as problem:
             raise DiskError(f'{self.filename}: {problem}') from None
 
@@ -5501,6 +5564,25 @@ QEMU_STATES = {
 # What snapshot-load says before it has touched the guest; after anything else it is lost.
 HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|not support|'
                       r'migration process|already')
+
+SCHEMAS.update({
+    'add-fd': {'fdset-id': int},
+    'human-monitor-command': DATA,
+    'query-balloon': {'actual': int},
+    'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
+    'query-commands': [{'name': str}],
+    'query-dump': {'status': str, 'completed': int, 'total': int},
+    'query-jobs': [{'id': str, 'status': str, 'error?': str}],
+    'query-mice': [{'current': bool, 'absolute': bool}],
+    'query-migrate': {'status?': str, 'error-desc?': str,
+                      'ram?': {'total': int, 'remaining': int}},
+    'query-status': {'status': str}})
+# What the destination of a migration is asked, and with what; see Machine.migrate.
+SCHEMAS.update({
+    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'disks': [
+        {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
+    'request arrived': {}, 'request run': {}})
+
 
 KEY_NAMES: dict[str, str] = {
     'del': 'delete', 'enter': 'ret', 'return': 'ret', 'space': 'spc', 'escape': 'esc',
@@ -6355,9 +6437,10 @@ class Machine(Guest):
     def _last_words(self) -> str:
         """Return ': ' and what QEMU wrote last, or ''."""
         with contextlib.suppress(OSError):
-            text = Path(self.home, 'qemu.log').read_text(errors='replace').strip()
-            lines = [line.replace(f'{QEMU}: ', '') for line in text.splitlines()[-3:]]
-            return ''.join(f': {line}' for line in lines)
+            with open(os.path.join(self.home, 'qemu.log'), 'rb') as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LINE_LENGTH))
+                lines = clip(file.read(LINE_LENGTH).strip()).splitlines()[-3:]
+            return ''.join(f': {line}'.replace(f'{QEMU}: ', '') for line in lines)
         return ''
 
     def _compose(self, launch: QemuCommand) -> None:
@@ -6658,7 +6741,7 @@ class Machine(Guest):
             try:
                 qmp.execute('device_del', id=id)
             except ReplyError as problem:
-                if problem.kind == 'DeviceNotFound':            # let go since the last request
+                if problem.code == 'DeviceNotFound':            # let go since the last request
                     return True
                 if 'in the process of unplug' not in str(problem):
                     raise
@@ -7212,7 +7295,7 @@ class Machine(Guest):
             raise
 
     # Migration. The programs at its two ends agree over a socket beside the stream of their QEMUs,
-    # in the requests of REQUESTS. The guest runs at one end at most: the source lets it go on only
+    # in requests, see SCHEMAS. The guest runs at one end at most: the source lets it go on only
     # while it has not said "run", and the destination lets it run only when it has heard that.
 
     def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
@@ -8030,16 +8113,14 @@ class Daemon:
         notify_systemd('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
             new = load(old.path, self.roles) if old.path else old
-            self.settings.config = new
-            if 'listen' in self.roles:
-                self.listener.reload(old)
-        except (Error, InvalidValue, OSError) as problem:        # files may change under our hands
-            self.settings.config = old
+            self.listener.reload(new)
+        except (Error, OSError) as problem:         # files may change under our hands
             self._refused = '; the last reload was refused, see the log'
             lines = problem.problems if isinstance(problem, ConfigError) else [explain(problem)]
             for line in lines:
                 log.error('reload refused, the old configuration stays: %s', line)
         else:
+            self.settings.config = new
             self._refused = ''
             later = [row.key for attribute, row in OPTIONS.values()
                      if row.restart and getattr(old, attribute) != getattr(new, attribute)]
@@ -8052,7 +8133,7 @@ class Daemon:
         self._say('READY=1')
 
 
-def check(path: str, roles: Sequence[str]) -> Iterator[Check]:
+def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
     """Yield what --check prints: each thing that must be there, in the order of its use."""
     try:
         config = load(path, roles) if path else Config()
@@ -8142,7 +8223,7 @@ def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
 
 def command_check(path: str, roles: Sequence[str], as_json: bool) -> int:
     """--check: print a line for each thing looked at."""
-    looks = list(check(path, roles))
+    looks = list(checks(path, roles))
     if as_json:
         print(json.dumps({'ok': all(look.good for look in looks), 'checks': [
             {'ok': look.good, 'text': look.text} for look in looks]}))
