@@ -1517,6 +1517,49 @@ class JsonTest(unittest.TestCase):
         self.assertEqual(sorted(set(used) - set(vm.SCHEMAS)), [])
 
 
+class FilesTest(TempCase):
+    """Files that are there whole or not, and locks with an end."""
+
+    def test_whole_files(self) -> None:
+        path = str(self.directory / 'a')
+        vm.write_whole(path, b'one')
+        with self.assertRaisesRegex(vm.FileError, f'{path} exists'):
+            vm.write_whole(path, b'two')
+        vm.write_whole(path, b'three', replace=True)
+        self.assertEqual(Path(path).read_bytes(), b'three')
+        with self.assertRaisesRegex(vm.FileError, "/absent/a: can't be written: No such file"):
+            vm.write_whole('/absent/a', b'')
+        for problem in (FileExistsError('of the block'), BlockingIOError('too')):
+            with self.assertRaises(type(problem)) as caught, vm.whole_file(path, replace=True):
+                raise problem                       # it is no fault of the file
+            self.assertIs(caught.exception, problem)
+        self.assertFalse([*self.directory.glob(f'{vm.DRAFT}*')])
+
+    def test_a_directory_that_is_swapped(self) -> None:
+        """What is written lands in the directory that was there at first."""
+        place, away = self.directory / 'place', self.directory / 'away'
+        place.mkdir()
+        (self.directory / 'target').mkdir()
+        with vm.whole_file(str(place / 'a')) as file:
+            os.write(file, b'x')
+            place.rename(away)
+            place.symlink_to('target')
+        self.assertEqual((os.listdir(away), os.listdir(self.directory / 'target')), (['a'], []))
+
+    def test_locks(self) -> None:
+        path = self.directory / 'lock'
+        path.write_bytes(bytes(300))
+        with open(path, 'r+b') as one, open(path, 'r+b') as two:
+            self.assertEqual(vm.lock_one([one.fileno()], vm.Deadline(0)), 0)
+            self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(0.02)), -1)
+            self.assertTrue(vm.lock_bytes(one.fileno(), 100, 200, vm.Deadline(0)))
+            self.assertFalse(vm.lock_bytes(two.fileno(), 250, 1, vm.Deadline(0.02)))
+            self.assertTrue(vm.bytes_locked(two.fileno(), 100, 1))
+            self.assertFalse(vm.bytes_locked(one.fileno(), 100, 1))
+            threading.Timer(0.05, one.close).start()
+            self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(10)), 0)
+
+
 class FuzzTest(TempCase):
     """Whatever comes from outside: the documented errors, or a good value."""
 

@@ -20,6 +20,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     errors                 the exception tree, and explain() that turns one into a sentence
     logging and threads    one log format, one thread starter, one deadline
     data from outside      JSON with limits, and the shape that each answer must have
+    files and locks        files that are there whole or not, and locks with a deadline
     processes              run(), sys_command()
     configuration          the table of options, Config, load()
     guest                  what every guest answers, wherever it lives
@@ -134,7 +135,8 @@ class Error(Exception):
      |   +- PeerClosed        ... or closed it
      |   +- PeerSilent        ... or did not answer in time
      |   +- ReplyError        ... or answered with an error
-     +- DiskError             a disk image or CD
+     +- FileError             a file of this host can't be read or written
+     |   +- DiskError         a disk image or CD
      +- LibvirtError          libvirt's code, domain and text
      |   +- HostAway          libvirt can't be reached; it is being tried again
      +- NetworkError          something of the host's network could not be made or changed
@@ -200,7 +202,11 @@ class ReplyError(ProtocolError):
         self.code, self.text = code, text
 
 
-class DiskError(Error):
+class FileError(Error):
+    """A file can't be read or written."""
+
+
+class DiskError(FileError):
     """A disk image or CD can't be used that way."""
 
 
@@ -536,6 +542,119 @@ def answer_of(command: str, reply: Any) -> Any:
 def raw_bytes(data: str | bytes) -> bytes:
     """Return text as UTF-8, bytes as they are; TypeError or ValueError for anything else."""
     return data.encode() if isinstance(data, str) else bytes(memoryview(data))
+
+
+# === files and locks ============================================================================
+# A program that is root never acts twice by a name that another user can change: a file is made or
+# opened once, in a directory that is held open, and from there on known by its descriptor.
+
+DRAFT = '.vmmonitor-'           # how the names of files begin that are not whole yet
+LOCK_POLL = 0.005               # between two tries to get a lock: the kernel's waiting has no end
+FLOCK = 'hhqqi4x'               # struct flock: l_type, l_whence, l_start, l_len, l_pid
+
+
+def write_error(path: str, problem: OSError) -> FileError:
+    """Return the error that stands for one in making or writing a file."""
+    if isinstance(problem, FileExistsError):
+        return FileError(f'{path} exists', 'name another file, or remove this one')
+    return FileError(f'{path}: can\'t be written: {problem.strerror}',
+                     'see that its directory is there, has space, and may be written to')
+
+
+@contextlib.contextmanager
+def whole_file(path: str, replace: bool = False) -> Iterator[int]:
+    """Lend the descriptor of a new file, which becomes `path` when the block ends well.
+
+    A program that inherits it finds it at fd_path(). Without `replace`, a file that is there
+    already stays, and FileError is raised.
+    """
+    place, name = os.path.split(path)
+    draft = DRAFT + os.urandom(8).hex()
+    with contextlib.ExitStack() as opened:
+        try:
+            home = os.open(place or '.', os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, home)
+            file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                           0o600, dir_fd=home)
+            opened.callback(os.close, file)
+            opened.callback(_remove, draft, home)
+        except OSError as problem:
+            raise write_error(path, problem) from None
+        yield file
+        TRACE(f'write {path}')
+        try:
+            if replace:
+                os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
+            else:
+                os.link(draft, name, src_dir_fd=home, dst_dir_fd=home, follow_symlinks=False)
+        except OSError as problem:
+            raise write_error(path, problem) from None
+
+
+def _remove(name: str, directory: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+
+
+def write_whole(path: str, data: bytes, replace: bool = False) -> None:
+    """Write a file so that it is there whole, also after a power failure, or not at all."""
+    with whole_file(path, replace) as file:
+        try:
+            with open(file, 'wb', closefd=False) as stream:
+                stream.write(data)
+            os.fsync(file)
+        except OSError as problem:                  # such as a full disk
+            raise write_error(path, problem) from None
+
+
+def fd_path(fd: int) -> str:
+    """Return the name by which whoever has a descriptor opens its file anew."""
+    return f'/proc/self/fd/{fd}'
+
+
+def open_file(path: str) -> int:
+    """Return a descriptor to read a file by; FileError if it can't be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would hold us
+    except OSError as problem:
+        raise FileError(explain(problem), 'put it back, or name another') from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileError(f'{path}: is no file', 'name a file or a block device')
+    return fd
+
+
+def lock_one(files: Sequence[int], deadline: Deadline) -> int:
+    """Lock one of these open files against all other openings, of this program, too (flock);
+    return its place, or -1 when others had them all until the deadline."""
+    found: list[int] = []
+
+    def tried() -> bool:
+        for place, fd in enumerate(files):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append(place)
+                return True
+        return False
+    return found[0] if deadline.poll(tried, LOCK_POLL) else -1
+
+
+def lock_bytes(fd: int, first: int, count: int, deadline: Deadline) -> bool:
+    """Lock bytes of an open file as QEMU locks its images (F_OFD_SETLK); False when somebody had
+    one of them until the deadline."""
+    def tried() -> bool:
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, ask)
+            return True
+        return False
+    ask = struct.pack(FLOCK, fcntl.F_WRLCK, 0, first, count, 0)
+    return deadline.poll(tried, LOCK_POLL)
+
+
+def bytes_locked(fd: int, first: int, count: int) -> bool:
+    """Tell whether somebody else has such a lock (F_OFD_GETLK)."""
+    told = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, 0, first, count, 0))
+    return bool(struct.unpack(FLOCK, told)[0] != fcntl.F_UNLCK)
 
 
 # === processes ==================================================================================
@@ -3867,7 +3986,7 @@ class Ledger:
             lock.parent.mkdir(0o700, parents=True, exist_ok=True)
             ledger.lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if not Deadline(LOCK_TIMEOUT).poll(ledger._lock, 0.01):
+            if lock_one([ledger.lock], Deadline(LOCK_TIMEOUT)) < 0:
                 raise InUse(f'another process has been changing the network for {LOCK_TIMEOUT:g} s',
                             f'see fuser {lock}')
             ledger.load()
@@ -3887,12 +4006,6 @@ class Ledger:
             for descriptor in (*ledger.taps, ledger.lock):
                 os.close(descriptor)
 
-    def _lock(self) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
-
     def load(self) -> dict[str, Record]:
         """Read the file; what is not there yet is empty."""
         try:
@@ -3907,14 +4020,7 @@ class Ledger:
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
-        draft = self.path.with_suffix('.new')
-        text = json.dumps(self.records, default=vars)
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        TRACE(f'write {self.path}')
-        os.replace(draft, self.path)
+        write_whole(str(self.path), json.dumps(self.records, default=vars).encode(), replace=True)
 
     def look(self) -> None:
         """See what is there, and what can't be had any more."""
@@ -5067,46 +5173,6 @@ def free_tag(taken: Sequence[str]) -> str:
                 if tag not in taken)
 
 
-@contextlib.contextmanager
-def whole_file(path: str, replace: bool = False) -> Iterator[str]:
-    """Lend the name of a file beside `path`, which becomes `path` when the block ends well.
-
-    Without `replace`, a file that is there already stays, and DiskError is raised.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(prefix='.vmmonitor-', dir=os.path.dirname(path))
-    except OSError as problem:
-        raise DiskError(f'{path}: can\'t be written: {problem.strerror}',
-                        'see that its directory is there, and may be written to') from None
-    os.close(handle)
-    try:
-        yield temporary
-        TRACE(f'write {path}')
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)
-    except FileExistsError:
-        raise DiskError(f'{path} exists', 'name another file, or remove this one') from None
-    except OSError as problem:                  # such as a full disk
-        raise DiskError(f'{path}: can\'t be written: {problem.strerror}') from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def open_file(path: str) -> int:
-    """Return a descriptor to read a file by; DiskError if it can't be opened."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would hold us
-    except OSError as problem:
-        raise DiskError(explain(problem), 'put it back, or name another') from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise DiskError(f'{path}: is no file', 'name a file or a block device')
-    return fd
-
-
 def readable(filename: str | os.PathLike[str]) -> str:
     """Return the absolute path of a file; DiskError if it can't be read."""
     path = image_path(filename)
@@ -5218,17 +5284,18 @@ class Harddrive:
 
     def _write(self, size: int, replace: bool = False) -> None:
         base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
-        with whole_file(os.path.realpath(self.filename), replace) as temporary:
-            self._img('create', '-q', '-f', self.format, *base, temporary, str(size))
+        with whole_file(os.path.realpath(self.filename), replace) as file:
+            self._img('create', '-q', '-f', self.format, *base, fd_path(file), str(size),
+                      keep=[file])
             if replace:
                 old = os.stat(self.filename)
-                os.chown(temporary, old.st_uid, old.st_gid)
-                os.chmod(temporary, stat.S_IMODE(old.st_mode))
+                os.fchown(file, old.st_uid, old.st_gid)
+                os.fchmod(file, stat.S_IMODE(old.st_mode))
 
-    def _img(self, *arguments: str) -> bytes:
+    def _img(self, *arguments: str, keep: Sequence[int] = ()) -> bytes:
         """Run qemu-img; DiskError with its words."""
         try:
-            return run(['qemu-img', *arguments], IMAGE_TIMEOUT).stdout
+            return run(['qemu-img', *arguments], IMAGE_TIMEOUT, keep=keep).stdout
         except CommandError as problem:
             said = '; '.join(problem.stderr.replace(self._explicit(), self.filename).splitlines())
             if 'lock' in said:
@@ -5273,19 +5340,14 @@ class Harddrive:
     def in_use(self) -> bool:
         """Tell whether a QEMU has the image open, by the locks that it then holds."""
         with self._opened('rb') as image:
-            ask = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0)
-            answer = fcntl.fcntl(image, fcntl.F_OFD_GETLK, ask)
-        return bool(struct.unpack('hhqqi4x', answer)[0] != fcntl.F_UNLCK)
+            return bytes_locked(image.fileno(), *IMAGE_LOCKS)
 
     @contextlib.contextmanager
     def _kept_free(self) -> Iterator[None]:
         """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
         with self._opened('r+b') as image:
-            try:
-                fcntl.fcntl(image, fcntl.F_OFD_SETLK,
-                            struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, *IMAGE_LOCKS, 0))
-            except OSError:
-                raise self._in_use() from None
+            if not lock_bytes(image.fileno(), *IMAGE_LOCKS, Deadline(0)):
+                raise self._in_use()
             yield
 
     def _live(self) -> Attached | None:
@@ -5485,12 +5547,12 @@ class CD:
         maker = next((maker for maker in ISO_MAKERS if shutil.which(maker[0])), None)
         if not maker:
             raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
-        with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place, \
-                whole_file(path) as temporary:
+        with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place:
             for name, data in files.items():
                 Path(place, name).write_bytes(data)
-            run([*maker, '-quiet', '-output', temporary, '-volid', 'cidata', '-joliet', '-rock',
-                 place], IMAGE_TIMEOUT)
+            made = run([*maker, '-quiet', '-volid', 'cidata', '-joliet', '-rock', place],
+                       IMAGE_TIMEOUT)
+        write_whole(path, made.stdout)
         return cls(path)
 
     @property
@@ -6172,17 +6234,14 @@ class Machine(Guest):
             raise MachineError(f'{path}: can\'t be read: {problem}', 'restore the file') from None
 
     def _write(self) -> None:
-        with whole_file(os.path.join(self.home, 'machine.json'), replace=True) as temporary, \
-                open(temporary, 'w', encoding='utf-8') as text:
-            json.dump(dataclasses.asdict(self.spec), text, indent=1)
-            text.flush()
-            os.fsync(text.fileno())
+        write_whole(os.path.join(self.home, 'machine.json'),
+                    json.dumps(dataclasses.asdict(self.spec), indent=1).encode(), replace=True)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold the machine's file: one program changes it at a time, on what it says now."""
         with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
-            for left in Path(self.home).glob('.vmmonitor-*'):       # by a program that was killed
+            for left in Path(self.home).glob(f'{DRAFT}*'):       # by a program that was killed
                 left.unlink()
             self._refresh()
             self._changed = True
@@ -6225,8 +6284,7 @@ class Machine(Guest):
                 open(self.run_path('console.log'), 'r+b', opener=_no_links) as text:
             if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
                 text.seek(-CONSOLE_BYTES, os.SEEK_END)
-                with whole_file(self.run_path('console.log.1'), replace=True) as old:
-                    Path(old).write_bytes(text.read(CONSOLE_BYTES))
+                write_whole(self.run_path('console.log.1'), text.read(CONSOLE_BYTES), replace=True)
                 text.truncate(0)
 
     # Is it alive
@@ -6474,9 +6532,9 @@ class Machine(Guest):
                 raise MachineError(f'{self.name}: no UEFI firmware', 'install ovmf')
             own = os.path.join(self.home, 'efi-vars.qcow2')
             if not os.path.exists(own):
-                with whole_file(own) as temporary:
-                    run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, temporary],
-                        IMAGE_TIMEOUT)
+                with whole_file(own) as file:
+                    run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, fd_path(file)],
+                        IMAGE_TIMEOUT, keep=[file])
             for node, form, path in (('efi-code', 'raw', code), ('efi-vars', 'qcow2', own)):
                 launch.add('-blockdev', json.dumps({
                     'node-name': node, 'driver': form, 'read-only': node == 'efi-code',
@@ -7193,11 +7251,10 @@ class Machine(Guest):
                 Path(path).unlink(missing_ok=True)
             if os.path.exists(path):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
-            with self._run_state_kept(), whole_file(path) as temporary, self.monitor() as qmp:
+            with self._run_state_kept(), whole_file(path) as memory, self.monitor() as qmp:
                 qmp.execute('stop')
                 try:
-                    self._transfer(qmp, os.open(temporary, os.O_WRONLY | os.O_CLOEXEC), None,
-                                   JOB_TIMEOUT)
+                    self._transfer(qmp, os.dup(memory), None, JOB_TIMEOUT)
                 except MachineError as problem:
                     raise MachineError(f'{problem}; to {path}', f'it may take {self._ram()} MiB '
                                        'there') from None
@@ -7372,7 +7429,7 @@ class Machine(Guest):
             self._write()
             # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
             peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
-        except (ReplyError, DiskError):
+        except (ReplyError, FileError):
             self.spec.given = ''
             if ran:
                 self.qmp('cont')
@@ -7743,8 +7800,7 @@ class Machine(Guest):
     def screenshot(self, filename: str | os.PathLike[str]) -> str:
         """Write what the screen shows to a PNG file, and return its path (screendump)."""
         path, picture = image_path(filename), self._screen()
-        with whole_file(path, replace=True) as temporary:
-            Path(temporary).write_bytes(picture)
+        write_whole(path, picture, replace=True)
         return path
 
     def _awake(self) -> None:
@@ -7826,8 +7882,8 @@ class Machine(Guest):
         It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
         """
         path = image_path(filename)
-        with self._changing(), whole_file(path) as temporary, self.monitor() as qmp:
-            with give(qmp, 'dump', os.open(temporary, os.O_RDWR | os.O_CLOEXEC)):
+        with self._changing(), whole_file(path) as file, self.monitor() as qmp:
+            with give(qmp, 'dump', os.dup(file)):
                 qmp.execute('dump-guest-memory', paging=False, protocol='fd:dump', detach=True,
                             format=format)
 
