@@ -56,7 +56,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 from unittest import mock
 
 import vmmonitor as vm
@@ -76,6 +76,7 @@ PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'qemu-system-x86', 'qemu-utils', 'qemu-guest-agent', 'libfaketime', 'busybox-static',
             'cpio', 'kmod', 'iproute2', 'openssl', 'curl', 'xz-utils', 'python3', 'nftables',
             'iptables', 'xorriso', 'ovmf', 'testssl.sh')
+Found = TypeVar('Found')
 
 
 class RigError(Exception):
@@ -100,33 +101,17 @@ def run(*argv: str, timeout: float, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def wait_for(what: str, check: Callable[[], object], timeout: float, pause: float = 0.05) -> float:
-    """Poll until `check()` is true; return the seconds that took; RigError after `timeout`."""
-    start = time.monotonic()
-    while not check():
-        if time.monotonic() - start > timeout:
-            raise RigError(f'{what}: not within {timeout} s')
-        time.sleep(pause)
-    return time.monotonic() - start
-
-
-def soon(check: Callable[[], Any], timeout: float = 10, pause: float = 0.05) -> Any:
-    """Call `check` until what it returns is true, or time is up; return that."""
-    deadline = vm.Deadline(timeout)
+def soon(check: Callable[[], Found], timeout: float = 10, what: str = '', pause: float = 0.05
+         ) -> Found:
+    """Call `check` until what it returns is true, and return that; fail after `timeout`."""
+    end = time.monotonic() + timeout
     while True:
         found = check()
-        if found or deadline.passed():
+        if found:
             return found
-        time.sleep(pause)
-
-
-def wait(check: Any, timeout: float = 3.0) -> None:
-    """Wait until `check()` is true."""
-    end = time.monotonic() + timeout
-    while not check():
         if time.monotonic() > end:
-            raise AssertionError('it never came true')
-        time.sleep(0.02)
+            raise AssertionError(f'{what or "it"}: not within {timeout} s, but {found!r}')
+        time.sleep(pause)
 
 
 def random_uuid() -> str:
@@ -484,7 +469,7 @@ class Libvirtd:
                  '-p', f'{self.dir}/libvirtd.pid'],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd='/',
                 start_new_session=True, env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'})
-        wait_for('libvirtd listens', self.listens, 30, 0.01)
+        soon(self.listens, 30, 'libvirtd listens', 0.01)
         self.virsh('list', timeout=60)          # it listens before it serves
 
     def listens(self) -> bool:
@@ -617,9 +602,9 @@ class Vm:
         """Return the state in virsh's words (`virsh domstate`)."""
         return self.virsh('domstate')
 
-    def wait_state(self, state: str, timeout: float = 20) -> float:
-        """Wait until the guest is in that state; return the seconds it took."""
-        return wait_for(f'{self.name} {state}', lambda: self.state() == state, timeout, 0.02)
+    def wait_state(self, state: str, timeout: float = 20) -> None:
+        """Wait until the guest is in that state."""
+        soon(lambda: self.state() == state, timeout, f'{self.name} {state}', 0.02)
 
     def pid(self) -> int:
         """Return the process id of the guest's QEMU."""
@@ -638,9 +623,9 @@ class Vm:
             return 'return' in ask('{"execute": "guest-ping"}', 5)
         return False
 
-    def wait_agent(self, timeout: float = 60) -> float:
-        """Wait until the agent answers; return the seconds it took."""
-        return wait_for(f'agent of {self.name}', self.answers, timeout)
+    def wait_agent(self, timeout: float = 60) -> None:
+        """Wait until the agent answers."""
+        soon(self.answers, timeout, f'agent of {self.name}')
 
     def offset(self, samples: int = 5, timeout: int = 10) -> float:
         """Return guest time minus host time in seconds: of some samples the tightest one."""
@@ -664,7 +649,7 @@ class Vm:
             status.update(self.agent(ask))
             return bool(status['exited'])
 
-        wait_for(f'{self.name}: {argv}', exited, timeout)
+        soon(exited, timeout, f'{self.name}: {argv}')
         out = (base64.b64decode(status.get(key, '')) for key in ('out-data', 'err-data'))
         return status.get('exitcode', -1), b''.join(out).decode(errors='replace')
 
@@ -725,11 +710,9 @@ class Program:
             nonlocal found
             found = re.findall(pattern, self.log())
             return len(found) >= count
-        deadline = time.monotonic() + timeout
-        while not look():
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise AssertionError(f'not in the log: {pattern}\n{self.log()}')
-            time.sleep(0.02)
+        soon(lambda: look() or self.process.poll() is not None, timeout, pattern, 0.02)
+        if not look():
+            raise AssertionError(f'it has ended without {pattern}:\n{self.log()}')
         return found
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, float]:
@@ -973,7 +956,7 @@ def own_network() -> Iterator[None]:
     finally:
         # A thread that has not quite ended shares our root directory: refused until it has.
         leave = functools.partial(libc.setns, before[1], CLONE_NEWNS)
-        call(0 if soon(lambda: leave() == 0, 5) else leave())
+        soon(lambda: leave() == 0, 5)
         call(libc.setns(before[0], CLONE_NEWNET))
         for file in before:
             os.close(file)
@@ -1152,13 +1135,13 @@ class GuestCase(TempCase):
     def wait_right(self, guest: Vm, timeout: float) -> float:
         """Wait until the guest's clock is right; return how long that took."""
         began = time.monotonic()
-        while True:
+
+        def right() -> bool:
             with contextlib.suppress(RigError):
-                if abs(guest.offset(1)) <= BAR_OFFSET:
-                    return time.monotonic() - began
-            if time.monotonic() - began > timeout:
-                self.fail(f'{guest.name}: not right within {timeout} s: {guest.offset()}')
-            time.sleep(0.005)
+                return abs(guest.offset(1)) <= BAR_OFFSET
+            return False
+        soon(right, timeout, f'the clock of {guest.name}', 0.005)
+        return time.monotonic() - began
 
 
 class NetCase(unittest.TestCase):
@@ -2261,7 +2244,7 @@ class LibvirtTest(GuestCase):
             found.get_time()
             with self.assertRaises(vm.AgentError):
                 found.agent('no-such-command')
-        self.assertTrue(vm.Deadline(5).poll(lambda: events.count('resumed') >= 3), events)
+        soon(lambda: events.count('resumed') >= 3, 5)
         subscription.cancel()
         call = connection.library.call
         self.assertEqual(call('virConnectClose', connection.handle), 0, 'references are left')
@@ -2316,10 +2299,10 @@ class LibvirtTest(GuestCase):
             healthy.get_time()
             slowest = max(slowest, time.monotonic() - began)
         self.assertLess(slowest, 1.0)
-        self.assertTrue(vm.Deadline(8).poll(lambda: hung.id in host.silent), 'not taken for hung')
+        soon(lambda: hung.id in host.silent, 8)
         for call in calls:
             call.join(60)
-        self.assertTrue(vm.Deadline(20).poll(lambda: self._ask(hung)))
+        soon(lambda: self._ask(hung), 20)
         self.assertNotIn(hung.id, host.silent, 'an agent that answers again stays slow')
         self.right(other, 60)
         host.stop()
@@ -2373,9 +2356,7 @@ class MonitorTest(unittest.TestCase):
 
     def settle(self) -> None:
         """Wait until all events are taken and all jobs have ended."""
-        done = vm.Deadline(10).poll(
-            lambda: self.monitor.events.empty() and not self.monitor._jobs, 0.05)
-        self.assertTrue(done, 'jobs go on for ever')
+        soon(lambda: self.monitor.events.empty() and not self.monitor._jobs)
         time.sleep(0.05)
 
     def test_one_job_at_a_time_and_once_more(self) -> None:
@@ -2438,7 +2419,7 @@ class MonitorTest(unittest.TestCase):
         vm.spawn('host-clock', self.monitor._watch_host)
         time.sleep(0.2)
         self.guest.offset = vm.SECOND
-        self.assertTrue(vm.Deadline(5).poll(lambda: abs(self.guest.offset) < TOLERANCE))
+        soon(lambda: abs(self.guest.offset) < TOLERANCE, 5)
         self.settle()
         self.assertEqual(self.monitor.corrections[self.guest.id].cause, 'periodic check')
 
@@ -2460,7 +2441,7 @@ class MonitorTest(unittest.TestCase):
         self.monitor.guests.hosts.append(mock.Mock(all=each_there))
         with mock.patch.object(vm.HostClock, 'jump_since', lambda *_: next(jumps, '')):
             vm.spawn('host-clock', self.monitor._watch_host)
-            self.assertTrue(vm.Deadline(6).poll(lambda: abs(self.guest.offset) < TOLERANCE))
+            soon(lambda: abs(self.guest.offset) < TOLERANCE, 6)
         self.assertLess(abs(other.offset), TOLERANCE)
         self.assertEqual(asked, [1])            # at once, and only then
 
@@ -3539,10 +3520,10 @@ class TestNic(NetCase):
         self.assertEqual(tap.state, 'lowerlayerdown')
         for _ in range(2):
             nic.connect(switch)
-        wait(lambda: tap.state == 'up')
+        soon(lambda: tap.state == 'up')
         for _ in range(2):
             nic.disconnect()
-        wait(lambda: tap.state == 'lowerlayerdown')
+        soon(lambda: tap.state == 'lowerlayerdown')
 
     def test_twice_is_the_same(self) -> None:
         self.assertEqual(vm.VirtualNic('n1', namespace='web1').index,
@@ -3693,7 +3674,7 @@ class TestRouter(NetCase):
                      'route add 203.0.113.0/24 dev eth1', '-6 route add 2001:db8:9::/48 via '
                      '2001:db8::1 dev eth1 metric 77', 'route add default via 192.0.2.1 table 55'):
             ip(line)
-        wait(lambda: 'fe80' in ip('-6 addr show dev eth1') and 'tentative' not in
+        soon(lambda: 'fe80' in ip('-6 addr show dev eth1') and 'tentative' not in
              ip('-6 addr show dev eth1'))
         self.before = self.picture()
 
@@ -4074,7 +4055,7 @@ class TestOwnership(NetCase):
         ip('netns del web1')
         ip('netns add keep')
         ip('netns add web1')
-        wait(lambda: not nic.exists)
+        soon(lambda: not nic.exists)
         self.assertEqual(set(vm.leaks()), {'web1-p0', 'netns/web1'})
         vm.clean()
         self.assertEqual(set(namespaces()), {'keep', 'web1'})
@@ -4308,7 +4289,7 @@ class TestInGuest(NetCase):
         self.assertEqual(vm.Bond('bond0', ['e0', 'e1']).name, 'bond0')
         self.assertEqual(bond.addresses[0], '192.0.2.5/24')
         self.assertIn('198.51.100.0/24', [route.to for route in bond.routes])
-        wait(lambda: bond.active)
+        soon(lambda: bond.active)
         used = bond.active
         self.assertEqual({port.state for port in bond.status.values()}, {'active', 'backup'})
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
@@ -4325,7 +4306,7 @@ class TestInGuest(NetCase):
         thread.start()
         time.sleep(0.3)
         ip(f'-n server link set dev w{used[1]} down')
-        wait(lambda: bond.active not in ('', used), 5)
+        soon(lambda: bond.active not in ('', used), 5)
         time.sleep(0.5)
         stop.set()
         thread.join()
@@ -4374,7 +4355,7 @@ class TestInGuest(NetCase):
             start = time.monotonic()
             send_tap(ends[0], data)
             return time.monotonic() - start if received(ends[1], data, 2.0) else 9.0
-        wait(lambda: seconds() < 9)
+        soon(lambda: seconds() < 9)
         self.assertLess(min(seconds() for _ in range(3)), 0.05)
         two.impair(delay=0.2)
         self.assertGreater(seconds(), 0.2)
@@ -4909,7 +4890,7 @@ class TestGuest(Live):
         for _ in range(2):
             with self.refused('does not answer', kind=vm.AgentError):
                 m.agent('guest-info', timeout=0.5)
-        self.assertTrue(soon(lambda: self.clock(m)))
+        soon(lambda: self.clock(m))
         for _ in range(5):
             self.assertIsInstance(m.agent('guest-get-time'), int)
 
@@ -4948,7 +4929,7 @@ class TestGuest(Live):
             m.qmp('nonsense')
         with socket.create_connection(('127.0.0.1', m.monitor_port), 5) as hmp:
             hmp.sendall(b'info name\n')
-            self.assertTrue(soon(lambda: b'web' in hmp.recv(4096)))
+            soon(lambda: b'web' in hmp.recv(4096))
         with vm.QMP(m.run_path('tool')) as tool:        # a person's, while ours works
             self.assertEqual(tool.execute('query-name')['name'], 'web')
             self.assertEqual(m.qmp('query-uuid')['UUID'], m.id)
@@ -5161,8 +5142,8 @@ class TestGuest(Live):
         with self.refused('has', 'already'):
             m.add_harddrive(more)
         m.resize_harddrive(more, 0.1)
-        self.assertTrue(soon(lambda: int(sh(m, f'cat /sys/block/{name}/size')) * 512
-                             == more.info()['virtual-size'] > 100 << 20))
+        soon(lambda: int(sh(m, f'cat /sys/block/{name}/size')) * 512
+             == more.info()['virtual-size'] > 100 << 20)
         with self.refused('shrink=True'):
             m.resize_harddrive(device.id, 0.05)
         with self.refused('stop the machine'):
@@ -5179,16 +5160,15 @@ class TestGuest(Live):
         m = self.machine
         nic = vm.VirtualNic(namespace='web')
         device = m.add_nic(nic)
-        self.assertTrue(soon(lambda: m.exec(['grep', '-l', nic.mac, '/sys/class/net/eth1/address'])
-                             .status == 0))
+        soon(lambda: m.exec(['grep', '-l', nic.mac, '/sys/class/net/eth1/address']).status == 0)
         sh(m, 'ip link set eth1 up')
         carrier = 'cat /sys/class/net/eth1/carrier'
-        self.assertTrue(soon(lambda: sh(m, carrier) == '1\n'))
+        soon(lambda: sh(m, carrier) == '1\n')
         m.nic_state(nic, False)
-        self.assertTrue(soon(lambda: sh(m, carrier) == '0\n'))
+        soon(lambda: sh(m, carrier) == '0\n')
         self.assertFalse(vm.Machine.load('web')._find('nic', nic.name).facts['up'])
         m.nic_state(device.id, True)
-        self.assertTrue(soon(lambda: sh(m, carrier) == '1\n'))
+        soon(lambda: sh(m, carrier) == '1\n')
         m.freeze()                                      # a guest that does not let go
         self.assertIn('does not let it go', m.del_nic(nic, timeout=0.5))
         self.assertTrue(m._find('nic', nic).pending)
@@ -5232,8 +5212,8 @@ class TestGuest(Live):
                             '-c', f'head -n1 /dev/{port} > /tmp/from-host']})
                         time.sleep(0.3)
                         end.sendall(b'to the guest\n')
-                        self.assertTrue(soon(lambda: m.exec(
-                            ['grep', 'to the guest', '/tmp/from-host']).status == 0))
+                        soon(lambda: m.exec(
+                            ['grep', 'to the guest', '/tmp/from-host']).status == 0)
                 with self.refused('has a chardev'):
                     m.create_chardev(name)
                 self.assertIn('removed', m.delete_chardev(name))
@@ -5335,7 +5315,7 @@ class TestGuest(Live):
                 self.assertLess(abs(m.get_time() - time.time_ns()), 0.5e9)
         m.sync_time()
         sh(m, 'ip link set eth0 up')
-        self.assertTrue(soon(lambda: sh(m, 'cat /sys/class/net/eth0/carrier') == '0\n'))
+        soon(lambda: sh(m, 'cat /sys/class/net/eth0/carrier') == '0\n')
         m.nic_state(0, True)
         with self.refused('has a snapshot s1'):
             m.snapshot('s1')
@@ -5654,7 +5634,7 @@ class TestLife(Live):
             pid = bios.pid()
             os.kill(pid, signal.SIGSTOP)
             self.assertEqual(bios.stop(force=True), 'stopped by SIGKILL')
-        self.assertTrue(soon(lambda: not os.path.exists(f'/proc/{pid}')))   # reaped
+        soon(lambda: not os.path.exists(f'/proc/{pid}'))          # reaped
         with subprocess.Popen(['sleep', '60']) as another:  # as if its number were given again
             Path(bios.run_path('pid')).write_text(f'{another.pid}\n')
             self.assertFalse(bios.is_alive())
@@ -5950,14 +5930,14 @@ class TestLife(Live):
         m.start_vm()
         machines.watch(lambda event: None)
         m.wait('agent', BOOT)
-        self.assertTrue(soon(lambda: 'full2' in machines._followed))
+        soon(lambda: 'full2' in machines._followed)
         sh(m, 'modprobe virtio_blk')
         with self.assertLogs('vmmonitor', 'WARNING') as logged:
             m.agent('guest-exec', {'path': 'sh', 'arg': [
                 '-c', 'dd if=/dev/zero of=/dev/vda bs=1M count=4; sync; touch /tmp/done']})
             m.wait('paused', 30)
-            self.assertTrue(soon(lambda: 'disk0-node failed: No space left on device; it is paused'
-                                 in str(logged.output)))
+            soon(lambda: 'disk0-node failed: No space left on device; it is paused'
+                 in str(logged.output))
         with self.refused('paused (io-error)'):
             m.wait('agent', 0.1)
         with self.refused('paused (io-error)', 'unfreeze'):
@@ -5969,7 +5949,7 @@ class TestLife(Live):
         self.assertEqual(os.listdir(place), ['a.raw'])
         subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
         self.assertEqual(m.start(), 'resumed')
-        self.assertTrue(soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20))
+        soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20)
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))
@@ -6089,7 +6069,7 @@ class TestLife(Live):
         for node in ('disk0-node', 'efi-vars'):
             self.assertEqual([row['name'] for row in found[node]['snapshots']], ['s'])
         m.load_snapshot('s')
-        self.assertTrue(soon(lambda: len(colours(m.screenshot(self.path('e.png')))) > 1, BOOT))
+        soon(lambda: len(colours(m.screenshot(self.path('e.png')))) > 1, BOOT)
 
     def test_snapshots_by_hmp(self) -> None:
         """As QEMU before 6.0 does it."""
@@ -6438,21 +6418,21 @@ class TestNetwork(Live):
             if not machine.nics:
                 machine.add_nic()
             machine.nics[0].connect(switch)     # type: ignore[union-attr]
-            self.assertTrue(soon(functools.partial(sh, machine, 'ls -d /sys/class/net/e*; true')))
+            soon(functools.partial(sh, machine, 'ls -d /sys/class/net/e*; true'))
             sh(machine, f'ip link set eth0 up; ip addr add {address}/24 dev eth0')
         left, right = pair
         ping = ['ping', '-c', '1', '-W', '1', '10.9.0.2']
-        self.assertTrue(soon(lambda: left.exec(ping).status == 0))
+        soon(lambda: left.exec(ping).status == 0)
         right.nic_state(0, False)
         self.assertNotEqual(left.exec(ping).status, 0)
         right.nic_state(0, True)
-        self.assertTrue(soon(lambda: left.exec(ping).status == 0))
+        soon(lambda: left.exec(ping).status == 0)
         self.assertIn('10.9.0.1', str(left.interfaces()))
         moved = self.guest('moved', memory=112, nics=1, incoming=True)
         moved.nics[0].connect(switch)           # type: ignore[union-attr]
         moved.start_vm()
         left.migrate(moved)                     # with its own MAC and address
-        self.assertTrue(soon(lambda: moved.exec(ping).status == 0))
+        soon(lambda: moved.exec(ping).status == 0)
         for machine in (*pair, moved):
             machine.delete(force=True)
         switch.delete()
@@ -6476,13 +6456,13 @@ class TestAsGuests(Live):
         self.addCleanup(machines.stop)
         self.assertEqual(guests.act('start', guests.find('daemon')), 'started')
         m.wait('agent', BOOT)
-        self.assertTrue(soon(lambda: m.id in monitor.corrections, 30))
+        soon(lambda: m.id in monitor.corrections, 30)
         sh(m, 'date -s @1000000000')
         with self.assertLogs('vmmonitor', 'INFO') as logged:
             self.assertEqual(guests.act('save', guests.find('daemon')), 'saved')
             self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored')
-            self.assertTrue(soon(lambda: abs(self.offset(m)) < 0.2e9, 20))
-            self.assertTrue(soon(lambda: 'daemon: clock corrected' in str(logged.output)))
+            soon(lambda: abs(self.offset(m)) < 0.2e9, 20)
+            soon(lambda: 'daemon: clock corrected' in str(logged.output))
         (self.home / 'broken').mkdir()
         (self.home / 'broken' / 'machine.json').write_text('{')
         self.assertEqual([guest.name for guest in guests.all()], ['daemon'])
@@ -6829,7 +6809,7 @@ class DaemonTest(GuestCase):
         assert found
         self.assertEqual(found.stop(), 'asked to shut down')
         # Before the guest has booted, its button does nothing; no agent says when it has.
-        wait_for('noagent shut off', lambda: guest.state() == 'shut off' or not found.stop(), 60, 1)
+        soon(lambda: guest.state() == 'shut off' or not found.stop(), 60, 'noagent shut off', 1)
         host.stop()
 
 
@@ -6991,7 +6971,7 @@ class Container:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             cwd='/', start_new_session=True)
         atexit.register(self.close)
-        wait_for(f'{suite} boots', self._booted, 60)
+        soon(self._booted, 60, f'{suite} boots')
 
     def _booted(self) -> bool:
         if self.nspawn.poll() is not None:
@@ -7053,7 +7033,7 @@ class Container:
         self.nspawn.kill()
         self.nspawn.wait(30)
         with contextlib.suppress(OSError):
-            wait_for('its end', lambda: not Path(f'/proc/{self.pid}/ns/pid').exists(), 30)
+            soon(lambda: not Path(f'/proc/{self.pid}/ns/pid').exists(), 30, 'its end')
         self.lock.close()
 
 
@@ -7152,8 +7132,7 @@ class Fresh(unittest.TestCase):
 
     def logged(self, since: str, pattern: str, timeout: float = 20) -> None:
         """The service must log that."""
-        wait_for(f'the log says {pattern}', lambda: re.search(pattern, self.journal(since)),
-                 timeout, 0.2)
+        soon(lambda: re.search(pattern, self.journal(since)), timeout, pattern, 0.2)
 
     def configure(self, change: Mapping[str, Any]) -> None:
         """Change config.json in its place."""
@@ -7238,7 +7217,7 @@ class Fresh(unittest.TestCase):
             devices=CHANNEL)
         self.box.path('/root/web1.xml').write_text(xml)
         self.sh('virsh -q define /root/web1.xml; virsh -q start web1')
-        wait_for('the agent of web1', self._ping, 60, 0.5)
+        soon(self._ping, 60, 'the agent of web1', 0.5)
         fed = int(self.service('WatchdogTimestampMonotonic'))
         self.assertEqual(self.ask('save&target=web1'), (200, 'web1: saved'))
         time.sleep(3)
@@ -7337,7 +7316,7 @@ class Fresh(unittest.TestCase):
         self.sh(f'cp -a {self.here}/cert.pem {self.here}/key.pem /root; '
                 f'cat {place}/fullchain.pem > {self.here}/cert.pem; '
                 f'cat {place}/privkey.pem > {self.here}/key.pem; systemctl reload vmmonitor')
-        wait_for('the renewed certificate', lambda: not self.box.status(
+        soon(lambda: not self.box.status(
             f'curl -s --cacert {place}/fullchain.pem https://localhost:{self.port}/'), 10)
         self.sh(f'cp -a /root/*.pem {self.here}; systemctl reload vmmonitor; '
                 f'rm -r {place} /root/*.pem')
@@ -7438,7 +7417,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         for row in ('CapBnd:\t0000000000000000', 'NoNewPrivs:\t1', 'Seccomp:\t2'):
             self.assertIn(row, status)
         self.assertEqual(self.ask('stop&target=m1')[0], 200)
-        wait_for('the end of m1', lambda: 'm1 off' in self.ask('list')[1], 30)
+        soon(lambda: 'm1 off' in self.ask('list')[1], 30, 'the end of m1')
         self.install()                                  # keeps it
         self.assertIn('\nUid:\t0\t', self._process())
         self.install('--without-machines')
