@@ -494,13 +494,29 @@ protect_secrets() {
     done
 }
 
+# The addresses by which guests may reach this host: those of its interfaces, bridges among them, and
+# of libvirt's networks, which may not be up yet.
+addresses() {
+    {
+        hostname -I || ip -o address show scope global | awk '{ sub("/.*", "", $4); print $4 }'
+        for network in $(virsh -q -c qemu:///system net-list --all --name); do
+            virsh -q -c qemu:///system net-dumpxml "$network" \
+                | sed -n "s/.*<ip .*address=['\"]\([0-9a-fA-F.:]*\)['\"].*/\1/p"
+        done
+    } 2>/dev/null </dev/null | tr ' ' '\n' | grep . | sort -u | head -n 50
+}
+
 make_certificate() {
     [ "$CERTIFICATE" = make ] || return 0
     host=$(hostname -f 2>/dev/null || hostname 2>/dev/null || uname -n)
     keep "$HERE/key.pem" "$HERE/cert.pem" "$HERE/key.pem.new" "$HERE/cert.pem.new"
+    names=DNS:$host,DNS:localhost,IP:127.0.0.1,IP:::1
+    for address in $(addresses); do
+        names=$names,IP:$address
+    done
     (umask 077 && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 \
         -subj "/CN=$(printf %.64s "$host")" \
-        -addext "subjectAltName=DNS:$host,DNS:localhost,IP:127.0.0.1,IP:::1" \
+        -addext "subjectAltName=$names" \
         -keyout "$HERE/key.pem.new" -out "$HERE/cert.pem.new" 2>/dev/null) \
         || die "openssl could not make a certificate for $host; put cert.pem and key.pem into $HERE"
     own "$HERE/key.pem.new"

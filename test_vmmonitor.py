@@ -7258,6 +7258,11 @@ class Fresh(unittest.TestCase):
         there = '--connect-to ::192.0.2.1: --pinnedpubkey'
         self.answers(f'--cacert {self.here}/cert.pem {there} {self.pin()}', within)
         self.answers(f'-k {there} {self.pin()}', within)
+        names = self.sh(f'openssl x509 -noout -ext subjectAltName -in {self.here}/cert.pem')
+        for network in self.sh('virsh -q net-list --all --name').split():       # by their gateway
+            shown = self.sh(f'virsh -q net-dumpxml {network}')
+            for address in re.findall("<ip address='([0-9.]+)'", shown):
+                self.assertIn(f'IP Address:{address}', names)
         wrong = 'sha256//' + base64.b64encode(bytes(32)).decode()
         with self.assertRaisesRegex(RigError, 'exit 90:'):      # CURLE_SSL_PINNEDPUBKEYNOTMATCH
             self.ask('list', f'-k {there} {wrong}', within)
