@@ -1473,6 +1473,17 @@ class JsonTest(unittest.TestCase):
         long = 'x' * (vm.TEXT_LENGTH + 1)
         self.assertTrue(vm.matches(long, vm.DATA) and vm.matches(None, (None, str)))
         self.assertFalse(vm.matches(long, str) or vm.matches(5, vm.DATA))
+        table = {'a': vm.Rows([{'name': str, 'link?': str, 'more?': vm.Rows([str])}]),
+                 'b': [{'link?': str}], 'c?': (None, str)}
+        self.assertEqual(vm.checked('x', {
+            'a': [{'name': 'one', 'link': None, 'else': None}, {'name': None}, 7,
+                  {'name': 'two', 'more': ['x', None]}], 'b': [{'link': None}], 'c': None}, table),
+            {'a': [{'name': 'one', 'else': None}, {'name': 'two', 'more': ['x']}], 'b': [{}],
+             'c': None})
+        odd: list[Any] = [{'a': [7], 'b': []}, {'a': [], 'b': [7]}, {'a': None, 'b': []}]
+        for bad in odd:
+            with self.assertRaisesRegex(ValueError, 'x returned'):
+                vm.checked('x', bad, table)
         replies: list[Any] = [None, [], {}, {'return': {'pid': None}}, {'Return': {'pid': 1}}]
         for reply in replies:
             with self.assertRaisesRegex(ValueError, 'guest-exec returned'):
@@ -3333,6 +3344,14 @@ class TestReading(NetCase):
             vm.sys_command(['no-such-program-here'])
         self.assertIn('install', vm.explain(caught.exception))
 
+    def test_programs_of_administrators_are_found(self) -> None:
+        """Debian's `su` leaves /usr/sbin out of PATH, and rules for the firewall were left out."""
+        with mock.patch.dict(os.environ, {'PATH': '/usr/bin'}):
+            self.assertIsNone(shutil.which('iptables'))
+            self.assertTrue(vm.which('iptables'))
+            self.assertIn(b'sbin', vm.sys_command(['sh', '-c', 'command -v iptables']))
+            vm.run(['tc', '-V'], 10)
+
 
 class TestNames(NetCase):
     def test_bad_addresses(self) -> None:
@@ -3850,7 +3869,7 @@ class TestRouter(NetCase):
             self.skipTest('nft is not installed')
         which = shutil.which
         with mock.patch.object(shutil, 'which',
-                               lambda name: None if 'iptables' in name else which(name)):
+                               lambda name, **_: None if 'iptables' in name else which(name)):
             router = vm.Router('eth1', nat=True)
         router.connect(nic := vm.VirtualNic('m0', sink='m0s'))
         self.assertEqual(nic.master, router.name)

@@ -433,18 +433,22 @@ BOM = '\ufeff'                 # with which some editors begin a text; it is non
 DATA = 'data'                  # in a schema: a string of any length
 
 
-def parse_documents(text: str | bytes, unique: bool = False) -> Iterator[Any]:
+def parse_documents(text: str | bytes, unique: bool = False, names: bool = False
+                    ) -> Iterator[Any]:
     """Yield the JSON values that follow each other in a text; with `unique`, no object may have
-    a key twice.
+    a key twice. With `names`, strings may be as the kernel's names are: any bytes.
 
     Raises ValueError for what is no JSON, longer than JSON_BYTES or deeper than JSON_DEPTH, and
     for numbers that JSON does not have.
     """
     if len(text) > JSON_BYTES:
         raise ValueError(f'longer than {JSON_BYTES} bytes')
-    text = (text if isinstance(text, str) else text.decode()).removeprefix(BOM).strip()
+    if isinstance(text, bytes):
+        text = text.decode(errors='surrogateescape' if names else 'strict')
+    text = text.removeprefix(BOM).strip()
     decoder = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite,
-                               object_pairs_hook=_no_duplicates if unique else None)
+                               object_pairs_hook=_no_duplicates if unique else None,
+                               strict=not names)
     place = 0
     while place < len(text):
         try:
@@ -506,6 +510,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 SCHEMAS: dict[str, Any] = {}
 
 
+class Rows(list[Any]):
+    """In a schema, a list of which the items that are none of it are left out."""
+
+
 def matches(value: Any, schema: Any) -> bool:
     """Tell whether a value is as a schema says."""
     if isinstance(schema, tuple):
@@ -526,10 +534,26 @@ def matches(value: Any, schema: Any) -> bool:
     return isinstance(value, (int, float) if schema is float else schema)
 
 
+def tidied(value: Any, schema: Any) -> Any:
+    """Return a value without the optional members that are null, and without what is odd in Rows:
+    neither may take the rest of an answer with it."""
+    if isinstance(schema, list) and isinstance(value, list):
+        items = [tidied(item, schema[0]) for item in value]
+        good = [item for item in items if matches(item, schema[0])]
+        return good if good and isinstance(schema, Rows) else items
+    if isinstance(schema, dict) and isinstance(value, dict):
+        named = {key.rstrip('?'): inner for key, inner in schema.items()}
+        return {key: tidied(item, named.get(key, object)) for key, item in value.items()
+                if item is not None or f'{key}?' not in schema or matches(None, named[key])}
+    return value
+
+
 def checked(what: str, value: Any, schema: Any = None) -> Any:
-    """Return a value from outside; ValueError unless it is as its schema says, by default the row
-    `what` of SCHEMAS."""
-    if not matches(value, SCHEMAS.get(what, object) if schema is None else schema):
+    """Return a value from outside, tidied(); ValueError unless it is as its schema says, by
+    default the row `what` of SCHEMAS."""
+    schema = SCHEMAS.get(what, object) if schema is None else schema
+    value = tidied(value, schema)
+    if not matches(value, schema):
         raise ValueError(f'{what} returned {value!r:.80}')
     return value
 
@@ -661,6 +685,18 @@ def bytes_locked(fd: int, first: int, count: int) -> bool:
 
 SYS_COMMAND_TIMEOUT = 600.0    # of sys_command(), unless it is told another
 PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2'}     # Debian's, where its name is another
+SBIN = '/usr/local/sbin', '/usr/sbin', '/sbin'      # which Debian's `su` leaves out of PATH
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of what is run: ours, with the directories of administrators."""
+    path = os.environ.get('PATH', os.defpath).split(os.pathsep)
+    return {**os.environ, 'PATH': os.pathsep.join(dict.fromkeys([*path, *SBIN]))}
+
+
+def which(program: str) -> str | None:
+    """Return the path of a program that run() would find, or None."""
+    return shutil.which(program, path=environment()['PATH'])
 
 
 def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = True,
@@ -673,7 +709,7 @@ def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = T
     TRACE(f'run {" ".join(argv)}')
     try:
         done = subprocess.run(argv, input=stdin, timeout=timeout, check=False,
-                              capture_output=True, pass_fds=keep)
+                              capture_output=True, pass_fds=keep, env=environment())
     except FileNotFoundError:
         raise CommandError(argv, 127, 'not found',
                            f'install {PACKAGES.get(argv[0], argv[0])}') from None
@@ -1225,7 +1261,7 @@ SCHEMAS.update({
     'guest-fsfreeze-status': str,
     'guest-get-memory-blocks': [{'phys-index': int, 'online': bool}],
     'guest-get-time': int,
-    'guest-network-get-interfaces': [{'name': str}]})
+    'guest-network-get-interfaces': Rows([{'name': str}])})
 
 
 class State(enum.Enum):
@@ -4383,7 +4419,7 @@ def bypass(bridge: str) -> tuple[list[Op], list[Op]]:
     """
     return firewall(f'let frames pass {bridge}', [
         (program, rule) for program in ('iptables', 'ip6tables')
-        if filtered(program) and shutil.which(program) for rule in (
+        if filtered(program) and which(program) for rule in (
             f'-t raw -I PREROUTING -i {bridge} -m addrtype ! --dst-type LOCAL -j CT --notrack',
             f'-I FORWARD -i {bridge} -o {bridge} -j ACCEPT')])
 
@@ -4392,14 +4428,14 @@ def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]
     """Return what lets `subnet` out through `trunk`, masqueraded, and only answers in; and what
     takes that back. iptables comes first, because its FORWARD chain is where others drop."""
     what = f'masquerade {subnet}'
-    if shutil.which('iptables'):
+    if which('iptables'):
         return firewall(what, [('iptables', rule) for rule in (
             f'-t nat -A POSTROUTING -s {subnet} ! -d {subnet} -o {trunk} -j MASQUERADE',
             f'-I FORWARD -o {bridge} ! -i {bridge} -j DROP',
             f'-I FORWARD -i {trunk} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED '
             '-j ACCEPT',
             f'-I FORWARD -i {bridge} -o {trunk} -s {subnet} -j ACCEPT')])
-    if not shutil.which('nft'):
+    if not which('nft'):
         raise MissingFeature(f'can\'t {what}: there is neither iptables nor nft',
                              'install nftables')
     table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
@@ -4811,11 +4847,11 @@ def _doctor() -> Iterator[Check]:
     yield Check(admin, 'rights: ' + ('CAP_NET_ADMIN' if admin else 'needs root or CAP_NET_ADMIN'))
     for program, use in (('ip', 'all of it'), ('tc', 'VirtualNic.impair()'),
                          ('iptables nft', 'Router(nat=True)')):
-        found = next(filter(None, map(shutil.which, program.split())), '')
+        found = next(filter(None, map(which, program.split())), '')
         package = PACKAGES.get(program, 'nftables')
         yield Check(bool(found), f'program {found}' if found else
                    f'program {program.replace(" ", " or ")}: missing, for {use}; install {package}')
-    lacking = _lacking() if admin and shutil.which('ip') else []
+    lacking = _lacking() if admin and which('ip') else []
     for row in FACILITIES:
         yield Check(row not in lacking, f'kernel: {row.module}' if row not in lacking else
                    f'kernel lacks {row.module}, for {row.use} (modprobe {row.module})')
@@ -4829,7 +4865,7 @@ def _doctor() -> Iterator[Check]:
 def _lacking() -> list[Facility]:
     """Return what the kernel has neither loaded nor as a module nor built in."""
     rest = [row for row in FACILITIES if not os.path.exists(f'/sys/module/{row.module}')
-            and not (shutil.which('modprobe') and not run(
+            and not (which('modprobe') and not run(
                 ['modprobe', '-nq', row.module], IP_TIMEOUT, check=False).returncode)]
     # No module can be loaded by trying these, as there is none; veth is what macvtap stands on.
     tries = [Op(row.module, row.probe[3:], tool=row.probe[:2]) for row in FACILITIES
@@ -5544,7 +5580,7 @@ class CD:
             files = {'user-data': raw_bytes(user_data), 'meta-data': raw_bytes(meta_data)}
         except (TypeError, ValueError):
             raise DiskError(f'{path}: user_data or meta_data is no text', 'give strings') from None
-        maker = next((maker for maker in ISO_MAKERS if shutil.which(maker[0])), None)
+        maker = next((maker for maker in ISO_MAKERS if which(maker[0])), None)
         if not maker:
             raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
         with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place:
@@ -6461,7 +6497,7 @@ class Machine(Guest):
             with open(os.path.join(self.home, 'qemu.log'), 'wb') as words_:
                 process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=words_,
                                            stderr=words_, cwd='/', start_new_session=True,
-                                           pass_fds=launch.fds)
+                                           pass_fds=launch.fds, env=environment())
         except OSError as problem:
             raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
         finally:
