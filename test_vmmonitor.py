@@ -208,22 +208,29 @@ SCRIPTS = {'init': INIT, 'sbin/shutdown': SHUTDOWN, 'bin/systemctl': SYSTEMCTL,
 BUSYBOX, AGENT = Path('/bin/busybox'), Path('/usr/sbin/qemu-ga')
 
 
-def guest_image() -> tuple[str, str]:
-    """Return the paths of a kernel and an initramfs; build them if the cache has none such."""
+@contextlib.contextmanager
+def cache(what: str) -> Iterator[None]:
+    """Hold the part `what` of the cache, which is made if there is none."""
     CACHE.mkdir(mode=0o755, exist_ok=True)
     if CACHE.is_symlink() or CACHE.stat().st_uid != os.getuid() or CACHE.stat().st_mode & 0o022:
         raise RigError(f'{CACHE}: not ours alone, and we would boot what is in it; remove it')
-    with (CACHE / 'lock').open('w') as lock:
+    with (CACHE / f'lock-{what}').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in CACHE.glob(f'build-{what}-*'):      # by a killed run; the lock is ours
+            shutil.rmtree(left)
+        yield
+
+
+def guest_image() -> tuple[str, str]:
+    """Return the paths of a kernel and an initramfs; build them if the cache has none such."""
+    with cache('tiny'):
         debs = [] if installed_kernel() else kernel_debs()
         version = debs[0].name.split('_')[0][len('linux-image-'):] if debs else installed_kernel()
         kernel = CACHE / f'vmlinuz-{version}'
         initramfs = CACHE / f'initramfs-{version}-{fingerprint(debs)}'
         if not (kernel.exists() and initramfs.exists()):
             say(f'building {initramfs}')
-            for left in CACHE.glob('build-*'):  # by a killed run; the lock is ours, so nobody's
-                shutil.rmtree(left)
-            with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
+            with tempfile.TemporaryDirectory(prefix='build-tiny-', dir=CACHE) as work:
                 build_image(Path(work), debs, version)
                 Path(work, 'kernel').rename(kernel)
                 Path(work, 'initramfs').rename(initramfs)
@@ -251,7 +258,7 @@ def kernel_debs() -> list[Path]:
         with contextlib.suppress(RigError):     # stale or missing lists: stay with what we have
             apt('update')
         package = depends(KERNEL_PACKAGE)[-1]
-        with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
+        with tempfile.TemporaryDirectory(prefix='build-tiny-', dir=CACHE) as work:
             apt('download', *dict.fromkeys([package, *depends(package)]), cwd=Path(work))
             for path in Path(work).glob('*.deb'):
                 path.rename(CACHE / path.name)
@@ -323,6 +330,64 @@ def stage_modules(stage: Path, root: Path, version: str) -> None:
             if path.suffix == '.xz':            # Debian 13
                 run('xz', '-df', str(target), timeout=60)
     run('depmod', '-b', str(stage), version, timeout=60)
+
+
+# === a guest as people have it ==================================================================
+# Debian 13 with its own systemd, kernel, agent, hwclock and chrony. `hwclock -w`, by which its
+# guest-set-time ends, waits for the next second, and until then the agent is deaf; the tiny
+# guest's ends at once. It writes its clock to a second serial port, on which nobody waits.
+DEBIAN_RECIPE = 1       # raise it when build_debian() changes what it puts in
+DEBIAN_SUITE = 'trixie'
+DEBIAN_PACKAGES = ('systemd', 'systemd-sysv', 'dbus', 'udev', 'kmod', KERNEL_PACKAGE,
+                   'qemu-guest-agent', 'util-linux-extra', 'chrony', 'iproute2', 'login', 'passwd',
+                   'initramfs-tools')
+DEBIAN_TOOLS = ('debootstrap', 'e2fsprogs', 'qemu-utils')
+TICKER = """[Unit]
+Description=Write the clock to the second serial port
+[Service]
+ExecStart=/bin/bash -c 'exec 3<> <(:); while :; do echo $EPOCHREALTIME; read -t 0.004 -u 3; \
+    done > /dev/ttyS1'
+Restart=always
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def debian_image() -> Path:
+    """Return a directory with `kernel`, `initrd` and `disk.qcow2` of a Debian; build it if the
+    cache has none, which takes about two minutes."""
+    with cache('debian'):
+        recipe = repr((DEBIAN_RECIPE, DEBIAN_SUITE, DEBIAN_PACKAGES, TICKER)).encode()
+        path = CACHE / f'debian-{DEBIAN_SUITE}-{hashlib.sha256(recipe).hexdigest()[:12]}'
+        if not path.exists():
+            say(f'building {path}')
+            install(DEBIAN_TOOLS)
+            with tempfile.TemporaryDirectory(prefix='build-debian-', dir=CACHE) as work:
+                build_debian(Path(work))
+                shutil.rmtree(f'{work}/root')
+                shutil.copytree(work, f'{path}.new')
+                os.rename(f'{path}.new', path)
+    return path
+
+
+def build_debian(work: Path) -> None:
+    """Build the files of debian_image() in the directory `work`, and `root`."""
+    root = work / 'root'
+    mirror = next(uri for uri, release, _ in debian_repositories(DEBIAN_SUITE)
+                  if release == DEBIAN_SUITE)
+    # In name spaces of its own: an interrupted one leaves no mount and no process.
+    run('unshare', '-m', '-p', '-f', '--kill-child', '--mount-proc', 'debootstrap',
+        '--variant=minbase', f'--include={",".join(DEBIAN_PACKAGES)}', DEBIAN_SUITE, str(root),
+        mirror, timeout=900)
+    (root / 'etc/systemd/system/ticker.service').write_text(TICKER)
+    (root / 'etc/systemd/system/multi-user.target.wants/ticker.service').symlink_to(
+        '../ticker.service')
+    for name, target in (('vmlinuz', 'kernel'), ('initrd.img', 'initrd')):
+        shutil.copyfile(next((root / 'boot').glob(f'{name}-*')), work / target)
+    run('mkfs.ext4', '-q', '-d', str(root), str(work / 'disk'), '3G', timeout=300)
+    run('qemu-img', 'convert', '-O', 'qcow2', str(work / 'disk'), str(work / 'disk.qcow2'),
+        timeout=300)
+    (work / 'disk').unlink()
 
 
 # === libvirt, by ctypes: short calls with an exact clock around them ============================
@@ -575,17 +640,28 @@ class Vm:
 
     def xml(self) -> str:
         """Return the domain XML."""
-        kernel, initramfs = guest_image()
-        devices = [CHANNEL] * self.channel + [DISK.format(path=self.disk)] * bool(self.disk)
+        kernel, initramfs = self.files()
         return DOMAIN.format(
             name=self.name, uuid=f'<uuid>{self.uuid}</uuid>' if self.uuid else '',
             memory=self.memory, kernel=kernel, initramfs=initramfs, cmdline=self.cmdline,
-            dir=self.host.dir, clock=self.clock, devices='\n    '.join(devices))
+            dir=self.host.dir, clock=self.clock, devices='\n    '.join(self.devices()))
+
+    def files(self) -> tuple[str, str]:
+        """Return the paths of kernel and initramfs."""
+        return guest_image()
+
+    def devices(self) -> list[str]:
+        """Return the XML of its devices, beyond those of DOMAIN."""
+        return [CHANNEL] * self.channel + [DISK.format(path=self.disk)] * bool(self.disk)
+
+    def make_disk(self) -> None:
+        """Make a new disk."""
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', str(self.disk), '64M', timeout=60)
 
     def define(self) -> None:
         """Define the domain, with a new disk if it has one."""
         if self.disk:
-            run('qemu-img', 'create', '-q', '-f', 'qcow2', str(self.disk), '64M', timeout=60)
+            self.make_disk()
         path = self.host.dir / f'{self.name}.xml'
         path.write_text(self.xml())
         self.host.virsh('define', str(path))
@@ -681,6 +757,86 @@ class Vm:
         self.virsh('undefine', '--managed-save', '--snapshots-metadata')
         if self.disk:
             self.disk.unlink()
+
+
+BAR_OFFSET = 0.005              # s: what a corrected clock may be off
+# The second serial port, on which the Debian guest writes its clock.
+CLOCK_PORT = """<serial type='unix'>
+      <source mode='bind' path='{path}'/><target port='1'/></serial>"""
+
+
+class DebianVm(Vm):
+    """The Debian of debian_image() on a `Libvirtd`, with a disk of its own.
+
+    It needs a minute or more to boot without KVM. So it is booted once for each QEMU, and its
+    memory and what it wrote to its disk are kept in the cache: start_booted() goes on from there.
+    """
+
+    UUID = '5ccb692e-6098-4fc6-99bc-89730598fda1'       # the kept memory is of that one only
+
+    def __init__(self, host: Libvirtd, name: str = 'debian') -> None:
+        super().__init__(host, name, memory=512, uuid=self.UUID, disk=True)
+        self.cmdline = f'{CMDLINE} root=/dev/vda rw'
+        self.port = host.dir / f'{name}.clock'
+
+    def files(self) -> tuple[str, str]:
+        return str(debian_image() / 'kernel'), str(debian_image() / 'initrd')
+
+    def devices(self) -> list[str]:
+        return [CLOCK_PORT.format(path=self.port), *super().devices()]
+
+    def make_disk(self) -> None:
+        run('qemu-img', 'create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b',
+            str(debian_image() / 'disk.qcow2'), str(self.disk), timeout=60)
+
+    def start_booted(self) -> None:
+        """Start it as it was when it had booted, its clock wrong by the time since then."""
+        version = run('qemu-system-x86_64', '--version', timeout=60) + self.host.virsh('version')
+        key = hashlib.sha256(f'{version} {self.memory} {self.cmdline}'.encode()).hexdigest()[:12]
+        kept = debian_image() / f'booted-{key}'
+        with cache('debian-booted'):
+            if not kept.exists():
+                say('booting Debian, for a minute or two')
+                self.start()
+                self.wait_agent(600)
+                wait_for('Debian has booted', self.has_booted, 300, 1)
+                with tempfile.TemporaryDirectory(prefix='build-debian-booted-', dir=CACHE) as work:
+                    self.virsh('save', f'{work}/memory', timeout=300)
+                    shutil.copyfile(str(self.disk), f'{work}/disk')
+                    shutil.copytree(work, f'{kept}.new')
+                    os.rename(f'{kept}.new', kept)
+        shutil.copyfile(kept / 'disk', str(self.disk))
+        self.host.virsh('restore', str(kept / 'memory'), '--xml',
+                        str(self.host.dir / f'{self.name}.xml'), timeout=300)
+        self.wait_agent()
+
+    def has_booted(self) -> bool:
+        """Tell whether systemd has nothing left to start."""
+        return self.exec(['systemctl', 'is-system-running'])[1].strip() in ('running', 'degraded')
+
+    def seen_offset(self, deadline: float) -> Iterator[tuple[float, float]]:
+        """Yield (monotonic time, guest time minus host time, s) as the guest's serial port tells
+        them, without the agent, until that monotonic time; also over restores."""
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX) as port, contextlib.suppress(OSError):
+                port.connect(str(self.port))
+                port.settimeout(0.1)
+                text = b''
+                while time.monotonic() < deadline and (data := port.recv(4096)):
+                    now, real = time.monotonic(), time.time()
+                    *lines, text = (text + data).split(b'\n')
+                    # The first line may be a half one; what has waited in QEMU is old.
+                    if len(lines) == 1 and re.fullmatch(rb'\d{10}\.\d{6}\r?', lines[0]):
+                        yield now, float(lines[0]) - real
+            time.sleep(0.001)
+
+    def right_after(self, began: float, timeout: float, limit: float = BAR_OFFSET) -> float:
+        """Return how long after the monotonic time `began` its clock was seen to be right."""
+        last = 0.0
+        for now, last in self.seen_offset(began + timeout):
+            if abs(last) <= limit:
+                return now - began
+        raise RigError(f'{self.name}: not right within {timeout} s, but off by {last} s')
 
 
 # === vmmonitor in a process of its own ==========================================================
@@ -1059,7 +1215,6 @@ class TempCase(unittest.TestCase):
         return str(path)
 
 
-BAR_OFFSET = 0.005              # s: what a corrected clock may be off
 
 
 class GuestCase(TempCase):
