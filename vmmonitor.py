@@ -260,14 +260,6 @@ class Busy(GuestError):
     """Another command for the same guest has not ended."""
 
 
-class AgentError(GuestError):
-    """The guest agent did not do what was asked; `trouble` is a row of AGENT_TROUBLES."""
-
-    def __init__(self, guest: str, trouble: AgentTrouble, text: str) -> None:
-        super().__init__(f'{guest}: {trouble.says.format(text=text)}', trouble.hint)
-        self.trouble = trouble
-
-
 class ClockError(GuestError):
     """A guest's clock could not be corrected."""
 
@@ -1246,6 +1238,7 @@ def tls_context(config: Config) -> ssl.SSLContext:
 
 AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for guest-sync
 AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
+ASK_TIMEOUT = 60.0             # for what is asked of all guests at once; each call has its own
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
 GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come to its end
@@ -1282,8 +1275,8 @@ class AgentTrouble(NamedTuple):
     name: str
     pattern: str                # found in the text of the answer
     says: str                   # for people
-    hint: str                   # what to do
-    transient: bool                # trying again may help
+    hint: str                   # what to do, whatever kind of guest it is; see Guest.REMEDIES
+    transient: bool             # trying again may help
 
 
 # The first row whose pattern is found counts; an agent's texts differ between its versions.
@@ -1292,8 +1285,7 @@ AGENT_TROUBLES = (
                  'it goes on in the guest; give it more time', False),
     AgentTrouble(
         'no channel', r'not configured', 'no guest agent channel',
-        'add a <channel> for org.qemu.guest_agent.0 and install qemu-guest-agent in the guest',
-        False),
+        'give it one, and install qemu-guest-agent in the guest', False),
     AgentTrouble(
         'not connected', r'not connected|disappeared|End of file',
         'the guest agent is not connected',
@@ -1302,7 +1294,12 @@ AGENT_TROUBLES = (
         'busy', r'state change lock', 'the guest agent is busy with another call: {text}',
         'see which program it is', True),
     AgentTrouble(
-        'frozen', r'frozen', 'its file systems are frozen', 'thaw them with virsh domfsthaw', True),
+        'frozen', r'frozen', 'its file systems are frozen',
+        'thaw them: a backup goes on, or forgot to send guest-fsfreeze-thaw to the agent', True),
+    AgentTrouble(
+        'not permitted', r'Operation not permitted', 'the guest agent lacks the right: {text}',
+        'see "ausearch -m avc -c qemu-ga" in the guest; where SELinux is the cause, "semanage '
+        'permissive -a virt_qemu_ga_t" lets it', False),
     AgentTrouble(
         'no hwclock', r'not currently supported|hwclock',
         'the guest agent can\'t set the time: {text}',
@@ -1320,6 +1317,14 @@ AGENT_TROUBLES = (
         'allow it in /etc/default/qemu-guest-agent, /etc/sysconfig/qemu-ga or '
         '/etc/qemu/qemu-ga.conf in the guest, or update the agent', False),
     AgentTrouble('refused', r'', 'the guest agent answered: {text}', '', False))
+
+
+class AgentError(GuestError):
+    """The guest agent did not do what was asked; `trouble` is a row of AGENT_TROUBLES."""
+
+    def __init__(self, guest: str, trouble: AgentTrouble, text: str) -> None:
+        super().__init__(f'{guest}: {trouble.says.format(text=text)}', trouble.hint)
+        self.trouble = trouble
 
 
 def agent_error(guest: str, text: str) -> AgentError:
@@ -1358,6 +1363,7 @@ class Guest:
 
     name: str                   # unique on this host
     id: str                     # stays the same when the guest is renamed
+    REMEDIES: Mapping[str, str] = {}        # name in AGENT_TROUBLES -> what to do for this kind
 
     def state(self) -> State:
         """Return what the guest is doing."""
@@ -1386,6 +1392,12 @@ class Guest:
               timeout: int = AGENT_TIMEOUT) -> Any:
         """Return what the guest agent answers to `command`; AgentError if it does not."""
         raise NotImplementedError
+
+    def agent_error(self, text: str) -> AgentError:
+        """Return the error that stands for an agent's text, with the remedy for this guest."""
+        error = agent_error(self.name, text)
+        error.hint = self.REMEDIES.get(error.trouble.name, error.hint)
+        return error
 
     def agent_state(self) -> str:
         """Return what is known of the guest agent without asking it, in a word."""
@@ -1423,7 +1435,7 @@ class Guest:
             status.update(self.agent('guest-exec-status', {'pid': started['pid']}))
             return bool(status['exited'])
         if not Deadline(timeout).poll(ended, STATE_POLL / 4):
-            raise agent_error(self.name, f'{argv[0]} did not end within {timeout:g} s')
+            raise self.agent_error(f'{argv[0]} did not end within {timeout:g} s')
         code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
         return ExecResult(code, *(self._decoded(status.get(key, ''))
                                   for key in ('out-data', 'err-data')))
@@ -1438,7 +1450,7 @@ class Guest:
         try:
             return base64.b64decode(text)
         except ValueError:
-            raise agent_error(self.name, f'no base64: {text!r:.80}') from None
+            raise self.agent_error(f'no base64: {text!r:.80}') from None
 
     @contextlib.contextmanager
     def _guest_file(self, path: str, mode: str) -> Iterator[int]:
@@ -1472,13 +1484,15 @@ class Guest:
                 part = self._base64(left[:GUEST_FILE_BYTES])
                 done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
                 if done['count'] <= 0:
-                    raise agent_error(self.name, f'wrote {done["count"]} bytes')
+                    raise self.agent_error(f'wrote {done["count"]} bytes')
                 left = left[done['count']:]
 
 
 def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
             ) -> list[dict[str, Any]]:
-    """Ask all guests at once, so that a silent one delays no other; return the answers."""
+    """Ask all guests at once, so that a silent one delays no other; return the answers, which for
+    one that does not come within ASK_TIMEOUT is an "error"."""
+    deadline = Deadline(ASK_TIMEOUT)
     answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
 
     def fill(answer: dict[str, Any], guest: Guest) -> None:
@@ -1486,10 +1500,12 @@ def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
             answer.update(ask(guest))
         except Error as problem:
             answer['error'] = explain(problem)
-    for thread in [spawn(guest.name, fill, answer, guest)
-                   for answer, guest in zip(answers, guests)]:
-        thread.join()
-    return answers
+    threads = [spawn(guest.name, fill, answer, guest) for answer, guest in zip(answers, guests)]
+    for thread in threads:
+        thread.join(deadline.left())
+    return [{'name': guest.name, 'error': f'{guest.name}: no answer within {ASK_TIMEOUT:g} s'}
+            if thread.is_alive() else answer
+            for thread, guest, answer in zip(threads, guests, answers)]
 
 
 class GuestEvent(NamedTuple):
@@ -1608,7 +1624,7 @@ def _set_by_date(guest: Guest, ahead: int) -> None:
     time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
     done = guest.exec(['date', '-u', '-s', f'@{second}'], timeout=AGENT_SET_TIMEOUT)
     if done.status:
-        raise agent_error(guest.name, f'date did not set the time: {done!r:.80}')
+        raise guest.agent_error(f'date did not set the time: {done!r:.80}')
 
 
 class Method(NamedTuple):
@@ -1766,6 +1782,8 @@ RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvir
 RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
 LOOP_TICK_MS = 500             # the event loop shows this often that it runs
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
+CONNECT_TIMEOUT = 10.0         # for one attempt to connect; ssh over a slow line takes seconds
+CONNECT_GRACE = 1.0            # for an attempt to end when what it started was killed
 START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
 START_ATTEMPTS = 3             # the same action on the same state, before giving up
 
@@ -1824,17 +1842,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'virDomainManagedSave': (_INT, (_PTR, _UINT)),
     'virDomainHasManagedSaveImage': (_INT, (_PTR, _UINT)),
 }
-OPTIONAL_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    'virDomainGetTime': (_INT, (_PTR, ctypes.POINTER(ctypes.c_longlong), ctypes.POINTER(_UINT),
-                                _UINT)),
-    'virDomainSetTime': (_INT, (_PTR, ctypes.c_longlong, _UINT, _UINT)),
-    'virDomainAgentSetResponseTimeout': (_INT, (_PTR, _INT, _UINT)),
-}
 QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'virDomainQemuAgentCommand': (_PTR, (_PTR, _STR, _INT, _UINT)),
     'virDomainQemuMonitorCommand': (_INT, (_PTR, _STR, ctypes.POINTER(_PTR), _UINT)),
 }
-AGENT_CALL = 'virDomainQemuAgentCommand'
 
 # virErrorNumber
 ERR_INTERNAL, ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 1, 38, 42, 45, 55
@@ -1843,8 +1854,6 @@ FROM_RPC = 7                                            # virErrorDomain of a lo
 LIST_RUNNING = 1 << 4                                   # virConnectListAllDomainsFlags
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
 SHUTDOWN_ACPI = 1 << 0                                  # virDomainShutdownFlagValues
-SET_TIME_SYNC = 1 << 0                                  # virDomainSetTimeFlags
-RESPONSE_BLOCK = -2                                     # virDomainAgentResponseTimeoutValues
 
 _RIGHTS = 'run this as root or put the user in the group libvirt: usermod -aG libvirt USER'
 _DAEMON = 'start it: systemctl start libvirtd, or virtqemud where that is installed'
@@ -1873,9 +1882,8 @@ class Library:
 
     def __init__(self) -> None:
         self.functions: dict[str, Any] = {}
-        self._bind('libvirt.so.0', PROTOTYPES, required=True)
-        self._bind('libvirt.so.0', OPTIONAL_PROTOTYPES, required=False)
-        self._bind('libvirt-qemu.so.0', QEMU_PROTOTYPES, required=False)
+        self._bind('libvirt.so.0', PROTOTYPES)
+        self._bind('libvirt-qemu.so.0', QEMU_PROTOTYPES)
         self.libc = ctypes.CDLL(None)
         self.libc.free.argtypes, self.libc.free.restype = (_PTR,), None
         self.ticked = time.monotonic()          # when the event loop last showed that it runs
@@ -1896,23 +1904,19 @@ class Library:
                 cls._instance = cls()
             return cls._instance
 
-    def _bind(self, file: str, prototypes: Mapping[str, tuple[Any, tuple[Any, ...]]],
-              required: bool) -> None:
+    def _bind(self, file: str, prototypes: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
         try:
             library = ctypes.CDLL(file)
         except OSError as problem:
-            if required:
-                raise LibvirtError(f'{file} can\'t be loaded: {problem}', hint='install libvirt: '
-                                   'apt install libvirt-daemon-system, or your '
-                                   'distribution\'s package') from None
-            return
+            raise LibvirtError(f'{file} can\'t be loaded: {problem}', hint='install libvirt: apt '
+                               'install libvirt-daemon-system (it is in libvirt0), or dnf install '
+                               'libvirt-daemon (in libvirt-libs)') from None
         for name, (result, arguments) in prototypes.items():
             function = getattr(library, name, None)
-            if function is None and required:
+            if function is None:
                 raise LibvirtError(f'{file} has no {name}', hint='update libvirt')
-            if function is not None:
-                function.restype, function.argtypes = result, arguments
-                self.functions[name] = function
+            function.restype, function.argtypes = result, arguments
+            self.functions[name] = function
 
     def _on_tick(self, _timer: int, _opaque: int | None) -> None:
         self.ticked = time.monotonic()
@@ -1923,14 +1927,8 @@ class Library:
             if run_once() < 0:
                 time.sleep(STATE_POLL)          # it will not fail twice for the same reason
 
-    def has(self, name: str) -> bool:
-        """Tell whether the libraries of this host have the function `name`."""
-        return name in self.functions
-
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function; LibvirtError when it returns NULL or a negative number."""
-        if name not in self.functions:
-            raise LibvirtError(f'libvirt has no {name} here', hint='update libvirt')
         result = self.functions[name](*arguments)
         if result is None or (isinstance(result, int) and result < 0):
             raise self._error(name)
@@ -2043,15 +2041,85 @@ _EVENTS: dict[int, Any] = {         # virDomainEventID -> callback; never 2, RTC
     18: AgentCallback(_on_agent)}
 
 
+class Opening:
+    """One virConnectOpen, in a thread of its own: it has no time limit and hangs as long as its
+    transport does.
+
+    When time is up, what it started (ssh) is killed, by the pids of that thread's children, which
+    ends it. What has started nothing goes on, and the next who wants a connection takes that one
+    over: so a host that hangs holds no more threads than there are callers.
+    """
+
+    _lock = threading.Lock()                    # guards _all
+    _all: list[Opening] = []                    # that have not ended, or that nobody took yet
+
+    def __init__(self, uri: str) -> None:
+        self.library, self.uri = Library.get(), uri
+        self.ended, self.wanted = threading.Event(), True
+        self.handle = 0                         # virConnectPtr, or ...
+        self.problem: LibvirtError | None = None        # ... why there is none
+        self.thread = spawn('libvirt-open', self._run)
+
+    def _run(self) -> None:
+        uri = self.uri
+        if re.match(r'\w+\+ssh:', uri) and 'no_tty=' not in uri:
+            uri += ('&' if '?' in uri else '?') + 'no_tty=1'    # ssh shall not ask: BatchMode
+        try:
+            self.handle = self.library.call('virConnectOpen', uri.encode())
+        except LibvirtError as problem:
+            self.problem = problem
+        self.ended.set()
+
+    @classmethod
+    def connect(cls, uri: str) -> int:
+        """Return a virConnectPtr; HostAway when there is none within CONNECT_TIMEOUT."""
+        with cls._lock:
+            opening = next((one for one in cls._all if one.uri == uri and not one.wanted), None)
+            if opening:
+                opening.wanted = True
+            else:
+                opening = cls(uri)
+                cls._all.append(opening)
+        in_time = opening.ended.wait(CONNECT_TIMEOUT)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not opening.ended.is_set():
+                opening.signal_children(number)
+                opening.ended.wait(CONNECT_GRACE)
+        with cls._lock:
+            opening.wanted = False
+            if opening.ended.is_set():
+                cls._all.remove(opening)
+        if opening.handle:
+            return opening.handle
+        late = HostAway(f'no answer within {CONNECT_TIMEOUT:g} s')
+        raise opening.problem if in_time and opening.problem else late
+
+    def signal_children(self, number: int) -> None:
+        """Send a signal to what virConnectOpen has started, if it goes on."""
+        with contextlib.suppress(OSError):
+            path = Path(f'/proc/self/task/{self.thread.native_id}/children')
+            for pid in path.read_text().split():
+                os.kill(int(pid), number)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Kill what all attempts have started: the program ends."""
+        with cls._lock:
+            for opening in cls._all:
+                opening.signal_children(signal.SIGKILL)
+
+
 class Connection:
     """One virConnectPtr, for one call at a time (see ConnectionPool)."""
 
     def __init__(self, uri: str) -> None:
         self.library = Library.get()
         try:
-            self.handle = self.library.call('virConnectOpen', uri.encode())
+            self.handle = Opening.connect(uri)
         except LibvirtError as problem:
-            raise HostAway(problem.message, problem.code, problem.domain, problem.hint) from None
+            far = re.match(r'\w+\+ssh://([^/?]*)', uri)
+            hint = f'this must work without a question: ssh {far[1]} true' if far else problem.hint
+            raise HostAway(problem.message, problem.code, problem.domain, hint) from None
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
@@ -2231,6 +2299,7 @@ class LibvirtHost:
     def stop(self) -> None:
         """Stop watching and close what can be closed at once."""
         self.stopping.set()
+        Opening.end_all()
         if self._subscription:
             self._subscription.lost.set()
         if self._thread:
@@ -2275,6 +2344,10 @@ class Domain(Guest):
 
     MEANINGS: dict[int, type[GuestError]] = {
         ERR_NO_DOMAIN: NoGuest, ERR_INVALID: WrongState, ERR_TIMEOUT: Busy}
+    REMEDIES = {
+        'no channel': 'add a <channel> for org.qemu.guest_agent.0 and install qemu-guest-agent in '
+                      'the guest',
+        'frozen': 'thaw them with virsh domfsthaw'}
 
     def __init__(self, host: LibvirtHost, uuid: str, name: str) -> None:
         self.host, self.id, self.name = host, uuid, name
@@ -2423,11 +2496,11 @@ class Domain(Guest):
         except Busy as problem:
             if lent:                    # another program's call to this agent hangs
                 self.host.silent[self.id] = True
-            raise agent_error(self.name, f'state change lock: {problem.message}') from None
+            raise self.agent_error(f'state change lock: {problem.message}') from None
         except HostAway:
             raise
         except LibvirtError as problem:
-            error = agent_error(self.name, problem.message)
+            error = self.agent_error(problem.message)
             if error.trouble.transient and time.monotonic() - began > AGENT_SILENT:
                 self.host.silent[self.id] = True
             elif not error.trouble.transient:
@@ -2442,7 +2515,7 @@ class Domain(Guest):
                 members = arguments() if callable(arguments) else arguments or {}
                 question = json.dumps({'execute': command, 'arguments': dict(members)})
                 text = connection.library.take_string(connection.call(
-                    AGENT_CALL, handle, question.encode(), timeout, 0))
+                    'virDomainQemuAgentCommand', handle, question.encode(), timeout, 0))
         except AgentError as problem:
             if problem.trouble.name == 'blocked' and command != 'guest-fsfreeze-status':
                 self._raise_if_frozen()
@@ -2450,7 +2523,7 @@ class Domain(Guest):
         try:
             reply = parse_json(text)
         except ValueError as problem:
-            raise agent_error(self.name, f'no answer: {problem}: {text!r:.80}') from None
+            raise self.agent_error(f'no answer: {problem}: {text!r:.80}') from None
         return agent_answer(self.name, command, reply)
 
     def _raise_if_frozen(self) -> None:
@@ -2459,7 +2532,7 @@ class Domain(Guest):
         with contextlib.suppress(AgentError):
             answer = self.agent('guest-fsfreeze-status')
         if answer == 'frozen':
-            raise agent_error(self.name, 'the agent is in frozen state')
+            raise self.agent_error('the agent is in frozen state')
 
     def agent_state(self) -> str:
         """Return absent, disconnected, connected or silent, without asking the agent: from the
@@ -2471,38 +2544,12 @@ class Domain(Guest):
                 return channel.get('state', 'disconnected')
         return 'absent'
 
-    def _bounded(self, function: str, *arguments: Any) -> None:
-        """Call an agent function that has no time-out of its own.
-
-        Only where libvirt-qemu.so.0 is missing: the time-out belongs to the domain and counts
-        for other programs' calls, too, while it is set.
-        """
-        with self._asking() as (connection, handle):
-            limit = 'virDomainAgentSetResponseTimeout'
-            connection.call(limit, handle, AGENT_SET_TIMEOUT, 0)
-            try:
-                connection.call(function, handle, *arguments)
-            finally:
-                connection.call(limit, handle, RESPONSE_BLOCK, 0)
-
-    def get_time(self) -> int:
-        """Return its clock in ns since 1970 (guest-get-time, else virDomainGetTime)."""
-        if Library.get().has(AGENT_CALL):
-            return super().get_time()
-        seconds, nanoseconds = ctypes.c_longlong(), _UINT()
-        self._bounded('virDomainGetTime', ctypes.byref(seconds), ctypes.byref(nanoseconds), 0)
-        return seconds.value * SECOND + nanoseconds.value
-
     def set_time(self, when: Callable[[], int] | None) -> None:
-        """Set its clock (guest-set-time, else virDomainSetTime).
+        """Set its clock (guest-set-time).
 
         A guest with tickpolicy="catchup" is also told to forget the ticks that it missed (QMP
         rtc-reset-reinjection): it would add them to the time that was just set.
         """
-        if not Library.get().has(AGENT_CALL):
-            flags = SET_TIME_SYNC if when is None else 0
-            self._bounded('virDomainSetTime', *divmod(when() if when else 0, SECOND), flags)
-            return
         super().set_time(when)
         try:
             timers = self._xml().iterfind('clock/timer[@name="rtc"]')
@@ -2759,8 +2806,9 @@ class Startup:
                 self.stopping.wait(step.seconds)
             else:
                 self._wait(step)
-        for thread in threads:
-            thread.join()
+        for thread in threads:              # each start has a time limit
+            while thread.is_alive() and not self.stopping.wait(STATE_POLL):
+                pass
         if not self.stopping.is_set():
             done = ', '.join(f'{name} {says}' for name, says in self._results.items())
             failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
@@ -5120,15 +5168,12 @@ class GuestAgent:
 
     def __init__(self, path: str, name: str) -> None:
         self.path, self.name = path, name
-        self.lock = threading.Lock()
         self.serial = int.from_bytes(os.urandom(4), 'big')
 
     def execute(self, command: str, arguments: Arguments = None,
                 timeout: float = AGENT_TIMEOUT) -> Any:
         """Return what the agent answers to `command`; AgentError when it does not."""
         deadline = Deadline(timeout)
-        if not self.lock.acquire(timeout=deadline.left()):
-            raise agent_error(self.name, 'did not answer an earlier call yet')
         try:
             with LineSocket.connect(self.path, deadline) as wire:
                 self._synchronise(wire, deadline)
@@ -5141,8 +5186,6 @@ class GuestAgent:
             raise agent_error(self.name, f'not connected: {problem.message}') from None
         except ProtocolError as problem:
             raise agent_error(self.name, problem.message) from None
-        finally:
-            self.lock.release()
         if 'error' in answer:
             refusal = reply_error(self.path, answer)
             raise agent_error(self.name, f'{refusal.code}: {refusal.text}'.lstrip(': '))
@@ -7961,7 +8004,7 @@ class Machine(Guest):
             except AgentError as problem:
                 opened = problem.trouble.name != 'silent' or self._agent_open(1.0)
                 if opened is False:
-                    raise agent_error(self.name, 'not connected') from None
+                    raise self.agent_error('not connected') from None
                 if opened and problem.trouble.name == 'silent' and self.state() is State.PAUSED:
                     problem.hint = 'the machine is paused: unfreeze or start it'
                 raise
@@ -8240,16 +8283,12 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
     if 'listen' in roles:
         yield from _check_listener(config)
     try:
-        library = Library.get()
         connection = Connection(config.libvirt_uri)
     except LibvirtError as problem:
         yield Check(False, f'libvirt {config.libvirt_uri}: {explain(problem)}')
         return
     yield Check(True, f'libvirt {config.libvirt_uri}: version {connection.version()}')
     connection.close()
-    if not library.has(AGENT_CALL):
-        yield Check(False, 'libvirt-qemu.so.0 is missing: agent calls are bounded in a less '
-                   'friendly way; install all of your distribution\'s libvirt client library')
     yield from _check_guests(config, roles)
 
 
@@ -8302,7 +8341,7 @@ def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
         for guest in guests.values():
             with contextlib.suppress(NoGuest):          # undefined since it was listed
                 if not config.excludes(guest.name) and guest.agent_state() == 'absent':
-                    yield Check(False, explain(agent_error(guest.name, 'not configured')))
+                    yield Check(False, explain(guest.agent_error('not configured')))
     for step in config.steps if 'startup' in roles else ():
         if step.name and step.name not in guests:
             yield Check(False, f'startup.vmStartupCommands line {step.number}: no guest is named '
