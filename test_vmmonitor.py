@@ -799,7 +799,7 @@ class DebianVm(Vm):
                 say('booting Debian, for a minute or two')
                 self.start()
                 self.wait_agent(600)
-                wait_for('Debian has booted', self.has_booted, 300, 1)
+                soon(self.has_booted, 300, 'Debian, booted', 1)
                 with tempfile.TemporaryDirectory(prefix='build-booted-', dir=CACHE) as work:
                     self.virsh('save', f'{work}/memory', timeout=300)
                     shutil.copyfile(str(self.disk), f'{work}/disk')
