@@ -1185,10 +1185,48 @@ def merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-class TempCase(unittest.TestCase):
-    """A test with a directory of its own, and a certificate in it."""
+class Case(unittest.TestCase):
+    """A test of a class that has a directory of its own."""
 
     directory: Path
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.directory = Path(tempfile.mkdtemp(prefix=OURS))
+        cls.directory.chmod(0o711)
+        cls.addClassCleanup(shutil.rmtree, cls.directory)
+
+    @classmethod
+    def enter_class(cls, context: contextlib.AbstractContextManager[Found]) -> Found:
+        """Be in a context until the last test of the class has ended."""
+        value = context.__enter__()
+        cls.addClassCleanup(context.__exit__, None, None, None)
+        return value
+
+    def enter(self, context: contextlib.AbstractContextManager[Found]) -> Found:
+        """Be in a context until the test has ended."""
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def path(self, name: str) -> str:
+        """Return a path in this test's own directory."""
+        place = self.directory / self._testMethodName
+        place.mkdir(mode=0o711, exist_ok=True)
+        return str(place / name)
+
+    @contextlib.contextmanager
+    def refused(self, *words: str, kind: type[Exception] = vm.Error) -> Iterator[None]:
+        """Expect an error whose message and hint have all of `words`."""
+        with self.assertRaises(kind) as caught:
+            yield
+        for word in words:
+            self.assertIn(word, vm.explain(caught.exception))
+
+
+class ConfigCase(Case):
+    """A test with a certificate and configurations."""
+
     GOOD: dict[str, Any] = {
         'listener': {'enabled': True, 'port': 10000, 'key': KEY, 'certificate': {
             'path': 'cert.pem', 'keyPath': 'cert.key', 'password': None}},
@@ -1196,8 +1234,7 @@ class TempCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.directory = Path(tempfile.mkdtemp(prefix=OURS))
-        cls.addClassCleanup(shutil.rmtree, cls.directory)
+        super().setUpClass()
         make_certificate(cls.directory)
 
     def write(self, *changes: Mapping[str, Any], name: str = 'config.json') -> str:
@@ -1217,7 +1254,7 @@ class TempCase(unittest.TestCase):
 
 
 
-class GuestCase(TempCase):
+class GuestCase(ConfigCase):
     """Tests with real guests. They share one libvirtd, and guests that run already."""
 
     _host: Libvirtd | None = None
@@ -1299,59 +1336,23 @@ class GuestCase(TempCase):
         return time.monotonic() - began
 
 
-class NetCase(unittest.TestCase):
+class NetCase(Case):
     """A test in a fresh network, with /run and /sys to match."""
 
     @classmethod
     def setUpClass(cls) -> None:
         if os.geteuid():
             raise unittest.SkipTest('needs root, to make namespaces')
+        super().setUpClass()
 
     def setUp(self) -> None:
-        self._before = [os.open(f'/proc/thread-self/ns/{kind}', os.O_RDONLY | os.O_CLOEXEC)
-                        for kind in ('net', 'mnt')]
-        call(libc.unshare(CLONE_NEWNS | CLONE_NEWNET))
-        self.addCleanup(self._return)
-        call(libc.mount(b'none', b'/', None, MS_REC_PRIVATE, None))
-        call(libc.mount(b'tmpfs', b'/run', b'tmpfs', 0, None))
-        call(libc.mount(b'sysfs', b'/sys', b'sysfs', 0, None))
+        self.enter(own_network())
         for name in ('accept_dad', 'dad_transmits'):       # saves a second or two for each address
             Path('/proc/sys/net/ipv6/conf/default', name).write_text('0')
-        patch = mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-test')
-        patch.start()
-        self.addCleanup(patch.stop)
-        ip('link set dev lo up')
-
-    def _return(self) -> None:
-        for file, kind in zip(self._before, (CLONE_NEWNET, CLONE_NEWNS)):
-            call(libc.setns(file, kind))
-            os.close(file)
-
-    def refused(self, kind: type[vm.NetworkError], *parts: str) -> Any:
-        """Expect an error whose words have all of these parts."""
-        return Refusal(self, kind, parts)
+        self.enter(mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-test'))
 
     def records(self) -> dict[str, Any]:
         return dict(vm.Ledger().load())
-
-
-class Refusal:
-    """assertRaises, that also wants the reason."""
-
-    def __init__(self, case: unittest.TestCase, kind: type[vm.NetworkError],
-                 parts: Sequence[str]) -> None:
-        self.case, self.kind, self.parts = case, kind, parts
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, problem: Any, _: Any) -> bool:
-        self.case.assertIsNotNone(problem, 'nothing was refused')
-        if not isinstance(problem, self.kind):
-            return False
-        for part in self.parts:
-            self.case.assertIn(part, vm.explain(problem))
-        return True
 
 
 def killed_at(step: str, code: str) -> None:
@@ -1366,32 +1367,6 @@ def killed_at(step: str, code: str) -> None:
         raise AssertionError(f'no step {step}: status {done.returncode}, {done.stderr!r}')
 
 
-class Scratch(unittest.TestCase):
-    """Tests with a directory of their own, whose end leaves nothing behind."""
-
-    dir: Path
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.dir = Path(tempfile.mkdtemp(prefix=OURS))
-        cls.dir.chmod(0o711)
-        cls.addClassCleanup(shutil.rmtree, cls.dir)
-
-    def path(self, name: str) -> str:
-        """Return a path in this test's own directory."""
-        place = self.dir / self._testMethodName
-        place.mkdir(mode=0o711, exist_ok=True)
-        return str(place / name)
-
-    @contextlib.contextmanager
-    def refused(self, *words: str, kind: type[Exception] = vm.Error) -> Iterator[None]:
-        """Expect an error whose message and hint have all of `words`."""
-        with self.assertRaises(kind) as caught:
-            yield
-        for word in words:
-            self.assertIn(word, vm.explain(caught.exception))
-
-
 QEMU = shutil.which('qemu-system-x86_64') or ''
 XORRISO = shutil.which('xorriso') or shutil.which('genisoimage')
 BOOT = 120.0                    # seconds that a guest may take on a busy host
@@ -1399,7 +1374,7 @@ os.environ.setdefault('VMMONITOR_ACCEL', 'tcg')
 
 
 @unittest.skipIf(os.geteuid(), 'needs root, to make namespaces')
-class Live(Scratch):
+class Live(Case):
     """Tests with machines, in a directory of their own."""
 
     kernel = initramfs = ''
@@ -1410,21 +1385,12 @@ class Live(Scratch):
     def setUpClass(cls) -> None:
         super().setUpClass()
         cls.kernel, cls.initramfs = guest_image()       # it may have to be downloaded
-        network = contextlib.ExitStack()
-        network.enter_context(own_network())
-        cls.addClassCleanup(network.close)
+        cls.enter_class(own_network())
         shown = subprocess.run([QEMU, '--version'], check=True, capture_output=True).stdout
         cls.old = int(re.search(rb'version (\d+)', shown)[1]) < 6      # type: ignore[index]
-        cls.home = cls.dir / 'm'
-        cls.enterClassContext(mock.patch.object(vm, 'MACHINES_DIR', str(cls.home))) \
-            if hasattr(cls, 'enterClassContext') else cls._enter()
+        cls.home = cls.directory / 'm'
+        cls.enter_class(mock.patch.object(vm, 'MACHINES_DIR', str(cls.home)))
         cls.addClassCleanup(cls.end_all)
-
-    @classmethod
-    def _enter(cls) -> None:
-        patch = mock.patch.object(vm, 'MACHINES_DIR', str(cls.home))
-        patch.start()
-        cls.addClassCleanup(patch.stop)
 
     @classmethod
     def end_all(cls) -> None:
@@ -1666,7 +1632,7 @@ class JsonTest(unittest.TestCase):
         self.assertEqual(sorted(set(used) - set(vm.SCHEMAS)), [])
 
 
-class FilesTest(TempCase):
+class FilesTest(ConfigCase):
     """Files that are there whole or not, and locks with an end."""
 
     def test_whole_files(self) -> None:
@@ -1709,7 +1675,7 @@ class FilesTest(TempCase):
             self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(10)), 0)
 
 
-class FuzzTest(TempCase):
+class FuzzTest(ConfigCase):
     """Whatever comes from outside: the documented errors, or a good value."""
 
     def setUp(self) -> None:
@@ -1945,7 +1911,7 @@ class FuzzTest(TempCase):
 
 # === configuration ==============================================================================
 
-class ConfigTest(TempCase):
+class ConfigTest(ConfigCase):
     """load(): what is taken, and why the rest is refused."""
 
     BAD: tuple[tuple[dict[str, Any], str], ...] = (
@@ -3089,7 +3055,7 @@ class StartupTest(unittest.TestCase):
 
 # === listener ===================================================================================
 
-class ListenerTest(TempCase):
+class ListenerTest(ConfigCase):
     """The https trigger with real TLS and real curl; the guests behind it are scripted."""
 
     def setUp(self) -> None:
@@ -3504,7 +3470,7 @@ class TestReading(NetCase):
         self.assertEqual(x0.ip, '192.0.2.9')
         ip('link del dev x0')
         self.assertFalse(x0.exists)
-        with self.refused(vm.NoInterface, 'x0: no such interface'):
+        with self.refused('x0: no such interface', kind=vm.NoInterface):
             x0.link()
 
     def test_two_processes_at_most_for_all(self) -> None:
@@ -3566,7 +3532,7 @@ class TestReading(NetCase):
 class TestNames(NetCase):
     def test_bad_addresses(self) -> None:
         for address in ('fe80::1%a\nlink delete eth0/64', 'fe80::1%eth0/64', '192.0.2.1/33', ''):
-            with self.subTest(address), self.refused(vm.NetworkError, 'is no IP address'):
+            with self.subTest(address), self.refused('is no IP address'):
                 vm.valid_address(address)
 
     def test_bad_names(self) -> None:
@@ -3575,9 +3541,9 @@ class TestNames(NetCase):
             for make in (vm.valid_name, lambda name: vm.Switch(name or '-'),
                          lambda name: vm.VirtualNic(name or '-'),
                          lambda name: vm.VirtualNic('ok', sink=name or '-')):
-                with self.subTest(name), self.refused(vm.NetworkError, 'can\'t be the name'):
+                with self.subTest(name), self.refused('can\'t be the name'):
                     make(name)
-        with self.refused(vm.NetworkError, 'can\'t be the name of a namespace'):
+        with self.refused('can\'t be the name of a namespace'):
             vm.VirtualNic(namespace='../etc')
         self.assertEqual(names(), set())
         self.assertEqual(self.records(), {})
@@ -3611,10 +3577,10 @@ class TestNames(NetCase):
         self.assertNotEqual(vm.VirtualNic('n9').mac, wanted)
         self.assertEqual(vm.VirtualNic('n8', mac='52:54:00:AA:bb:01').mac,
                          '52:54:00:aa:bb:01')
-        with self.refused(vm.NameTaken, 'has the MAC'):
+        with self.refused('has the MAC', kind=vm.NameTaken):
             vm.VirtualNic('n7', mac='52:54:00:aa:bb:01')
         for mac in ('01:00:5e:00:00:01', '00:00:00:00:00:00', '52:54:00', 'x'):
-            with self.refused(vm.NetworkError, 'is no MAC'):
+            with self.refused('is no MAC'):
                 vm.VirtualNic('n6', mac=mac)
         switch = vm.Switch('sw')
         pinned = switch.mac
@@ -3699,12 +3665,12 @@ class TestNic(NetCase):
             two = vm.VirtualNic(namespace='web2')
         self.assertEqual(one.index, two.index)
         os.close(one.open())
-        with self.refused(vm.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
+        with self.refused(f'/dev/tap{one.index}: is device', 'another namespace', kind=vm.InUse):
             two.open()
         ip(f'-n web2 link set dev {two.tap_interface} down')     # ... even of the same name ...
         ip(f'-n web2 link set dev {two.tap_interface} name {one.tap_interface}')
         two.tap_interface, name = one.tap_interface, two.tap_interface
-        with self.refused(vm.InUse, f'/dev/tap{one.index}: is device', 'another namespace'):
+        with self.refused(f'/dev/tap{one.index}: is device', 'another namespace', kind=vm.InUse):
             two.open()
         two.tap_interface = name
         # ... and if the numbers agreed, the name would not.
@@ -3712,7 +3678,7 @@ class TestNic(NetCase):
             run.return_value.returncode = 0
             rdev = os.stat(f'/dev/tap{one.index}').st_rdev
             run.return_value.stdout = f'{os.major(rdev)}:{os.minor(rdev)}\n'.encode()
-            with self.refused(vm.InUse, f'of {one.tap_interface}'):
+            with self.refused(f'of {one.tap_interface}', kind=vm.InUse):
                 two.open()
         self.assertEqual(open_files('/dev/tap'), [])
 
@@ -3725,7 +3691,7 @@ class TestNic(NetCase):
     def test_plain_tap(self) -> None:
         nic = vm.VirtualNic('tap7')
         tap = nic.open()
-        with self.refused(vm.InUse, 'tap tap7', 'has it open'):
+        with self.refused('tap tap7', 'has it open', kind=vm.InUse):
             nic.open()
         os.close(tap)
         self.assertTrue(nic.exists)
@@ -3734,13 +3700,13 @@ class TestNic(NetCase):
     def test_a_pair_has_no_tap(self) -> None:
         nic = vm.VirtualNic('p1', sink='s1')
         self.assertEqual(nic.far_end.kind, 'veth')
-        with self.refused(vm.NetworkError, 'without a tap'):
+        with self.refused('without a tap'):
             nic.open()
 
     def test_tap_that_is_gone(self) -> None:
         nic = vm.VirtualNic(namespace='web1')
         ip(f'-n web1 link del dev {nic.tap_interface}')
-        with self.refused(vm.NoInterface, 'no such tap in web1'):
+        with self.refused('no such tap in web1', kind=vm.NoInterface):
             nic.open()
 
     def test_unplugged_is_seen_by_the_machine(self) -> None:
@@ -3759,9 +3725,9 @@ class TestNic(NetCase):
                          vm.VirtualNic('n1', namespace='web1').index)
         vm.Switch('lan')
         vm.Switch('lan')
-        with self.refused(vm.NameTaken, 'exists already, as a switch'):
+        with self.refused('exists already, as a switch', kind=vm.NameTaken):
             vm.VirtualNic('lan')
-        with self.refused(vm.NameTaken, 'exists already, as a nic'):
+        with self.refused('exists already, as a nic', kind=vm.NameTaken):
             vm.VirtualNic('n1', namespace='web2')
         nic = vm.VirtualNic('n1', namespace='web1')
         for _ in range(2):
@@ -3785,7 +3751,7 @@ class TestNic(NetCase):
         room.delete()
         self.assertEqual(names(), set())
         self.assertEqual(namespaces(), ['theirs'])
-        with self.refused(vm.NameTaken, 'namespace theirs: exists and is not ours'):
+        with self.refused('namespace theirs: exists and is not ours', kind=vm.NameTaken):
             vm.Namespace('theirs')
 
     def test_contexts(self) -> None:
@@ -3796,7 +3762,7 @@ class TestNic(NetCase):
     def test_netem_that_the_kernel_lacks(self) -> None:
         nic = vm.VirtualNic(namespace='web1')
         for bad in ({'delay': -1}, {'loss': 101}):
-            with self.refused(vm.NetworkError, 'percent up to 100'):
+            with self.refused('percent up to 100'):
                 nic.impair(**bad)
         try:
             nic.impair(delay=0.01)
@@ -3982,7 +3948,7 @@ class TestRouter(NetCase):
     def test_rolls_back_when_it_fails(self) -> None:
         for failing in ('master', 'route replace', 'type bridge'):
             with self.subTest(failing), ip_fails_at(failing), \
-                    self.refused(vm.NetworkError, 'can\'t', failing, 'as told'):
+                    self.refused('can\'t', failing, 'as told'):
                 vm.Router('eth1')
             self.assertEqual(self.picture(), self.before)
             self.assertEqual((names(), self.records()), ({'eth1'}, {}))
@@ -3996,10 +3962,10 @@ class TestRouter(NetCase):
 
     def test_default_route(self) -> None:
         ip('route add default via 192.0.2.1 dev eth1')
-        with self.refused(vm.InUse, 'eth1: carries the default route via 192.0.2.1',
-                          'force=True'):
+        with self.refused('eth1: carries the default route via 192.0.2.1', 'force=True',
+                          kind=vm.InUse):
             vm.Router('eth1')
-        with self.refused(vm.InUse, 'carries the default route'):
+        with self.refused('carries the default route', kind=vm.InUse):
             vm.Switch('lan').connect('eth1')
         before = self.picture()
         router = vm.Router('eth1', force=True)
@@ -4009,17 +3975,17 @@ class TestRouter(NetCase):
 
     def test_refusals(self) -> None:
         switch = vm.Switch('lan')
-        with self.refused(vm.NoInterface, 'eth11: no such interface', 'did you mean eth1?'):
+        with self.refused('eth11: no such interface', 'did you mean eth1?', kind=vm.NoInterface):
             vm.Router('eth11')
-        with self.refused(vm.InUse, 'lo: is the loopback'):
+        with self.refused('lo: is the loopback', kind=vm.InUse):
             vm.Router('lo', name='r')
-        with self.refused(vm.InUse, 'has the address 192.0.2.5/24', 'Router('):
+        with self.refused('has the address 192.0.2.5/24', 'Router(', kind=vm.InUse):
             switch.connect('eth1')
-        with self.refused(vm.NetworkError, '\'x0\' can\'t be a port', 'p0'):
+        with self.refused('\'x0\' can\'t be a port', 'p0'):
             vm.Router('eth1').connect('x0', switch)
-        with self.refused(vm.InUse, 'eth1: is already a port of eth1-router'):
+        with self.refused('eth1: is already a port of eth1-router', kind=vm.InUse):
             switch.connect('eth1', force=True)
-        with self.refused(vm.InUse, 'eth1: is already a port of eth1-router'):
+        with self.refused('eth1: is already a port of eth1-router', kind=vm.InUse):
             vm.Router('eth1', name='another')
 
     def test_plain_interface_on_a_switch(self) -> None:
@@ -4040,7 +4006,7 @@ class TestRouter(NetCase):
         second_ways: tuple[Callable[[], object], ...] = (
             lambda: a.connect(c), lambda: a.connect(a), lambda: router.connect('p1', c))
         for again in second_ways:
-            with self.refused(vm.InUse, 'a second way would be a loop'):
+            with self.refused('a second way would be a loop', kind=vm.InUse):
                 again()
         b.disconnect(c)
         a.connect(c)
@@ -4093,8 +4059,8 @@ class TestRouter(NetCase):
 
     def test_nat_without_a_firewall_program(self) -> None:
         with mock.patch.object(shutil, 'which', return_value=None), \
-                self.refused(vm.MissingFeature, 'neither iptables nor nft',
-                             'install nftables'):
+                self.refused('neither iptables nor nft', 'install nftables',
+                             kind=vm.MissingFeature):
             vm.Router('eth1', nat=True)
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
@@ -4207,11 +4173,11 @@ class TestCrash(NetCase):
 
     def test_failure_in_the_middle_rolls_back_and_names_the_line(self) -> None:
         with ip_fails_at('name web1-p33 '), self.refused(
-                vm.NetworkError, 'can\'t create port web1-p33 and sink web1-p33-sink: as '
+                'can\'t create port web1-p33 and sink web1-p33-sink: as '
                 'told', 'link add name web1-p33'):
             vm.VirtualNic.create_many(50, 'web1')
         with ip_fails_at('name web1-p9-tap '), self.refused(
-                vm.NetworkError, 'can\'t create macvtap web1-p9-tap in namespace web1'):
+                'can\'t create macvtap web1-p9-tap in namespace web1'):
             vm.VirtualNic.create_many(50, 'web1')
         self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
 
@@ -4256,10 +4222,10 @@ class TestOwnership(NetCase):
         ip('link property add dev lan altname other-lan')
         for make in (vm.Switch, vm.VirtualNic):
             for name in ('lan', 'other-lan'):
-                with self.refused(vm.NameTaken, f'{name}: a bridge interface of that name '
-                                  'exists that is not ours', 'choose another name'):
+                with self.refused(f'{name}: a bridge interface of that name exists that is not '
+                                  'ours', 'choose another name', kind=vm.NameTaken):
                     make(name)
-        with self.refused(vm.NetworkError, 's1'):
+        with self.refused('s1'):
             ip('link add name s1 type bridge')
             vm.VirtualNic('p1', sink='s1')
         self.assertEqual(names(), {'lan', 's1'})
@@ -4316,14 +4282,14 @@ class TestOwnership(NetCase):
         self.assertEqual((path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777),
                          (0o600, 0o700))
         path.write_text('{broken')
-        with self.refused(vm.NetworkError, 'can\'t be read', 'remove it'):
+        with self.refused('can\'t be read', 'remove it'):
             vm.Switch('lan')
 
     def test_made_things_keep_their_names(self) -> None:
         switch = vm.Switch('lan')
-        with self.refused(vm.InUse, 'made by this program and can\'t be renamed'):
+        with self.refused('made by this program and can\'t be renamed', kind=vm.InUse):
             switch.rename('wan')
-        with self.refused(vm.InUse, 'can\'t be moved'):
+        with self.refused('can\'t be moved', kind=vm.InUse):
             switch.move('far')
 
 
@@ -4353,26 +4319,26 @@ class TestErrors(NetCase):
     def test_connecting(self) -> None:
         one, two, nic = vm.Switch('one'), vm.Switch('two'), vm.VirtualNic()
         nic.connect(one)
-        with self.refused(vm.InUse, 'nic-p0: is already a port of one', 'disconnect it'):
+        with self.refused('nic-p0: is already a port of one', 'disconnect it', kind=vm.InUse):
             nic.connect(two)
-        with self.refused(vm.NoInterface, 'onee: no such interface', 'did you mean one?'):
+        with self.refused('onee: no such interface', 'did you mean one?', kind=vm.NoInterface):
             nic.connect('onee')
-        with self.refused(vm.NoInterface, 'theirs: no such interface'):
+        with self.refused('theirs: no such interface', kind=vm.NoInterface):
             one.connect('theirs')
         other, third = vm.VirtualNic(), vm.VirtualNic()
-        with self.refused(vm.InUse, 'nic-p0: is already connected to one'):
+        with self.refused('nic-p0: is already connected to one', kind=vm.InUse):
             nic.connect(other)
-        with self.refused(vm.InUse, 'is already connected to itself'):
+        with self.refused('is already connected to itself', kind=vm.InUse):
             other.connect(other)
         other.connect(third)
-        with self.refused(vm.InUse, 'nic-p1: is already connected to nic-p2'):
+        with self.refused('nic-p1: is already connected to nic-p2', kind=vm.InUse):
             other.connect(one)
         third.delete()
         self.assertEqual(other.peer, '')
         other.connect(one)
-        with self.refused(vm.NoInterface, 'nic-p2: no such interface', 'did you mean nic-p'):
+        with self.refused('nic-p2: no such interface', 'did you mean nic-p', kind=vm.NoInterface):
             third.connect(one)
-        with self.refused(vm.NoInterface, 'no such namespace'):
+        with self.refused('no such namespace', kind=vm.NoInterface):
             len(vm.Interfaces('far'))
 
     def test_what_ip_says(self) -> None:
@@ -4404,7 +4370,7 @@ class TestErrors(NetCase):
         ops = [vm.Op('first', 'link set dev lo up'),
                vm.Op('second', 'link set dev lo master nothing'),
                vm.Op('third', 'link add name x3 type bridge')]
-        with self.refused(vm.NoInterface, 'can\'t second: argument "nothing" is wrong'):
+        with self.refused('can\'t second: argument "nothing" is wrong', kind=vm.NoInterface):
             vm.carry_out(ops)
         self.assertEqual(names(), set())
         self.assertEqual(len(vm.carry_out(ops, force=True)), 1)
@@ -4412,9 +4378,9 @@ class TestErrors(NetCase):
 
     def test_bond_that_the_kernel_lacks(self) -> None:
         physical('eth1', 'server')
-        with self.refused(vm.NetworkError, 'mode \'fast\'', 'active-backup'):
+        with self.refused('mode \'fast\'', 'active-backup'):
             vm.Bond('bond7', ['eth1'], mode='fast')
-        with self.refused(vm.NoInterface, 'eth2: no such interface', 'eth1'):
+        with self.refused('eth2: no such interface', 'eth1', kind=vm.NoInterface):
             vm.Bond('bond7', ['eth2'])
         try:
             vm.Bond('bond7', ['eth1']).delete()
@@ -4554,7 +4520,7 @@ class TestInGuest(NetCase):
             with self.subTest(mode), vm.Bond('bond1', ['e0', 'e1'], mode=mode) as bond:
                 self.assertEqual(set(bond.status), {'e0', 'e1'})
                 self.assertEqual(bond.link().data['mode'], mode)
-        with self.refused(vm.InUse, 'e0: is already a port of bond1'):
+        with self.refused('e0: is already a port of bond1', kind=vm.InUse):
             vm.Bond('bond1', ['e0'])
             vm.Bond('bond2', ['e0'])
 
@@ -4812,7 +4778,7 @@ def user_of(path: str) -> Iterator[None]:
         process.communicate()
 
 
-class TestHarddrive(Scratch):
+class TestHarddrive(Case):
     """Images, by what qemu-img and the bytes of the file say afterwards."""
 
     def img(self, *argv: str) -> str:
@@ -5003,7 +4969,7 @@ class TestHarddrive(Scratch):
                        capture_output=True)
 
 
-class TestCD(Scratch):
+class TestCD(Case):
     """CDs without a machine; with one, see TestMachine."""
 
     def test_off_line(self) -> None:
@@ -5081,8 +5047,8 @@ class TestGuest(Live):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        cls.disk = vm.Harddrive(cls.dir / 'disk.qcow2', 0.1)
-        cls.raw = vm.Harddrive(cls.dir / 'data.raw', 0.05, 'raw')
+        cls.disk = vm.Harddrive(cls.directory / 'disk.qcow2', 0.1)
+        cls.raw = vm.Harddrive(cls.directory / 'data.raw', 0.05, 'raw')
         cls.machine = cls.guest('web', harddrives=cls.disk, memory=512, maxmemory=1024, nics=1,
                                 monitor_port=0)
         cls.machine.start_vm()
@@ -6726,7 +6692,7 @@ class TestAsGuests(Live):
 
 # === command line ===============================================================================
 
-class CommandLineTest(TempCase):
+class CommandLineTest(ConfigCase):
     """What needs no libvirt."""
 
     def test_version_and_help(self) -> None:
@@ -7305,7 +7271,7 @@ class Fresh(unittest.TestCase):
         self.assertEqual(self.sh('systemctl is-active vmmonitor'), 'active', shown)
         return shown
 
-    def refused(self, command: str, reason: str) -> None:
+    def fails(self, command: str, reason: str) -> None:
         """A command must fail for that reason, in one line, and leave all as it was."""
         before = self.state()
         done = self.box.run(command, 120)
@@ -7382,7 +7348,7 @@ class Fresh(unittest.TestCase):
     def packages(self) -> None:
         """--no-packages says what is missing"""
         self.copy(self.HERE)
-        self.refused(f'{self.HERE}/install.sh --no-packages',
+        self.fails(f'{self.HERE}/install.sh --no-packages',
                      'something is missing; install it: apt-get install python3 openssl curl')
         shown = self.box.run(f'{self.HERE}/install.sh --no-packages').stdout
         self.box.download(shown.rpartition('apt-get install ')[2].strip() + ' iproute2')
@@ -7431,7 +7397,7 @@ class Fresh(unittest.TestCase):
         self.assertIn('vmmonitor.py now belongs to root', self.install())
         self.modes()
         self.sh('mkdir -m 777 /srv/open')
-        self.refused(f'{self.here}/install.sh --prefix /srv/open/vmmonitor',
+        self.fails(f'{self.here}/install.sh --prefix /srv/open/vmmonitor',
                      '/srv/open: the user vmmonitor may write it')
         self.sh('rmdir /srv/open')
 
@@ -7585,7 +7551,7 @@ class Fresh(unittest.TestCase):
                                   '        raise Error("broken on purpose")\n'
                                   '        for number in (signal.SIGTERM'))
         since = self.cursor()
-        self.refused(f'/srv/broken/install.sh --prefix {self.here} --port 10002 --with-machines',
+        self.fails(f'/srv/broken/install.sh --prefix {self.here} --port 10002 --with-machines',
                      'the service did not start: broken on purpose')
         self.sh('rm -r /srv/broken')
         self.logged(since, 'vmmonitor 1.1: monitor')
@@ -7693,7 +7659,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
                 env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdin and holder.stdout
             holder.stdout.readline()
-            self.refused(f'{place}/install.sh', 'did not start: .*10000.* in use')
+            self.fails(f'{place}/install.sh', 'did not start: .*10000.* in use')
             holder.stdin.close()
         for broken, options, reason in (
                 ('printf "{" > config.json', '', 'config.json: not JSON: '),
@@ -7712,10 +7678,10 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
                 ('rm config.json.sample', '', 'config.json.sample is missing')):
             with self.subTest(reason=reason):
                 self.sh(f'cd {place}; {broken}')
-                self.refused(f'{place}/install.sh {options}', reason)
+                self.fails(f'{place}/install.sh {options}', reason)
                 self.sh(f'rm -rf {place}')
                 self.copy(place)
-        self.refused('/root/closed/install.sh', "can't read .*say --prefix /opt/vmmonitor")
+        self.fails('/root/closed/install.sh', "can't read .*say --prefix /opt/vmmonitor")
         before, ends = self.state(), []
         for seconds in (0.3, 0.8, 1.4, 2.0, 2.6):       # interrupted, wherever it is then
             ends.append(self.box.status(f'timeout {seconds} {place}/install.sh'))
