@@ -33,6 +33,7 @@ import os
 import pwd
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -4763,8 +4764,8 @@ class AgentWireTest(unittest.TestCase):
 # === disks ======================================================================================
 
 @contextlib.contextmanager
-def user_of(path: str) -> Iterator[None]:
-    """Have a QEMU keep an image open."""
+def user_of(path: str) -> Iterator[int]:
+    """Have a QEMU keep an image open, and lend its process id."""
     process = subprocess.Popen(
         ['nice', '-n', '19', QEMU, '-M', 'q35', '-accel', 'tcg', '-nodefaults', '-display', 'none',
          '-S', '-qmp', 'stdio', '-blockdev', json.dumps({
@@ -4772,7 +4773,7 @@ def user_of(path: str) -> Iterator[None]:
          '-device', 'virtio-blk-pci,drive=d'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         process.stdout.readline()       # type: ignore[union-attr]
-        yield
+        yield process.pid
     finally:
         process.kill()
         process.communicate()
@@ -4788,6 +4789,13 @@ class TestHarddrive(Case):
     def io(self, path: str, command: str, form: str = 'qcow2') -> str:
         return subprocess.run(['qemu-io', '-f', form, '-c', command, path], check=True,
                               capture_output=True, text=True).stdout
+
+    def encrypted(self, form: str, key: str, path: str, kind: str) -> None:
+        """Make an encrypted image: qemu-img measures the processor for it, and may find its clock
+        too coarse."""
+        argv = ['qemu-img', 'create', '-q', '-f', form, '--object', f'secret,id=key,file={key}',
+                '-o', kind, path, '1M']
+        self.assertTrue(soon(lambda: not subprocess.run(argv, check=False).returncode))
 
     def test_creates_if_absent_and_never_overwrites(self) -> None:
         path = self.path('a.qcow2')
@@ -4807,13 +4815,20 @@ class TestHarddrive(Case):
         self.assertEqual(again.info()['virtual-size'], 1 << 28)
 
     def test_odd_names_are_taken_literally(self) -> None:
-        for name in ('a,readonly=on.qcow2', 'nbd:host.qcow2', '-f.qcow2', 'json:{}.qcow2'):
+        for name in ('a,readonly=on.qcow2', 'nbd:host.qcow2', '-f.qcow2', 'json:{}.qcow2',
+                     'Screenshot 3.04\u202fPM.qcow2', 'a\xa0b.qcow2',
+                     'bjo\u0308rn \U0001f427.qcow2'):
             with self.subTest(name):
                 path = self.path(name)
                 self.assertEqual(vm.Harddrive(path, 0.1).info()['filename'], path)
                 self.assertTrue(os.path.exists(path))
-        with self.refused('control characters'):
-            vm.Harddrive(self.path('a\nb'))
+                vm.Harddrive(path).snapshot('s')
+                self.assertEqual([row.tag for row in vm.Harddrive(path).snapshots], ['s'])
+        for name, why in (('a\nb', 'control characters'), ('a\udcff.qcow2', 'no UTF-8')):
+            with self.refused(why, repr(self.path(name)), 'rename'):
+                vm.Harddrive(self.path(name))
+            with self.refused(why):
+                vm.CD(os.fsencode(self.path(name)))     # type: ignore[arg-type]
 
     def test_formats_are_never_probed(self) -> None:
         raw = vm.Harddrive(self.path('r.raw'), 0.01, 'raw')
@@ -4834,6 +4849,73 @@ class TestHarddrive(Case):
         for form in ('vmdk', 'json:{}', ''):
             with self.refused('format'):
                 vm.Harddrive(self.path('x'), format=form)
+
+    def test_foreign_formats_are_named(self) -> None:
+        """With the command that makes a disk of them, and never "say format='raw'"."""
+        Path(self.path('key')).write_bytes(b'secret')
+        found: list[tuple[str, str, str]] = []          # path, what it is, the command
+        for form, *more in (
+                ('vmdk',), ('vmdk', '-o', 'subformat=monolithicFlat'), ('vdi',), ('vhdx',),
+                ('vpc',), ('vpc', '-o', 'subformat=fixed'), ('qed',), ('qcow',), ('parallels',)):
+            path = self.path(f'{len(found)} it\'s.{form}')
+            self.img('create', '-q', '-f', form, *more, path, '4M')
+            found.append((path, f'({form})', f'qemu-img convert -f {form} -O qcow2 '))
+        self.encrypted('luks', self.path('key'), self.path('l.luks'), 'key-secret=key,iter-time=10')
+        found.append((self.path('l.luks'), 'encrypted (LUKS)', 'driver=luks,key-secret=key,'))
+        Path(self.path('disk')).write_bytes(bytes(4096))
+        for line, name in (('tar cf d.ova disk', 'd.ova'), ('xz -k disk', 'disk.xz'),
+                           ('gzip -k disk', 'disk.gz'), ('zstd -q disk', 'disk.zst'),
+                           ('bzip2 -k disk', 'disk.bz2')):
+            if shutil.which(line.split()[0]):
+                subprocess.run(line.split(), cwd=os.path.dirname(self.path('x')), check=True)
+                found.append((self.path(name), 'not a disk', 'unpack it: '))
+        self.assertGreater(len(found), 12)
+        for path, what, command in found:
+            with self.subTest(path), self.assertRaises(vm.DiskError) as caught:
+                vm.Harddrive(path)
+            said = vm.explain(caught.exception)
+            for word in (path, what, command, shlex.quote(path)):
+                self.assertIn(word, said)
+            self.assertNotIn("format='raw'", said)
+            argv = shlex.split(caught.exception.hint.replace('unpack it: ', ''))
+            shutil.rmtree(self.path('out'), ignore_errors=True)     # the command works
+            os.mkdir(self.path('out'))
+            if 'unpack' in caught.exception.hint:
+                argv[-1] = shutil.copy(path, self.path('out'))
+            subprocess.run([word.replace('KEYFILE', self.path('key')) for word in argv],
+                           cwd=self.path('out'), check=True)
+            self.assertTrue(set(os.listdir(self.path('out'))) - {os.path.basename(path)})
+            with self.assertLogs('vmmonitor', 'WARNING') as logged:
+                vm.CD(path)
+                vm.Harddrive(path, format='raw')        # a guest may have written that: used
+            self.assertEqual([what in line for line in logged.output], [True, True])
+
+    def test_qcow2_that_qemu_would_not_take(self) -> None:
+        drive = vm.Harddrive(self.path('a.qcow2'), 0.01)
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            vm.Harddrive(drive.filename, format='raw')
+        self.assertIn('looks like a qcow2 image, but is used as raw', logged.output[0])
+        with open(drive.filename, 'r+b') as image:
+            image.seek(72 + 7)
+            image.write(b'\2')                          # its corrupt bit
+        for call in (drive.info, drive.wipe, lambda: drive.resize(1), drive.snapshot):
+            with self.refused('is marked as corrupt'):
+                call()
+        with self.assertRaises(vm.DiskError) as caught:
+            vm.Harddrive(drive.filename)
+        self.img(*shlex.split(caught.exception.hint.partition(': qemu-img ')[2]))
+        self.assertEqual(vm.Harddrive(drive.filename).snapshots, [])
+        Path(self.path('key')).write_bytes(b'secret')
+        self.encrypted('qcow2', self.path('key'), self.path('e.qcow2'), 'encrypt.format=luks,'
+                       'encrypt.key-secret=key,encrypt.iter-time=10')
+        before = Path(self.path('e.qcow2')).read_bytes()
+        with self.assertRaises(vm.DiskError) as caught:
+            vm.Harddrive(self.path('e.qcow2')).wipe()
+        self.assertIn('is encrypted', str(caught.exception))
+        self.assertEqual(Path(self.path('e.qcow2')).read_bytes(), before)
+        self.img(*shlex.split(caught.exception.hint.replace('KEYFILE', self.path('key')).replace(
+            'NEW.qcow2', self.path('NEW.qcow2')))[1:])
+        vm.Harddrive(self.path('NEW.qcow2'))
 
     def test_external_data_files_are_refused(self) -> None:
         path = self.path('e.qcow2')
@@ -4883,6 +4965,31 @@ class TestHarddrive(Case):
         for tag in ('1', '-d', 'a b', '../a', 'a' * 64):
             with self.refused('name of a snapshot'):
                 drive.snapshot(tag)
+
+    def test_snapshots_of_others(self) -> None:
+        """By their exact name, which qemu-img may take for the id of another one."""
+        drive = vm.Harddrive(self.path('s.qcow2'), 0.01)
+        tags = ['3', '1732561234', '1', 'before upgrade', '2', '-d', random_uuid(), 'ä%s"\\']
+        for number, tag in enumerate(tags, 1):
+            self.io(drive.filename, f'write -P {number} 0 64k')
+            self.img('snapshot', '-c', tag, drive.filename)
+        self.assertEqual([row.tag for row in drive.snapshots], tags)
+        for number, tag in enumerate(tags, 1):
+            drive.load_snapshot(tag)
+            self.assertNotIn('failed', self.io(drive.filename, f'read -P {number} 0 64k'))
+        with self.refused('no snapshot 7'):             # an id is no name
+            drive.load_snapshot('7')
+        for tag in ('1', '3', 'before upgrade'):
+            drive.delete_snapshot(tag)
+            tags.remove(tag)
+            self.assertEqual([row.tag for row in drive.snapshots], tags)
+        self.img('snapshot', '-c', '2', drive.filename)
+        for call in (drive.load_snapshot, drive.delete_snapshot):
+            with self.refused('has 2 snapshots 2', 'qemu-img snapshot -d 2'):
+                call('2')
+        drive.wipe(snapshots_only=True)
+        self.assertEqual(drive.snapshots, [])
+
         with self.refused('raw', 'qcow2'):
             vm.Harddrive(self.path('r'), 0.01, 'raw').snapshot('a')
 
@@ -4901,23 +5008,54 @@ class TestHarddrive(Case):
         self.assertEqual((drive.snapshots, drive.info()['virtual-size']), ([], size))
         self.io(drive.filename, 'read -P 0 0 64k')
         self.assertEqual(os.stat(drive.filename).st_mode & 0o777, 0o640)
-        with mock.patch.object(vm.Harddrive, '_img', side_effect=vm.DiskError('no')):
-            inode = os.stat(drive.filename).st_ino
-            with contextlib.suppress(vm.DiskError):
-                drive._write(1 << 20, replace=True)
-        self.assertEqual(os.stat(drive.filename).st_ino, inode)
+
+    def test_wipe_keeps_the_kind(self) -> None:
+        for kind in ('cluster_size=8k,lazy_refcounts=on,refcount_bits=8,compression_type=zstd',
+                     'compat=0.10', 'extended_l2=on,cluster_size=128k'):
+            path = self.path(f'{kind}.qcow2')
+            self.img('create', '-q', '-f', 'qcow2', '-o', kind, path, '1M')
+            drive = vm.Harddrive(path)
+            before = drive.info()
+            drive.wipe()
+            for key in ('cluster-size', 'virtual-size', 'format-specific'):
+                self.assertEqual(drive.info()[key], before[key])
+
+    def test_what_fails_leaves_the_disk(self) -> None:
+        """Here because no file may become as long as it takes."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for form in ('qcow2', 'raw'):
+            drive = vm.Harddrive(self.path(f'd.{form}'), 0.01, form)
+            self.io(drive.filename, 'write -P 1 0 64k', form)
+            before, names_ = Path(drive.filename).read_bytes(), os.listdir(self.path('.'))
+            for call in (functools.partial(vm.Harddrive, self.path('new'), 1, form), drive.wipe,
+                         functools.partial(drive.resize, 1 << 19)):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (32768, hard))
+                try:
+                    with self.subTest(form), self.refused('qemu-img'):
+                        call()
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                self.assertEqual(Path(drive.filename).read_bytes(), before)
+                self.assertEqual(os.listdir(self.path('.')), names_)
 
     def test_in_use(self) -> None:
         drive = vm.Harddrive(self.path('u.qcow2'), 0.01)
         drive.snapshot('one')
         self.assertFalse(drive.in_use())
-        with user_of(drive.filename):
+        with user_of(drive.filename) as user:
             self.assertTrue(drive.in_use())
+            thin = vm.Harddrive(self.path('thin.qcow2'), backing=drive)
+            self.assertTrue(thin.in_use())              # it would see the other one's writes
+            with self.refused(f'{drive.filename}: can', f'process {user}'):
+                thin.snapshot()
             self.assertEqual([row.tag for row in drive.snapshots], ['one'])
             for what in (drive.wipe, lambda: drive.wipe(True), lambda: drive.snapshot('two'),
                          lambda: drive.load_snapshot('one'), lambda: drive.resize(1)):
-                with self.refused('stop the machine'):
+                with self.refused('stop the machine', drive.filename,
+                                  f'(qemu-system-x86_64, process {user}) has it open'):
                     what()
+            with mock.patch.dict(os.environ, {'PATH': '/absent'}), self.refused('qemu-utils'):
+                drive.info()
         self.assertFalse(drive.in_use())
         drive.wipe()
         os.unlink(drive.filename)
@@ -5778,7 +5916,7 @@ class TestLife(Live):
         disk = self.path('d.qcow2')
         a, b = self.bios('own-a', harddrives=disk), self.bios('own-b', harddrives=disk)
         a.start_vm()
-        with self.refused('another machine has it open'):
+        with self.refused(disk, f'machine own-a (qemu-system-x86_64, process {a.pid()}) has it'):
             b.start_vm()
         with mock.patch.object(vm.Harddrive, 'in_use', lambda _: False), \
                 self.refused('did not start', 'lock'):      # QEMU's own lock, too
@@ -6327,7 +6465,7 @@ class TestLife(Live):
         self.assertEqual(b.read_file('/tmp/kept'), b'kept')
         self.assertGreater(seen[-1][1], 128 << 20)
         self.assertFalse(vm.Machine.load('there').spec.incoming)
-        with self.refused('another machine has it open'):
+        with self.refused('machine there (qemu'):
             a.start_vm()
         disk.resize(0.02)                               # goes to the machine that has it now
         self.assertEqual(b.qmp('query-block')[-1]['inserted']['image']['virtual-size'],

@@ -676,7 +676,9 @@ def bytes_locked(fd: int, first: int, count: int) -> bool:
 # === processes ==================================================================================
 
 SYS_COMMAND_TIMEOUT = 600.0    # of sys_command(), unless it is told another
-PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2'}     # Debian's, where its name is another
+# Debian's, where its name is another
+PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2', 'qemu-img': 'qemu-utils', 'setpriv': 'util-linux',
+            'qemu-system-x86_64': 'qemu-system-x86'}
 SBIN = '/usr/local/sbin', '/usr/sbin', '/sbin'      # which Debian's `su` leaves out of PATH
 
 
@@ -5214,16 +5216,45 @@ IMAGE_TIMEOUT = 120.0           # for one run of qemu-img; none of its uses here
 QCOW2_MAGIC = b'QFI\xfb'
 BACKING_LAST = 1 << 21          # byte at which a backing file's name may begin: of one cluster
 BACKING_LENGTH = 1023           # ... and how long it may be
-EXTERNAL_DATA = 1 << 2          # of the incompatible features: the data are in another file
-IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that it has open
+CORRUPT = 1 << 1                # of the incompatible features: QEMU found it to be damaged
+EXTERNAL_DATA = 1 << 2          # ... and: the data are in another file
+KEPT_BY_WIPE = ('compat', 'compression-type', 'extended-l2', 'lazy-refcounts', 'refcount-bits')
+DECRYPT = ('qemu-img convert --object secret,id=key,file=KEYFILE --image-opts '
+           'driver={},{},file.filename={{}} -O qcow2 NEW.qcow2')
+# What is neither raw nor qcow2: where its magic is (below 0: from the end), the magic, what it is,
+# and what makes a disk of it; {} is its name.
+FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
+    *((place, magic, f'{what} ({form})', f'qemu-img convert -f {form} -O qcow2 {{}} NEW.qcow2')
+      for place, magic, what, form in (
+        (0, b'QFI\xfb\0\0\0\1', 'an image of qcow2\'s forerunner', 'qcow'),
+        (0, b'KDMV', 'an image of VMware', 'vmdk'), (0, b'COWD', 'an image of VMware', 'vmdk'),
+        (0, b'# Disk DescriptorFile', 'the description of an image of VMware', 'vmdk'),
+        (64, b'\x7f\x10\xda\xbe', 'an image of VirtualBox', 'vdi'),
+        (0, b'vhdxfile', 'an image of Hyper-V', 'vhdx'),
+        (0, b'conectix', 'a VHD image', 'vpc'), (-512, b'conectix', 'a VHD image', 'vpc'),
+        (-512, b'koly', 'an image of macOS', 'dmg'), (0, b'QED\0', 'a QED image', 'qed'),
+        (0, b'WithoutFreeSpace', 'an image of Parallels', 'parallels'),
+        (0, b'WithouFreSpacExt', 'an image of Parallels', 'parallels'))),
+    (0, b'LUKS\xba\xbe', 'encrypted (LUKS)', DECRYPT.format('luks', 'key-secret=key')),
+    *((place, magic, f'{what}, not a disk', f'unpack it: {program} {{}}')
+      for place, magic, what, program in (
+        (257, b'ustar', 'a tar archive, as an .ova is', 'tar xf'),
+        (0, b'\xfd7zXZ\0', 'compressed by xz', 'xz -dk'),
+        (0, b'\x1f\x8b', 'compressed by gzip', 'gunzip -k'),
+        (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd', 'zstd -d'),
+        (0, b'BZh', 'compressed by bzip2', 'bunzip2 -k'),
+        (0, b'7z\xbc\xaf', 'a 7z archive', '7z x'), (0, b'PK\3\4', 'a zip archive', 'unzip'))))
+IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that it has open ...
+WRITER_LOCK = 101, 1            # ... and this one if it writes to it
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 SCHEMAS.update({
     'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
-    'qemu-img info': {'virtual-size': int, 'snapshots?': [
-        {'name': str, 'date-sec': int, 'vm-state-size': int}]}})
+    'qemu-img info': {
+        'virtual-size': int, 'cluster-size?': int, 'format-specific?': {'data?': dict},
+        'snapshots?': [{'id': str, 'name': str, 'date-sec': int, 'vm-state-size': int}]}})
 
 
 def image_path(filename: str | os.PathLike[str]) -> str:
@@ -5232,8 +5263,10 @@ def image_path(filename: str | os.PathLike[str]) -> str:
         path = os.path.abspath(os.fsdecode(filename))
     except TypeError:
         raise DiskError(f'{filename!r:.80} is no file name', 'give a path') from None
-    if not path.isprintable():
-        raise DiskError(f'{path!r}: a file name with control characters', 'rename the file')
+    strange = re.search(r'[\0-\x1f\x7f-\x9f\u2028\u2029]|([\ud800-\udfff])', path)
+    if strange:
+        raise DiskError(f'{path!r}: a file name with ' + (
+            'bytes that are no UTF-8' if strange[1] else 'control characters'), 'rename it')
     return path
 
 
@@ -5264,25 +5297,77 @@ class Header(NamedTuple):
 
     size: int                   # of the disk, bytes
     backing: str                # '' if there is none
-    external: bool              # its data are in another file
+    encrypted: int              # 0, 1: AES, 2: LUKS
+    features: int               # CORRUPT, EXTERNAL_DATA
+
+
+def image_at(path: str, *places: int) -> list[bytes]:
+    """Return 1 KiB of a file from each place, below 0 from its end; b'' for what can't be read."""
+    found = [b''] * len(places)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would hold us
+        try:
+            end = os.lseek(fd, 0, os.SEEK_END)
+            found = [os.pread(fd, 1024, max(place + end * (place < 0), 0)) for place in places]
+        finally:
+            os.close(fd)
+    return found
 
 
 def qcow2_header(path: str) -> Header | None:
     """Read the header; None if the file is no qcow2 image."""
-    try:
-        with open(path, 'rb') as image:
-            head = image.read(80).ljust(80, b'\0')
-            if head[:4] != QCOW2_MAGIC:
-                return None
-            version, where, length, _, size = struct.unpack('>IQIIQ', head[4:32])
-            if version not in (2, 3) or where > BACKING_LAST or length > BACKING_LENGTH:
-                raise DiskError(f'{path}: a broken header', 'restore the image from a backup')
-            image.seek(where)
-            backing = image.read(length).decode(errors='replace') if where else ''
-    except OSError as problem:
-        raise DiskError(f'{path}: {problem.strerror}') from None
-    features = struct.unpack('>Q', head[72:])[0] if version > 2 else 0
-    return Header(size, backing, bool(features & EXTERNAL_DATA))
+    os.close(open_file(path))
+    head = image_at(path, 0)[0].ljust(80, b'\0')
+    version, where, length, _, size, encrypted = struct.unpack('>IQIIQI', head[4:36])
+    if head[:4] != QCOW2_MAGIC or version == 1:
+        return None
+    if version not in (2, 3) or where > BACKING_LAST or length > BACKING_LENGTH:
+        raise DiskError(f'{path}: a broken header', 'restore the image from a backup')
+    backing = os.fsdecode(image_at(path, where)[0][:length]) if where else ''
+    features = struct.unpack('>Q', head[72:80])[0] if version > 2 else 0
+    return Header(size, backing, encrypted, features)
+
+
+def foreign(path: str) -> tuple[str, str]:
+    """Return what a file is that holds a disk as neither raw nor qcow2 does, by its magic, and
+    the command that makes a disk of it; ('', '') if it is none."""
+    first, last = image_at(path, 0, -512)
+    for place, magic, what, remedy in FOREIGN:
+        if (last if place < 0 else first)[max(place, 0):].startswith(magic):
+            return what, remedy.format(shlex.quote(path))
+    return '', ''
+
+
+def warn_of_foreign(path: str, use: str) -> None:
+    """Log what a file looks like that is used as a raw disk or a CD; no more, since a guest may
+    have written that into its disk."""
+    what, remedy = foreign(path)
+    if not what and image_at(path, 0)[0].startswith(QCOW2_MAGIC):
+        what, remedy = 'a qcow2 image', "say Harddrive(…, format='qcow2')"
+    if what:
+        log.warning('%s: looks like %s, but is used as %s: the guest sees the file as it stands, '
+                    'not the disk in it; %s', path, what, use, remedy)
+
+
+def holder_of(path: str) -> str:
+    """Return who has locked a file, by its machine, program and process, or '' where this process
+    may not see it (/proc/PID/fdinfo)."""
+    for process in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            mine = [fd.name for fd in (process / 'fd').iterdir() if _is_file(str(fd), path)]
+            if process.name != str(os.getpid()) and any(
+                    'lock:' in (process / 'fdinfo' / fd).read_text() for fd in mine):
+                line = (process / 'cmdline').read_text(errors='replace')
+                guest = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', line)
+                return (f'machine {guest[1]} (' if guest else '(') + os.path.basename(
+                    line.split('\0')[0]) + f', process {process.name})'
+    return ''
+
+
+def _is_file(one: str, other: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
 
 
 class Attached(Protocol):
@@ -5308,11 +5393,12 @@ class Snapshot(NamedTuple):
     tag: str
     when: int                   # seconds since 1970
     ram: int                    # bytes of a machine's state that are in it; 0: the disk alone
+    id: str = ''                # QEMU's own number for it in this image
 
 
 def snapshots_of(image: Mapping[str, Any]) -> list[Snapshot]:
     """Return the snapshots in an ImageInfo of QMP or qemu-img."""
-    return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'])
+    return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'], row['id'])
             for row in image.get('snapshots', [])]
 
 
@@ -5359,12 +5445,14 @@ class Harddrive:
         if not os.path.exists(self.filename):
             base = self.backing.info()['virtual-size'] if self.backing else 0
             self._write(max(self._bytes(size), base))
+        elif self.format == 'raw':
+            warn_of_foreign(self.filename, 'raw')
         self.check()
 
-    def _write(self, size: int, replace: bool = False) -> None:
+    def _write(self, size: int, *kind: str, replace: bool = False) -> None:
         base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
         with whole_file(os.path.realpath(self.filename), replace) as file:
-            self._img('create', '-q', '-f', self.format, *base, fd_path(file), str(size),
+            self._img('create', '-q', '-f', self.format, *kind, *base, fd_path(file), str(size),
                       keep=[file])
             if replace:
                 old = os.stat(self.filename)
@@ -5377,13 +5465,16 @@ class Harddrive:
             return run(['qemu-img', *arguments], IMAGE_TIMEOUT, keep=keep).stdout
         except CommandError as problem:
             said = '; '.join(problem.stderr.replace(self._explicit(), self.filename).splitlines())
-            if 'lock' in said:
-                raise self._in_use() from None
+            if ' lock' in said:                 # Failed to get "write" lock
+                raise self.taken() from None
             raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {said}',
                             problem.hint) from None
 
-    def _in_use(self) -> DiskError:
-        return DiskError(f'{self.filename}: can\'t be changed: a machine has it open',
+    def taken(self) -> DiskError:
+        """Return the error that another program has the image open, and who."""
+        holders = [(row, holder_of(row.filename)) for row in self.chain()]
+        layer, who = next((pair for pair in holders if pair[1]), (self, 'a machine'))
+        return DiskError(f'{layer.filename}: can\'t be changed: {who} has it open',
                          'stop the machine first; what works live, its own harddrives can do')
 
     def _explicit(self) -> str:
@@ -5396,10 +5487,10 @@ class Harddrive:
             return
         header = qcow2_header(self.filename)
         if not header:
-            raise DiskError(f'{self.filename}: not a qcow2 image', "say format='raw' if it is raw")
-        if header.external:
-            raise DiskError(f'{self.filename}: its data are in another file',
-                            'qemu-img convert it to an image of its own')
+            what, remedy = foreign(self.filename)
+            raise DiskError(f'{self.filename}: not a qcow2 image' + (what and f', but {what}'),
+                            remedy or "say format='raw' if it is raw")
+        self._check_usable(header)
         named = os.path.join(os.path.dirname(self.filename), header.backing or '')
         if header.backing and not (self.backing and os.path.realpath(named)
                                    == os.path.realpath(self.backing.filename)):
@@ -5410,6 +5501,19 @@ class Harddrive:
         if self.backing:
             self.backing.check()
 
+    def _check_usable(self, header: Header) -> None:
+        """Raise DiskError for an image that QEMU would not take as it is."""
+        path = shlex.quote(self.filename)
+        for wrong, why, remedy in (
+                (header.features & EXTERNAL_DATA, 'its data are in another file',
+                 f'qemu-img convert -f qcow2 -O qcow2 {path} NEW.qcow2 makes one of its own'),
+                (header.features & CORRUPT, 'is marked as corrupt: QEMU found it damaged',
+                 f'copy it, then mend it: qemu-img check -f qcow2 -r all {path}'),
+                (header.encrypted, 'is encrypted, and there is no way to give its key',
+                 DECRYPT.format('qcow2', 'encrypt.key-secret=key').format(path))):
+            if wrong:
+                raise DiskError(f'{self.filename}: {why}', remedy)
+
     def _opened(self, mode: str) -> IO[bytes]:
         try:
             return open(self.filename, mode)
@@ -5417,16 +5521,20 @@ class Harddrive:
             raise DiskError(explain(problem)) from None
 
     def in_use(self) -> bool:
-        """Tell whether a QEMU has the image open, by the locks that it then holds."""
-        with self._opened('rb') as image:
-            return bytes_locked(image.fileno(), *IMAGE_LOCKS)
+        """Tell whether a QEMU has the image open, or writes to one that it stands on, by the locks
+        that it then holds."""
+        for layer in self.chain():
+            with layer._opened('rb') as image:
+                if bytes_locked(image.fileno(), *(IMAGE_LOCKS if layer is self else WRITER_LOCK)):
+                    return True
+        return False
 
     @contextlib.contextmanager
     def _kept_free(self) -> Iterator[None]:
         """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
         with self._opened('r+b') as image:
             if not lock_bytes(image.fileno(), *IMAGE_LOCKS, Deadline(0)):
-                raise self._in_use()
+                raise self.taken()
             yield
 
     def _live(self) -> Attached | None:
@@ -5437,7 +5545,7 @@ class Harddrive:
         self.check()
         printed = self._img('info', '-U', '--output=json', '-f', self.format, self.filename)
         try:
-            return dict(checked('qemu-img info', parse_json(printed)))
+            return dict(checked('qemu-img info', parse_json(os.fsdecode(printed))))
         except ValueError as problem:
             raise DiskError(f'{self.filename}: {problem}') from None
 
@@ -5446,10 +5554,15 @@ class Harddrive:
         """The snapshots that are in the image now."""
         return snapshots_of(self.info())
 
-    def _known(self, tag: str) -> str:
-        if all(row.tag != checked_tag(tag) for row in self.snapshots):
+    def found(self, tag: str) -> Snapshot:
+        """Return the one snapshot of exactly this name, whoever made it."""
+        rows = [row for row in self.snapshots if row.tag == tag]
+        if len(rows) > 1:
+            raise DiskError(f'{self.filename}: has {len(rows)} snapshots {tag}',
+                            f'qemu-img snapshot -d {shlex.quote(tag)} deletes the oldest of them')
+        if not rows:
             raise DiskError(f'{self.filename}: has no snapshot {tag}', '.snapshots lists them')
-        return tag
+        return rows[0]
 
     def snapshot(self, name: str = '') -> str:
         """Snapshot the disk, and return the snapshot's name (qemu-img snapshot -c; of a running
@@ -5469,31 +5582,39 @@ class Harddrive:
 
     def load_snapshot(self, name: str) -> None:
         """Put the disk back to a snapshot (qemu-img snapshot -a); not while in use."""
-        self._img('snapshot', '-q', '-a', self._known(name), self._explicit())
+        # Of id and name it takes the id first, so that the id is never another one's name.
+        self._img('snapshot', '-q', '-a', self.found(name).id, self._explicit())
 
     def delete_snapshot(self, name: str) -> None:
         """Delete a snapshot (qemu-img snapshot -d, blockdev-snapshot-delete-internal-sync)."""
-        live, tag = self._live(), self._known(name)
+        live, row = self._live(), self.found(name)
         if live:
-            live.execute('blockdev-snapshot-delete-internal-sync', device=live.node, name=tag)
-        else:
-            self._img('snapshot', '-q', '-d', tag, self._explicit())
+            live.execute('blockdev-snapshot-delete-internal-sync', device=live.node, name=name,
+                         id=row.id)
+        else:                                           # this one takes names only
+            self._img('snapshot', '-q', '-d', name, self._explicit())
 
     def wipe(self, snapshots_only: bool = False) -> None:
-        """Make it empty (or what its backing image is) at its size, or only delete its snapshots.
+        """Make it empty (or what its backing image is), or only delete its snapshots.
 
-        A new image takes the place of the old one in one step. DiskError while it is in use.
+        Its size, version, cluster size and the like stay. A new image takes the place of the old
+        one in one step. DiskError while it is in use.
         """
         self.check()
         if snapshots_only:
-            for row in self.info().get('snapshots', []):
-                self._img('snapshot', '-q', '-d', row['name'], self._explicit())
+            for row in self.snapshots:
+                self._img('snapshot', '-q', '-d', row.tag, self._explicit())
             return
         if not os.path.isfile(self.filename):           # a device's node must stay one
             raise DiskError(f'{self.filename}: is no file', 'wipe a block device by blkdiscard')
-        size = self.info()['virtual-size']
+        info = self.info()
+        told = info.get('format-specific', {}).get('data', {})
+        kind = [f'cluster_size={info.get("cluster-size")}', *(
+            f'{key.replace("-", "_")}={str(told[key]).lower()}'
+            for key in KEPT_BY_WIPE if key in told)]
         with self._kept_free():
-            self._write(size, replace=True)
+            self._write(info['virtual-size'], *('-o', ','.join(kind)) * (self.format == 'qcow2'),
+                        replace=True)
 
     def resize(self, size: float, shrink: bool = False) -> None:
         """Give the disk a new size in GiB (block_resize, qemu-img resize).
@@ -5552,6 +5673,8 @@ class CD:
 
     def __init__(self, filename: str | os.PathLike[str] | None = None) -> None:
         self.filename = readable(filename) if filename else ''
+        if self.filename:
+            warn_of_foreign(self.filename, 'a CD')
         self.attached: Attached | None = None
 
     def __repr__(self) -> str:
@@ -6789,15 +6912,18 @@ class Machine(Guest):
             told['bootindex'] = device.boot
         return told
 
+    def _ensure_free(self, drive: Harddrive) -> None:
+        # One that was just shut down is away for us some ms before it lets its disks go.
+        if not Deadline(1.0).poll(lambda: not drive.in_use(), 0.01):
+            raise DiskError(f'{self.name}: {drive.taken()}', 'stop that one first')
+
     def _compose_device(self, launch: QemuCommand, device: Device) -> None:
         """Put a device into the command line."""
         thing = self._thing(device)
         if device.kind == 'disk':
             thing.check()
-            # One that was just shut down is away for us some ms before it lets its disks go.
-            if not self.spec.incoming and not Deadline(1.0).poll(lambda: not thing.in_use(), 0.01):
-                raise DiskError(f'{self.name}: {thing.filename}: another machine has it open',
-                                'stop that one first')
+            if not self.spec.incoming:
+                self._ensure_free(thing)
         kind, back, front = KINDS[device.kind], self._back(device, launch.fd, launch.file), \
             self._front(device)
         if device.kind == 'disk':
@@ -6820,6 +6946,8 @@ class Machine(Guest):
     def _plug(self, device: Device) -> None:
         """Plug a device into the running machine: back end, then device, or neither."""
         kind = KINDS[device.kind]
+        if device.kind == 'disk':
+            self._ensure_free(self._thing(device))
         with self.monitor() as qmp, contextlib.ExitStack() as handed:
             def hand(fd: int) -> str:
                 return handed.enter_context(give(qmp, f'fd{fd}', fd))
