@@ -22,6 +22,7 @@ import base64
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -1650,6 +1651,24 @@ class FilesTest(ConfigCase):
                 raise problem                       # it is no fault of the file
             self.assertIs(caught.exception, problem)
         self.assertFalse([*self.directory.glob(f'{vm.DRAFT}*')])
+
+    def test_a_killed_program_leaves_nothing(self) -> None:
+        """Where the file system can make files without a name."""
+        place = self.directory / 'killed'
+        place.mkdir()
+        real, path = os.open, str(place / 'a')
+        killed_at(f'write {path}', f'vm.write_whole({path!r}, b"x")')
+        self.assertEqual(os.listdir(place), [])
+
+        def without(name: str, flags: int, *more: Any, **data: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, 'Operation not supported')
+            return real(name, flags, *more, **data)
+        with mock.patch('os.open', without):
+            for replace in (False, True):
+                vm.write_whole(path, b'x%d' % replace, replace)
+                self.assertEqual(Path(path).read_bytes(), b'x%d' % replace)
+                self.assertEqual(os.listdir(place), ['a'])
 
     def test_a_directory_that_is_swapped(self) -> None:
         """What is written lands in the directory that was there at first."""
@@ -4883,7 +4902,7 @@ class TestHarddrive(Case):
             if 'unpack' in caught.exception.hint:
                 argv[-1] = shutil.copy(path, self.path('out'))
             subprocess.run([word.replace('KEYFILE', self.path('key')) for word in argv],
-                           cwd=self.path('out'), check=True)
+                           cwd=self.path('out'), check=True, capture_output=True)
             self.assertTrue(set(os.listdir(self.path('out'))) - {os.path.basename(path)})
             with self.assertLogs('vmmonitor', 'WARNING') as logged:
                 vm.CD(path)
@@ -6283,6 +6302,15 @@ class TestLife(Live):
         subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
         self.assertEqual(m.start(), 'resumed')
         soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20)
+
+    def test_killed_while_it_writes_its_memory(self) -> None:
+        m = self.bios('killed')
+        m.start_vm()
+        path = self.path('memory')
+        for call in ('save', 'dump_memory'):
+            killed_at(f'write {path}', f'vm.Machine.load("killed").{call}({path!r})')
+            self.assertEqual(os.listdir(os.path.dirname(path)), [])
+            self.assertIn(m.start(), ('resumed', 'already running'))
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))

@@ -581,17 +581,21 @@ def write_error(path: str, problem: OSError) -> FileError:
 def whole_file(path: str, replace: bool = False) -> Iterator[int]:
     """Lend the descriptor of a new file, which becomes `path` when the block ends well.
 
-    A program that inherits it finds it at fd_path(). Without `replace`, a file that is there
-    already stays, and FileError is raised.
+    Until then it has no name, so that nothing stays when this program is killed, where the file
+    system can do that (NFS can't). A program that inherits it finds it at fd_path(). Without
+    `replace`, a file that is there already stays, and FileError is raised.
     """
     place, name = os.path.split(path)
-    draft = DRAFT + os.urandom(8).hex()
+    draft, mode = DRAFT + os.urandom(8).hex(), os.O_RDWR | os.O_CLOEXEC
     with contextlib.ExitStack() as opened:
         try:
             home = os.open(place or '.', os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             opened.callback(os.close, home)
-            file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-                           0o600, dir_fd=home)
+            try:
+                file = os.open('.', mode | os.O_TMPFILE, 0o600, dir_fd=home)
+            except OSError:
+                file = os.open(draft, mode | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600,
+                               dir_fd=home)
             opened.callback(os.close, file)
             opened.callback(_remove, draft, home)
         except OSError as problem:
@@ -599,10 +603,12 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
         yield file
         TRACE(f'write {path}')
         try:
-            if replace:
-                os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
-            else:
-                os.link(draft, name, src_dir_fd=home, dst_dir_fd=home, follow_symlinks=False)
+            if not replace:
+                os.link(fd_path(file), name, dst_dir_fd=home)
+                return
+            if not os.fstat(file).st_nlink:
+                os.link(fd_path(file), draft, dst_dir_fd=home)
+            os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
         except OSError as problem:
             raise write_error(path, problem) from None
 
