@@ -32,6 +32,7 @@ import json
 import logging
 import os
 import pwd
+import queue
 import random
 import re
 import resource
@@ -58,7 +59,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, NoReturn, TypeVar
 from unittest import mock
 
 import vmmonitor as vm
@@ -3185,7 +3186,14 @@ class ListenerTest(ConfigCase):
                 raise problem
             self.guest.start = start        # type: ignore[method-assign]
             self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER),
-                             (status, vm.explain(problem)))
+                             (status, f'web1: {vm.explain(problem)}'))
+            answer = self.ask('cmd=start&target=web1', *self.BEARER, '-H',
+                              'Accept: application/json')
+            self.assertEqual((answer[0], json.loads(answer[1])), (status, {
+                'guest': 'web1', 'error': f'web1: {problem.message}', 'hint': problem.hint}))
+        self.assertRegex(self.ask('cmd=status&target=web1', *self.BEARER)[1],
+                         r'^web1 running agent=connected clock=unknown "start" failed at '
+                         r'\d{4}-\d\d-\d\dT[\d:]+Z: no memory$')
         self.guest.start = lambda: str(1 // 0)      # type: ignore[method-assign]
         with self.assertLogs('vmmonitor', 'ERROR') as logged:
             self.assertEqual(self.ask('cmd=start&target=web1&wait=1', *self.BEARER)[0], 500)
@@ -3204,9 +3212,31 @@ class ListenerTest(ConfigCase):
         self.assertEqual((status, json.loads(body)['guests'][0]), (200, {
             'name': 'web1', 'state': 'running', 'agent': 'connected', 'clock': {
                 'cause': 'resumed', 'beforeMs': -3000.0, 'afterMs': 1.0, 'corrected': True,
-                'at': '1970-01-02T00:00:00Z'}}))
+                'at': '1970-01-02T00:00:00Z'}, 'lastCommand': None}))
         status, body = self.ask('cmd=x', *self.BEARER, '-H', 'Accept: application/json')
         self.assertEqual((status, list(json.loads(body))), (400, ['error']))
+
+    def test_a_host_that_is_away_hides_no_other(self) -> None:
+        away = ScriptedHost(ScriptedGuest('db1'))
+
+        def gone(*_: object) -> NoReturn:
+            raise vm.HostAway('libvirt is away', hint='try again in a moment')
+        away.find = away.all = gone             # type: ignore[method-assign, assignment]
+        for hosts in ([away, self.host], [self.host, away]):
+            self.guests.hosts[:] = hosts
+            self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER),
+                             (200, 'web1: started'))
+            self.assertEqual(self.ask('cmd=start&target=db1', *self.BEARER),
+                             (503, 'db1: libvirt is away; try again in a moment'))
+            status, text = self.ask('cmd=list', *self.BEARER)
+            self.assertEqual((status, [line.split()[0] for line in text.splitlines()]),
+                             (200, ['web1', 'größe', 'libvirt']))
+            status, text = self.ask('cmd=list', *self.BEARER, '-H', 'Accept: application/json')
+            self.assertEqual(json.loads(text)['away'], [
+                {'error': 'libvirt is away', 'hint': 'try again in a moment'}])
+        self.host.guests.clear()
+        self.assertEqual(self.ask('cmd=list', *self.BEARER),
+                         (503, 'libvirt is away; try again in a moment'))
 
     def slow_start(self, seconds: float) -> None:
         def start() -> str:
@@ -6824,10 +6854,6 @@ class TestAsGuests(Live):
             self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored')
             soon(lambda: abs(self.offset(m)) < 0.2e9, 20)
             soon(lambda: 'daemon: clock corrected' in str(logged.output))
-        (self.home / 'broken').mkdir()
-        (self.home / 'broken' / 'machine.json').write_text('{')
-        self.assertEqual([guest.name for guest in guests.all()], ['daemon'])
-        shutil.rmtree(self.home / 'broken')
         self.assertEqual(guests.act('stop', guests.find('daemon')), 'stopped by power button')
         with self.assertRaises(vm.NoGuest):
             guests.find('nobody')
@@ -6836,6 +6862,34 @@ class TestAsGuests(Live):
         with contextlib.suppress(vm.Error):
             return m.get_time() - time.time_ns()
         return 1e18
+
+    def test_a_bad_file_touches_no_other(self) -> None:
+        domain = ScriptedGuest('b-broken')
+        guests = vm.Guests([vm.Machines(), ScriptedHost(domain)])
+        machines, events = vm.Machines(), queue.Queue[vm.GuestEvent]()
+        good = vm.Machine('c-good', memory=32)
+        self.addCleanup(good.delete, True)
+        text = Path(good.home, 'machine.json').read_text()
+        self.addCleanup(machines.stop)
+        for place, bad in (('a-broken', '{'), ('b-broken', '[]'), ('d-broken', '{"name": 5}'),
+                           ('e-broken', text.replace('"c-good"', '5')),
+                           ('f-broken', re.sub('"devices": .*?]', '"devices": 5', text))):
+            (self.home / place).mkdir()
+            self.addCleanup(shutil.rmtree, self.home / place)
+            (self.home / place / 'machine.json').write_text(bad)
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            machines.watch(events.put)
+            for _ in range(2):
+                self.assertEqual([guest.name for guest in machines.all()], ['c-good'])
+            good.start_vm()
+            self.assertEqual(events.get(timeout=10).guest.name, 'c-good')
+        self.assertEqual(len(logged.output), 5, logged.output)      # once each, by name
+        for place in 'abdef':
+            self.assertRegex('\n'.join(logged.output), f'machine {place}-broken is left out: .*; ')
+        self.assertIs(guests.find('b-broken'), domain)
+        with self.assertRaisesRegex(vm.MachineError, 'a-broken'):
+            guests.find('a-broken')
+        self.assertEqual([guest.name for guest in guests.all()], ['c-good', 'b-broken'])
 
     def test_one_that_hangs_hides_and_delays_no_other(self) -> None:
         names = ['a-fine', 'b-hangs', 'c-hangs', 'd-fine']
@@ -7018,6 +7072,75 @@ class DaemonTest(GuestCase):
             self.host.process.send_signal(signal.SIGCONT)
         self.assertEqual(status, 0)
         self.assertLess(seconds, 2)
+
+    def answers(self, port: int, *queries: str) -> dict[str, tuple[int, str]]:
+        """Ask all at once by curl, each for 25 s at most; return status (0: none) and text."""
+        def ask(query: str) -> tuple[int, str]:
+            done = subprocess.run(
+                ['curl', '-sS', '--max-time', '25', '-w', '\n%{http_code}', '--cacert',
+                 str(self.directory / 'cert.pem'), '-H', f'Authorization: Bearer {KEY}',
+                 f'https://localhost:{port}/?cmd={query}'], timeout=60, capture_output=True,
+                check=False)
+            text, _, status = done.stdout.decode().rpartition('\n')
+            return int(status or 0), text.strip()
+        asked = {query: vm.in_thread(query, ask, query.partition('#')[0]) for query in queries}
+        return {query: answer.result(60) for query, answer in asked.items()}
+
+    def test_a_hung_libvirtd_is_a_503(self) -> None:
+        self.only('web1', 'web2')
+        self.vm('web1')
+        self.vm('web2')
+        self.vm('web3', running=False)
+        own, port = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}, free_port()
+        self.directory.chmod(0o711)
+        subprocess.run([sys.executable, '-c', 'import vmmonitor; vmmonitor.Machine("m1")'],
+                       cwd=HERE, env={**os.environ, **own}, check=True, timeout=30)
+        program = self.program('--monitor', '--listen', env=own, config=self.config(
+            {'listener': {'enabled': True, 'port': port}}))
+        program.wait_log('connected after')
+        commands = [f'{command}&target={name}' for command in ('status', 'start', 'stop', 'save')
+                    for name in ('web1', 'web2', 'web3', 'nope')] + ['save&target=web1#again']
+        assert self.host.process
+        self.host.process.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(2):                  # while it is found out, and when it is known
+                found = self.answers(port, *commands, 'list', 'list#2', 'status&target=m1')
+                self.assertEqual(found.pop('status&target=m1')[0], 200)
+                for query in ('list', 'list#2'):
+                    status, text = found.pop(query)
+                    self.assertEqual(status, 200, text)
+                    self.assertRegex(text, '^m1 off .*\\n.*libvirt qemu.*(away|answer)')
+                self.assertEqual({status for status, _ in found.values()}, {503}, found)
+                for query, (_, text) in found.items():
+                    self.assertIn(re.sub('.*target=|#.*', '', query), text)
+        finally:
+            self.host.process.send_signal(signal.SIGCONT)
+        program.wait_log('connected after', count=2)
+        self.assertEqual(self.answers(port, 'start&target=web1')['start&target=web1'],
+                         (200, 'web1: already running'))
+
+    def test_a_save_whose_libvirtd_dies_is_said_to_have_failed(self) -> None:
+        self.only('web1')
+        guest, port = self.vm('web1'), free_port()
+        program = self.program('--monitor', '--listen', config=self.config(
+            {'listener': {'enabled': True, 'port': port}}))
+        program.wait_log('connected after')
+        os.kill(guest.pid(), signal.SIGSTOP)        # so that the save does not end
+        try:
+            self.assertEqual(self.answers(port, 'save&target=web1&wait=0.5').popitem()[1],
+                             (202, 'web1: save goes on'))
+            self.host.kill9()
+        finally:
+            os.kill(guest.pid(), signal.SIGCONT)
+        program.wait_log('warning save web1: libvirt is away')
+        self.host.start()
+        program.wait_log('connected after', count=2)
+        for query in ('list', 'status&target=web1'):
+            self.assertRegex(self.answers(port, query)[query][1],
+                             r'(?m)^web1 running .* "save" failed at [\dT:Z-]+: libvirt is away')
+        self.assertEqual(self.answers(port, 'start&target=web1').popitem()[1],
+                         (200, 'web1: already running'))
+        self.assertNotIn('failed', self.answers(port, 'list')['list'][1])
 
     def test_startup_with_real_guests(self) -> None:
         self.only()

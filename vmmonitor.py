@@ -54,6 +54,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import ctypes.util
@@ -277,6 +278,11 @@ def explain(problem: BaseException) -> str:
     return f'{type(problem).__name__}: {problem}'
 
 
+def told(problem: Error, guest: str = '') -> dict[str, str]:
+    """Return an error for programs, which must not take a sentence apart to know the guest."""
+    return {**({'guest': guest} if guest else {}), 'error': problem.message, 'hint': problem.hint}
+
+
 class Check(NamedTuple):
     """A line of --check."""
 
@@ -368,6 +374,28 @@ def spawn(name: str, target: Callable[..., object], *args: Any) -> threading.Thr
     thread = threading.Thread(target=guarded, name=name, daemon=True)
     thread.start()
     return thread
+
+
+Result = TypeVar('Result')
+
+
+def in_thread(name: str, function: Callable[..., Result], *args: Any
+              ) -> concurrent.futures.Future[Result]:
+    """Call a function in a thread of its own; the future has its outcome, an exception too."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except Exception as problem:    # a boundary: it is raised where the outcome is asked for
+            future.set_exception(problem)
+    spawn(name, work)
+    return future
+
+
+def utc(when: float) -> str:
+    """Return a time.time() as ISO 8601 in UTC."""
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(when))
 
 
 class Deadline:
@@ -1246,6 +1274,7 @@ def tls_context(config: Config) -> ssl.SSLContext:
 
 AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for guest-sync
 AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
+ANSWER_TIMEOUT = 22.0          # for find, list and status: libvirt's keepalive has ended by then
 ASK_TIMEOUT = 60.0             # for what is asked of all guests at once; each call has its own
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
@@ -1496,24 +1525,30 @@ class Guest:
                 left = left[done['count']:]
 
 
-def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]]
-            ) -> list[dict[str, Any]]:
-    """Ask all guests at once, so that a silent one delays no other; return the answers, which for
-    one that does not come within ASK_TIMEOUT is an "error"."""
-    deadline = Deadline(ASK_TIMEOUT)
-    answers: list[dict[str, Any]] = [{'name': guest.name} for guest in guests]
+def within(deadline: Deadline, who: str, ask: Callable[..., Result], *args: Any) -> Result:
+    """Return what `ask` returns; HostAway if it has not returned at the deadline: libvirt's calls
+    have none of their own, and one that hangs must hold up a thread, not who asked."""
+    try:
+        return in_thread(who, ask, *args).result(deadline.left())
+    except concurrent.futures.TimeoutError:
+        raise HostAway(f'{who} does not answer', hint='try again in a moment') from None
 
-    def fill(answer: dict[str, Any], guest: Guest) -> None:
+
+def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]],
+            timeout: float = ASK_TIMEOUT) -> list[dict[str, Any]]:
+    """Ask all guests at once, so that a silent one delays no other; return the answers, each with
+    the guest's name and maybe the `problem`, an Error, that came instead."""
+    deadline, answers = Deadline(timeout), []
+    for guest, future in [(guest, in_thread(guest.name, ask, guest)) for guest in guests]:
+        answer: dict[str, Any] = {'name': guest.name}
         try:
-            answer.update(ask(guest))
+            answer.update(future.result(deadline.left()))
+        except concurrent.futures.TimeoutError:
+            answer['problem'] = GuestError(f'{guest.name}: no answer within {timeout:g} s')
         except Error as problem:
-            answer['error'] = explain(problem)
-    threads = [spawn(guest.name, fill, answer, guest) for answer, guest in zip(answers, guests)]
-    for thread in threads:
-        thread.join(deadline.left())
-    return [{'name': guest.name, 'error': f'{guest.name}: no answer within {ASK_TIMEOUT:g} s'}
-            if thread.is_alive() else answer
-            for thread, guest, answer in zip(threads, guests, answers)]
+            answer['problem'] = problem
+        answers.append(answer)
+    return answers
 
 
 class GuestEvent(NamedTuple):
@@ -1531,6 +1566,7 @@ class GuestEvent(NamedTuple):
 class GuestHost(Protocol):
     """A place where guests live: a libvirt, or this program's own machines."""
 
+    name: str                   # for people
     up: threading.Event         # whether it can be asked
 
     def find(self, name: str) -> Guest | None:
@@ -2189,8 +2225,8 @@ class ConnectionPool:
     pinged 9 times in 15 s beside a call to a hung one, against 5,710 times on another connection.
     """
 
-    def __init__(self, uri: str, calls: int) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, calls: int, full: type[Error] = Busy) -> None:
+        self.uri, self.full = uri, full                 # `full`: raised when there is no room
         self.room = threading.Semaphore(calls)
         self.lock = threading.Lock()
         self.idle: list[Connection] = []                # guarded by self.lock
@@ -2199,7 +2235,8 @@ class ConnectionPool:
     def connection(self, timeout: float) -> Iterator[Connection]:
         """Lend a connection, waiting at most `timeout` seconds for a free one."""
         if not self.room.acquire(timeout=timeout):
-            raise Busy(f'libvirt is busy: no answer to earlier calls within {timeout:g} s')
+            raise self.full(f'libvirt gave no answer to earlier calls within {timeout:g} s',
+                            hint='try again in a moment')
         try:
             connection = self._take() or Connection(self.uri)
             try:
@@ -2240,8 +2277,9 @@ class LibvirtHost:
     """One libvirt: its domains, its events, and the connections for each kind of call."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.queries = ConnectionPool(uri, QUERY_CALLS)     # state, look-ups, XML: quick ones
+        self.uri, self.name = uri, f'libvirt {uri}'
+        # State, look-ups, XML: quick ones, or libvirt does not answer at all.
+        self.queries = ConnectionPool(uri, QUERY_CALLS, HostAway)
         self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
         self.agents = ConnectionPool(uri, AGENT_CALLS)      # guest agents that answer
         self.slow = ConnectionPool(uri, SLOW_CALLS)         # guest agents that did not
@@ -2324,7 +2362,7 @@ class LibvirtHost:
     def reachable(self) -> None:
         """Raise HostAway at once if the watched connection is down."""
         if self._thread and not self.up.is_set():
-            raise HostAway(f'libvirt {self.uri} is away: {self.problem or "not connected yet"}',
+            raise HostAway(f'{self.name} is away: {self.problem or "not connected yet"}',
                            hint='try again in a moment')
 
     def find(self, name: str) -> Guest | None:
@@ -2364,6 +2402,7 @@ class Domain(Guest):
     def _on(self, pool: ConnectionPool, timeout: float = BUSY_TIMEOUT
             ) -> Iterator[tuple[Connection, int]]:
         """Lend (connection, virDomainPtr) on `pool`, and give libvirt's errors their meaning."""
+        self.host.reachable()
         try:
             with pool.connection(timeout) as connection, connection.domain(self.id) as handle:
                 yield connection, handle
@@ -2584,28 +2623,58 @@ class Guests:
 
     def __init__(self, hosts: Sequence[GuestHost]) -> None:
         self.hosts = list(hosts)
+        self.commands: dict[str, dict[str, Any]] = {}   # id of a guest -> the last one, as JSON
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy; notified when one ends
 
-    def find(self, name: str) -> Guest:
-        """Return the guest `name`; NoGuest if there is none."""
+    def find(self, name: str, timeout: float = ANSWER_TIMEOUT) -> Guest:
+        """Return the guest `name`; NoGuest if there is none.
+
+        A host that can't be asked hides nobody else's guests. Whether one of its own has that
+        name is not known then, and its error says so.
+        """
+        deadline, problem = Deadline(timeout), None
         for host in self.hosts:
-            guest = host.find(name)
+            try:
+                guest = within(deadline, host.name, host.find, name)
+            except Error as reason:
+                problem = problem or reason
+                continue
             if guest:
                 return guest
-        raise NoGuest(f'no guest is named {name}', '--status lists them')
+        raise problem or NoGuest(f'no guest is named {name}', '--status lists them')
 
-    def all(self, running: bool = False) -> list[Guest]:
-        """Return all guests, or those that run, by name."""
-        return [guest for host in self.hosts for guest in host.all(running)]
+    def all(self, running: bool = False, away: list[Error] | None = None,
+            timeout: float = ANSWER_TIMEOUT) -> list[Guest]:
+        """Return all guests, or those that run, by name; add to `away` why a host can't be asked,
+        or raise that."""
+        found, deadline = [], Deadline(timeout)
+        for host in self.hosts:
+            try:
+                found += within(deadline, host.name, host.all, running)
+            except Error as problem:
+                if away is None:
+                    raise
+                away.append(problem)
+        return found
 
     def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT) -> str:
         """Carry out a command of ACTIONS and return what was done, in words.
 
-        Raises Busy when another command for this guest does not end within `patience` seconds.
+        What became of it stays in `commands`. Raises Busy when another command for this guest
+        does not end within `patience` seconds.
         """
         with self._alone(guest, action, Deadline(patience)):
-            return self.ACTIONS[action](guest)
+            known: dict[str, Any] = {'cmd': action, 'at': utc(time.time())}
+            self.commands[guest.id] = {**known, 'result': 'goes on'}
+            try:
+                says = self.ACTIONS[action](guest)
+            except Exception as problem:
+                self.commands[guest.id] = {**known, **told(
+                    problem if isinstance(problem, Error) else Error(explain(problem)))}
+                raise
+            self.commands[guest.id] = {**known, 'result': says}
+            return says
 
     @contextlib.contextmanager
     def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
@@ -2892,6 +2961,7 @@ CONNECTIONS_PER_PEER = 100     # of them for one address
 HEADER_BYTES = 16 * 1024       # request line and headers together
 BODY_BYTES = 16 * 1024
 COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unless wait= says less
+LIST_TIMEOUT = 18.0            # for the names of all guests; ANSWER_TIMEOUT is for the rest, too
 REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
@@ -2999,14 +3069,22 @@ class Dispatcher:
         except Refusal as refusal:
             reply = Reply(refusal.status, str(refusal), headers=refusal.headers)
         except Error as problem:
-            status = next(code for kind, code in self.STATUSES if isinstance(problem, kind))
-            reply = Reply(status, explain(problem),
-                          headers=(('Retry-After', '2'),) if status == 503 else ())
+            reply = self._failure(problem, audit.target)
         except Exception:               # a boundary: the client gets an answer, the log the bug
             log.exception('request from %s: unexpected error', request.peer)
             reply = Reply(500, 'an error in vmmonitor; its log has more')
         audit.write(reply.status)
         return reply
+
+    def _failure(self, problem: Error, target: str) -> Reply:
+        """Return the answer for a command that failed, which names its guest."""
+        status = next(code for kind, code in self.STATUSES if isinstance(problem, kind))
+        guest = '' if target == '-' else target
+        known = told(problem, guest)
+        if guest and not re.search(rf'(?<!\w){re.escape(guest)}(?!\w)', known['error']):
+            known['error'] = f'{guest}: {problem.message}'
+        return Reply(status, str(Error(known['error'], problem.hint)), known,
+                     (('Retry-After', '2'),) if status == 503 else ())
 
     def _dispatch(self, request: Request, audit: Audit) -> Reply:
         """Check everything in the order in which it may be told, and carry it out."""
@@ -3029,12 +3107,13 @@ class Dispatcher:
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
         if command not in key.commands:
             raise Refusal(403, f'this key may not {command}')
-        wait = self._wait(parameters)
+        wait, deadline = self._wait(parameters), Deadline(ANSWER_TIMEOUT)
         if command == 'list':
-            return self._list(key)
+            return self._list(key, deadline)
         guest = self.guests.find(target)
         if command == 'status':
-            return self._status(guest)
+            known = within(deadline, guest.name, self._describe, guest)
+            return Reply(200, self._line(known), known)
         return self._act(command, guest, wait)
 
     @staticmethod
@@ -3128,32 +3207,22 @@ class Dispatcher:
 
     def _act(self, command: str, guest: Guest, wait: float) -> Reply:
         """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
-        outcome: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-        waiting = threading.Event()
-        waiting.set()
-
-        def work() -> None:
-            result: str | Exception
-            try:
-                result = self.guests.act(command, guest, BUSY_TIMEOUT if wait else 0)
-            except Exception as problem:    # all of them are raised where the answer is made
-                result = problem
-            outcome.put(result)
-            if not waiting.is_set():
-                failed = isinstance(result, Exception)
-                log.log(logging.WARNING if failed else logging.INFO, '%s %s: %s', command,
-                        guest.name, explain(result) if isinstance(result, Exception) else result)
-        spawn(f'{command} {guest.name}', work)
+        outcome = in_thread(f'{command} {guest.name}', self.guests.act, command, guest,
+                            BUSY_TIMEOUT if wait else 0)
+        known = {'target': guest.name, 'cmd': command}
         try:
-            result = outcome.get(timeout=max(wait, REFUSAL_TIMEOUT))
-        except queue.Empty:
-            waiting.clear()
-            return Reply(202, f'{guest.name}: {command} goes on', {
-                'target': guest.name, 'cmd': command, 'result': 'goes on'})
-        if isinstance(result, Exception):
-            raise result
-        return Reply(200, f'{guest.name}: {result}', {
-            'target': guest.name, 'cmd': command, 'result': result})
+            result = outcome.result(max(wait, REFUSAL_TIMEOUT))
+        except concurrent.futures.TimeoutError:
+            outcome.add_done_callback(lambda late: self._log_late(command, guest, late))
+            return Reply(202, f'{guest.name}: {command} goes on', {**known, 'result': 'goes on'})
+        return Reply(200, f'{guest.name}: {result}', {**known, 'result': result})
+
+    @staticmethod
+    def _log_late(command: str, guest: Guest, outcome: concurrent.futures.Future[str]) -> None:
+        """Log what became of a command that nobody waits for any more."""
+        problem = outcome.exception()
+        log.log(logging.WARNING if problem else logging.INFO, '%s %s: %s', command, guest.name,
+                explain(problem) if problem else outcome.result())
 
     def _describe(self, guest: Guest) -> dict[str, Any]:
         """Return what is known of a guest."""
@@ -3163,33 +3232,34 @@ class Dispatcher:
             'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
             'corrected': bool(last.method), 'at': utc(last.when)}
         return {'name': guest.name, 'state': state.value, 'agent': guest.agent_state(),
-                'clock': clock}
+                'clock': clock, 'lastCommand': self.guests.commands.get(guest.id)}
 
     @staticmethod
     def _line(known: Mapping[str, Any]) -> str:
-        clock = known['clock']
-        return '{} {} agent={} clock={}'.format(
+        """Return what is known of a guest as a line for people."""
+        if 'error' in known:
+            return f'{known["name"]} unknown: {known["error"]}'
+        clock, last = known['clock'], known['lastCommand'] or {}
+        return '{} {} agent={} clock={}{}'.format(
             known['name'], known['state'], known['agent'],
             '{:+.1f}ms at {} after "{}"'.format(clock['afterMs'], clock['at'], clock['cause'])
-            if clock else 'unknown')
+            if clock else 'unknown',
+            ' "{}" failed at {}: {}'.format(last['cmd'], last['at'], last['error'])
+            if 'error' in last else '')
 
-    def _status(self, guest: Guest) -> Reply:
-        known = self._describe(guest)
-        return Reply(200, self._line(known), known)
-
-    def _list(self, key: Key) -> Reply:
-        """Return the guests that the key reaches."""
-        found: list[dict[str, Any]] = []
-        for guest in self.guests.all():
-            if key.covers(guest.name):
-                with contextlib.suppress(NoGuest):          # undefined since it was listed
-                    found.append(self._describe(guest))
-        return Reply(200, '\n'.join(map(self._line, found)) or 'no guests', {'guests': found})
-
-
-def utc(when: float) -> str:
-    """Return a time.time() as ISO 8601 in UTC."""
-    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(when))
+    def _list(self, key: Key, deadline: Deadline) -> Reply:
+        """Return the guests that the key reaches, and which hosts can't be asked."""
+        away: list[Error] = []
+        found = ask_all([guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
+                         if key.covers(guest.name)], self._describe, deadline.left())
+        known = [{'name': answer['name'], **told(answer['problem'])} if 'problem' in answer
+                 else answer for answer in found
+                 if not isinstance(answer.get('problem'), NoGuest)]     # undefined meanwhile
+        if away and not known:
+            raise away[0]
+        lines = [*map(self._line, known), *map(explain, away)]
+        return Reply(200, '\n'.join(lines) or 'no guests', {
+            'guests': known, **({'away': [told(problem) for problem in away]} if away else {})})
 
 
 class RequestReader(io.RawIOBase):
@@ -5944,6 +6014,20 @@ class MachineSpec:
                 *sorted(device.shape() for device in self.devices)]
 
 
+def file_schema(kept: type[MachineSpec | Device]) -> dict[str, Any]:
+    """Return the schema of what is kept of a dataclass in a file."""
+    kinds: dict[str, Any] = {
+        'str': str, 'int': int, 'bool': bool, 'int | None': (int, None), 'dict[str, Any]': dict,
+        'dict[str, list[Any]]': {'*': list}, 'list[Device]': [SCHEMAS.get('device')]}
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    return {field.name + ('' if (field.default, field.default_factory) == required else '?'):
+            kinds[str(field.type)] for field in dataclasses.fields(kept)}
+
+
+SCHEMAS['device'] = file_schema(Device)
+SCHEMAS['machine.json'] = file_schema(MachineSpec)
+
+
 def chain_of(drive: Harddrive) -> list[list[str]]:
     """Return the files and formats of an image and those it stands on."""
     return [[row.filename, row.format] for row in drive.chain()]
@@ -6433,7 +6517,7 @@ class Machine(Guest):
     def _read(path: str) -> MachineSpec:
         try:
             with open(path, encoding='utf-8') as text:
-                known = parse_json(text.read())
+                known = checked('machine.json', parse_json(text.read()))
             known['devices'] = [Device(**row) for row in known['devices']]
             return MachineSpec(**known)
         except FileNotFoundError:
@@ -8194,10 +8278,12 @@ class Machines:
               'VSERPORT_CHANGE': 'agent connected'}
 
     def __init__(self) -> None:
+        self.name = 'machines'
         self.up = threading.Event()                 # they are always there
         self.up.set()
         self.stopping = threading.Event()
         self._followed: set[str] = set()            # names with a thread for their events
+        self._told: dict[str, str] = {}             # name -> what was said of its file
 
     def find(self, name: str) -> Guest | None:
         """Return the machine `name`, or None."""
@@ -8215,8 +8301,13 @@ class Machines:
         for name in names:
             try:
                 found.append(Machine.load(name))
+                self._told.pop(name, None)
+            except NoGuest:
+                pass
             except Error as problem:                # one broken file must not hide the others
-                log.debug('%s: %s', name, explain(problem))
+                if self._told.get(name) != str(problem):
+                    log.warning('machine %s is left out: %s', name, explain(problem))
+                self._told[name] = str(problem)
         if not running:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
@@ -8231,14 +8322,20 @@ class Machines:
         kind = 'found'
         while not self.stopping.is_set():
             for machine in self.all():
-                if not isinstance(machine, Machine) or not machine.is_alive():
-                    continue
-                machine.trim_console()
-                if machine.name not in self._followed:
-                    self._followed.add(machine.name)
-                    spawn(f'events {machine.name}', self._follow, machine, kind, receive)
+                try:
+                    self._look_at(machine, kind, receive)
+                except Exception:   # a boundary: what is wrong with one must not end the others'
+                    log.exception('machine %s: unexpected error', machine.name)
             kind = 'started'
             self.stopping.wait(MACHINES_POLL)
+
+    def _look_at(self, machine: Guest, kind: str, receive: Callable[[GuestEvent], None]) -> None:
+        """Follow the events of a machine that runs, unless that is done already."""
+        if isinstance(machine, Machine) and machine.is_alive():
+            machine.trim_console()
+            if machine.name not in self._followed:
+                self._followed.add(machine.name)
+                spawn(f'events {machine.name}', self._follow, machine, kind, receive)
 
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         """Pass on the events of one machine until it ends."""
@@ -8464,12 +8561,9 @@ def _is_served(config: Config) -> bool:
 
 def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
     """Check at the guests: their agent channels, and the names in the startup list."""
-    host = LibvirtHost(config.libvirt_uri)
-    try:
-        guests = {guest.name: guest for guest in Guests([host, Machines()]).all()}
-    except LibvirtError as problem:
-        yield Check(False, f'guests: {explain(problem)}')
-        return
+    host, away = LibvirtHost(config.libvirt_uri), list[Error]()
+    guests = {guest.name: guest for guest in Guests([host, Machines()]).all(away=away)}
+    yield from (Check(False, f'guests: {explain(problem)}') for problem in away)
     yield Check(True, f'guests: {len(guests)} defined')
     if 'monitor' in roles:
         for guest in guests.values():
@@ -8513,11 +8607,38 @@ def command_clean(dry_run: bool, everything: bool) -> int:
     return 0
 
 
-def _chosen(config: Config, names: Sequence[str], running: bool) -> tuple[LibvirtHost, list[Guest]]:
-    """Return the host, and its guests of these names, or all."""
-    host = LibvirtHost(config.libvirt_uri)
+def _ask_chosen(config: Config, names: Sequence[str], running: bool,
+                ask: Callable[[Guest], dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Error]]:
+    """Ask the guests of these names, or all; return the answers, and why a host gave none."""
+    host, away = LibvirtHost(config.libvirt_uri), list[Error]()
     guests = Guests([Machines(), host])
-    return host, [guests.find(name) for name in names] if names else guests.all(running)
+    chosen = [guests.find(name) for name in names] if names else [
+        guest for guest in guests.all(running, away)
+        if not (running and config.excludes(guest.name))]
+    if away and not chosen:
+        raise away[0]
+    answers = ask_all(chosen, ask)
+    host.stop()
+    return [{'name': known['name'], **told(known['problem'])} if 'problem' in known else known
+            for known in answers], away
+
+
+def _show(answers: Sequence[Mapping[str, Any]], away: Sequence[Error], as_json: bool) -> int:
+    """Print answers as JSON, or warnings and who is away on stderr; return the exit status."""
+    if as_json:
+        print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
+                                     for known in answers],
+                          **({'away': [told(problem) for problem in away]} if away else {})}))
+    else:
+        for text in [f'{known["name"]}: {known["warning"]}' for known in answers
+                     if known.get('warning')] + [explain(problem) for problem in away]:
+            print(printable(text), file=sys.stderr)
+    return EXIT_FAILED if away else 0
+
+
+def _problem_line(known: Mapping[str, Any]) -> str:
+    """Return the error of an answer as a sentence."""
+    return printable(str(Error(known['error'], known['hint'])))
 
 
 def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
@@ -8528,27 +8649,21 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
             try:
                 reading = measure(guest, round(config.tolerance * MS))
             except AgentError as problem:
-                return {**known, 'agent': problem.trouble.name, 'error': explain(problem)}
+                return {**known, 'agent': problem.trouble.name, **told(problem)}
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
-    host, guests = _chosen(config, names, running=False)
-    answers = ask_all(guests, ask)
-    host.stop()
-    if as_json:
-        print(json.dumps({'guests': answers}))
-    else:
-        rows = [('NAME', 'STATE', 'AGENT', 'CLOCK')] + [
-            (known['name'], known.get('state', '?'), known.get('agent', '?'),
-             span(round(known['offsetMs'] * MS)) if 'offsetMs' in known else '-')
-            for known in answers]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        for row in rows:
-            print(printable('  '.join(f'{cell:{width}}' for cell, width in zip(row, widths))
-                            ).rstrip())
-        for known in answers:
-            if 'error' in known:
-                print(printable(known['error']), file=sys.stderr)
-    return 0
+    answers, away = _ask_chosen(config, names, False, ask)
+    rows = [('NAME', 'STATE', 'AGENT', 'CLOCK')] + [
+        (known['name'], known.get('state', '?'), known.get('agent', '?'),
+         span(round(known['offsetMs'] * MS)) if 'offsetMs' in known else '-')
+        for known in answers]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows if not as_json else ():
+        print(printable('  '.join(f'{cell:{width}}' for cell, width in zip(row, widths))).rstrip())
+    for known in answers if not as_json else ():
+        if 'error' in known:
+            print(_problem_line(known), file=sys.stderr)
+    return _show(answers, away, as_json)
 
 
 def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
@@ -8558,24 +8673,15 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
         return {'beforeMs': result.before / MS, 'afterMs': result.after / MS,
                 'corrected': bool(result.method), 'by': result.method, 'warning': result.warning,
                 'text': str(result)}
-    host, guests = _chosen(config, names, running=True)
-    if not names:
-        guests = [guest for guest in guests if not config.excludes(guest.name)]
     # Once, by hand: a guest whose agent does not answer soon is an answer, too.
     config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
-    answers = ask_all(guests, ask)
-    host.stop()
-    if as_json:
-        print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
-                                     for known in answers]}))
-    else:
-        for known in answers:
-            print(printable(known.get('text') or known.get('error', '')))
-            if known.get('warning'):
-                print(printable(f'{known["name"]}: {known["warning"]}'), file=sys.stderr)
-        if not answers:
-            print('no guest is running')
-    return EXIT_FAILED if any('error' in known for known in answers) else 0
+    answers, away = _ask_chosen(config, names, True, ask)
+    for known in answers if not as_json else ():
+        print(_problem_line(known) if 'error' in known else printable(known['text']))
+    if not answers and not as_json:
+        print('no guest is running')
+    status = _show(answers, away, as_json)
+    return EXIT_FAILED if any('error' in known for known in answers) else status
 
 
 def arguments() -> argparse.ArgumentParser:
