@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -1191,6 +1192,7 @@ def merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 class Case(unittest.TestCase):
     """A test of a class that has a directory of its own."""
 
+    group = 'unit'              # of GROUPS
     directory: Path
 
     @classmethod
@@ -1259,6 +1261,8 @@ class ConfigCase(Case):
 
 class GuestCase(ConfigCase):
     """Tests with real guests. They share one libvirtd, and guests that run already."""
+
+    group = 'libvirt'
 
     _host: Libvirtd | None = None
     _vms: dict[str, Vm] = {}
@@ -1342,6 +1346,8 @@ class GuestCase(ConfigCase):
 class NetCase(Case):
     """A test in a fresh network, with /run and /sys to match."""
 
+    group = 'networks'
+
     @classmethod
     def setUpClass(cls) -> None:
         if os.geteuid():
@@ -1379,6 +1385,8 @@ os.environ.setdefault('VMMONITOR_ACCEL', 'tcg')
 @unittest.skipIf(os.geteuid(), 'needs root, to make namespaces')
 class Live(Case):
     """Tests with machines, in a directory of their own."""
+
+    group = 'machines'
 
     kernel = initramfs = ''
     home: Path                  # where the machines are kept
@@ -1428,7 +1436,7 @@ def readme(section: str) -> str:
 
 # === logging and threads ========================================================================
 
-class WordsTest(unittest.TestCase):
+class WordsTest(Case):
     """One line for every problem, and no line that something from outside could forge."""
 
     def test_words(self) -> None:
@@ -1563,7 +1571,7 @@ def warps(*seeds: Any) -> Iterator[bytes]:
         yield json.dumps(value).encode()
 
 
-class JsonTest(unittest.TestCase):
+class JsonTest(Case):
     """parse_json() and the shapes of answers."""
 
     def test_limits(self) -> None:
@@ -1698,6 +1706,8 @@ class FilesTest(ConfigCase):
 
 class FuzzTest(ConfigCase):
     """Whatever comes from outside: the documented errors, or a good value."""
+
+    group = 'wire'
 
     def setUp(self) -> None:
         self.count = 0
@@ -2162,7 +2172,7 @@ NO_HWCLOCK = 'this feature or command is not currently supported'
 TOLERANCE = 5 * vm.MS
 
 
-class ClockTest(unittest.TestCase):
+class ClockTest(Case):
     """correct() against what agents of other systems and versions answer."""
 
     def test_explicit_time(self) -> None:
@@ -2548,7 +2558,7 @@ class LibvirtTest(GuestCase):
 
 # === monitor ====================================================================================
 
-class MonitorTest(unittest.TestCase):
+class MonitorTest(Case):
     """Events -> at most one job per guest."""
 
     def setUp(self) -> None:
@@ -2661,6 +2671,8 @@ def more_needed(took: Sequence[float], bar: float) -> bool:
 
 class BarsTest(GuestCase):
     """The figures that the tool promises, measured from outside of it."""
+
+    group = 'bars'
 
     def test_without_it_the_clock_stays_wrong(self) -> None:
         guest = self.vm('web1')
@@ -2991,7 +3003,7 @@ class TroubleTest(GuestCase):
 
 # === startup ====================================================================================
 
-class StartupTest(unittest.TestCase):
+class StartupTest(Case):
     """The list, with guests that start at once; real ones are in GuestTest."""
 
     def run_list(self, lines: Sequence[str], *guests: ScriptedGuest) -> list[str]:
@@ -3078,6 +3090,8 @@ class StartupTest(unittest.TestCase):
 
 class ListenerTest(ConfigCase):
     """The https trigger with real TLS and real curl; the guests behind it are scripted."""
+
+    group = 'wire'
 
     def setUp(self) -> None:
         self.port = free_port()
@@ -3451,7 +3465,7 @@ class ListenerTest(ConfigCase):
 
 # === host network ===============================================================================
 
-class TestParsing(unittest.TestCase):
+class TestParsing(Case):
     """Pure functions, with what other versions of iproute2 and odd networks print."""
 
     def test_documents(self) -> None:
@@ -4692,7 +4706,9 @@ def boot_guest(work: Path, tests: str, timeout: float) -> str:
     return (work / 'serial').read_text(errors='replace')
 
 
-class TestKernel(unittest.TestCase):
+class TestKernel(Case):
+    group = 'networks'
+
     def test_bond_and_netem_on_debians_kernel(self) -> None:
         if os.geteuid() or not shutil.which('qemu-system-x86_64'):
             self.skipTest('needs root and qemu-system-x86_64')
@@ -4707,8 +4723,10 @@ class TestKernel(unittest.TestCase):
 
 # === json sockets ===============================================================================
 
-class QmpTest(unittest.TestCase):
+class QmpTest(Case):
     """The QMP client against peers that behave badly; a real QEMU is in MachineSocketTest."""
+
+    group = 'wire'
 
     GOOD = (
         ('split', b'{"retPAUSEurn": {"status": "runPAUSEning"}, "id": IPAUSED}\r\n'.replace(
@@ -4776,8 +4794,10 @@ class QmpTest(unittest.TestCase):
                 qmp.event(['NEVER'], 0.2)
 
 
-class AgentWireTest(unittest.TestCase):
+class AgentWireTest(Case):
     """The guest-agent client against agents that behave badly."""
+
+    group = 'wire'
 
     def ask(self, serve: Callable[[socket.socket], None], timeout: float = 0.5) -> Any:
         return vm.GuestAgent(Peer(self, serve).path, 'web1').execute('guest-get-time', {}, timeout)
@@ -4830,6 +4850,8 @@ def user_of(path: str) -> Iterator[int]:
 
 class TestHarddrive(Case):
     """Images, by what qemu-img and the bytes of the file say afterwards."""
+
+    group = 'machines'
 
     def img(self, *argv: str) -> str:
         return subprocess.run(['qemu-img', *argv], check=True, capture_output=True,
@@ -5158,6 +5180,8 @@ class TestHarddrive(Case):
 
 class TestCD(Case):
     """CDs without a machine; with one, see TestMachine."""
+
+    group = 'machines'
 
     def test_off_line(self) -> None:
         Path(self.path('a.iso')).write_bytes(bytes(2048))
@@ -7301,7 +7325,7 @@ class DaemonTest(GuestCase):
 
 # === packaging and README =======================================================================
 
-class PackagingTest(unittest.TestCase):
+class PackagingTest(Case):
     """What stands beside the program."""
 
     def test_top_level(self) -> None:
@@ -7321,6 +7345,14 @@ class PackagingTest(unittest.TestCase):
         table = (vm.__doc__ or '').partition('Four parts')[2].partition('Rules')[0]
         self.assertEqual(re.findall(r'(?m)^ {2,4}(part \d: .*|[a-z]+(?: [a-z]+)*(?=  ))', table),
                          sections)
+
+    def test_each_test_is_in_one_group(self) -> None:
+        kinds = [kind for kind in globals().values() if isinstance(kind, type)
+                 and issubclass(kind, unittest.TestCase)
+                 and unittest.defaultTestLoader.getTestCaseNames(kind)]
+        self.assertEqual({kind.__name__ for kind in kinds if not issubclass(kind, Case)}, set())
+        self.assertEqual(sorted(kind.__name__ for kind in kinds),
+                         sorted(name for group in GROUPS for name in classes(group)))
 
     def test_the_tests_that_the_readme_names(self) -> None:
         rows = re.findall(r'(?m)^\| .* \| (`Test.*) \|$', (HERE / 'README.md').read_text())
@@ -8161,6 +8193,55 @@ class StrictResult(unittest.TextTestResult):
             self.stream.writeln(f'skipped: {test}: {reason}')
 
 
+# --only GROUP: what is in it. Each class is in one (Case.group). They run side by side, but for the
+# last, which measures. The quickest is first.
+GROUPS = {
+    'unit': 'parsers, configuration, clock, documents',
+    'wire': 'sockets, TLS and HTTP, and what a stranger may send over them',
+    'networks': 'interfaces, in name spaces',
+    'libvirt': 'guests of a libvirtd',
+    'machines': 'disks, and machines under QEMU',
+    'bars': 'the figures that the README promises, with nothing beside them'}
+
+
+def classes(group: str) -> list[str]:
+    """Return the names of the test classes in a group."""
+    return [name for name, kind in globals().items()
+            if isinstance(kind, type) and issubclass(kind, Case) and kind.group == group
+            and unittest.defaultTestLoader.getTestCaseNames(kind)]
+
+
+def run_group(group: str, strict: bool) -> tuple[bool, str]:
+    """Run a group in a process of its own, and print its output when it ends; return whether it
+    passed, and a line that sums it up."""
+    began = time.monotonic()
+    done = subprocess.run(
+        ['setpriv', '--pdeathsig', 'TERM', sys.executable, __file__, '--only', group]
+        + ['--strict'] * strict, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, check=False)
+    text = done.stdout.decode(errors='replace')
+    print(text, end='', flush=True)
+    count = re.findall(r'(?m)^Ran (\d+) tests? in', text) or ['no']
+    ended = re.findall(r'(?m)^(?:OK|FAILED|left behind).*', text)
+    said = ', '.join(ended) or f'status {done.returncode}'
+    return done.returncode == 0, (
+        f'{group:9} {count[-1]:>4} tests {time.monotonic() - began:5.0f} s  {said}')
+
+
+def side_by_side(groups: Sequence[str], strict: bool) -> int:
+    """Run groups, the longest first, as many at once as there are processors; return the exit
+    status."""
+    pool = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        results = list(pool.map(lambda group: run_group(group, strict),
+                                [group for group in groups if group != 'bars'][::-1]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    results += [run_group(group, strict) for group in groups if group == 'bars']
+    print('', *(line for _, line in results), sep='\n')
+    return 0 if all(passed for passed, _ in results) else 1
+
+
 def left_behind() -> set[str]:
     """Return what this run has left: its files, and the processes of its guests."""
     found = {str(path) for place in (tempfile.gettempdir(), CACHE.parent)
@@ -8184,6 +8265,8 @@ def main() -> int:
                         help=f'install on a new Debian, in a container: {", ".join(SUITES)}')
     parser.add_argument('--suite', action='store_true',
                         help='with --fresh: run all these tests in it, too')
+    parser.add_argument('--only', nargs='+', choices=GROUPS, metavar='GROUP', default=[],
+                        help='; '.join(f'{name}: {what}' for name, what in GROUPS.items()))
     parser.add_argument('tests', nargs='*', help='classes or tests, as for unittest')
     options = parser.parse_args()
     if options.fresh:
@@ -8194,12 +8277,17 @@ def main() -> int:
     if options.bench:
         benchmark()
         return 0
+    if len(options.only) != 1 and not options.tests:
+        return side_by_side([group for group in GROUPS if group in (options.only or GROUPS)],
+                            options.strict)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # what was begun is ended
     StrictResult.strict = options.strict
+    tests = options.tests or classes(options.only[0])
     logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
     logging.lastResort = None
     try:
         program = unittest.main(
-            module='__main__', argv=[sys.argv[0], *options.tests], exit=False,
+            module='__main__', argv=[sys.argv[0], *tests], exit=False,
             verbosity=2, testRunner=unittest.TextTestRunner(
                 verbosity=2, resultclass=StrictResult))     # type: ignore[arg-type]
     finally:
