@@ -2608,7 +2608,7 @@ class MonitorTest(Case):
                 self.send(kind)
                 self.settle()
         self.assertEqual(len(logged.output), 2, logged.output)
-        self.assertIn('add a <channel>', logged.output[0])
+        self.assertIn('no guest agent channel; give it one', logged.output[0])
 
     def test_a_stopped_guest_is_no_failure(self) -> None:
         def gone(*_: Any) -> Any:
