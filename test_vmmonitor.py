@@ -27,6 +27,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import html
 import importlib.util
 import io
 import json
@@ -56,6 +57,7 @@ import types
 import unittest
 import unittest.mock
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +81,8 @@ KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'qemu-system-x86', 'qemu-utils', 'qemu-guest-agent', 'libfaketime', 'busybox-static',
             'cpio', 'kmod', 'iproute2', 'openssl', 'curl', 'xz-utils', 'python3', 'nftables',
-            'iptables', 'xorriso', 'ovmf', 'testssl.sh')
+            'iptables', 'xorriso', 'ovmf', 'testssl.sh', 'wget', 'nodejs', 'python3-requests',
+            'python3-aiohttp')
 Found = TypeVar('Found')
 
 
@@ -1168,6 +1171,7 @@ CERT_ARGS = ('openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramge
              '-days', '90', '-subj', '/CN=localhost', '-addext',
              'subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1',
              '-addext', 'crlDistributionPoints=URI:http://localhost/crl')
+ODD_NAME = '\u00e0\u0160 \u200b\xa0"\'\\\t%&+#;\U0001f600'     # bytes that some take for spaces
 KEY = 'k' * 32                  # the main key in the tests' configurations
 OTHER_KEY = 'o' * 32
 
@@ -1769,8 +1773,10 @@ class FuzzTest(ConfigCase):
                  b'GET https://[::1]:1/?cmd=list HTTP/1.1\r\n' + head + b'\r\n',
                  b'GET /?' + form + b' HTTP/1.1\r\nAccept: application/json\r\n\r\n',
                  post % (len(form), b'Content-Type: application/x-www-form-urlencoded', form),
-                 post % (len(body), b'Content-Type: application/json', body))
-        statuses = {200, 202, 400, 401, 403, 404, 405, 408, 409, 411, 413, 415, 429, 431, 505}
+                 post % (len(body), b'Content-Type: application/json', body),
+                 b'\r\nPOST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n' + head
+                 + b'\r\n8\r\ncmd=list\r\n0\r\n\r\n')
+        statuses = {200, 202, 400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 431, 505}
         for data in mutants(*seeds):
             router.throttle = vm.Throttle()
             near, far = socket.socketpair()
@@ -3138,6 +3144,88 @@ class ListenerTest(ConfigCase):
                          (200, 'größe 1: started'))
         self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER, '--http1.0'), done)
 
+    def raw(self, request: bytes) -> bytes:
+        """Return what is answered to these bytes and the end of the connection."""
+        connection = self.connect(request)
+        answer = b''
+        while b'\r\n\r\n' not in answer or not answer.endswith(b'\n'):
+            data = connection.recv(65536)
+            if not data:
+                break
+            answer += data
+        return answer
+
+    def test_utf8(self) -> None:
+        """Names and keys in UTF-8, raw or percent-encoded, and any name that libvirt takes."""
+        self.write_text('schl\u00fcssel-\U0001f511-' + 'k' * 20, 'utf8.key')
+        secret = (self.directory / 'utf8.key').read_text()
+        name = ODD_NAME
+        self.host.guests[name] = ScriptedGuest(name)
+        self.changes['listener']['keys'] += [{'name': 'utf8', 'keyFile': 'utf8.key'}]
+        self.settings.config = vm.load(self.write(self.changes))
+        coded = urllib.parse.quote(name)
+        line = vm.printable(f'{name}: started')
+        for arguments in (
+                ('-d', f'cmd=start&target={coded}', '-H', f'Authorization: Bearer {secret}'),
+                ('--data-urlencode', f'target={name}', '-d', f'cmd=start&key={secret}'),
+                ('-G', '--data-urlencode', f'target={name}', '--data-urlencode', f'key={secret}',
+                 '-d', 'cmd=start'),
+                ('-H', 'Content-Type: application/json', '-d', json.dumps(
+                    {'key': secret, 'cmd': 'start', 'target': name}, ensure_ascii=False))):
+            with self.subTest(arguments[0]):
+                self.assertEqual(self.curl(*arguments), (200, line))
+        for simple in ('gr\u00f6\u00dfe 1', '\u00e0\u0160'):        # raw
+            self.host.guests[simple] = ScriptedGuest(simple)
+            target = simple.replace(' ', '+').encode()
+            self.assertIn(f'{simple}: started'.encode(), self.raw(
+                b'GET /?cmd=start&target=' + target + b'&key=' + secret.encode()
+                + b' HTTP/1.1\r\n\r\n'))
+            self.assertEqual(self.curl('-d', f'key={secret}&cmd=start&target={simple}'),
+                             (200, f'{simple}: started'))
+
+    def test_odd_but_good(self) -> None:
+        """What clients send that is no mistake."""
+        done = b'web1: started\n'
+        for query in ('&', '&_=1732550000', '&&_=1&_=2'):
+            self.assertEqual(self.ask(f'key={KEY}&cmd=start&target=web1{query}')[0], 200, query)
+        self.assertEqual(self.curl('--data-binary', f'\ufeffkey={KEY}&cmd=list\r\n')[0], 200)
+        self.assertEqual(self.curl('-H', 'Content-Type: application/json', '--data-binary',
+                                   '\ufeff' + json.dumps({'key': KEY, 'cmd': 'list'}))[0], 200)
+        self.assertEqual(self.ask(f'key={KEY}&cmd=list', '-u', 'proxy:password')[0], 200)
+        self.assertEqual(self.curl('-I', url=f'{self.url}?key={KEY}&cmd=list')[0], 200)
+        form = b'key=' + KEY.encode() + b'&cmd=start&target=web1'
+        head = b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n'
+        chunks = b'5;x="y"\r\n' + form[:5] + b'\r\n%X\r\n' % len(form[5:]) + form[5:] + b'\r\n'
+        for request in (b'\r\n\r\nGET /?' + form + b' HTTP/1.1\r\n\r\n',
+                        head + chunks + b'0\r\n\r\n',
+                        head + chunks + b'0\r\nTrailer: x\r\n\r\n'):
+            self.assertTrue(self.raw(request).endswith(done), request)
+        twice = self.connect(2 * (head + chunks + b'0\r\n\r\n\r\n'))
+        answers = b''
+        while answers.count(done) < 2:
+            answers += twice.recv(65536)
+        head_only = self.raw(b'HEAD /?' + form + b' HTTP/1.1\r\n\r\n')
+        self.assertIn(b' 200 OK\r\n', head_only)
+        self.assertIn(b'Content-Length: 14\r\n', head_only)
+        self.assertTrue(head_only.endswith(b'\r\n\r\n'), head_only)
+
+    def test_failed_handshakes_are_counted(self) -> None:
+        """One line a minute, with their count, however many there are."""
+        with mock.patch.object(vm, 'HANDSHAKES_WINDOW', 1.0), \
+                self.assertLogs('vmmonitor', 'WARNING') as logged:
+            for _ in range(20):
+                with socket.create_connection(('127.0.0.1', self.port), timeout=20) as connection:
+                    connection.sendall(b'\x16\x03\x01\x00\x05hello')
+                    connection.recv(100)
+            context = ssl.create_default_context()          # which does not know the certificate
+            with self.assertRaises(ssl.SSLError), \
+                    socket.create_connection(('127.0.0.1', self.port), timeout=20) as connection:
+                context.wrap_socket(connection, server_hostname='localhost')
+            soon(lambda: logged.output, 10, 'the line')
+            self.listener.close()
+        self.assertRegex(logged.output[0], 'handshakes that failed: 21, the last of 127.0.0.1: ')
+        self.assertEqual(len(logged.output), 1)
+
     def test_refusals(self) -> None:
         good = f'key={KEY}&cmd=start&target=web1'
         for query, arguments, answer in (
@@ -3161,16 +3249,19 @@ class ListenerTest(ConfigCase):
                 (f'key={KEY}&cmd=start', (), (400, 'target is missing: the name of the guest to '
                                               'start')),
                 (f'key={KEY}&cmd=list&target=web1', (), (400, 'list takes no target')),
-                (f'key={KEY}&cmd=start&target=a%0Ab', (), (400, 'target has control characters')),
+                (f'key={KEY}&cmd=start&target=a%0Ab', (), (400, 'target must be a string without '
+                                                       'control characters')),
                 (f'key={KEY}&cmd=start&target=%ff', (), (400, 'parameters must be NAME=VALUE, '
-                                                         'joined by & and percent-encoded UTF-8')),
+                                                         'joined by & and UTF-8')),
                 ('key', (), (400, 'parameters must be NAME=VALUE, joined by & and '
-                             'percent-encoded UTF-8')),
-                (good, ('-X', 'DELETE'), (405, 'use GET or POST')),
+                             'UTF-8')),
+                (good, ('-X', 'DELETE'), (405, 'use GET, HEAD or POST')),
                 (good, ('-H', 'X: ' + 'x' * 20000), (431, 'request line and headers too large')),
                 ('', ('-d', 'x' * 20000), (413, 'the body may have 16384 bytes')),
-                ('', ('-H', 'Transfer-Encoding: chunked', '-d', 'x=1'),
-                 (411, 'send the body with a Content-Length')),
+                ('', ('-H', 'Transfer-Encoding: chunked', '-d', 'x' * 20000),
+                 (413, 'the body may have 16384 bytes')),
+                ('', ('-F', 'cmd=list'),
+                 (415, 'send application/x-www-form-urlencoded or application/json')),
                 ('', ('-H', 'Content-Type: text/xml', '-d', '<x/>'),
                  (415, 'send application/x-www-form-urlencoded or application/json')),
                 ('', ('-H', 'Content-Type: application/json', '-d', '{"cmd": ["a"]}'),
@@ -3276,32 +3367,66 @@ class ListenerTest(ConfigCase):
         self.assertIn('INFO:vmmonitor:stop web1: asked to shut down', logged.output,
                       'it was said to go on, and did not')
 
-    def test_too_many_wrong_keys(self) -> None:
-        for _ in range(vm.WRONG_KEYS):
-            self.assertEqual(self.ask('key=wrong&cmd=start&target=web1'), self.WRONG)
-        began = time.monotonic()
-        status, text = self.ask('cmd=start&target=web1', *self.BEARER)
-        self.assertEqual(status, 429)
-        self.assertRegex(text, r'too many wrong keys; try again in (5\d|60) s')
-        self.assertLess(time.monotonic() - began, 1)
-        url = f'https://[::1]:{self.port}/?cmd=start&target=web1'
-        self.assertEqual(self.curl(*self.BEARER, url=url), (200, 'web1: started'))
+    LOCKED = (429, 'too many wrong keys; try again in')
 
-    def test_a_forbidden_target_counts_as_a_wrong_key(self) -> None:
+    def guess(self, *arguments: str, times: int = vm.WRONG_KEYS) -> None:
+        """Ask with wrong keys until the address they come from is locked out."""
+        for _ in range(times):
+            self.assertEqual(self.ask('key=wrong&cmd=start&target=web1', *arguments), self.WRONG)
+        self.assertLocked(self.ask('key=wrong&cmd=start&target=web1', *arguments))
+
+    def assertLocked(self, answer: tuple[int, str]) -> None:
+        self.assertEqual((answer[0], answer[1][:len(self.LOCKED[1])]), self.LOCKED)
+
+    def test_too_many_wrong_keys(self) -> None:
+        """Who guesses is locked out, whoever has a key that can't be guessed is not."""
+        self.changes['listener']['keys'] += [{'name': 'short', 'key': 'guessable'}]
+        self.settings.config = vm.load(self.write(self.changes))
+        self.assertEqual(self.ask('key=guessable&cmd=start&target=web1'), (200, 'web1: started'))
+        self.guess()
+        self.assertLocked(self.ask('key=guessable&cmd=start&target=web1'))
+        self.assertLocked(self.ask('cmd=start&target=web1'))
+        self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER), (200, 'web1: started'))
+        url = f'https://[::1]:{self.port}/?key=guessable&cmd=start&target=web1'
+        self.assertEqual(self.curl(url=url), (200, 'web1: started'))
+
+    def test_a_right_key_counts_by_key(self) -> None:
+        """One that asks for other targets than its own is no wrong key of its address."""
         for _ in range(vm.WRONG_KEYS):
             self.assertEqual(self.ask('cmd=start&target=db1', *self.WEB_BEARER), self.WRONG)
-        self.assertEqual(self.ask('cmd=start&target=db1', *self.WEB_BEARER)[0], 429)
+        self.assertLocked(self.ask('cmd=start&target=db1', *self.WEB_BEARER))
+        self.assertEqual(self.ask('cmd=start&target=web1', *self.WEB_BEARER)[0], 200)
+        self.assertEqual(self.ask('key=wrong&cmd=start&target=web1'), self.WRONG)
+
+    def test_trusted_proxies(self) -> None:
+        """A client behind a proxy is counted by its own address, which only the proxy may tell."""
+        def of(address: str) -> tuple[str, str]:
+            return '-H', f'X-Forwarded-For: {address}'
+        self.guess(*of('198.51.100.1'))             # nobody is trusted: this is 127.0.0.1's doing
+        self.assertLocked(self.ask('key=wrong&cmd=list', *of('198.51.100.2')))
+        self.listener.router.throttle = vm.Throttle()
+        self.changes['listener']['trustedProxies'] = ['127.0.0.1', '10.0.0.0/8']
+        self.settings.config = vm.load(self.write(self.changes))
+        with self.assertLogs('vmmonitor', 'INFO') as logged:
+            self.guess(*of('forged, 198.51.100.1, 10.1.2.3'))
+        self.assertIn('peer=198.51.100.1 ', logged.output[0])
+        self.assertLocked(self.ask('key=wrong&cmd=list', *of('198.51.100.1:4711')))
+        for other in ('198.51.100.2', '[2001:db8::1]:80', '198.51.100.1, unknown', ''):
+            self.assertEqual(self.ask('key=wrong&cmd=list', *of(other)), self.WRONG, other)
 
     def test_throttle_forgets(self) -> None:
         throttle = vm.Throttle()
-        with unittest.mock.patch.object(vm, 'WRONG_KEYS_WINDOW', 0.2):
+        self.assertEqual(throttle.network('2001:db8::1'), throttle.network('2001:db8::2'))
+        self.assertNotEqual(throttle.network('2001:db8::1'), throttle.network('2001:db8:1::1'))
+        with mock.patch.object(vm, 'WRONG_KEYS_WINDOW', 0.2):
             for _ in range(vm.WRONG_KEYS):
-                throttle.wrong('2001:db8::1')
-        self.assertEqual(throttle.seconds('2001:db8::2'), 1)        # the same /64
-        self.assertEqual(throttle.seconds('2001:db8:1::1'), 0)
+                throttle.wrong('somebody')
+        with self.assertRaisesRegex(vm.Refusal, 'try again in 1 s'):
+            throttle.wrong('somebody')
+        throttle.wrong('somebody else')
         time.sleep(0.25)
-        self.assertEqual(throttle.seconds('2001:db8::1'), 0)
-        with unittest.mock.patch.object(vm, 'WRONG_KEYS_PEERS', 3):
+        throttle.wrong('somebody')
+        with mock.patch.object(vm, 'WRONG_KEYS_PEERS', 3):
             for number in range(9):
                 throttle.wrong(f'10.0.0.{number}')
         self.assertLessEqual(len(throttle._wrong), 3)
@@ -3345,6 +3470,8 @@ class ListenerTest(ConfigCase):
         self.assertEqual(sizes, [1, 1, 1], 'an answer came in more than one record')
 
     def test_garbage(self) -> None:
+        coded = b'POST / HTTP/1.1\r\nTransfer-Encoding: %s\r\n'
+        chunked = coded % b'chunked'
         for request, status in ((b'\x00\xff\x16junk\r\n\r\n', b' 400 '), (b'GET /\r\n', b' 400 '),
                                 (b'GET / HTTP/9.9\r\n\r\n', b' 505 '),
                                 (b'GET / HTTP/1.1\r\n' + b'a: b\r\n' * 150 + b'\r\n', b' 431 '),
@@ -3352,20 +3479,25 @@ class ListenerTest(ConfigCase):
                                 (b'POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n'
                                  b'\r\n', b' 400 '),
                                 (b'GET http://[ HTTP/1.1\r\n\r\n', b' 400 '),
+                                (coded % b'gzip, chunked' + b'\r\n0\r\n\r\n', b' 400 '),
+                                (chunked + b'Content-Length: 5\r\n\r\n0\r\n\r\n', b' 400 '),
+                                (chunked + b'\r\n-1\r\n', b' 400 '),
+                                (chunked + b'\r\n1\r\nab\r\n', b' 400 '),
+                                (chunked + b'\r\n' + (b'1;' + b'x' * 2000 + b'\r\na\r\n') * 99,
+                                 b' 413 '),
+                                (b'GET / HTTP/1.1\r\nX: a\r\n b\r\n\r\n', b' 400 '),
                                 (b'POST / HTTP/1.1\r\nX : y\r\nContent-Length: 5\r\n\r\nhello',
                                  b' 400 '),
                                 (b'POST / HTTP/1.1\r\nX: y\rContent-Length: 5\r\n\r\nhello',
                                  b' 400 '),
-                                (b'HEAD / HTTP/1.1\r\n\r\n', b' 405 ')):
+                                (b'HEAD / HTTP/1.1\r\n\r\n', b' 401 ')):
             with self.subTest(request[:30]):
                 answer = self.connect(request).recv(65536)
                 self.assertTrue(answer.startswith(b'HTTP/1.1' + status), answer)
 
     def test_plain_http_and_old_tls_are_refused(self) -> None:
-        connection = self.connect()
-        connection.sendall(b'GET / HTTP/1.1\r\nHost: x\r\n\r\n')
-        with contextlib.suppress(ConnectionResetError):
-            self.assertNotIn(b'HTTP', connection.recv(65536))
+        answer = self.curl(url=f'http://localhost:{self.port}/?cmd=list')
+        self.assertEqual(answer, (400, 'this port speaks https: begin the address with https://'))
         for version, works in (('1.3', True), ('1.2', True), ('1.1', False), ('1.0', False)):
             done = subprocess.run(
                 ['openssl', 's_client', f'-tls{version.replace(".", "_").replace("1_3", "1_3")}',
@@ -7308,6 +7440,29 @@ class DaemonTest(GuestCase):
         self.assertIn('is away', text)
         program.wait_log('connected after', count=2)
         self.assertEqual(ask('start')[0], 200)
+
+    NAMELESS = ('<domain type="qemu"><name>%s</name><memory unit="MiB">64</memory><os>'
+                '<type arch="x86_64" machine="q35">hvm</type></os></domain>')
+
+    def test_any_name_that_libvirt_takes(self) -> None:
+        port = free_port()
+        names = (ODD_NAME, 'gr\u00f6\u00dfe 1', '-x', '.y', '*', '[a]', '&<>', 'x' * 200)
+        path = self.host.dir / 'odd.xml'
+        for name in names:
+            path.write_text(self.NAMELESS % html.escape(name))
+            self.host.virsh('define', str(path))
+            self.addCleanup(self.host.virsh, 'undefine', '--', name)
+        program = self.program('--listen', config=self.config(
+            {'listener': {'enabled': True, 'port': port}}))
+        program.wait_log('connected after')
+        curl = ('curl', '-sS', '--cacert', str(self.directory / 'cert.pem'), '-H',
+                f'Authorization: Bearer {KEY}', f'https://localhost:{port}/', '-d', 'cmd=status')
+        for name in names:
+            told = run(*curl, '--data-urlencode', f'target={name}', timeout=60)
+            self.assertEqual(told.partition(' agent=')[0], vm.printable(f'{name} off'))
+        program.process.terminate()
+        program.wait_log('stopping')
+        self.assertEqual(program.log().count('result=200'), len(names))
 
     def test_stop_without_an_agent_uses_acpi(self) -> None:
         self.only('noagent')

@@ -62,6 +62,7 @@ import dataclasses
 import difflib
 import email.message
 import enum
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -84,7 +85,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import stat
 import struct
@@ -130,7 +130,6 @@ class Error(Exception):
      +- ConfigError           the configuration: every problem at once
      +- InvalidValue          one value of it, or an argument (a ValueError, too)
      +- Refusal               a request that gets another answer than 200
-     +- TooLarge              a request with more bytes than it may have
      +- CommandError          a program failed: argv, exit status, stderr
      +- ProtocolError         a peer on a JSON socket sent what is no answer
      |   +- PeerClosed        ... or closed it
@@ -787,6 +786,8 @@ def option(key: str, default: Any, read: Callable[[Any], Any], text: str,
 # --- readers: each returns a value as it is used, or raises InvalidValue with what it must be ---
 
 Reader = Callable[[Any], Any]
+# What no name in libvirt has; a tab may be in one.
+CONTROLS = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
 
 
 def check(name: str, value: Any, read: Reader, error: type[Error] = InvalidValue,
@@ -812,7 +813,7 @@ def a_text(value: Any) -> str:
     """Read a string without control characters; null, as in old files, is the empty one."""
     if value is None:
         return ''
-    if not isinstance(value, str) or not value.isprintable():
+    if not isinstance(value, str) or CONTROLS.search(value):
         raise InvalidValue('must be a string without control characters')
     return value
 
@@ -871,6 +872,14 @@ def an_address(value: Any) -> str:
             socket.inet_pton(family, text or '::')
             return text
     raise InvalidValue('must be an IPv4 or IPv6 address, or "" for all addresses of this host')
+
+
+def a_network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Read an IP address or network, such as 10.0.0.0/8."""
+    try:
+        return ipaddress.ip_network(a_text(value))
+    except ValueError:
+        raise InvalidValue('must be an address or a network, such as 10.0.0.0/8') from None
 
 
 class Step(NamedTuple):
@@ -934,6 +943,7 @@ class Key:
     digest: bytes = dataclasses.field(repr=False)       # SHA-256: all compare in the same time
     commands: tuple[str, ...] = COMMANDS
     targets: tuple[str, ...] = ('*',)                   # shell patterns (fnmatch)
+    guessable: bool = False                             # shorter than KEY_MINIMUM
 
     def covers(self, target: str) -> bool:
         """Tell whether the key reaches the guest `target`."""
@@ -1042,6 +1052,9 @@ class Config:
         'listener.commandsEnabled.list', True, a_bool, '... "list"')
     key_entries: tuple[KeyEntry, ...] = option(
         'listener.keys', (), key_entries, 'further keys: name, key or keyFile, commands, targets')
+    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = option(
+        'listener.trustedProxies', (), a_list(a_network),
+        'addresses or networks of proxies whose X-Forwarded-For says who asks')
     startup_enabled: bool = option(
         'startup.enabled', False, a_bool, 'start guests when the program starts', restart=True)
     steps: tuple[Step, ...] = option(
@@ -1216,7 +1229,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
             warnings.append(f'{place}.key is shorter than {KEY_MINIMUM} characters and can be '
                             'guessed; put in what "openssl rand -hex 32" prints')
         keys.append(Key(entry.name, hashlib.sha256(secret.encode()).digest(), entry.commands,
-                        entry.targets))
+                        entry.targets, len(secret) < KEY_MINIMUM))
     if len({key.digest for key in keys}) < len(keys):
         problems.append('listener.keys: two entries have the same key; give each its own')
     return keys
@@ -2967,7 +2980,16 @@ WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
 WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
 
+HANDSHAKES_WINDOW = 60.0       # failed handshakes of this time make one line in the log
+
 NO_HTTP = 'not an HTTP request that can be read'
+METHODS_TAKEN = ('GET', 'HEAD', 'POST')
+# Python's parser would stop at a line that it can't read, and take a bare CR for a line's end: what
+# follows would be the next request, though a proxy in front has seen one.
+HEADER = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[^\r\n\0]*)?\r?\n")
+LINE_ENDS = (b'\r\n', b'\n')
+PARAMETERS = ('cmd', 'key', 'target', 'wait')
+BEARER = ('WWW-Authenticate', 'Bearer')
 
 
 class Refusal(Error):
@@ -2978,18 +3000,100 @@ class Refusal(Error):
         self.status, self.headers = status, tuple(headers)
 
 
-class TooLarge(Error):
-    """A request has more bytes than it may."""
-
-
 class Request(NamedTuple):
     """One request, read whole."""
 
-    peer: str                   # address
+    peer: str                   # address at the other end of the connection
     method: str
-    target: str                 # path and query
+    target: str                 # path and query; what was no ASCII in it is percent-encoded
     headers: email.message.Message
     body: bytes
+
+    def client(self, trusts: Callable[[str], bool]) -> str:
+        """Return the address that the request comes from: the peer's, or what a trusted proxy
+        says, the last of X-Forwarded-For that is not a trusted proxy itself."""
+        client = self.peer
+        hops = ','.join(self.headers.get_all('X-Forwarded-For', [])).split(',')
+        while hops and trusts(client):
+            hop = re.sub(r'^\[(.*)\](:\d+)?$|^([\d.]+):\d+$', r'\1\3', hops.pop().strip())
+            try:
+                client = plain_address(hop)
+            except ValueError:
+                break
+        return client
+
+    def parameters(self) -> dict[str, str]:
+        """Return what stands in the query, the body and the Authorization header, each once."""
+        try:
+            url = urllib.parse.urlsplit(self.target)
+        except ValueError:
+            raise Refusal(400, NO_HTTP) from None
+        if url.path not in ('/', ''):
+            raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
+        pairs = [*form_pairs(url.query.encode()), *self._body_pairs()]
+        found: dict[str, str] = {}
+        for name, value in self._with_bearer(pairs):
+            if name == '_':                     # what some clients add to get past caches
+                continue
+            if name not in PARAMETERS:
+                raise Refusal(400, f'parameters are {", ".join(PARAMETERS)}')
+            if name in found:
+                raise Refusal(400, f'{name} stands there twice')
+            try:
+                found[name] = a_text(value)
+            except InvalidValue as problem:
+                raise Refusal(400, f'{name} {problem}') from None
+        return found
+
+    def _body_pairs(self) -> Iterable[tuple[str, str]]:
+        form = self.headers.get('Content-Type', '').partition(';')[0].strip().lower()
+        if self.method != 'POST' or not self.body:
+            return []
+        if form == 'application/json':
+            return json_pairs(self.body)
+        if form in ('application/x-www-form-urlencoded', ''):
+            return form_pairs(self.body.removeprefix(BOM.encode()).strip(b'\r\n'))
+        raise Refusal(415, 'send application/x-www-form-urlencoded or application/json')
+
+    def _with_bearer(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Add the key of the Authorization header; another scheme, such as a proxy's Basic, is
+        not for us where there is a key."""
+        scheme, _, token = self.headers.get('Authorization', '').encode('latin-1').partition(b' ')
+        if scheme.lower() == b'bearer':
+            return [*pairs, ('key', token.strip().decode(errors='replace'))]
+        if scheme and 'key' not in dict(pairs):
+            raise Refusal(401, 'use Authorization: Bearer KEY', (BEARER,))
+        return pairs
+
+
+def form_pairs(form: bytes) -> Iterator[tuple[str, str]]:
+    """Yield the members of a query or a form, in UTF-8, raw or percent-encoded."""
+    for pair in filter(None, form.split(b'&')):
+        name, equals, value = (urllib.parse.unquote_to_bytes(part.replace(b'+', b' '))
+                               for part in pair.partition(b'='))
+        try:
+            if not equals:
+                raise ValueError
+            yield name.decode(), value.decode()
+        except ValueError:
+            raise Refusal(400, 'parameters must be NAME=VALUE, joined by & and UTF-8') from None
+
+
+def json_pairs(body: bytes) -> list[tuple[str, str]]:
+    """Return the members of a JSON body: an object whose values are strings or numbers."""
+    try:
+        value = checked('the body', parse_json(body, unique=True), {'*': (str, int, float)})
+    except ValueError:
+        raise Refusal(400, 'the body must be a JSON object, its keys once each, its values '
+                      'strings or numbers') from None
+    return [(name, str(item)) for name, item in value.items()]
+
+
+def plain_address(address: str) -> str:
+    """Return an address as it is counted and shown: IPv4 that came by an IPv6 socket is IPv4.
+    ValueError if it is none."""
+    parsed = ipaddress.ip_address(address)
+    return str(getattr(parsed, 'ipv4_mapped', None) or parsed)
 
 
 class Reply(NamedTuple):
@@ -3017,35 +3121,41 @@ class Audit:
 
 
 class Throttle:
-    """Counts wrong keys by address, and says when an address has had enough of them."""
+    """Counts failures to show a right key, and says who has had enough of them: by key where a
+    right one was shown, for a guest that it does not reach, else by address."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wrong: dict[str, tuple[float, int]] = {}      # network -> (window's end, count)
+        self._wrong: dict[str, tuple[float, int]] = {}      # who -> (window's end, count)
 
     @staticmethod
-    def _network(peer: str) -> str:
+    def network(peer: str) -> str:
         """Return what is counted as one: an IPv4 address, or an IPv6 /64, which one host has."""
         if ':' not in peer:
             return peer
         return socket.inet_pton(socket.AF_INET6, peer.partition('%')[0])[:8].hex()
 
-    def wrong(self, peer: str) -> None:
-        """Count a wrong key."""
-        network, now = self._network(peer), time.monotonic()
+    def refuse(self, who: str) -> None:
+        """Raise 429 if `who` has had enough."""
         with self._lock:
-            end, count = self._wrong.pop(network, (0.0, 0))
+            end, count = self._wrong.get(who, (0.0, 0))
+        pause = math.ceil(end - time.monotonic())
+        if count >= WRONG_KEYS and pause > 0:
+            raise Refusal(429, f'too many wrong keys; try again in {pause} s',
+                          (('Retry-After', str(pause)),))
+
+    def wrong(self, who: str) -> Refusal:
+        """Count a wrong key and return what it is answered; 429 if `who` has had enough."""
+        self.refuse(who)
+        now = time.monotonic()
+        with self._lock:
+            end, count = self._wrong.pop(who, (0.0, 0))
             if end <= now:
                 end, count = now + WRONG_KEYS_WINDOW, 0
             if len(self._wrong) >= WRONG_KEYS_PEERS:
                 del self._wrong[next(iter(self._wrong))]
-            self._wrong[network] = end, count + 1
-
-    def seconds(self, peer: str) -> int:
-        """Return for how many seconds this address gets no answer; 0 if it gets one."""
-        with self._lock:
-            end, count = self._wrong.get(self._network(peer), (0.0, 0))
-        return math.ceil(max(0.0, end - time.monotonic())) if count >= WRONG_KEYS else 0
+            self._wrong[who] = end, count + 1
+        return Refusal(401, 'wrong key, or not for this target', (BEARER,))
 
 
 class Dispatcher:
@@ -3054,7 +3164,6 @@ class Dispatcher:
     # The first row that fits gives the status of a failed command.
     STATUSES: tuple[tuple[type[Error], int], ...] = (
         (NoGuest, 404), (WrongState, 409), (Busy, 409), (HostAway, 503), (Error, 500))
-    PARAMETERS = frozenset(('key', 'cmd', 'target', 'wait'))
 
     def __init__(self, guests: Guests, settings: Settings,
                  corrections: Mapping[str, Correction]) -> None:
@@ -3063,7 +3172,7 @@ class Dispatcher:
 
     def answer(self, request: Request) -> Reply:
         """Return the answer to any request, and write its audit line."""
-        audit = Audit(request.peer)
+        audit = Audit(request.client(self.trusts))
         try:
             reply = self._dispatch(request, audit)
         except Refusal as refusal:
@@ -3071,7 +3180,7 @@ class Dispatcher:
         except Error as problem:
             reply = self._failure(problem, audit.target)
         except Exception:               # a boundary: the client gets an answer, the log the bug
-            log.exception('request from %s: unexpected error', request.peer)
+            log.exception('request from %s: unexpected error', audit.peer)
             reply = Reply(500, 'an error in vmmonitor; its log has more')
         audit.write(reply.status)
         return reply
@@ -3088,12 +3197,12 @@ class Dispatcher:
 
     def _dispatch(self, request: Request, audit: Audit) -> Reply:
         """Check everything in the order in which it may be told, and carry it out."""
-        if request.method not in ('GET', 'POST'):
-            raise Refusal(405, 'use GET or POST', (('Allow', 'GET, POST'),))
-        parameters = self._parameters(request)
+        if request.method not in METHODS_TAKEN:
+            raise Refusal(405, 'use GET, HEAD or POST', (('Allow', ', '.join(METHODS_TAKEN)),))
+        parameters = request.parameters()
         audit.command = parameters.get('cmd', '-')
         audit.target = parameters.get('target', '-')
-        key = self._authenticate(request.peer, parameters, audit)
+        key = self._authenticate(parameters.get('key', ''), audit)
         command, target = parameters.get('cmd', ''), parameters.get('target', '')
         if command not in COMMANDS:
             raise Refusal(400, f'cmd must be one of {", ".join(COMMANDS)}')
@@ -3101,8 +3210,7 @@ class Dispatcher:
             raise Refusal(400, f'{command} takes no target' if target else
                           f'target is missing: the name of the guest to {command}')
         if target and not key.covers(target):
-            self.throttle.wrong(request.peer)       # not to be told from a wrong key
-            raise self._wrong_key()
+            raise self.throttle.wrong(f'key {key.name}')        # not to be told from a wrong key
         if not self.settings.config.allows(command):
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
         if command not in key.commands:
@@ -3116,81 +3224,28 @@ class Dispatcher:
             return Reply(200, self._line(known), known)
         return self._act(command, guest, wait)
 
-    @staticmethod
-    def _pairs(text: str) -> list[tuple[str, str]]:
-        """Split and decode a query or a form."""
-        if not text:
-            return []
-        try:
-            return urllib.parse.parse_qsl(text, keep_blank_values=True, strict_parsing=True,
-                                          errors='strict', max_num_fields=8)
-        except ValueError:
-            raise Refusal(400, 'parameters must be NAME=VALUE, joined by & and percent-encoded '
-                          'UTF-8') from None
+    def trusts(self, address: str) -> bool:
+        """Tell whether an address is one of listener.trustedProxies."""
+        proxies = self.settings.config.trusted_proxies
+        return bool(proxies) and any(ipaddress.ip_address(address) in proxy for proxy in proxies)
 
-    def _parameters(self, request: Request) -> dict[str, str]:
-        """Collect the parameters from the query, the body and the Authorization header."""
-        try:
-            url = urllib.parse.urlsplit(request.target)
-        except ValueError:
-            raise Refusal(400, NO_HTTP) from None
-        if url.path not in ('/', ''):
-            raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
-        pairs = self._pairs(url.query)
-        kind = request.headers.get('Content-Type', '').partition(';')[0].strip().lower()
-        if request.method == 'POST' and request.body:
-            if kind == 'application/json':
-                pairs += self._json_pairs(request.body)
-            elif kind in ('application/x-www-form-urlencoded', ''):
-                pairs += self._pairs(request.body.decode('latin-1').strip())
-            else:
-                raise Refusal(415, 'send application/x-www-form-urlencoded or application/json')
-        scheme, _, token = request.headers.get('Authorization', '').partition(' ')
-        if scheme.lower() == 'bearer':
-            pairs.append(('key', token.strip()))
-        elif scheme:
-            raise Refusal(401, 'use Authorization: Bearer KEY', (('WWW-Authenticate', 'Bearer'),))
-        found: dict[str, str] = {}
-        for name, value in pairs:
-            if name not in self.PARAMETERS:
-                raise Refusal(400, 'parameters are ' + ', '.join(sorted(self.PARAMETERS)))
-            if name in found:
-                raise Refusal(400, f'{name} stands there twice')
-            if not value.isprintable():
-                raise Refusal(400, f'{name} has control characters')
-            found[name] = value
-        return found
+    def _authenticate(self, secret: str, audit: Audit) -> Key:
+        """Return the key of the request; 401, or 429 for an address that guesses.
 
-    @staticmethod
-    def _json_pairs(body: bytes) -> list[tuple[str, str]]:
-        """Read a JSON body: an object whose values are strings or numbers."""
-        try:
-            value = checked('the body', parse_json(body, unique=True), {'*': (str, int, float)})
-        except ValueError:
-            raise Refusal(400, 'the body must be a JSON object, its keys once each, its values '
-                          'strings or numbers') from None
-        return [(name, str(item)) for name, item in value.items()]
-
-    @staticmethod
-    def _wrong_key() -> Refusal:
-        return Refusal(401, 'wrong key, or not for this target', (('WWW-Authenticate', 'Bearer'),))
-
-    def _authenticate(self, peer: str, parameters: Mapping[str, str], audit: Audit) -> Key:
-        """Return the key of the request; 401, or 429 for an address that guesses."""
-        pause = self.throttle.seconds(peer)
-        if pause:
-            raise Refusal(429, f'too many wrong keys; try again in {pause} s',
-                          (('Retry-After', str(pause)),))
-        if not parameters.get('key'):
-            raise Refusal(401, 'key is missing', (('WWW-Authenticate', 'Bearer'),))
-        digest = hashlib.sha256(parameters['key'].encode(errors='surrogatepass')).digest()
+        A key that can't be guessed is served from there, too: whoever sends it has it.
+        """
+        digest = hashlib.sha256(secret.encode()).digest()
         found: Key | None = None
         for key in self.settings.config.keys:       # all of them: the time shall tell nothing
             if hmac.compare_digest(key.digest, digest):
                 found = key
+        network = self.throttle.network(audit.peer)
+        if not found or found.guessable:
+            self.throttle.refuse(network)
+        if not secret:
+            raise Refusal(401, 'key is missing', (BEARER,))
         if not found:
-            self.throttle.wrong(peer)
-            raise self._wrong_key()
+            raise self.throttle.wrong(network)
         audit.key = found.name
         return found
 
@@ -3272,10 +3327,7 @@ class RequestReader(io.RawIOBase):
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
         self.connection = connection
-        self.deadline = Deadline(REQUEST_TIMEOUT)
-        self.began = False                  # whether a byte of the request has come
-        self.bare_cr = False                # whether a CR came without its LF
-        self.budget = HEADER_BYTES
+        self.expect()
 
     def readable(self) -> bool:
         """Say that this is for reading (io.RawIOBase)."""
@@ -3283,20 +3335,46 @@ class RequestReader(io.RawIOBase):
 
     def expect(self) -> None:
         """Get ready for another request."""
-        self.deadline, self.began, self.bare_cr = Deadline(IDLE_TIMEOUT), False, False
-        self.budget = HEADER_BYTES
+        self.deadline = Deadline(IDLE_TIMEOUT)
+        self.began = False                  # whether more than an empty line has come
+        self.limit(HEADER_BYTES, Refusal(431, 'request line and headers too large'))
+
+    def limit(self, budget: int, refusal: Refusal) -> None:
+        """Read so many bytes at most, and raise `refusal` instead of more."""
+        self.budget, self.refusal = budget, refusal
 
     def readinto(self, buffer: Any) -> int:
-        """Read what there is; TooLarge, or socket.timeout."""
+        """Read what there is; a Refusal when that is too much, or socket.timeout."""
         if self.budget <= 0:
-            raise TooLarge('request line and headers too large')
+            raise self.refusal
         self.connection.settimeout(max(self.deadline.left(), 0.001))
         count = self.connection.recv_into(memoryview(buffer)[:self.budget])
-        if not self.began:
+        if not self.began and bytes(buffer[:count]).strip(b'\r\n'):
             self.deadline, self.began = Deadline(REQUEST_TIMEOUT), True
         self.budget -= count
-        self.bare_cr |= bool(re.search(rb'\r[^\n]', memoryview(buffer)[:count]))
         return count
+
+
+class Failures:
+    """The handshakes that failed: one line a minute in the log, with their count."""
+
+    def __init__(self, closing: threading.Event) -> None:
+        self.closing = closing
+        self.lock = threading.Lock()
+        self.count, self.last = 0, ''               # since the last line
+
+    def add(self, address: str, reason: str) -> None:
+        """Count one; the first has the line written when the minute is over."""
+        with self.lock:
+            self.count, self.last = self.count + 1, f'{address}: {reason}'
+            if self.count == 1:
+                spawn('handshakes', self._tell)
+
+    def _tell(self) -> None:
+        self.closing.wait(HANDSHAKES_WINDOW)
+        with self.lock:
+            count, last, self.count = self.count, self.last, 0
+        log.warning('TLS handshakes that failed: %d, the last of %s', count, last)
 
 
 class Client:
@@ -3305,6 +3383,7 @@ class Client:
     def __init__(self, connection: socket.socket, address: str) -> None:
         self.connection, self.address = connection, address
         self.idle = True                    # not in the middle of carrying out a request
+        self.secure = False                 # whether it has sent something that TLS let through
 
     def drop(self) -> None:
         """End the connection from another thread than its own."""
@@ -3316,18 +3395,25 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     """The wire: handshake, limits, time-outs, and one write per response."""
 
     protocol_version = 'HTTP/1.1'
-    server: Server
+    server: Server                          # type: ignore[assignment]
+    command = ''                            # the method; parse_request() may leave it unset
+    close_connection = True
 
     def __init__(self, client: Client, server: Server) -> None:
         self.client = client
-        super().__init__(client.connection, (client.address, 0), server)
+        super().__init__(client.connection, (client.address, 0), server)    # type: ignore[arg-type]
 
     def setup(self) -> None:
         """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
-        self.client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.client.connection.settimeout(HANDSHAKE_TIMEOUT)
+        self.connection = self.client.connection
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection.settimeout(HANDSHAKE_TIMEOUT)
+        if self.connection.recv(1, socket.MSG_PEEK).isalpha():      # a TLS record begins with 22
+            self.connection.recv(HEADER_BYTES)          # unread, it would reset the connection
+            self.refuse(400, 'this port speaks https: begin the address with https://')
+            raise OSError(errno.EPROTO, 'plain http')
         self.connection = self.server.context.wrap_socket(
-            self.client.connection, server_side=True, do_handshake_on_connect=False)
+            self.connection, server_side=True, do_handshake_on_connect=False)
         self.client.connection = self.connection        # wrap_socket() took the descriptor over
         self.connection.do_handshake()
         self.source = RequestReader(self.connection)
@@ -3343,27 +3429,14 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request, have the Dispatcher answer it."""
         self.source.expect()
-        self.close_connection = True
-        self.command = ''                               # parse_request() may leave it unset
+        self.close_connection, self.command = True, ''
         try:
-            self.raw_requestline = self.rfile.readline(HEADER_BYTES + 1)
-            if not self.raw_requestline.strip():
+            if not self._head():
                 return
-            if b' HTTP/' not in self.raw_requestline:       # it would be taken for HTTP/0.9
-                raise Refusal(400, NO_HTTP)
-            if not self.parse_request():
-                return
-            # Python's parser stops at a line that it can't read, and takes a bare CR for a line's
-            # end: what follows would be the next request of this connection.
-            if self.headers.defects or self.headers.get_payload() or self.source.bare_cr:
-                raise Refusal(400, NO_HTTP)
             body = self._body()
         except socket.timeout:
             if self.source.began:
                 self.refuse(408, f'the request took longer than {REQUEST_TIMEOUT:g} s')
-            return
-        except TooLarge as problem:
-            self.refuse(431, str(problem))
             return
         except Refusal as refusal:
             self.refuse(refusal.status, str(refusal))
@@ -3374,23 +3447,77 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self.respond(reply)
         self.client.idle = True
 
+    def _head(self) -> bool:
+        """Read request line and headers; False when there are none, or they were refused."""
+        first = self._line()
+        while first in LINE_ENDS:                       # an empty line before a request is ignored
+            first = self._line()
+        if not first:
+            return False
+        if b' HTTP/' not in first:                      # it would be taken for HTTP/0.9
+            raise Refusal(400, NO_HTTP)
+        # UTF-8 in the target as it stands: Python's parser would split the line at some bytes.
+        self.raw_requestline = re.sub(rb'[\x80-\xff]', lambda at: b'%%%02X' % ord(at[0]), first)
+        lines: list[bytes] = []
+        while not lines or lines[-1] not in LINE_ENDS:
+            lines.append(self._line())
+            if not HEADER.fullmatch(lines[-1]):
+                raise Refusal(400, NO_HTTP)
+        stream, self.rfile = self.rfile, io.BufferedReader(io.BytesIO(b''.join(lines)))
+        try:
+            return self.parse_request()
+        finally:
+            self.rfile = stream
+
+    def _line(self) -> bytes:
+        line = self.rfile.readline()
+        self.client.secure = True
+        return line
+
     def _body(self) -> bytes:
         """Read the body of the request."""
-        if 'Transfer-Encoding' in self.headers:
-            raise Refusal(411, 'send the body with a Content-Length')
+        coding = self.headers.get_all('Transfer-Encoding', [])
         lengths = self.headers.get_all('Content-Length', [])
+        too_large = Refusal(413, f'the body may have {BODY_BYTES} bytes')
+        self.source.limit(4 * BODY_BYTES, too_large)        # what a chunk has around it, too
+        if coding:
+            if [name.strip().lower() for name in coding] != ['chunked'] or lengths \
+                    or self.request_version < 'HTTP/1.1':
+                raise Refusal(400, 'send the body chunked or with a Content-Length')
+            return b''.join(self._chunks(too_large))
         if not lengths:
             return b''
         if len(lengths) > 1 or not re.fullmatch(r'[0-9]{1,10}', lengths[0]):
             raise Refusal(400, 'Content-Length must be one number')
         length = int(lengths[0])
         if length > BODY_BYTES:
-            raise Refusal(413, f'the body may have {BODY_BYTES} bytes')
-        self.source.budget = BODY_BYTES
-        body = self.rfile.read(length)
-        if len(body) < length:
-            raise Refusal(400, 'the body is shorter than its Content-Length')
-        return body
+            raise too_large
+        return self._exactly(length)
+
+    def _exactly(self, length: int) -> bytes:
+        data = self.rfile.read(length)
+        if len(data) < length:
+            raise Refusal(400, 'the body is shorter than was said')
+        return data
+
+    def _chunks(self, too_large: Refusal) -> Iterator[bytes]:
+        """Yield the chunks of a body (RFC 9112, 7.1); extensions and trailers are skipped."""
+        left = BODY_BYTES
+        while True:
+            size = re.fullmatch(rb'([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n', self._line())
+            if not size:
+                raise Refusal(400, 'the body is not chunked as it was said to be')
+            length = int(size[1], 16)
+            if length > left:
+                raise too_large
+            if not length:
+                break
+            yield self._exactly(length)
+            left -= length
+            if self._exactly(2) != b'\r\n':
+                raise Refusal(400, 'the body is not chunked as it was said to be')
+        while self._line() not in (*LINE_ENDS, b''):
+            pass
 
     def refuse(self, status: int, text: str) -> None:
         """Answer a request that can't be read, and end the connection."""
@@ -3418,10 +3545,10 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         else:
             text = '\n'.join(map(printable, reply.text.split('\n')))
         body = text.encode('utf-8', 'replace') + b'\n'
-        kind = 'application/json' if as_json else 'text/plain; charset=utf-8'
+        form = 'application/json' if as_json else 'text/plain; charset=utf-8'
         lines = [f'HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}',
                  'Server: vmmonitor', f'Date: {self.date_time_string()}',
-                 f'Content-Type: {kind}', f'Content-Length: {len(body)}',
+                 f'Content-Type: {form}', f'Content-Length: {len(body)}',
                  'Cache-Control: no-store', 'X-Content-Type-Options: nosniff',
                  *(f'{name}: {value}' for name, value in reply.headers),
                  f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
@@ -3434,54 +3561,55 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         """Log nothing: the Audit does."""
 
 
-class Server(socketserver.TCPServer):
-    """The sockets: who may connect, and how many at once."""
-
-    allow_reuse_address = True
-    request_queue_size = 128
+class Server:
+    """The socket that listens: who may connect, and how many at once."""
 
     def __init__(self, config: Config, router: Dispatcher) -> None:
         self.router = router
         self.context = tls_context(config)
         self.clients: dict[Client, None] = {}       # in the order in which they came
         self.lock = threading.Lock()                # guards clients
-        self.place = (config.address, int(config.port))
-        self.address_family = socket.AF_INET if '.' in config.address else socket.AF_INET6
-        if not config.address and not _has_ipv6():
-            self.address_family = socket.AF_INET
+        self.closing = threading.Event()
+        self.failures = Failures(self.closing)
+        address, port = config.address, int(config.port)
+        self.name = f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
+        six = ':' in address or not address and _has_ipv6()
         try:
-            super().__init__(self.place, ClientConnection)      # type: ignore[arg-type]
+            self.socket = socket.create_server(
+                (address, port), family=socket.AF_INET6 if six else socket.AF_INET, backlog=128,
+                dualstack_ipv6=six and not address)
         except OSError as problem:
-            raise Error(f'can\'t listen on {self.name()}: {explain(problem)}',
+            raise Error(f'can\'t listen on {self.name}: {os.strerror(problem.errno or 0)}',
                         'set listener.port and listener.address to what is free here') from None
 
-    def name(self) -> str:
-        """Return address and port for people."""
-        address, port = self.place
-        return f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
+    def serve(self) -> None:
+        """Accept connections until stop()."""
+        while not self.closing.is_set():
+            try:
+                connection, address = self.socket.accept()
+            except OSError as problem:
+                if not self.closing.wait(STATE_POLL):       # such as too many open files
+                    log.error('can\'t accept a connection: %s', explain(problem))
+                continue
+            try:
+                self._take(Client(connection, plain_address(address[0])))
+            except Exception:           # a boundary: one client must not end the listener
+                log.exception('client %s: unexpected error', address[0])
+                connection.close()
 
-    def server_bind(self) -> None:
-        """Bind; without an address, to IPv6 and IPv4 with one socket."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(self.place[0]))
-        super().server_bind()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def _take(self, client: Client) -> None:
         """Take a connection in, at the cost of the oldest idle one when there are too many."""
-        address = client_address[0]
-        if address.startswith('::ffff:') and '.' in address:
-            address = address[7:]
-        client = Client(request, address)
         if self._admit(client):
-            spawn(f'client {address}', self._serve, client)
+            spawn(f'client {client.address}', self._serve, client)
         else:
-            self.shutdown_request(request)
+            client.connection.close()
 
     def _admit(self, client: Client) -> bool:
         """Count the client in, and drop an idle one for it; False if all others are at work."""
         with self.lock:
             others = list(self.clients)
-            same = [other for other in others if other.address == client.address]
+            same = [] if self.router.trusts(client.address) else [
+                other for other in others if other.address == client.address]
             for crowd, limit in ((same, CONNECTIONS_PER_PEER), (others, CONNECTIONS_MAX)):
                 if len(crowd) >= limit:
                     idle = next((other for other in crowd if other.idle), None)
@@ -3498,24 +3626,20 @@ class Server(socketserver.TCPServer):
             ClientConnection(client, self)
         except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
             log.debug('client %s: %s', client.address, explain(problem))
+            if not client.secure:
+                self.failures.add(client.address, explain(problem))
         finally:
             with self.lock:
                 self.clients.pop(client, None)
             with contextlib.suppress(OSError):
                 client.connection.close()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what went wrong while a connection was taken in."""
-        log.exception('client %s: unexpected error', client_address)
-
-    def serve(self) -> None:
-        """Accept connections until shutdown()."""
-        self.serve_forever(poll_interval=STATE_POLL)
-
     def stop(self) -> None:
         """Accept no more, and end the connections that are idle."""
-        self.shutdown()
-        self.server_close()
+        self.closing.set()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)      # ends accept()
+        self.socket.close()
         with self.lock:
             for client in self.clients:
                 if client.idle:
@@ -3541,7 +3665,7 @@ class Listener:
         """Listen where `config` says; Error if that can't be."""
         self.server = Server(config, self.router)
         spawn('listener', self.server.serve)
-        log.info('listening on %s', self.server.name())
+        log.info('listening on %s', self.server.name)
 
     def reload(self, config: Config) -> None:
         """Take over the new certificate; with an InvalidValue, the old one stays."""
@@ -8540,8 +8664,8 @@ def _check_listener(config: Config) -> Iterator[Check]:
         yield Check(served, f'port: {config.port} is served with this certificate, by the daemon'
                    if served else explain(problem))
     else:
-        yield Check(True, f'port: can listen on {server.name()}')
-        server.server_close()
+        yield Check(True, f'port: can listen on {server.name}')
+        server.stop()
 
 
 def _is_served(config: Config) -> bool:
