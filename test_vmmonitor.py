@@ -1365,7 +1365,7 @@ class NetCase(Case):
         self.enter(mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-test'))
 
     def records(self) -> dict[str, Any]:
-        return dict(vm.Ledger().load())
+        return dict(vm.Registry.read().records)
 
 
 def killed_at(step: str, code: str) -> None:
@@ -1913,7 +1913,7 @@ class FuzzTest(ConfigCase):
                 for link in found.values():
                     self.assertIsInstance(list(link.address_lines(True)), list)
                 for way in ways:
-                    self.assertIsInstance(way.line('eth0'), str)
+                    self.assertIsInstance(way.line({}), str)
 
     def test_images(self) -> None:
         drive = vm.Harddrive(str(self.directory / 'fuzzed.qcow2'), 0.01)
@@ -3626,13 +3626,13 @@ class TestParsing(Case):
                  'metric 5 scope global'),
                 ({'dst': 'default', 'gateway': 'fe80::1', 'dev': 'x', 'protocol': 'ra',
                   'pref': 'medium', 'metric': 1024},
-                 'unicast ::/0 via fe80::1 dev y proto ra table main metric 1024'),
+                 'unicast ::/0 via fe80::1 dev y proto ra table main metric 1024 pref medium'),
                 ({'dst': '10.0.0.0/8', 'via': {'family': 'inet6', 'host': 'fe80::1'}, 'dev': 'x',
                   'protocol': 'static', 'table': '77', 'flags': ['onlink']},
-                 'unicast 10.0.0.0/8 via inet6 fe80::1 dev y proto static table 77 onlink'),
+                 'unicast 10.0.0.0/8 via inet6 fe80::1 dev y onlink proto static table 77'),
                 ({'type': 'local', 'dst': '192.0.2.1', 'dev': 'x', 'table': 'local'}, None)]
         parsed = vm.parse_routes(row for row, _ in rows)      # type: ignore[misc]
-        lines = [route.line('y') for route in parsed]
+        lines = [route.line({'x': 'y'}) for route in parsed]
         self.assertEqual(lines, [line for _, line in rows if line])
 
 
@@ -3870,12 +3870,15 @@ class TestNic(NetCase):
             two.open()
         two.tap_interface = name
         # ... and if the numbers agreed, the name would not.
-        with mock.patch.object(vm, 'run') as run:
-            run.return_value.returncode = 0
-            rdev = os.stat(f'/dev/tap{one.index}').st_rdev
-            run.return_value.stdout = f'{os.major(rdev)}:{os.minor(rdev)}\n'.encode()
-            with self.refused(f'of {one.tap_interface}', kind=vm.InUse):
-                two.open()
+        rdev, real = os.stat(f'/dev/tap{one.index}').st_rdev, vm.run
+        number = f'{os.major(rdev)}:{os.minor(rdev)}\n'.encode()
+
+        def agreeing(argv: Any, *more: Any, **named: Any) -> Any:
+            return subprocess.CompletedProcess(argv, 0, number) if 'exec' in argv else \
+                real(argv, *more, **named)
+        with mock.patch.object(vm, 'run', agreeing), \
+                self.refused(f'of {one.tap_interface}', kind=vm.InUse):
+            two.open()
         self.assertEqual(open_files('/dev/tap'), [])
 
     def test_index_avoids_taps_that_exist(self) -> None:
@@ -3957,8 +3960,9 @@ class TestNic(NetCase):
 
     def test_netem_that_the_kernel_lacks(self) -> None:
         nic = vm.VirtualNic(namespace='web1')
-        for bad in ({'delay': -1}, {'loss': 101}):
-            with self.refused('percent up to 100'):
+        for bad, why in (({'delay': -1}, 'delay: -1 must be a number from 0 to 3600 seconds'),
+                         ({'loss': 101}, 'loss: 101 must be a number from 0 to 100 percent')):
+            with self.refused(why):
                 nic.impair(**bad)
         try:
             nic.impair(delay=0.01)
@@ -4383,14 +4387,13 @@ class TestCrash(NetCase):
                 self.assertRaises(KeyboardInterrupt):
             vm.VirtualNic.create_many(2)
         self.assertEqual((names(), self.records()), (set(), {}))
-        real = vm._batch
 
-        def interrupted(*args: Any) -> Iterator[Any]:
-            yield from real(*args)
-            raise KeyboardInterrupt
-        with mock.patch.dict(vm.TOOLS, ip=interrupted), contextlib.ExitStack() as stack:
+        def interrupted(step: str) -> None:
+            if step.startswith('run ip -n web1 -batch'):        # what is on the host was made
+                raise KeyboardInterrupt
+        with mock.patch.object(vm, 'TRACE', interrupted), contextlib.ExitStack() as stack:
             stack.enter_context(self.assertRaises(KeyboardInterrupt))
-            with mock.patch.object(vm.Ledger, 'remove', autospec=True,
+            with mock.patch.object(vm.Transaction, 'remove', autospec=True,
                                    side_effect=lambda *args: None):
                 vm.VirtualNic.create_many(5, 'web1')
         vm.clean()
@@ -4452,12 +4455,12 @@ class TestOwnership(NetCase):
         self.assertEqual(set(namespaces()), {'keep', 'web1'})
         nic.delete()
 
-    def test_marks_without_a_ledger(self) -> None:
+    def test_marks_without_a_registry(self) -> None:
         vm.Switch('lan')
         vm.VirtualNic(namespace='web1')
         ip('link add name theirs type bridge')
         ip('link set dev theirs alias vmmonitor:40000000')
-        vm.Ledger().path.unlink()
+        vm.Registry().path.unlink()
         self.assertEqual(set(vm.leaks()), {'lan', 'web1-p0'})
         vm.clean()
         self.assertEqual(names(), {'theirs'})
@@ -4468,17 +4471,17 @@ class TestOwnership(NetCase):
 
         def spy(ops: Any, *args: Any, **more: Any) -> Any:
             seen.append({name: row['stage'] for name, row in json.loads(
-                vm.Ledger().path.read_text()).items()})
+                vm.Registry().path.read_text())['things'].items()})
             return real(ops, *args, **more)
         with mock.patch.object(vm, 'carry_out', spy):
             vm.Switch('lan').delete()
         self.assertEqual(seen[0], {'lan': 'creating'})
         self.assertEqual(seen[-1], {'lan': 'deleting'})
-        path = vm.Ledger().path
+        path = vm.Registry().path
         self.assertEqual((path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777),
                          (0o600, 0o700))
         path.write_text('{broken')
-        with self.refused('can\'t be read', 'remove it'):
+        with self.refused('can\'t be read', 'move the file away'):
             vm.Switch('lan')
 
     def test_made_things_keep_their_names(self) -> None:
@@ -4498,7 +4501,7 @@ class TestErrors(NetCase):
                 '             lambda: v.VirtualNic(namespace="n")):\n'
                 '    try: make()\n'
                 '    except v.MissingFeature as problem: print(v.explain(problem))\n'
-                'print(len(v.interfaces) > 0, v.doctor()[0])\n')
+                'print(len(v.interfaces) > 0, next(v.check_networks()))\n')
         done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True,
                               text=True, env={**os.environ, 'VMMONITOR_STATE': '/run/open'})
         lines = done.stdout.splitlines()
@@ -4574,7 +4577,7 @@ class TestErrors(NetCase):
 
     def test_bond_that_the_kernel_lacks(self) -> None:
         physical('eth1', 'server')
-        with self.refused('mode \'fast\'', 'active-backup'):
+        with self.refused('mode: \'fast\'', 'active-backup'):
             vm.Bond('bond7', ['eth1'], mode='fast')
         with self.refused('eth2: no such interface', 'eth1', kind=vm.NoInterface):
             vm.Bond('bond7', ['eth2'])
@@ -4586,12 +4589,12 @@ class TestErrors(NetCase):
 
 
 class TestDoctor(NetCase):
-    def test_doctor_and_clean_on_the_command_line(self) -> None:
+    def test_check_and_clean_on_the_command_line(self) -> None:
         self.assertEqual(self.program('--clean'), (0, 'nothing to clean up\n'))
         crash(TestCrash.FIFTY, 30)
         vm.leaks()                        # waits for the orphan
         before = names()
-        status, text = self.program('--doctor')
+        status, text = self.program('--check')
         self.assertEqual(status, 1)
         self.assertIn('rights: CAP_NET_ADMIN', text)
         self.assertIn('FAIL  web1-p7: nic, interrupted while creating', text)
@@ -4601,7 +4604,7 @@ class TestDoctor(NetCase):
         self.assertEqual(names(), {'lan'})
         self.assertIn('lan', self.program('--clean', '--all')[1])
         self.assertEqual(names(), set())
-        self.assertNotIn('FAIL  web1', self.program('--doctor')[1])
+        self.assertNotIn('FAIL  web1', self.program('--check')[1])
 
     def program(self, *args: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, HERE / 'vmmonitor.py', *args], text=True, timeout=30,
@@ -4612,13 +4615,14 @@ class TestDoctor(NetCase):
 
     def test_what_is_missing(self) -> None:
         with mock.patch.object(shutil, 'which', return_value=None):
-            lines = [look.text for look in vm.doctor() if not look.good]
+            lines = [look.text for look in vm.check_networks() if not look.good]
         self.assertIn('program ip: missing, for all of it; install iproute2', lines)
         self.assertTrue(any('iptables or nft: missing' in line for line in lines))
-        with mock.patch.object(vm, 'FACILITIES', (*vm.FACILITIES, vm.Facility(
-                'nothing', 'ip link add name x9 type nothing', 'a test'))):
-            lines = [look.text for look in vm.doctor()]
-        self.assertIn('kernel lacks nothing, for a test (modprobe nothing)', lines)
+        with mock.patch.object(vm, 'FEATURES', (*vm.FEATURES, vm.Feature(
+                'nothing', 'nothing', 'type nothing', 'Unknown', 'ip link add name x9 type nothing',
+                'a test'))):
+            lines = [look.text for look in vm.check_networks()]
+        self.assertIn('kernel lacks nothing (modprobe nothing), for a test', lines)
         self.assertIn('kernel: bridge', lines)
         self.assertEqual(names(), set())
 
@@ -4761,8 +4765,8 @@ class TestInGuest(NetCase):
         for tap in ends:
             os.close(tap)
 
-    def test_doctor_finds_all_modules(self) -> None:
-        lacking = [look.text for look in vm.doctor() if look.text.startswith('kernel lacks')]
+    def test_all_modules_are_found(self) -> None:
+        lacking = [look.text for look in vm.check_networks() if 'kernel lacks' in look.text]
         self.assertEqual(lacking, [])
 
 
@@ -5720,12 +5724,12 @@ class TestGuest(Live):
         name = own.facts['name']
         soon(lambda: 'eth1' in sh(m, 'ls /sys/class/net'))
         m.del_nic(1)
-        self.assertNotIn(name, vm.Ledger().load())
+        self.assertNotIn(name, vm.Registry.read().records)
         with mock.patch.object(vm.Machine, '_front', lambda *_: {'driver': 'nonsense'}), \
                 self.refused('nonsense'):
             m.add_nic()
         self.assertEqual(len(m.nics), 1)
-        self.assertEqual(len(vm.Ledger().load()), 2)    # the namespace and its one nic
+        self.assertEqual(len(vm.Registry.read().records), 2)    # the namespace and its one nic
 
     def test_chardevs(self) -> None:
         m = self.machine
@@ -5930,7 +5934,7 @@ class TestLife(Live):
         self.assertEqual(again.id, n.id)
         n.delete(force=True)
         self.assertTrue(os.path.exists(self.path('b.qcow2')))
-        self.assertFalse([name for name in vm.Ledger().load() if 'machine0' in name])
+        self.assertFalse([name for name in vm.Registry.read().records if 'machine0' in name])
         m.delete(force=True)
 
     def test_bad_arguments(self) -> None:
@@ -5969,7 +5973,7 @@ class TestLife(Live):
         with mock.patch.object(vm.Machine, '_write', side_effect=OSError('disk full')), \
                 self.assertRaises(OSError):
             self.bios('full', nics=1)
-        self.assertFalse([name for name in vm.Ledger().load() if name.startswith('full')])
+        self.assertFalse([name for name in vm.Registry.read().records if name.startswith('full')])
         self.assertEqual(sorted(os.listdir(self.home)), before)
         self.bios('one')
         with self.refused('one exists', 'load'):
@@ -6032,7 +6036,7 @@ class TestLife(Live):
             with self.assertRaises(vm.NoGuest):
                 call()
         self.assertFalse(m.is_alive())
-        self.assertFalse([name for name in vm.Ledger().load() if name.startswith('bad')])
+        self.assertFalse([name for name in vm.Registry.read().records if name.startswith('bad')])
         self.bios('bad')
         with self.refused('another one made of that name', kind=vm.NoGuest):
             m.start()
@@ -6950,8 +6954,8 @@ class TestNetwork(Live):
                                     'db stopped by power button'])
         self.assertGreater(len(colours('web.png')), 1)
         self.assertEqual(sorted(os.listdir('.')), ['db.qcow2', 'web.png', 'web.qcow2'])
-        self.assertFalse([name for name in vm.Ledger().load() if re.search('web|db|lan|gate', name)
-                          and 'netns' not in name])
+        self.assertFalse([name for name in vm.Registry.read().records
+                          if re.search('web|db|lan|gate', name) and 'netns' not in name])
 
     def test_two_machines_reach_each_other(self) -> None:
         switch = vm.Switch('lan')
@@ -6983,7 +6987,7 @@ class TestNetwork(Live):
         for machine in (*pair, moved):
             machine.delete(force=True)
         switch.delete()
-        self.assertFalse([name for name in vm.Ledger().load()
+        self.assertFalse([name for name in vm.Registry.read().records
                           if re.search('left|right|lan|moved', name)])
 
 
