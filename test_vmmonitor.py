@@ -2159,6 +2159,18 @@ except vm.ConfigError as problem:
         with self.assertRaisesRegex(vm.ConfigError, 'listener.key: missing'):
             vm.load(path, ['listen'])
 
+    def test_commands_enabled(self) -> None:
+        def enabled(value: Any) -> set[str]:
+            values, _ = vm.parse(json.dumps({'listener': {'commandsEnabled': value}}), 'x')
+            return set(values['enabled'])
+        # A file from before there were more commands switches none of the later ones on.
+        old = {'wake': True, 'save': False, 'start': True, 'stop': True}
+        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list'})
+        for value, why in (([], 'must be an object such as {"start": true'), ({'start': 1}, 'must'),
+                           ({'strat': True}, 'strat: unknown; the commands are start, stop')):
+            _, problems = vm.parse(json.dumps({'listener': {'commandsEnabled': value}}), 'x')
+            self.assertIn(f'listener.commandsEnabled: {why}', problems[0])
+
     def test_sample_and_readme_name_the_options(self) -> None:
         here = Path(vm.__file__).parent
         with self.assertRaises(vm.ConfigError) as caught:
@@ -2167,7 +2179,7 @@ except vm.ConfigError as problem:
         self.assertEqual(problems, ['listener.key', 'listener.certificate'])
         readme = (here / 'README.md').read_text()
         for key, (attribute, row) in vm.OPTIONS.items():
-            default = getattr(vm.Config(), attribute)
+            default = row.shown or getattr(vm.Config(), attribute)
             shown = json.dumps(list(default) if isinstance(default, tuple) else default)
             self.assertIn(f'| `{key}` | `{shown}` | {row.help} |', readme)
 

@@ -778,12 +778,13 @@ class Option:
     help: str                               # for the README's table
     read: Callable[[Any], Any]              # checks and converts, or raises InvalidValue
     restart: bool = False                   # a change counts only after a restart
+    shown: Any = None                       # its default as the file has it, if that is different
 
 
 def option(key: str, default: Any, read: Callable[[Any], Any], text: str,
-           restart: bool = False, secret: bool = False) -> Any:
+           restart: bool = False, secret: bool = False, shown: Any = None) -> Any:
     """Return a dataclass field of Config that carries its row of the table."""
-    row = Option(key, text, read, restart)
+    row = Option(key, text, read, restart, shown)
     return dataclasses.field(default=default, repr=not secret, metadata={'option': row})
 
 
@@ -936,7 +937,33 @@ def steps(value: Any) -> tuple[Step, ...]:
     return tuple(filter(None, read(value)))
 
 
-COMMANDS = ('start', 'stop', 'save', 'wake', 'status', 'list')      # that the listener knows
+class Verb(NamedTuple):
+    """A row of the table of what can be asked for, by the trigger and on the command line."""
+
+    help: str
+    enabled: bool = False       # for the trigger, where listener.commandsEnabled does not say
+    act: bool = True            # changes the guest: the method of that name of Guest
+
+
+VERBS = {
+    'start': Verb('make it run, from whatever state', enabled=True),
+    'stop': Verb('ask it to shut down', enabled=True),
+    'save': Verb('save its memory to disk and end it', enabled=True),
+    'wake': Verb('make it run, from saved, paused, asleep or off', enabled=True),
+    'status': Verb('what it is doing', enabled=True, act=False),
+    'list': Verb('all guests, and what they are doing', enabled=True, act=False)}
+COMMANDS = tuple(VERBS)
+
+
+def commands_enabled(value: Any) -> tuple[str, ...]:
+    """Read listener.commandsEnabled, {command: true or false}; return those that are switched
+    on."""
+    if not isinstance(value, dict) or not all(isinstance(on, bool) for on in value.values()):
+        raise InvalidValue('must be an object such as {"start": true, "stop": false}')
+    unknown = sorted(value.keys() - VERBS.keys())
+    if unknown:
+        raise InvalidValue(f'{unknown[0]}: unknown; the commands are {", ".join(COMMANDS)}')
+    return tuple(name for name, verb in VERBS.items() if value.get(name, verb.enabled))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1042,18 +1069,10 @@ class Config:
         'listener.key', '', a_text, 'the key that may do everything', secret=True)
     key_file: str = option(
         'listener.keyFile', '', a_text, 'a file that holds it instead')
-    may_wake: bool = option(
-        'listener.commandsEnabled.wake', True, a_bool, 'whether anybody may use "wake"')
-    may_save: bool = option(
-        'listener.commandsEnabled.save', True, a_bool, '... "save"')
-    may_start: bool = option(
-        'listener.commandsEnabled.start', True, a_bool, '... "start"')
-    may_stop: bool = option(
-        'listener.commandsEnabled.stop', True, a_bool, '... "stop"')
-    may_status: bool = option(
-        'listener.commandsEnabled.status', True, a_bool, '... "status"')
-    may_list: bool = option(
-        'listener.commandsEnabled.list', True, a_bool, '... "list"')
+    enabled: tuple[str, ...] = option(
+        'listener.commandsEnabled', commands_enabled({}), commands_enabled,
+        'what anybody may use; those not named keep their default', shown={
+            name: verb.enabled for name, verb in VERBS.items()})
     key_entries: tuple[KeyEntry, ...] = option(
         'listener.keys', (), key_entries, 'further keys: name, key or keyFile, commands, targets')
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = option(
@@ -1071,7 +1090,7 @@ class Config:
 
     def allows(self, command: str) -> bool:
         """Tell whether `command` is switched on in listener.commandsEnabled."""
-        return bool(getattr(self, f'may_{command}', False))
+        return command in self.enabled
 
     def excludes(self, name: str) -> bool:
         """Tell whether the monitor shall leave the guest `name` alone."""
@@ -1099,7 +1118,7 @@ SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KE
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of a parsed file; objects are entered unless they are values."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f'{prefix}{key}' not in OPTIONS:
             yield from _flatten(value, f'{prefix}{key}.')
         else:
             yield f'{prefix}{key}', value
