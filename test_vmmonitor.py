@@ -1980,7 +1980,8 @@ class ConfigTest(ConfigCase):
         ({'listener': {'keys': [{'name': 'a', 'key': KEY}]}}, 'two entries have the same key'),
         ({'listener': {'certificate': {'path': ''}}}, 'listener.certificate.path: missing'),
         ({'listener': {'certificate': {'path': 'none.pem'}}}, 'none.pem: no such file'),
-        ({'listener': {'certificate': {'keyPath': 'config.json'}}}, 'both must be PEM'),
+        ({'listener': {'certificate': {'keyPath': 'config.json'}}},
+         'config.json: no private key in PEM is in it'),
         ({'startup': {'vmStartupCommands': ['start']}}, 'line 1: \'start\' is not understood'),
         ({'startup': {'vmStartupCommands': ['', '#', 'delay soon']}}, 'line 3: \'delay soon\''),
         ({'startup': {'vmStartupCommands': ['start a b']}}, 'names with spaces in quotes'),
@@ -2100,8 +2101,16 @@ class ConfigTest(ConfigCase):
         self.assertEqual([key.name for key in config.keys], ['main'])
         self.assertEqual(config.keys[0].digest, hashlib.sha256(OTHER_KEY.encode()).digest())
         for wrong in ('', 'wrong'):
-            with self.assertRaisesRegex(vm.ConfigError, 'certificate.password open the key'):
+            with self.assertRaisesRegex(vm.ConfigError, 'locked.key: certificate.password ' + (
+                    'does not open it' if wrong else 'is missing, to open it')):
                 vm.load(self.write(change, {'listener': {'certificate': {'password': wrong}}}))
+        make_certificate(self.directory, 'other')
+        for path, key, why in (
+                ('other.pem', 'cert.key', 'cert.key: is not the key of the certif.*other.pem'),
+                ('cert.key', 'cert.key', 'cert.key: no certificate in PEM is in it'),
+                ('cert.pem', 'cert.pem', 'cert.pem: no private key in PEM is in it')):
+            with self.assertRaisesRegex(vm.ConfigError, why):
+                vm.load(self.write({'listener': {'certificate': {'path': path, 'keyPath': key}}}))
 
     # As a user who may not read the private key, which root as a tester may.
     HANDED = """import os, sys, vmmonitor as vm
@@ -2145,7 +2154,7 @@ except vm.ConfigError as problem:
         make_certificate(self.directory, 'renewed')
         shutil.copyfile(self.directory / 'renewed.pem', place / 'cert.pem')
         self.assertRegex(look(CREDENTIALS_DIRECTORY=handed),
-                         'belong together.*copies are renewed by: systemctl restart vmmonitor')
+                         'is not the key of.*copies are renewed by: systemctl restart vmmonitor')
 
     def test_secrets_stay_out_of_repr(self) -> None:
         config = vm.load(self.write({'listener': {
@@ -3591,7 +3600,7 @@ class ListenerTest(ConfigCase):
         second = fingerprint()
         self.assertNotEqual(second, first)
         self.write_text('no longer', 'next.key')
-        with self.assertRaisesRegex(vm.Error, 'both must be PEM'):
+        with self.assertRaisesRegex(vm.Error, 'next.key: no private key in PEM'):
             self.listener.reload(new)
         self.assertEqual(fingerprint(), second)
         self.assertTrue({'listener.port', 'listener.address'} <= {
@@ -5423,6 +5432,11 @@ class TestGuest(Live):
         self.assertEqual(done, (3, b'in\0put', b'err\n'))
         with self.refused('no-such-program', kind=vm.AgentError):
             m.exec(['no-such-program'])
+        with mock.patch.object(vm, 'JSON_BYTES', 1 << 19), \
+                self.refused('more than an answer', 'read_file'):
+            m.exec(['head', '-c', str(2 << 20), '/dev/zero'], timeout=BOOT)
+        with mock.patch.object(vm, 'JSON_BYTES', 1 << 19):      # what is left of it is skipped
+            self.assertEqual(m.exec(['echo', 'on']).out, b'on\n')
         with self.refused('did not end within'):
             m.exec(['sh', '-c', 'sleep 3 & echo'], timeout=0.5)
         data = os.urandom(150_000)
@@ -5562,16 +5576,19 @@ class TestGuest(Live):
                                 (56, 1), (60, 1), (60, 0), (56, 0),
                                 (42, 1), (2, 1), (2, 0), (42, 0), (42, 1), (30, 1), (30, 0),
                                 (42, 0)])
-        with self.refused('nokey'):
+        with self.refused("no key is named 'nokey'", 'there are ', ' numlock ', ' kp_add '):
             self.machine.send_key('ctrl-nokey')
+        for name, code in (('numlock', 69), ('plus', 13), ('altgr', 100), ('PageUp', 104)):
+            events = self.pressed(lambda key=name: self.machine.send_key(key))  # type: ignore[misc]
+            self.assertIn((1, code, 1), events)
 
     def test_text_is_typed_whole(self) -> None:
         text = ('The quick {brown} fox_jumps @ "lazy" dogs; ' * 8)[:230]
-        events = self.pressed(lambda: self.machine.type_text(text))
+        events = self.pressed(lambda: self.machine.type_text(f'{text}\r\nx\r'))
         table = {2 + i: c for i, c in enumerate('1234567890-=')} | {
             16 + i: c for i, c in enumerate('qwertyuiop[]')} | {
             30 + i: c for i, c in enumerate("asdfghjkl;'`")} | {
-            43: '\\', 57: ' '} | {44 + i: c for i, c in enumerate('zxcvbnm,./')}
+            43: '\\', 57: ' ', 28: '\n'} | {44 + i: c for i, c in enumerate('zxcvbnm,./')}
         upper = dict(zip("1234567890-=[];'`\\,./", '!@#$%^&*()_+{}:"~|<>?'))
         typed, shift = '', False
         for kind, code, value in events:
@@ -5579,7 +5596,7 @@ class TestGuest(Live):
                 shift = bool(value)
             elif kind == 1 and value == 1:
                 typed += upper.get(table[code], table[code].upper()) if shift else table[code]
-        self.assertEqual(typed, text)
+        self.assertEqual(typed, f'{text}\nx\n')
         with self.refused('no key for'):
             self.machine.type_text('naïve')
 
@@ -5664,7 +5681,13 @@ class TestGuest(Live):
         sets = len(m.qmp('query-fdsets'))
         m.insert(one)
         self.assertIn('#disc 1', sh(m, "tr -dc ' -~' < /dev/sr0"))
+        self.assertEqual((one.tray, one.drive), (vm.Tray(False, False, True), m.cd))
+        one.eject()                                     # it is the drive's own
+        self.assertFalse(m.cd.tray.medium)
+        m.insert(one)
         m.insert(two.filename)
+        with self.refused(one.filename, 'not in the drive any more', two.filename):
+            one.eject()
         self.assertIn('#disc 2', sh(m, "tr -dc ' -~' < /dev/sr0"))
         self.assertEqual(m.cd.tray, vm.Tray(False, False, True))
         with self.refused('No such file'):
@@ -5792,8 +5815,10 @@ class TestGuest(Live):
             with mock.patch.object(vm.Machine, 'claim', lambda *_: contextlib.nullcontext(0)), \
                     self.refused('has its console open', kind=vm.Busy):     # by no claim
                 m.console().write('x')
-            with self.refused('never-said', 'on the console'):
+            sh(m, 'echo kept-word > /dev/ttyS0')
+            with self.refused('never-said', 'on the console', 'kept-word'):
                 console.expect('never-said', 0.3)
+            console.expect('kept-word', 0.3)
         self.assertIn(b'marker-1', m.console().read())
         m.agent('guest-exec', {'path': 'sh', 'arg': [
             '-c', 'head -n3 < /dev/ttyS0 | sed s/^/and-/ > /dev/ttyS0']})

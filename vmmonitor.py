@@ -1300,10 +1300,23 @@ def tls_context(config: Config) -> ssl.SSLContext:
         context.load_cert_chain(paths[0], paths[1], lambda: config.certificate_password)
     except (ssl.SSLError, OSError, ValueError) as problem:
         stale = f' ({STALE_COPY})' if handed_over(config) else ''
-        raise InvalidValue(
-            f'{paths[0]} with {paths[1]}: {explain(problem)}; both must be PEM, belong together, '
-            f'and certificate.password open the key{stale}') from None
+        raise InvalidValue(f'{_pem_trouble(config, problem, *paths)}{stale}') from None
     return context
+
+
+def _pem_trouble(config: Config, problem: Exception, certificate: str, key: str) -> str:
+    """Return what is wrong with a certificate and its key: OpenSSL says "PEM lib" of nearly all."""
+    chain, secret = Path(certificate).read_bytes(), Path(key).read_bytes()
+    if b'-BEGIN CERTIFICATE-' not in chain:
+        return f'{certificate}: no certificate in PEM is in it (of DER, openssl x509 makes PEM)'
+    if b'PRIVATE KEY-' not in secret:
+        return f'{key}: no private key in PEM is in it; say in certificate.keyPath where it is'
+    if re.search('MISMATCH|NO_CERTIFICATE_ASSIGNED', str(problem)):
+        return f'{key}: is not the key of the certificate {certificate}'
+    if b'ENCRYPTED' in secret:
+        return f'{key}: certificate.password ' + (
+            'does not open it' if config.certificate_password else 'is missing, to open it')
+    return f'{certificate} with {key}: damaged: {explain(problem)}'
 
 
 # === guest ======================================================================================
@@ -1320,7 +1333,7 @@ GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come t
 SCHEMAS.update({
     'guest-exec': {'pid': int},
     'guest-exec-status': {'exited': bool, 'exitcode?': int, 'signal?': int, 'out-data?': DATA,
-                          'err-data?': DATA},
+                          'err-data?': DATA, 'out-truncated?': bool, 'err-truncated?': bool},
     'guest-file-open': int,
     'guest-file-read': {'buf-b64': DATA, 'eof': bool},
     'guest-file-write': {'count': int},
@@ -1354,6 +1367,11 @@ class AgentTrouble(NamedTuple):
 
 # The first row whose pattern is found counts; an agent's texts differ between its versions.
 AGENT_TROUBLES = (
+    AgentTrouble(
+        'too long', r'line longer|was cut|response found in \d+ bytes|encode message payload',
+        'it printed more than an answer of its agent can hold: {text}',
+        "have it write into a file: exec(['sh', '-c', '… > /tmp/out']), then read_file() that",
+        False),
     AgentTrouble('no end', r'did not end within', '{text}',
                  'it goes on in the guest; give it more time', False),
     AgentTrouble(
@@ -1493,8 +1511,8 @@ class Guest:
              ) -> ExecResult:
         """Run a program in the guest and return its end (guest-exec).
 
-        Raises AgentError when it can't be started or does not end in time: it then goes on, as it
-        does for a child in the background that keeps its output open.
+        Raises AgentError when it can't be started, prints more than some MiB, or does not end in
+        time: it then goes on, as it does for a child in the background that keeps its output open.
         """
         if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
             raise GuestError(f'{self.name}: exec({argv!r:.80})',
@@ -1509,6 +1527,8 @@ class Guest:
             return bool(status['exited'])
         if not Deadline(timeout).poll(ended, STATE_POLL / 4):
             raise self.agent_error(f'{argv[0]} did not end within {timeout:g} s')
+        if status.get('out-truncated') or status.get('err-truncated'):
+            raise self.agent_error(f'the output was cut, of {argv[0]}')
         code = status['exitcode'] if 'exitcode' in status else 128 + status.get('signal', 0)
         return ExecResult(code, *(self._decoded(status.get(key, ''))
                                   for key in ('out-data', 'err-data')))
@@ -5886,25 +5906,36 @@ class LineSocket:
         except OSError as problem:
             raise PeerClosed(f'{self.path}: {explain(problem)}') from None
 
+    def _more(self, deadline: Deadline) -> None:
+        """Wait for more bytes."""
+        if deadline.passed():
+            raise PeerSilent(f'{self.path}: did not answer in time')
+        self.socket.settimeout(max(deadline.left(), 0.001))
+        try:
+            data = self.socket.recv(65536)
+        except socket.timeout:
+            raise PeerSilent(f'{self.path}: did not answer in time') from None
+        except OSError as problem:
+            raise PeerClosed(f'{self.path}: {explain(problem)}') from None
+        if not data:
+            raise PeerClosed(f'{self.path}: closed by its other end')
+        self.buffer += data
+
     def line(self, deadline: Deadline) -> bytes:
         """Return the next line, without its end."""
         while b'\n' not in self.buffer:
-            if deadline.passed():
-                raise PeerSilent(f'{self.path}: did not answer in time')
             if len(self.buffer) > JSON_BYTES:
                 raise ProtocolError(f'{self.path}: a line longer than {JSON_BYTES} bytes')
-            self.socket.settimeout(max(deadline.left(), 0.001))
-            try:
-                data = self.socket.recv(65536)
-            except socket.timeout:
-                raise PeerSilent(f'{self.path}: did not answer in time') from None
-            except OSError as problem:
-                raise PeerClosed(f'{self.path}: {explain(problem)}') from None
-            if not data:
-                raise PeerClosed(f'{self.path}: closed by its other end')
-            self.buffer += data
+            self._more(deadline)
         line, _, self.buffer = self.buffer.partition(b'\n')
         return line
+
+    def skip(self, mark: bytes, deadline: Deadline) -> None:
+        """Drop all that comes before a byte, however much that is, and the byte."""
+        while mark not in self.buffer:
+            self.buffer = b''
+            self._more(deadline)
+        self.buffer = self.buffer.partition(mark)[2]
 
     def receive(self, deadline: Deadline) -> dict[str, Any]:
         """Return the next line as a JSON object."""
@@ -6070,9 +6101,9 @@ class GuestAgent:
         sync = {'execute': 'guest-sync-delimited', 'arguments': {'id': self.serial}}
         wire.send(sync, deadline, prefix=b'\xff')
         while True:
-            line = wire.line(deadline).rpartition(b'\xff')[2]
+            wire.skip(b'\xff', deadline)        # no text has that byte
             with contextlib.suppress(ValueError):
-                answer = parse_json(line)
+                answer = parse_json(wire.line(deadline).rpartition(b'\xff')[2])
                 if isinstance(answer, dict) and answer.get('return') == self.serial:
                     return
 
@@ -6540,13 +6571,17 @@ class Tray(NamedTuple):
 
 
 class CD:
-    """A CD drive and the ISO image in it, if any; the image is only ever read."""
+    """A CD drive and the ISO image in it, if any; the image is only ever read.
+
+    One that was put into a machine's drive speaks of that drive as long as it is in there.
+    """
 
     def __init__(self, filename: str | os.PathLike[str] | None = None) -> None:
         self.filename = readable(filename) if filename else ''
         if self.filename:
             warn_of_foreign(self.filename, 'a CD')
-        self.attached: Attached | None = None
+        self.attached: Attached | None = None       # its place in the machine whose drive it is
+        self.drive: CD | None = None                # the drive that insert() put it into
 
     def __repr__(self) -> str:
         return f'CD({self.filename!r})'
@@ -6554,14 +6589,33 @@ class CD:
     def _live(self) -> Attached | None:
         return self.attached if self.attached and self.attached.alive() else None
 
+    def _in(self) -> CD:
+        """Return the drive that it is in: itself, if it was not put into another one."""
+        if self.drive and self.drive.filename != self.filename:
+            raise DiskError(f'{self.filename}: is not in the drive any more',
+                            f'{self.drive.filename or "nothing"} is')
+        return self.drive or self
+
     @property
     def tray(self) -> Tray:
         """Whether the tray is open, locked by the guest, and has a medium (query-block)."""
+        if self.drive:
+            return self._in().tray
         live = self._live()
         if not live:
             return Tray(False, False, bool(self.filename))
         drive = next(row for row in live.execute('query-block') if row.get('qdev') == live.id)
         return Tray(bool(drive.get('tray_open')), drive['locked'], 'inserted' in drive)
+
+    def _ask(self, live: Attached, command: str, force: bool, **arguments: Any) -> None:
+        """Carry out what a guest that has locked the tray may refuse."""
+        try:
+            live.execute(command, id=live.id, force=force, **arguments)
+        except Error as problem:
+            if 'locked' not in str(problem):
+                raise
+            raise DiskError(f'{self.filename}: the guest has locked the tray',
+                            'unmount it in the guest, or use force=True') from None
 
     def eject(self, force: bool = False) -> None:
         """Take the medium out (QMP eject).
@@ -6569,15 +6623,13 @@ class CD:
         DiskError when the guest has locked the tray: it is then asked to open it, and may; with
         `force` it is not asked.
         """
+        if self.drive:
+            self._in().eject(force)
+            self.drive = None
+            return
         live = self._live()
         if live:
-            try:
-                live.execute('eject', id=live.id, force=force)
-            except Error as problem:
-                if 'locked' not in str(problem):
-                    raise
-                raise DiskError(f'{self.filename}: the guest has locked the tray',
-                                'unmount it in the guest, or use force=True') from None
+            self._ask(live, 'eject', force)
             if self.tray.medium:
                 raise DiskError(f'{self.filename}: is still in the drive', 'use force=True')
         self._holds('')
@@ -6589,21 +6641,19 @@ class CD:
 
     def insert(self, other: CD | str | os.PathLike[str], force: bool = False) -> None:
         """Put another image in (blockdev-change-medium); the old one stays in if that fails."""
+        if self.drive:
+            self._in().insert(other, force)
+            return
         new = CD(other.filename if isinstance(other, CD) else other)
         live = self._live()
         if live and new.filename:
-            try:
-                live.execute('blockdev-change-medium', medium=new.filename, id=live.id,
-                             format='raw', read_only_mode='read-only',
-                             **({'force': True} if force else {}))
-            except Error as problem:
-                if 'locked' not in str(problem):
-                    raise
-                raise DiskError(f'{self.filename}: the guest has locked the tray',
-                                'unmount it in the guest, or use force=True') from None
+            self._ask(live, 'blockdev-change-medium', force, medium=new.filename, format='raw',
+                      read_only_mode='read-only')
         elif live:
             self.eject(force)
         self._holds(new.filename)
+        if isinstance(other, CD) and not other.attached:
+            other.drive = self
 
     @classmethod
     def seed(cls, user_data: str, meta_data: str = '', filename: str | os.PathLike[str]
@@ -6708,6 +6758,7 @@ SCHEMAS.update({
     'query-commands': [{'name': str}],
     'query-dump': {'status': str, 'completed': int, 'total': int},
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
+    'query-qmp-schema': [{'members?': [{'name?': str}]}],
     'query-mice': [{'current': bool, 'absolute': bool}],
     'query-migrate': {'status?': str, 'error-desc?': str,
                       'ram?': {'total': int, 'remaining': int}},
@@ -6722,7 +6773,11 @@ SCHEMAS.update({
 KEY_NAMES: dict[str, str] = {
     'del': 'delete', 'enter': 'ret', 'return': 'ret', 'space': 'spc', 'escape': 'esc',
     'win': 'meta_l', 'super': 'meta_l', 'control': 'ctrl', 'ins': 'insert', 'pageup': 'pgup',
-    'pagedown': 'pgdn', 'printscreen': 'print'}
+    'pagedown': 'pgdn', 'page_up': 'pgup', 'page_down': 'pgdn', 'printscreen': 'print',
+    'prtsc': 'print', 'break': 'pause', 'numlock': 'num_lock', 'capslock': 'caps_lock',
+    'scrolllock': 'scroll_lock', 'altgr': 'alt_r', 'windows': 'meta_l', 'cmd': 'meta_l',
+    'bksp': 'backspace', 'period': 'dot', 'backtick': 'grave_accent', 'quote': 'apostrophe',
+    'plus': '+', 'underscore': '_', 'tilde': '~', 'colon': ':', 'pipe': '|'}
 # character -> its key on a US keyboard, and whether with shift
 KEYS_OF: dict[str, tuple[str, bool]] = {
     **{c: (c, False) for c in 'abcdefghijklmnopqrstuvwxyz0123456789'},
@@ -7048,7 +7103,8 @@ class Console:
     def expect(self, pattern: str | bytes, timeout: float = 30) -> str:
         """Read until the regular expression matches; return all up to the match's end.
 
-        MachineError, with the last lines, when it does not within `timeout` seconds.
+        MachineError, with the last lines, when it does not within `timeout` seconds; what was
+        read is then still there for the next one.
         """
         deadline, seen = Deadline(timeout), b''
         try:
@@ -7063,6 +7119,7 @@ class Console:
                 self.position -= len(seen) - found.end()
                 return seen[:found.end()].decode(errors='replace')
             if deadline.passed() or not self.machine.is_alive():
+                self.position = max(0, self.position - len(seen))   # the next one reads it again
                 tail = seen[-200:].decode(errors='replace')
                 raise MachineError(f'{self.machine.name}: no {pattern!r} on the console within '
                                    f'{timeout:g} s, only: …{tail!r}')
@@ -8911,23 +8968,35 @@ class Machine(Guest):
         Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
         """
         self._awake()
-        spoken: list[str] = re.findall(r'[^-]+|-(?=-|$)', str(keys))
+        spoken = [KEY_NAMES.get(key.lower(), key)
+                  for key in re.findall(r'[^-]+|-(?=-|$)', str(keys))]
         if not spoken:
             raise MachineError(f'{self.name}: no key to press', "name keys: 'ctrl-alt-del'")
-        named = [KEY_NAMES.get(key.lower(), KEYS_OF.get(key, (key.lower(), False))[0])
-                 for key in spoken]
+        named = [KEYS_OF.get(key, (key.lower(), False))[0] for key in spoken]
         if any(KEYS_OF.get(key, (key, False))[1] and (len(spoken) == 1 or not key.isalpha())
                for key in spoken):              # of CTRL-C, C says the same as c
             named.insert(0, 'shift')
         with self.monitor() as qmp:
-            self._press(qmp, named, hold)
+            try:
+                self._press(qmp, named, hold)
+            except ReplyError:
+                known = {*KEY_NAMES, *KEYS_OF, *next(
+                    [key['name'] for key in row.get('members', [])]
+                    for row in qmp.execute('query-qmp-schema')
+                    if {'name': 'ret'} in row.get('members', []))}
+                strange = [key for key in named if key not in known]
+                if not strange:
+                    raise
+                raise MachineError(f'{self.name}: no key is named {strange[0]!r:.80}',
+                                   f'there are {" ".join(sorted(known)).strip()}') from None
 
     def type_text(self, text: str) -> None:
         """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
-        strange = sorted({c for c in text if c not in KEYS_OF}) if isinstance(text, str) else text
+        strange = sorted({*text} - {*KEYS_OF, '\r'}) if isinstance(text, str) else text
         if strange or not isinstance(text, str):
             raise MachineError(f'{self.name}: no key for {strange!r:.80}',
                                'type what a US keyboard has')
+        text = re.sub('\r\n?', '\n', text)             # each is one press of Enter
         self._awake()
         with self.monitor() as qmp:
             for key, shift in (KEYS_OF[c] for c in text):
