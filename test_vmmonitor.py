@@ -3115,6 +3115,101 @@ class StartupTest(Case):
 
 # === listener ===================================================================================
 
+def nginx_program() -> str:
+    """Return nginx, unpacked and not installed: that would start it as a service."""
+    program = CACHE / 'nginx' / 'usr' / 'sbin' / 'nginx'
+    if not program.exists():
+        say('downloading nginx')
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
+            apt('download', 'nginx', cwd=Path(work))
+            run('dpkg-deb', '-x', *map(str, Path(work).glob('*.deb')), f'{work}/nginx', timeout=60)
+            with contextlib.suppress(OSError):          # another run was faster
+                os.rename(f'{work}/nginx', CACHE / 'nginx')
+    return str(program)
+
+
+NGINX = """daemon off; master_process off; pid PLACE/nginx.pid; error_log PLACE/error.log;
+events {}
+http {
+    access_log off; client_body_temp_path PLACE/body; proxy_temp_path PLACE/proxy;
+    fastcgi_temp_path PLACE/f; uwsgi_temp_path PLACE/u; scgi_temp_path PLACE/s;
+    proxy_ssl_trusted_certificate PLACE/cert.pem; proxy_ssl_verify on; proxy_ssl_name localhost;
+    proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+    upstream us { server 127.0.0.1:PORT; keepalive 4; }
+    server { listen 127.0.0.1:OLD; location / { proxy_pass https://us; } }
+    server {
+        listen 127.0.0.1:NEW;
+        proxy_http_version 1.1; proxy_set_header Connection ""; proxy_request_buffering off;
+        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+        location / { proxy_pass https://us; }
+    }
+}
+"""
+# What a client is asked to do: arguments URL KEY NAME; it prints each answer as a line.
+CLIENTS = {
+    'node': """
+const https = require('https'), [url, key, name] = process.argv.slice(1)
+const headers = {Authorization: 'Bearer ' + key}, agent = new https.Agent({keepAlive: true})
+const query = '?' + new URLSearchParams({cmd: 'start', target: name})
+const ask = (path, method, body, more) => new Promise((done, failed) => {
+  const options = {agent, method, headers: {...headers, ...more}}
+  const asked = https.request(url + path, options, answer => {
+    let text = ''
+    answer.on('data', data => text += data).on('end', () => done(text.trim()))
+  }).on('error', failed)
+  if (body) asked.write(body)               // without a length: chunked
+  asked.end()
+});
+(async () => {
+  console.log(await ask(query, 'GET'))
+  console.log(await ask('', 'POST', query.slice(1),
+    {'Content-Type': 'application/x-www-form-urlencoded'}))
+  console.log(await ask('', 'POST', JSON.stringify({cmd: 'start', target: name}),
+    {'Content-Type': 'application/json'}))
+  console.log((await (await fetch(url + query, {headers})).text()).trim())
+  console.log((await (await fetch(url, {method: 'POST', headers,
+    body: new URLSearchParams({cmd: 'start', target: name})})).text()).trim())
+  process.exit()
+})()
+""",
+    'requests': """
+import json, requests, sys
+url, key, name = sys.argv[1:]
+asked = {'cmd': 'start', 'target': name}
+form = {'Content-Type': 'application/json'}
+with requests.Session() as session:
+    session.headers['Authorization'] = f'Bearer {key}'
+    for answer in (session.get(url, params=asked), session.post(url, data=asked),
+                   session.post(url, json=asked),
+                   session.post(url, data=iter([json.dumps(asked).encode()]), headers=form)):
+        print(answer.text.strip())
+    assert session.head(url, params=asked).status_code == 200
+    assert session.post(url, files={'cmd': b'list'}).status_code == 415
+""",
+    'aiohttp': """
+import aiohttp, asyncio, json, sys
+url, key, name = sys.argv[1:]
+asked = {'cmd': 'start', 'target': name}
+
+
+async def chunks():
+    yield json.dumps(asked).encode()
+
+
+async def main():
+    headers = {'Authorization': f'Bearer {key}'}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for method, more in (('get', {'params': asked}), ('post', {'data': asked}),
+                             ('post', {'json': asked}),
+                             ('post', {'data': chunks(), 'headers': {
+                                 'Content-Type': 'application/json'}})):
+            async with getattr(session, method)(url, **more) as answer:
+                print((await answer.text()).strip())
+asyncio.run(main())
+"""}
+
+
 class ListenerTest(ConfigCase):
     """The https trigger with real TLS and real curl; the guests behind it are scripted."""
 
@@ -3229,6 +3324,55 @@ class ListenerTest(ConfigCase):
         self.assertIn(b' 200 OK\r\n', head_only)
         self.assertIn(b'Content-Length: 14\r\n', head_only)
         self.assertTrue(head_only.endswith(b'\r\n\r\n'), head_only)
+
+    def client(self, *argv: str, answers: int) -> None:
+        """Run a client; each of its answers must be that the guest was started."""
+        cert = str(self.directory / 'cert.pem')
+        done = subprocess.run(
+            argv, timeout=60, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+            env={**os.environ, 'NODE_EXTRA_CA_CERTS': cert, 'REQUESTS_CA_BUNDLE': cert,
+                 'SSL_CERT_FILE': cert, 'LC_ALL': 'C.UTF-8'})
+        self.assertEqual((done.stdout.decode().splitlines(), done.returncode), (
+            answers * [vm.printable(f'{ODD_NAME}: started')], 0), done.stderr)
+
+    @unittest.skipUnless(shutil.which('node') and shutil.which('wget'), 'needs node and wget')
+    def test_clients(self) -> None:
+        """wget, node, requests, aiohttp, and curl through nginx, as it is set up anywhere."""
+        self.host.guests[ODD_NAME] = ScriptedGuest(ODD_NAME)
+        ask = (self.url.rstrip('/'), KEY, ODD_NAME)
+        self.client('node', '-e', CLIENTS['node'], *ask, answers=5)
+        for name in ('requests', 'aiohttp'):
+            self.client('/usr/bin/python3', '-c', CLIENTS[name], *ask, answers=4)
+        form = urllib.parse.urlencode({'cmd': 'start', 'target': ODD_NAME})
+        wget = ('wget', '-qO-', '--header', f'Authorization: Bearer {KEY}',
+                '--ca-certificate', str(self.directory / 'cert.pem'))
+        self.client(*wget, f'{self.url}?{form}', answers=1)
+        self.client(*wget, f'--post-data={form}', self.url, answers=1)
+        for port in self.proxies():
+            curl = ('curl', '-sS', '--retry-connrefused', '--retry', '20', '--retry-delay', '1',
+                    '--interface', '127.0.0.2', f'http://127.0.0.1:{port}/')
+            with self.assertLogs('vmmonitor', 'INFO') as logged:
+                self.client(*curl, '-d', form, '-H', f'Authorization: Bearer {KEY}', answers=1)
+                self.client(*curl, '-d', f'{form}&key={KEY}', '-u', 'proxy:password',
+                            '-H', 'Transfer-Encoding: chunked', answers=1)
+            for line in logged.output:
+                self.assertIn('peer=127.0.0.2 key=main', line)
+
+    def proxies(self) -> tuple[int, int]:
+        """Run nginx; return the ports at which it serves as it does by default, and as an admin
+        sets it up who cares."""
+        self.changes['listener']['trustedProxies'] = ['127.0.0.1']
+        self.settings.config = vm.load(self.write(self.changes))
+        old, new = free_port(), free_port()
+        text = NGINX
+        for word, value in (('PLACE', self.directory), ('PORT', self.port), ('OLD', old),
+                            ('NEW', new)):
+            text = text.replace(word, str(value))
+        nginx = subprocess.Popen([nginx_program(), '-p', str(self.directory), '-e', 'stderr', '-c',
+                                  self.write_text(text, 'nginx.conf')], stderr=subprocess.DEVNULL)
+        self.addCleanup(nginx.wait, 20)
+        self.addCleanup(nginx.terminate)
+        return old, new
 
     def test_failed_handshakes_are_counted(self) -> None:
         """One line a minute, with their count, however many there are."""
