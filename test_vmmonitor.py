@@ -1368,6 +1368,40 @@ class NetCase(Case):
         return dict(vm.Registry.read().records)
 
 
+@contextlib.contextmanager
+def at_step(step: str, act: Callable[[], object] | BaseException) -> Iterator[None]:
+    """Do something, or raise it, just before the first step, as vm.TRACE names them, in which that
+    pattern is found."""
+    found: list[str] = []
+
+    def trace(name: str) -> None:
+        if not found and re.search(step, name):
+            found.append(name)
+            if isinstance(act, BaseException):
+                raise act
+            act()
+    with mock.patch.object(vm, 'TRACE', trace):
+        yield
+        if not found:
+            raise AssertionError(f'no step {step}')
+
+
+@contextlib.contextmanager
+def altered(command: str, **changes: Any) -> Iterator[None]:
+    """Have a command of QMP, or of a migration's two ends, sent with other arguments; a function
+    gets what it was."""
+    def sent(real: Callable[..., Any]) -> Callable[..., Any]:
+        def send(wire: Any, name: str, *more: Any, **arguments: Any) -> Any:
+            if name == command:
+                arguments.update({key: change(arguments[key]) if callable(change) else change
+                                  for key, change in changes.items()})
+            return real(wire, name, *more, **arguments)
+        return send
+    with mock.patch.object(vm.QMP, 'execute', sent(vm.QMP.execute)), \
+            mock.patch.object(vm.LineSocket, 'ask', sent(vm.LineSocket.ask)):
+        yield
+
+
 def killed_at(step: str, code: str) -> None:
     """Run code in a process that gets SIGKILL just before the first step, as vm.TRACE names
     them, in which that pattern is found."""
@@ -1394,15 +1428,12 @@ class Live(Case):
 
     kernel = initramfs = ''
     home: Path                  # where the machines are kept
-    old = False                 # this QEMU is older than 6.0: no snapshot beside a raw disk
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
         cls.kernel, cls.initramfs = guest_image()       # it may have to be downloaded
         cls.enter_class(own_network())
-        shown = subprocess.run([QEMU, '--version'], check=True, capture_output=True).stdout
-        cls.old = int(re.search(rb'version (\d+)', shown)[1]) < 6      # type: ignore[index]
         cls.home = cls.directory / 'm'
         cls.enter_class(mock.patch.object(vm, 'MACHINES_DIR', str(cls.home)))
         cls.addClassCleanup(cls.end_all)
@@ -5776,13 +5807,13 @@ class TestGuest(Live):
         self.assertEqual(m.screenshot(self.path('a.png')), self.path('a.png'))
         self.assertEqual((len(m.qmp('query-fdsets')), os.listdir(m.run_path(''))), before)
         self.assertGreater(len(colours(self.path('a.png'))), 1)
-        real = vm.Machine._picture
+        real = vm.QMP.execute
 
-        def old(machine: vm.Machine, **form: str) -> bytes:
-            if form:
-                raise vm.MachineError("Parameter 'format' is unexpected")
-            return real(machine)
-        with mock.patch.object(vm.Machine, '_picture', old):     # QEMU before 7.1
+        def old(qmp: vm.QMP, command: str, *more: Any, **form: Any) -> Any:
+            if 'format' in form:
+                raise vm.ReplyError('web', 'GenericError', "Parameter 'format' is unexpected")
+            return real(qmp, command, *more, **form)
+        with mock.patch.object(vm.QMP, 'execute', old):         # QEMU before 7.1
             m.screenshot(self.path('b.png'))
         self.assertEqual(colours(self.path('b.png')), colours(self.path('a.png')))
         with self.refused('no-such-dir'):
@@ -5904,8 +5935,7 @@ class TestGuest(Live):
         soon(lambda: 'eth1' in sh(m, 'ls /sys/class/net'))
         m.del_nic(1)
         self.assertNotIn(name, vm.Registry.read().records)
-        with mock.patch.object(vm.Machine, '_front', lambda *_: {'driver': 'nonsense'}), \
-                self.refused('nonsense'):
+        with altered('device_add', driver='nonsense'), self.refused('nonsense'):
             m.add_nic()
         self.assertEqual(len(m.nics), 1)
         self.assertEqual(len(vm.Registry.read().records), 2)    # the namespace and its one nic
@@ -6009,16 +6039,14 @@ class TestGuest(Live):
             m.balloon(500)
 
     def test_snapshots(self) -> None:
-        m, raw = self.machine, [] if self.old else [self.raw]
-        for drive in raw:
-            m.add_harddrive(drive)
-            self.addCleanup(m.del_harddrive, drive)
+        m = self.machine
+        m.add_harddrive(self.raw)
+        self.addCleanup(m.del_harddrive, self.raw)
         with mock.patch.object(vm.log, 'warning') as warned:
             taken = m.snapshot('s1')
         self.assertEqual((taken.tag, taken.ram, taken.disks, taken.uncovered), (
-            's1', True, (self.disk.filename,), tuple(drive.filename for drive in raw)))
-        for drive in raw:
-            self.assertIn(drive.filename, str(warned.call_args))
+            's1', True, (self.disk.filename,), (self.raw.filename,)))
+        self.assertIn(self.raw.filename, str(warned.call_args))
         self.assertIs(m.state(), vm.State.RUNNING)
         sh(m, 'echo later > /tmp/later; echo later > /dev/vda; sync')
         size = self.disk.info()['virtual-size']
@@ -6054,14 +6082,11 @@ class TestGuest(Live):
         m.wait('agent')
         self.assertEqual(m.del_nic(nic, 30), f'{added.id} removed')
         nic.delete()
-        job = vm.Machine._snapshot_job                  # one that QEMU itself refuses
-        with mock.patch.object(vm.Machine, '_snapshot_job', lambda self, qmp, verb, tag, nodes: job(
-                self, qmp, verb, *(('s9', nodes) if verb == 'load' else (tag, ['nonsense'])))):
-            if not self.old:                            # HMP names no disks
-                with self.refused('nonsense'):
-                    m.snapshot('s2')
-            with self.refused('s9'):
-                m.load_snapshot('s1')
+        # One that QEMU itself refuses.
+        with altered('snapshot-save', devices=['nonsense']), self.refused('nonsense'):
+            m.snapshot('s2')
+        with altered('snapshot-load', tag='s9'), self.refused('s9'):
+            m.load_snapshot('s1')
         self.assertIs(m.state(), vm.State.RUNNING)      # although QEMU leaves it in restore-vm
         m.wait('agent')
         self.assertEqual(m.qmp('query-jobs'), [])
@@ -6151,8 +6176,8 @@ class TestLife(Live):
             with self.assertRaises(vm.NoGuest):
                 vm.Machine.load(name)           # type: ignore[arg-type]
         self.assertEqual(sorted(os.listdir(self.home)), before)
-        with mock.patch.object(vm.Machine, '_write', side_effect=OSError('disk full')), \
-                self.assertRaises(OSError):
+        with at_step('write .*/full/machine.json', vm.MachineError('disk full')), \
+                self.refused('disk full'):
             self.bios('full', nics=1)
         self.assertFalse([name for name in vm.Registry.read().records if name.startswith('full')])
         self.assertEqual(sorted(os.listdir(self.home)), before)
@@ -6533,9 +6558,8 @@ class TestLife(Live):
         Path(m.home, 'memory').write_text('of a restore that was killed')
         Path(m.home, '.vmmonitor-left').write_text('of a save that was killed')
         self.assertEqual(m.save(), 'saved')
-        with mock.patch.object(vm.Machine, '_set_saved', side_effect=ProcessLookupError), \
-                mock.patch.object(vm.Machine, 'stop'), self.assertRaises(ProcessLookupError):
-            m.start_vm()                                # killed when its memory was there again
+        # When its memory was there again.
+        killed_at('write .*/saves/', "vm.Machine.load('saves').start_vm()")
         m = vm.Machine.load('saves')
         with self.refused('saved or restored', 'use start'):
             m.unfreeze()
@@ -6546,8 +6570,7 @@ class TestLife(Live):
         Path(self.path('mine')).write_text('mine')
         with self.refused('exists'):
             m.save(self.path('mine'))
-        with mock.patch.object(vm.Machine, '_transfer', side_effect=vm.MachineError('no')), \
-                self.refused('no'):
+        with at_step('send migrate to', vm.MachineError('no')), self.refused('no'):
             m.save()
         self.assertIs(m.state(), vm.State.RUNNING)
         m.save(self.path('memory'))
@@ -6615,22 +6638,16 @@ class TestLife(Live):
         m.write_file('/tmp/then', b'')
         m.snapshot('then')
         sh(m, 'rm /tmp/then')
-        real = vm.Machine._snapshot_job
-
-        def interrupted(*more: Any) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            real(*more)
         for off in (False, True):
-            with self.subTest(off), mock.patch.object(vm.Machine, '_snapshot_job', interrupted), \
-                    self.assertRaises(KeyboardInterrupt):
+            with self.subTest(off), self.assertRaises(KeyboardInterrupt), \
+                    at_step('send snapshot-load', lambda: os.kill(os.getpid(), signal.SIGINT)):
                 m.load_snapshot('then')
             self.assertIs(m.state(), vm.State.RUNNING)
             sh(m, 'rm /tmp/then')
             self.assertLess(abs(m.get_time() - time.time_ns()), 0.5e9)
             m.stop(force=True)
         self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
-        with mock.patch.object(vm.Machine, '_after_start', side_effect=vm.MachineError('no CD')), \
-                self.refused('no CD'):
+        with at_step('send snapshot-load', vm.MachineError('no way')), self.refused('no way'):
             m.load_snapshot('then')
         self.assertFalse(m.is_alive())
         m.start_vm()
@@ -6686,31 +6703,27 @@ class TestLife(Live):
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))
         m.start_vm()
-        # Where it waits: for the job's end, or before 6.0 for the answer.
-        owner, name = (vm.Machine, '_hmp_job') if self.old else (vm.QMP, 'event')
-        real = getattr(owner, name)
+        real = vm.QMP.event                             # for the job's end
         caught: list[Any] = []
 
-        def interrupted(self: Any, *more: Any, **data: Any) -> Any:
-            result = real(self, *more, **data) if owner is vm.Machine or caught else None
+        def interrupted(qmp: vm.QMP, *more: Any, **data: Any) -> Any:
+            result = real(qmp, *more, **data) if caught else None
             caught.append(more)
             if len(caught) == 1:
                 raise KeyboardInterrupt
             return result
-        with self.assertRaises(KeyboardInterrupt), mock.patch.object(owner, name, interrupted):
+        with self.assertRaises(KeyboardInterrupt), mock.patch.object(vm.QMP, 'event', interrupted):
             m.snapshot('s')
         self.assertEqual(len(caught), 2)                # the second one deletes it again
         self.assertEqual((m.qmp('query-jobs'), m.snapshots), ([], []))
         self.assertEqual((m.state(), m.now().snapshots), (vm.State.RUNNING, {}))
-        if not self.old:                                # a job that nobody dismissed
-            m.qmp('snapshot-delete', job_id='vmmonitor-left', tag='none', devices=['disk0-node'])
-            soon(lambda: [row['status'] for row in m.qmp('query-jobs')] == ['concluded'])
+        # A job that nobody dismissed.
+        m.qmp('snapshot-delete', job_id='vmmonitor-left', tag='none', devices=['disk0-node'])
+        soon(lambda: [row['status'] for row in m.qmp('query-jobs')] == ['concluded'])
         self.assertTrue(m.snapshot('s').ram)
         self.assertEqual(m.qmp('query-jobs'), [])
-        with mock.patch.object(vm.Machine, '_snapshot_job', side_effect=SystemExit), \
-                mock.patch.object(vm.Machine, '_forget', create=True), \
-                self.assertRaises(SystemExit):          # killed: what it is of is known
-            m.snapshot('killed')
+        killed_at('send snapshot-save', "vm.Machine.load('ctrlc').snapshot('killed')")
+        # What it is of is known.
         self.assertEqual(list(m.now().snapshots), ['s', 'killed'])
 
     def test_interrupted_start(self) -> None:
@@ -6721,16 +6734,26 @@ class TestLife(Live):
             started.append(real(*more, **data))
             return started[-1]
         with self.assertRaises(KeyboardInterrupt), mock.patch('subprocess.Popen', start), \
-                mock.patch.object(vm.QMP, '_greeting', side_effect=KeyboardInterrupt):
+                at_step('send qmp_capabilities', KeyboardInterrupt()):
             m.start_vm()
         self.assertIsNotNone(started[-1].wait(5))
         self.assertFalse(m.is_alive())
         self.assertEqual(m.start(), 'started')
 
+    @staticmethod
+    def end(m: vm.Machine) -> None:
+        """End a machine's QEMU from outside."""
+        os.kill(m.pid(), signal.SIGKILL)
+        soon(lambda: not m.is_alive())
+
     def test_off(self) -> None:
         m = self.bios('off2')
-        self.assertFalse(m._push('power button', -1))   # it ended by itself in just that moment:
-        self.assertFalse(m.is_alive())                  # stop() starts nothing
+        for step in ('query-status', 'system_powerdown'):
+            m.start_vm()
+            # It ends by itself in just that moment: stop() starts nothing.
+            with self.subTest(step), at_step(f'send {step}', lambda: self.end(m)):
+                self.assertRegex(m.stop(), 'already off|stopped by')
+            self.assertFalse(m.is_alive())
         with self.refused('off2 is off', 'start it', kind=vm.WrongState):
             m.console().write('x')
         with self.refused('flying', 'wait for agent, running'):
@@ -6984,13 +7007,16 @@ class TestLife(Live):
                 a.migrate(b)
             self.assertEqual((a.state(), b.spec.incoming, b.is_alive()),
                              (vm.State.RUNNING, True, True))
-        larger = [{**row, 'size': row['size'] + 1, 'host': 'another'} for row in a._marks()]
-        with self.receiving(b, 'e.qcow2', 2) as port, mock.patch.object(
-                a, '_marks', return_value=larger), self.refused('near', f'127.0.0.1:{port}: cd'):
+
+        def larger(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [{**row, 'size': row['size'] + 1, 'host': 'another'} for row in rows]
+        with self.receiving(b, 'e.qcow2', 2) as port, altered('receive', disks=larger), \
+                self.refused('near', f'127.0.0.1:{port}: cd'):
             a.migrate(f'127.0.0.1:{port}')
-        with mock.patch.object(vm.Machine, '_check_fits'), \
+        large = vm.Machine.load('large')
+        with altered('receive', shape=large.spec.shape()), \
                 self.refused('near', 'large: large is off', 'Size mismatch'):   # its own words
-            a.migrate(vm.Machine.load('large'))
+            a.migrate(large)
         self.assertIs(a.state(), vm.State.RUNNING)
 
     def test_migrate_to_what_hangs(self) -> None:
@@ -7035,22 +7061,14 @@ class TestLife(Live):
                      lambda: a.migrate(b)):
             with self.refused('ours was told to run on theirs', 'unfreeze(force=True)'):
                 call()
-        self.assertEqual((a.state(), a._whole()), (vm.State.PAUSED, False))
         a.unfreeze(force=True)
-        self.assertTrue(a._whole())
+        self.assertIs(a.state(), vm.State.RUNNING)
         b.start_vm()
-        with mock.patch.object(vm.Machine, '_links', side_effect=vm.MachineError('no card')), \
-                self.refused('ours: theirs: no card'):
+        with at_step('send cont to .*/theirs/', vm.MachineError('no way')), \
+                self.refused('ours: theirs: no way'):
             a.migrate(b)
         self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
         a.agent('guest-ping')
-
-        execute = vm.QMP.execute
-
-        def slow(qmp: vm.QMP, command: str, *arguments: Any, **more: Any) -> Any:
-            if 'max_bandwidth' in more:
-                more['max_bandwidth'] = 1 << 16         # else it may be over before it is cancelled
-            return execute(qmp, command, *arguments, **more)
 
         def progress(done: int, _total: int) -> None:
             if not cancelled:
@@ -7060,7 +7078,8 @@ class TestLife(Live):
 
         def interrupted(*_: int) -> None:
             raise KeyboardInterrupt
-        with mock.patch.object(vm.QMP, 'execute', slow):
+        # Slowly, else it may be over before it is cancelled.
+        with altered('migrate-set-parameters', max_bandwidth=1 << 16):
             b.start_vm()
             with self.assertRaises(KeyboardInterrupt):
                 a.migrate(b, interrupted)
