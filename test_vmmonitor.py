@@ -6931,7 +6931,7 @@ class TestLife(Live):
                 os.kill(b.pid(), signal.SIGSTOP)
         with mock.patch.object(vm.QMP, 'execute', at_once), impatient(2.0), \
                 self.refused('held: QEMU', 'answer in time'):
-            a.migrate(b, stopped)
+            a.migrate(b, stopped, 60)
         self.assertIn('migrate_cancel', answered)       # the stream was shut: it hears again
         self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
         a.agent('guest-ping')
@@ -7684,6 +7684,57 @@ class DaemonTest(GuestCase):
 
 # === packaging and README =======================================================================
 
+# The rows of the requirement's tables, and the tests that show them.
+ROWS = {
+    'interfaces, routes, Interface': (
+        'TestReading.test_interfaces_and_routes test_it_is_live test_changes'),
+    'sys_command': 'TestReading.test_sys_command',
+    'Bond': 'TestInGuest.test_bond_modes test_bond_fails_over_while_traffic_flows',
+    'Switch': 'TestSwitch',
+    'Router': (
+        'TestRouter.test_all_kinds_of_traffic_between_machine_and_server '
+        'test_addresses_and_routes_move_and_come_back'),
+    'VirtualNic': (
+        'TestNic.test_macvtap_as_it_should_be test_plain_tap '
+        'TestSwitch.test_macvtaps_on_a_switch'),
+    'CD, Machine.eject': 'TestCD TestGuest.test_cd',
+    'Harddrive, .snapshots, .create, .wipe, .resize, .qemu_string': (
+        'TestHarddrive TestGuest.test_harddrives'),
+    'Machine() and the forms of its arguments': (
+        'TestLife.test_forms_of_arguments test_bad_arguments test_bad_calls test_found_by_use '
+        'test_two_programs test_kept_over_a_restart test_machine_type test_vnc'),
+    'monitor_port, .send': 'TestGuest.test_monitors test_keys',
+    'is_alive': 'TestLife.test_survives_its_manager TestGuest.test_qemu_that_hangs',
+    'start_vm': (
+        'TestLife.test_host_without_space test_paused_and_as_another_user test_qemus_last_words '
+        'test_one_disk_one_qemu test_evil_images test_efi test_without_root'),
+    'stop': 'TestLife.test_stop',
+    'freeze, unfreeze': 'TestGuest.test_freeze',
+    'snapshot, load_snapshot, delete_snapshot': (
+        'TestGuest.test_snapshots test_snapshots_of_old_qemus TestLife.test_snapshot_when_off '
+        'test_snapshots_by_hmp test_load_that_fails_midway test_interrupted_snapshot '
+        'test_interrupted_load'),
+    'increase_ram': 'TestGuest.test_ram',
+    'resize_harddrive': 'TestGuest.test_harddrives',
+    'change_boot_device': 'TestLife.test_boot_device',
+    'create_chardev': (
+        'TestGuest.test_chardevs TestLife.test_kept_over_a_restart '
+        'test_ports_stay_where_they_are'),
+    'dump_memory': 'TestGuest.test_dump',
+    'migrate': (
+        'TestLife.test_migrate test_migrate_to_what_does_not_fit test_migrate_to_what_hangs '
+        'test_migrate_that_holds_qemu_up test_migration_whose_program_is_killed '
+        'FuzzTest.test_migrations'),
+    'mouse_move, mouse_click': 'TestGuest.test_mouse',
+    'add_nic, del_nic, nic_state': (
+        'TestGuest.test_nics TestLife.test_unplug_without_a_system TestNetwork'),
+    'screenshot': 'TestGuest.test_screenshot',
+    'send_key': 'TestGuest.test_keys test_text_is_typed_whole',
+    '(beyond the table) save, wake, agent, console, sandbox, daemon': (
+        'TestLife.test_save test_sleep TestGuest.test_agent test_agent_answers_late '
+        'test_console test_unprivileged_and_sandboxed TestAsGuests')}
+
+
 class PackagingTest(Case):
     """What stands beside the program."""
 
@@ -7713,14 +7764,24 @@ class PackagingTest(Case):
         self.assertEqual(sorted(kind.__name__ for kind in kinds),
                          sorted(name for group in GROUPS for name in classes(group)))
 
-    def test_the_tests_that_the_readme_names(self) -> None:
-        rows = re.findall(r'(?m)^\| .* \| (`Test.*) \|$', (HERE / 'README.md').read_text())
-        self.assertGreater(len(rows), 20)
-        for row in rows:
-            place: type = type(self)
-            for kind, test in re.findall(r'`(Test\w+)?\.?(test_\w+)?`', row):
-                place = globals()[kind] if kind else place
-                self.assertTrue(not test or hasattr(place, test), f'{place.__name__}.{test}')
+    def test_the_readme_says_what_to_run(self) -> None:
+        table = readme('Tests')
+        self.assertEqual([group for group in GROUPS if not re.search(
+            rf'`[^`]*--only[^`]* {group}\b[^`]*`', table)], [])
+        self.assertEqual([line for line in re.findall(r'(?m)^\| .* \| `(.*?)`', table)
+                          if not Path(HERE, line).exists() and not arguments().parse_args(
+                              line.split())], [])
+
+    def test_the_rows_have_their_tests(self) -> None:
+        for row, shown in ROWS.items():
+            kind: type = type(self)
+            for words in shown.split():
+                name, _, test = words.rpartition('.' if '.' in words else ' ')
+                if not test.startswith('test_'):
+                    name, test = test, ''
+                kind = globals()[name] if name else kind
+                with self.subTest(row, test=words):
+                    self.assertTrue(hasattr(kind, test or '__doc__'))
 
     def test_unit(self) -> None:
         if not shutil.which('systemd-analyze'):
@@ -8613,8 +8674,8 @@ def left_behind() -> set[str]:
     return found
 
 
-def main() -> int:
-    """Run the tests that the command line names, or all."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description='Test vmmonitor.')
     parser.add_argument('--install', action='store_true',
                         help='first install the Debian packages that the tests need')
@@ -8627,7 +8688,12 @@ def main() -> int:
     parser.add_argument('--only', nargs='+', choices=GROUPS, metavar='GROUP', default=[],
                         help='; '.join(f'{name}: {what}' for name, what in GROUPS.items()))
     parser.add_argument('tests', nargs='*', help='classes or tests, as for unittest')
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run the tests that the command line names, or all."""
+    options = arguments().parse_args()
     if options.fresh:
         return fresh_machines(options.fresh, options.suite)
     if options.install and install():
