@@ -32,6 +32,7 @@ import importlib.util
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pwd
 import queue
@@ -8545,6 +8546,44 @@ def fresh_machines(suites: Sequence[str], whole_suite: bool) -> int:
 
 # === benchmark ==================================================================================
 
+def kept_connection(case: ListenerTest, parts: Sequence[bytes], took: Any) -> None:
+    """Ask for three seconds on one connection, in so many writes, and put how long each took."""
+    connection, times, end = case.connect(parts[0]), [], time.monotonic() + 3
+    for part in parts[1:]:
+        connection.sendall(part)
+    connection.recv(65536)
+    while time.monotonic() < end:
+        began = time.monotonic()
+        for part in parts:
+            connection.sendall(part)
+        connection.recv(65536)
+        times.append(time.monotonic() - began)
+    took.put(times)
+
+
+def benchmark_listener() -> None:
+    """Ask the listener on connections that are kept, as many as say, each by its own process."""
+    case = ListenerTest('test_keep_alive_and_one_write')
+    case.setUpClass()
+    case.setUp()
+    form = f'key={KEY}&cmd=status&target=web1'.encode()
+    head = b'POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % len(form)
+    vm.log.setLevel(logging.ERROR)
+    fork = multiprocessing.get_context('fork')
+    print(f'{"kept connections":22} {"requests/s":>10} {"median":>9} {"99 %":>9}')
+    for count in (1, 16):
+        for parts in ((head + form,), (head, form)):
+            took: Any = fork.SimpleQueue()
+            for _ in range(count):
+                fork.Process(target=kept_connection, args=(case, parts, took)).start()
+            times = sorted(one for _ in range(count) for one in took.get())
+            print(f'{count:2}, in {len(parts)} write(s)        {len(times) / 3:10.0f} '
+                  f'{times[len(times) // 2] * 1000:6.1f} ms '
+                  f'{times[len(times) * 99 // 100] * 1000:6.1f} ms')
+    case.doCleanups()
+    case.doClassCleanups()
+
+
 def benchmark() -> None:
     """Put a clock right that is 3 s slow: by this program, and by what virsh offers."""
     with contextlib.closing(Libvirtd()) as host:
@@ -8700,6 +8739,7 @@ def main() -> int:
         # Begin anew: what this file looked for when it was read may be there now.
         os.execv(sys.executable, [sys.executable, *sys.argv])
     if options.bench:
+        benchmark_listener()
         benchmark()
         return 0
     if len(options.only) != 1 and not options.tests:
