@@ -51,6 +51,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -2464,6 +2465,15 @@ class LibvirtTest(GuestCase):
             vm.Connection('qemu+unix:///system?socket=/nonexistent/sock')
         self.assertEqual((caught.exception.code, caught.exception.domain), (38, 7))
         self.assertIn('systemctl start libvirtd', vm.explain(caught.exception))
+
+    def test_example_of_the_help(self) -> None:
+        space: dict[str, Any] = {'vm': vm}
+        text = examples()[2].replace('qemu:///system', self.host.uri)
+        self.vm('one')
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(text.replace("'db'", "'one'").replace("['uname'", "['busybox', 'uname'"), space)
+        self.assertRegex(said.getvalue(), r"^already running b'\d+\.\d")
+        space['db'].host.stop()
 
     def test_a_transport_that_hangs(self) -> None:
         """As an ssh does that asks for a password, or for a host key."""
@@ -7158,6 +7168,16 @@ class TestNetwork(Live):
         self.assertFalse([name for name in vm.Registry.read().records
                           if re.search('web|db|lan|gate', name) and 'netns' not in name])
 
+    def test_examples_of_the_help(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(os.path.dirname(self.path('x')))
+        space: dict[str, Any] = {'vm': vm}
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(''.join(examples()[:2]), space)
+        self.assertRegex(said.getvalue(), r"^lan \['web-p0'\] 1500\nput back to clean.* stopped")
+        for name in 'web', 'card', 'lan':
+            space[name].delete()
+
     def test_two_machines_reach_each_other(self) -> None:
         switch = vm.Switch('lan')
         pair = [self.guest(name, memory=112, nics=number) for name, number in (('left', 1),
@@ -7757,6 +7777,16 @@ class PackagingTest(Case):
         self.assertEqual(re.findall(r'(?m)^ {2,4}(part \d: .*|[a-z]+(?: [a-z]+)*(?=  ))', table),
                          sections)
 
+    def test_the_face_is_what_help_begins_with(self) -> None:
+        listed = (vm.__doc__ or '').partition('What there is')[2].partition('For who')[0]
+        self.assertEqual([word for row in re.findall(r'(?m)^ {4}.{10}(.*)', listed)
+                          for word in row.split()], vm.__all__)
+        for name in vm.__all__:
+            self.assertTrue(getattr(vm, name).__doc__, name)
+        shown = re.findall(r'(?s)```python.*?```', (HERE / 'README.md').read_text())
+        used = re.findall(r'\bvm\.(\w+)', ''.join([*examples(), *shown]))
+        self.assertEqual([name for name in used if name not in vm.__all__], [])
+
     def test_each_test_is_in_one_group(self) -> None:
         kinds = [kind for kind in globals().values() if isinstance(kind, type)
                  and issubclass(kind, unittest.TestCase)
@@ -7794,6 +7824,12 @@ class PackagingTest(Case):
             done = subprocess.run(['systemd-analyze', 'verify', str(unit)], timeout=60,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         self.assertNotIn(b'vmmonitor.service:', done.stdout)
+
+
+def examples() -> list[str]:
+    """Return the examples that help(vmmonitor) begins with."""
+    return [textwrap.dedent(text) for text in re.findall(
+        r'(?m)(?:^ {4}\w.*\n)+', (vm.__doc__ or '').partition('What there is')[0])]
 
 
 class TestReadme(NetCase):

@@ -1,10 +1,40 @@
 #!/usr/bin/env python3
-"""vmmonitor: right clocks, staggered starts and an https trigger for the guests of a Linux host.
+"""Right clocks, staggered starts and an https trigger for the guests of a Linux host.
 
-One file, the standard library, and what the host has: libvirt.so through ctypes, QEMU's and the
-guest agent's JSON over unix sockets.
+As a program: see --help. As a library (import vmmonitor as vm) it makes networks and machines, as
+root. A network card on a switch:
 
-Three flows run through it:
+    lan = vm.Switch('lan')
+    card = vm.VirtualNic(namespace='web')
+    card.connect(lan)
+    print(lan.name, sorted(lan.ports), vm.interfaces['lan'].mtu)
+
+A machine with a new disk of 5 GiB, as it was and as it is again:
+
+    web = vm.Machine('web', harddrives=vm.Harddrive('web.qcow2', size=5), nics=[card])
+    web.start_vm()
+    web.snapshot('clean')
+    web.screenshot('web.png')
+    print(web.load_snapshot('clean'), web.stop(force=True))
+
+A guest of libvirt, by its guest agent:
+
+    db = vm.LibvirtHost('qemu:///system').find('db')
+    print(db.start(), db.exec(['uname', '-r']).out)
+
+What there is for that; each of them has its own help():
+
+    networks  interfaces routes Interface Interfaces Route Routes Switch Router VirtualNic Bond
+              Namespace delete_all check_networks leaks clean
+    machines  Machine machines MachineSnapshot Harddrive Snapshot CD Console
+    guests    LibvirtHost Domain Guest State ExecResult Correction
+    errors    Error CommandError FileError DiskError NetworkError NoInterface NameTaken InUse
+              MissingFeature LibvirtError GuestError NoGuest WrongState Busy AgentError ClockError
+              MachineError explain
+    besides   sys_command
+
+For who changes this file: one file, the standard library, and what the host has: libvirt.so through
+ctypes, QEMU's and the guest agent's JSON over unix sockets. Three flows run through it:
 
     clock     libvirt event -> callback that only enqueues -> Monitor, one job per guest
               -> wait for the agent, measure, set, measure again -> one log line
@@ -106,6 +136,15 @@ from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
 __version__ = '1.0'
+# What `import *`, help() and tab completion show: the names in the docstring above.
+__all__ = [
+    'interfaces', 'routes', 'Interface', 'Interfaces', 'Route', 'Routes', 'Switch', 'Router',
+    'VirtualNic', 'Bond', 'Namespace', 'delete_all', 'check_networks', 'leaks', 'clean',
+    'Machine', 'machines', 'MachineSnapshot', 'Harddrive', 'Snapshot', 'CD', 'Console',
+    'LibvirtHost', 'Domain', 'Guest', 'State', 'ExecResult', 'Correction', 'Error',
+    'CommandError', 'FileError', 'DiskError', 'NetworkError', 'NoInterface', 'NameTaken',
+    'InUse', 'MissingFeature', 'LibvirtError', 'GuestError', 'NoGuest', 'WrongState', 'Busy',
+    'AgentError', 'ClockError', 'MachineError', 'explain', 'sys_command']
 
 # ### part 1: daemon ##############################################################################
 
