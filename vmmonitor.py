@@ -71,6 +71,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     disks                  CD, Harddrive over qemu-img
     machine                Machine: QEMU by QMP; Machines: those of this host
   part 4: command line
+    installation           what install.sh leaves to this file: Setup, and what --check asks of it
     command line           options, roles, signals, systemd, main()
 
 Rules for threads:
@@ -84,6 +85,11 @@ Rules for threads:
   * Every thread is started by spawn(): it has a name, and an exception in it is logged.
 """
 from __future__ import annotations
+
+import sys
+
+if __name__ == '__main__' and not getattr(sys.flags, 'safe_path', sys.flags.isolated):
+    del sys.path[0]     # the directory of this file: what else lies there is no module of it
 
 import argparse
 import base64
@@ -99,6 +105,7 @@ import enum
 import errno
 import fcntl
 import fnmatch
+import grp
 import hashlib
 import hmac
 import http
@@ -123,7 +130,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -171,6 +177,8 @@ class Error(Exception):
 
     Error
      +- ConfigError           the configuration: every problem at once
+     +- OutputLost            what was printed could not be written
+     +- SetupError            the program can't be installed like that
      +- InvalidValue          one value of it, or an argument (a ValueError, too)
      +- Refusal               a request that gets another answer than 200
      +- CommandError          a program failed: argv, exit status, stderr
@@ -206,6 +214,14 @@ class Error(Exception):
 
 class InvalidValue(Error, ValueError):
     """Why one value can't be used; whoever asked for it adds its place."""
+
+
+class OutputLost(Error):
+    """What was printed could not be written: the reader has gone, or a disk is full."""
+
+    def __init__(self, problem: OSError) -> None:
+        super().__init__(f'the output can\'t be written: {problem.strerror}')
+        self.reader_gone = isinstance(problem, BrokenPipeError)
 
 
 class ConfigError(Error):
@@ -9277,6 +9293,618 @@ machines = Machines()
 
 # ### part 4: command line ########################################################################
 
+# === installation ===============================================================================
+# install.sh finds and installs packages, and leaves the rest to `--setup`. Root trusts no directory
+# that another user owns: install.sh has refused those before it ran this.
+
+UNIT = '/etc/systemd/system/vmmonitor.service'
+DROPIN = f'{UNIT}.d/machines.conf'
+CREATED_BY = 'vmmonitor service'    # in the account of a user that was made here
+SYSTEMCTL_TIMEOUT = 90              # seconds; of a start, stop or reload
+CERTIFICATE_ADDRESSES = 50          # at most in a certificate
+LIBVIRT_WAIT = 10                   # seconds for a libvirt that was started to answer
+STEPPED_RESTARTS = 254              # the systemd that can restart with growing pauses
+# The program is the last: the service runs nothing else, so one rename makes a new version count.
+PROGRAM_FILES = {'install.sh': 0o755, 'vmmonitor.service': 0o644, 'config.json.sample': 0o644,
+                 'vmmonitor.py': 0o755}
+
+RESTART_LIMIT = """StartLimitIntervalSec=60
+StartLimitBurst=25
+"""
+RESTART_STEPS = """RestartSteps=8
+RestartMaxDelaySec=5
+"""
+
+
+class SetupError(Error):
+    """The program can't be installed like that."""
+
+
+class Service(NamedTuple):
+    """What the installed unit says."""
+
+    here: str = ''              # the directory it runs in; '' if there is none
+    account: str = ''           # its user
+    machines: bool = False      # with machines made by the library, and so as root
+
+    @classmethod
+    def read(cls) -> Service:
+        """Return that of this host."""
+        try:
+            text = Path(UNIT).read_text('utf-8', 'replace')
+        except OSError:
+            return cls()
+        here = re.search(r'(?m)^ExecStart=.* (/.*)/vmmonitor\.py$', text)
+        account = re.search(r'(?m)^User=(.*)$', text)
+        return cls(here[1] if here else '', account[1] if account else '', os.path.exists(DROPIN))
+
+    @classmethod
+    def of(cls, path: str) -> Service | None:
+        """Return it if this file is its program, and `path` its configuration."""
+        service = cls.read()
+        own = os.path.dirname(os.path.realpath(__file__))
+        ours = service.here and os.path.realpath(service.here) == own
+        named = os.path.join(own, 'config.json')
+        return service if ours and os.path.realpath(path) == os.path.realpath(named) else None
+
+    def may_read(self, path: str) -> bool:
+        """Tell whether it can read a file; only root can ask."""
+        return self.machines or not run(['runuser', '-u', self.account, '--', 'test', '-r', path],
+                                        SYSTEMCTL_TIMEOUT, check=False).returncode
+
+
+class Changes:
+    """What is changed on this host, and how that is taken back: all of it is done, or nothing."""
+
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], object]] = []      # the last one is carried out first
+        self.interrupted = False                        # by a signal; it counts at the next step
+
+    def interrupt(self, _number: int, _frame: Any) -> None:
+        """Note a signal: a step that has begun comes to its end."""
+        self.interrupted = True
+
+    def step(self, undo: Callable[[], object]) -> None:
+        """Note how the next step is undone."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.undo.append(undo)
+
+    def do(self, argv: Sequence[str], back: Sequence[str], why: str) -> None:
+        """Run a program, and `back` if it is to be taken back; SetupError(why) if it fails."""
+        self.step(lambda: run(back, SYSTEMCTL_TIMEOUT, check=False))
+        try:
+            run(argv, SYSTEMCTL_TIMEOUT)
+        except CommandError as problem:
+            raise SetupError(f'{why}: {problem.stderr.strip() or problem}') from None
+
+    def put(self, path: str, data: bytes | None, mode: int = 0, group: int = 0) -> None:
+        """Have a file of root's with these contents, written whole; None: no such file."""
+        if os.path.lexists(path):
+            info = os.stat(path)
+            was = (Path(path).read_bytes(), stat.S_IMODE(info.st_mode), info.st_gid)
+            if was == (data, mode, group) and info.st_uid == 0:
+                return
+            self.step(lambda: _write_owned(path, *was, info.st_mtime_ns))
+        elif data is not None:
+            self.step(lambda: os.unlink(path))
+        if data is not None:
+            _write_owned(path, data, mode, group)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+    def directory(self, path: str) -> None:
+        """Have that directory, and those above it."""
+        if not os.path.isdir(path):
+            self.directory(os.path.dirname(path))
+            self.step(lambda: os.rmdir(path))
+            os.mkdir(path, 0o755)
+
+    def take_back(self) -> None:
+        """Bring back all as it was, as far as that goes."""
+        while self.undo:
+            with contextlib.suppress(OSError, Error):
+                self.undo.pop()()
+
+
+def _write_owned(path: str, data: bytes, mode: int, group: int, mtime: int = 0) -> None:
+    """Write a file of root's whole; `mtime` (ns) gives it its old time back."""
+    with whole_file(path, replace=True) as file:
+        try:
+            with open(file, 'wb', closefd=False) as stream:
+                stream.write(data)
+            os.chown(file, 0, group)
+            os.chmod(file, mode)
+            if mtime:
+                os.utime(file, ns=(mtime, mtime))
+            os.fsync(file)
+        except OSError as problem:                      # such as a full disk
+            raise write_error(path, problem) from None
+
+
+class SetupRecord:
+    """HERE/.installed: what was made there, so that only that is ever changed or taken away."""
+
+    VERSION = 1
+
+    def __init__(self, here: str) -> None:
+        self.path = os.path.join(here, '.installed')
+        self.known: dict[str, Any] = {}                 # the file, with members of later versions
+        with contextlib.suppress(FileNotFoundError):
+            text = Path(self.path).read_text('utf-8')
+            try:
+                self.known = dict(parse_json(text))
+            except ValueError:
+                if text.split(None, 1)[:1] != ['copied']:
+                    raise SetupError(f'{self.path}: damaged; see what is in that directory, remove '
+                                     'that file and what install.sh made there') from None
+                self.known = {'files': dict.fromkeys(PROGRAM_FILES, '')}        # by version 1.0
+        # name in HERE -> SHA-256 of what was written
+        self.files: dict[str, str] = {
+            name: str(digest) for name, digest in dict(self.known.get('files') or {}).items()}
+        self.joined = bool(self.known.get('joined'))    # the account was put into "libvirt"
+        # Where the service ran before it moved here: files of its group may be there.
+        self.places = list(map(str, self.known.get('places') or []))
+
+    def data(self) -> bytes:
+        """Return the file's new contents."""
+        known = {**self.known, 'version': self.VERSION, 'files': self.files, 'joined': self.joined,
+                 'places': self.places}
+        return (json.dumps(known, indent=4) + '\n').encode()
+
+
+def named_files(config: Config) -> list[str]:
+    """Return the files of certificate and keys that the configuration names."""
+    names = [config.certificate, config.certificate_key, config.key_file,
+             *(entry.key_file for entry in config.key_entries)] if config.listener_enabled else []
+    return list(dict.fromkeys(beside(config, name) for name in names if name))
+
+
+def systemctl(*words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run systemctl, whatever comes of it."""
+    return run(['systemctl', *words], SYSTEMCTL_TIMEOUT, check=False)
+
+
+@dataclasses.dataclass
+class Setup:
+    """What install.sh was asked for: install(), or uninstall()."""
+
+    source: str                 # the directory that install.sh is in
+    here: str                   # where the service is to run
+    account: str = ''           # its user; '': as it is, or vmmonitor
+    port: str = '10000'         # for a configuration that is made
+    machines: str = ''          # yes, no, or '': as it is
+    purge: str = ''             # yes: with uninstall()
+
+    def __post_init__(self) -> None:
+        self.before = Service.read()
+        self.account = self.account or self.before.account or 'vmmonitor'
+        self.machines = self.machines or ('yes' if self.before.machines else 'no')
+        self.systemd = os.path.isdir('/run/systemd/system')
+        self.python = sys.executable
+        self.ran = False            # the service, before it was touched
+        self.changes = Changes()
+        self.record = SetupRecord(self.here)
+
+    def path(self, name: str) -> str:
+        """Return the path of a file in HERE."""
+        return os.path.join(self.here, name)
+
+    def install(self) -> None:
+        """Install or upgrade, and start the service; all is as it was if that fails."""
+        Library.get()
+        self._refuse_foreign()
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.changes.interrupt)
+        try:
+            # The last to be taken back, when the old files are there again.
+            self.changes.step(lambda: self.ran and systemctl('restart', 'vmmonitor'))
+            self.changes.directory(self.here)
+            group = self._make_account()
+            self._copy_program()
+            config = self._make_config(group)
+            named = self._check_readable(config)
+            self._start_libvirt(config)
+            if self.before.here not in ('', self.here):
+                earlier = [*SetupRecord(self.before.here).places, self.before.here]
+                self.record.places = sorted({*self.record.places, *earlier})
+            self.changes.put(self.path('.installed'), self.record.data(), 0o644)
+            if self.systemd:
+                self._start_service(named)
+        except BaseException:                   # Ctrl-C, too
+            self.changes.take_back()
+            raise
+        if self.before.account and self.before.account != self.account:
+            remove_account(self.before.account, [self.here, *self.record.places])
+        if self.before.here and self.before.here != self.here:
+            print(f'the service has moved from {self.before.here}, where everything is as it was')
+        self._show_end(config)
+
+    def _refuse_foreign(self) -> None:
+        """Refuse somebody else's files of our names, and name what Python might run."""
+        names = [] if self.here in (self.source, self.before.here) else list(PROGRAM_FILES)
+        if not os.path.lexists(self.path('config.json')):
+            names += ['cert.pem', 'key.pem']    # the new one would name them
+        for name in set(names) - set(self.record.files):
+            path, new = Path(self.path(name)), Path(self.source, name)
+            if os.path.lexists(path) and not (name in PROGRAM_FILES and path.is_file()
+                                              and path.read_bytes() == new.read_bytes()):
+                raise SetupError(f'{path} is there, and was not made by install.sh; choose another '
+                                 '--prefix' + (', or name it in a config.json there' if
+                                               name.endswith('.pem') else ''))
+        if os.path.isdir(self.here):
+            foreign = [name for name in sorted(os.listdir(self.here)) if name == '__pycache__' or (
+                name.endswith('.py') and name not in ('vmmonitor.py', 'test_vmmonitor.py'))]
+            if foreign:
+                print(f'note: not of vmmonitor, and never run by it: {", ".join(foreign)} in '
+                      f'{self.here}')
+
+    def _make_account(self) -> int:
+        """Have the service's user, in the group libvirt; return the number of its own group."""
+        name = self.account
+        if not _exists('passwd', name):
+            group = ['--gid', name] if _exists('group', name) else ['--user-group']
+            self.changes.do(
+                ['useradd', '--system', *group, '--home-dir', '/', '--no-create-home', '--shell',
+                 shutil.which('nologin') or '/bin/false', '--comment', CREATED_BY, name],
+                ['userdel', name], f'the user {name} could not be made')
+            print(f'made the user {name}')
+        known = pwd.getpwnam(name)
+        own = grp.getgrgid(known.pw_gid).gr_name
+        if known.pw_uid == 0:
+            raise SetupError(f'the user {name} is root; choose another --user')
+        if own != name:
+            raise SetupError(f'the group of {name} is {own}, and others may be in it; choose a '
+                             '--user that does not exist yet')
+        if grp.getgrnam('libvirt').gr_gid not in os.getgrouplist(name, known.pw_gid):
+            self.changes.do(['usermod', '-a', '-G', 'libvirt', name],
+                            ['gpasswd', '-d', name, 'libvirt'],
+                            f'the user {name} could not be put into the group libvirt')
+            self.record.joined = True
+        if not self._as_user(self.python, '-c', ''):
+            self.python = '/usr/bin/python3'            # this one is in root's home
+        if not self._as_user(self.python, '-c', ''):
+            raise SetupError(f'the user {name} can\'t run {self.python}; install python3 in '
+                             '/usr/bin')
+        return known.pw_gid
+
+    def _as_user(self, *argv: str) -> bool:
+        """Tell whether a program ends well when the service's user runs it."""
+        return not run(['runuser', '-u', self.account, '--', *argv], SYSTEMCTL_TIMEOUT,
+                       check=False).returncode
+
+    def _made(self, name: str, data: bytes, mode: int, group: int = 0) -> None:
+        """Write a file of HERE, and put it on the list."""
+        self.changes.put(self.path(name), data, mode, group)
+        self.record.files[name] = hashlib.sha256(data).hexdigest()
+
+    def _copy_program(self) -> None:
+        """Put the new version there; the program itself counts from the rename on."""
+        for name, mode in PROGRAM_FILES.items() if self.here != self.source else ():
+            self._made(name, Path(self.source, name).read_bytes(), mode)
+        if not self._as_user('test', '-r', self.path('vmmonitor.py')):
+            raise SetupError(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
+                             'say --prefix /opt/vmmonitor, or open the path to it')
+
+    def _make_config(self, group: int) -> Config:
+        """Have a configuration with its certificate, and return it."""
+        path = self.path('config.json')
+        there = os.path.lexists(path)
+        if there:
+            with contextlib.suppress(OSError):          # load() will say it
+                values, _ = parse(Path(path).read_text('utf-8', 'replace'), path)
+                config = Config(**values)
+                pair = [beside(config, config.certificate), beside(config, config.certificate_key)]
+                if pair == [self.path('cert.pem'), self.path('key.pem')]:
+                    self._make_certificate(group)
+        else:
+            self._make_certificate(group)
+            sample = Path(self.source, 'config.json.sample').read_text('utf-8')
+            text = sample.replace('CHANGE-ME', os.urandom(32).hex()).replace(
+                '"port": 10000', f'"port": {self.port or 10000}')
+            self._made('config.json', text.encode(), 0o640, group)
+            print(f'made {path} with a fresh key')
+        for name in {'config.json', 'key.pem'} & set(self.record.files):
+            if os.path.isfile(self.path(name)) and not os.path.islink(self.path(name)):
+                self.changes.put(self.path(name), Path(self.path(name)).read_bytes(), 0o640, group)
+        config = load(path)
+        if there and self.port and config.port != int(self.port):
+            raise SetupError(f'{path} is there, and its listener.port is {config.port}; change it '
+                             'there, and leave out --port')
+        return config
+
+    def _make_certificate(self, group: int) -> None:
+        """Make a self-signed certificate if there is none."""
+        there = [name for name in ('cert.pem', 'key.pem') if os.path.lexists(self.path(name))]
+        if len(there) == 1:
+            gone = 'key.pem' if there == ['cert.pem'] else 'cert.pem'
+            raise SetupError(f'{self.path(there[0])} is there, but {self.path(gone)} is not',
+                             f'put it back, or remove {there[0]} to have both made')
+        if there:
+            return
+        host = _host_name()
+        names = [f'DNS:{host}', 'DNS:localhost', 'IP:127.0.0.1', 'IP:::1',
+                 *(f'IP:{address}' for address in host_addresses())]
+        with tempfile.TemporaryDirectory() as work:
+            made = run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                        'ec_paramgen_curve:P-256', '-nodes', '-days', '3650', '-subj',
+                        f'/CN={host:.64}', '-addext', f'subjectAltName={",".join(names)}',
+                        '-keyout', f'{work}/key.pem', '-out', f'{work}/cert.pem'],
+                       SYSTEMCTL_TIMEOUT, check=False)
+            if made.returncode:
+                raise SetupError(f'openssl could not make a certificate for {host}; put cert.pem '
+                                 f'and key.pem into {self.here}, and a config.json that names them')
+            self._made('key.pem', Path(work, 'key.pem').read_bytes(), 0o640, group)
+            self._made('cert.pem', Path(work, 'cert.pem').read_bytes(), 0o644)
+        print(f'made a self-signed certificate for {host}: {self.path("cert.pem")}')
+
+    def _check_readable(self, config: Config) -> list[str]:
+        """Return the files that systemd shall hand over; refuse what is too open or too closed."""
+        named = named_files(config)
+        secrets = set(named) - {beside(config, config.certificate)} | (
+            {config.path} if any(_keys_inside(config)) else set())
+        for path in sorted(secrets):
+            if os.stat(path).st_mode & 0o004:
+                raise SetupError(f'{path}: everybody may read it', self._remedy(path))
+        # It is by its last part that the daemon finds it.
+        ends = collections.Counter(os.path.basename(path) for path in named)
+        hand = [path for path in named if self.systemd and ends[os.path.basename(path)] == 1
+                and re.fullmatch('[A-Za-z0-9/._+@-]+', path)]
+        for path in [config.path, *named]:
+            if path not in hand and not self._as_user('test', '-r', path):
+                raise SetupError(f'the user {self.account} can\'t read {path}', self._remedy(path))
+        return hand
+
+    def _remedy(self, path: str) -> str:
+        """Return what to type so that the service, and nobody else, can read a file."""
+        new = '' if self.before.account == self.account else f'groupadd -f {self.account}; '
+        return f'do: {new}chgrp {self.account} {path}; chmod 0640 {path}; and run this again'
+
+    def _start_libvirt(self, config: Config) -> None:
+        """Have a libvirt that answers, if the configuration means that of this host."""
+        def answers() -> bool:
+            with contextlib.suppress(LibvirtError):
+                Connection(config.libvirt_uri).close()
+                return True
+            return False
+        if not config.libvirt_uri.startswith('qemu:///') or answers():
+            return
+        for daemon in ('libvirtd', 'virtqemud'):
+            units = [f'{daemon}{end}' for end in ('.socket', '-ro.socket', '-admin.socket')]
+            units.append(f'{daemon}.service')
+            if self.systemd and not systemctl('cat', units[-1]).returncode:
+                was_enabled = not systemctl('is-enabled', '--quiet', units[-1]).returncode
+                back = ['stop'] if was_enabled else ['disable', '--quiet', '--now']
+                self.changes.do(['systemctl', 'enable', '--quiet', '--now', units[-1]],
+                                ['systemctl', *back, *units], f'{daemon} could not be started')
+                print(f'started {daemon}')
+                break
+        if not Deadline(LIBVIRT_WAIT).poll(answers, 1.0):
+            raise SetupError('libvirt does not answer; start libvirtd or virtqemud, see to it that '
+                             '"virsh -c qemu:///system list" works, and run this again')
+
+    def _unit(self, named: Sequence[str]) -> str:
+        """Return the unit for this host."""
+        text = Path(self.source, 'vmmonitor.service').read_text('utf-8')
+        lines = [f'LoadCredential={os.path.basename(path)}:{path}' for path in sorted(named)]
+        text = text.replace('/usr/bin/python3', self.python).replace('/opt/vmmonitor', self.here)
+        text = text.replace('User=vmmonitor\n', '\n'.join([f'User={self.account}', *lines, '']))
+        version = re.search(rb'systemd (\d+)', systemctl('--version').stdout)
+        if version and int(version[1]) >= STEPPED_RESTARTS:
+            text = text.replace(RESTART_LIMIT, 'StartLimitIntervalSec=0\n')
+            text = text.replace('RestartSec=100ms\n', 'RestartSec=100ms\n' + RESTART_STEPS)
+        return text
+
+    def _drop_in(self) -> str:
+        """Return what --with-machines adds to the unit: the unit's file has it in comments."""
+        text = Path(self.source, 'vmmonitor.service').read_text('utf-8')
+        return ''.join(f'{line[3:]}\n' for line in text.splitlines() if line.startswith('#|'))
+
+    def _start_service(self, named: Sequence[str]) -> None:
+        """Put the unit in its place, and start it."""
+        self.ran = not systemctl('is-active', '--quiet', 'vmmonitor').returncode
+        self.changes.step(lambda: systemctl('reset-failed', 'vmmonitor'))
+        self.changes.step(lambda: systemctl('daemon-reload'))
+        self.changes.put(UNIT, self._unit(named).encode(), 0o644)
+        if self.machines == 'yes':
+            self.changes.directory(os.path.dirname(DROPIN))
+            self.changes.put(DROPIN, self._drop_in().encode(), 0o644)
+        else:
+            self.changes.put(DROPIN, None)
+        systemctl('daemon-reload')
+        if systemctl('is-enabled', '--quiet', 'vmmonitor').returncode:
+            self.changes.do(['systemctl', 'enable', '--quiet', 'vmmonitor'],
+                            ['systemctl', 'disable', '--quiet', 'vmmonitor'],
+                            'the service could not be enabled')
+        systemctl('reset-failed', 'vmmonitor')          # and with it, how often it was started
+        self.changes.step(lambda: systemctl('stop', 'vmmonitor'))
+        since = time.time()
+        if systemctl('restart', 'vmmonitor').returncode:
+            raise SetupError(f'the service did not start: {_service_words(since)}')
+        print('the service runs: systemctl status vmmonitor')
+
+    def _show_end(self, config: Config) -> None:
+        """Print what --check finds, how to ask the service, and what was given away."""
+        program = self.path('vmmonitor.py')
+        shown = run([self.python, '-I', '-B', program, '--check'], SYSTEMCTL_TIMEOUT, check=False)
+        print(shown.stdout.decode(errors='replace'), end='')
+        if shown.returncode:
+            print('(mend what failed above; meanwhile the service goes on trying)')
+        for line in curl_example(config):
+            print(line)
+        if self.machines == 'yes':
+            print(*(line[2:] for line in self._drop_in().splitlines()[1:5]), sep='\n')
+        if not self.systemd:
+            print('systemd does not run here; run the service by:\n  runuser -u '
+                  f'{"root" if self.machines == "yes" else self.account} -- {self.python} -I '
+                  f'{program}')
+
+    def uninstall(self) -> None:
+        """Take away what install() made; config.json, certificate and key only with `purge`."""
+        self.here = self.before.here or self.here
+        self.record = SetupRecord(self.here)
+        if os.path.lexists(UNIT):
+            systemctl('disable', '--now', '--quiet', 'vmmonitor')
+            for path in (UNIT, DROPIN):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(DROPIN))
+            systemctl('daemon-reload')
+            systemctl('reset-failed', '--quiet', 'vmmonitor')
+            print(f'removed {UNIT}')
+        named = []
+        with contextlib.suppress(OSError, Error):
+            values, _ = parse(Path(self.path('config.json')).read_text('utf-8'),
+                              self.path('config.json'))
+            named = named_files(Config(**values))
+        remove_account(self.account, [self.here, *self.record.places, *named], self.record)
+        for name in list(self.record.files):
+            if name in PROGRAM_FILES or (self.purge and self._is_ours(name)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path(name))
+                del self.record.files[name]
+        if self.purge:
+            _purge_state()
+            for path in named:
+                if os.path.lexists(path):
+                    print(f'{path} stays: install.sh did not make it')
+        self.record.joined = False
+        if self.record.files:
+            _write_owned(self.record.path, self.record.data(), 0o644, 0)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.record.path)
+        try:
+            os.rmdir(self.here)
+            print(f'removed {self.here}')
+        except OSError:
+            print(f'{self.here} stays, with what is in it now')
+
+    def _is_ours(self, name: str) -> bool:
+        """Tell whether a file of the list still holds what was made; config.json may be edited."""
+        with contextlib.suppress(OSError):
+            digest = hashlib.sha256(Path(self.path(name)).read_bytes()).hexdigest()
+            return name == 'config.json' or digest == self.record.files[name]
+        return True
+
+
+def _exists(database: str, name: str) -> bool:
+    """Tell whether there is a user (passwd) or group of that name."""
+    return not run(['getent', database, name], SYSTEMCTL_TIMEOUT, check=False).returncode
+
+
+def _host_name() -> str:
+    """Return this host's full name."""
+    with contextlib.suppress(CommandError):
+        return run(['hostname', '-f'], QMP_TIMEOUT).stdout.decode().strip() or os.uname().nodename
+    return os.uname().nodename
+
+
+def host_addresses() -> list[str]:
+    """Return the addresses by which guests may reach this host: those of its interfaces, and of
+    libvirt's networks, which may not be up yet."""
+    def shown(*argv: str) -> str:
+        with contextlib.suppress(CommandError):
+            return run(argv, SYSTEMCTL_TIMEOUT, check=False).stdout.decode(errors='replace')
+        return ''
+    virsh = ('virsh', '-q', '-c', 'qemu:///system')
+    found = shown('hostname', '-I').split()
+    for network in shown(*virsh, 'net-list', '--all', '--name').split():
+        found += re.findall(r'<ip [^>]*address=.([0-9a-fA-F.:]+)',
+                            shown(*virsh, 'net-dumpxml', network))
+    return sorted(set(found))[:CERTIFICATE_ADDRESSES]
+
+
+def _service_words(since: float) -> str:
+    """Return what the service said last since then, before it ended."""
+    with contextlib.suppress(CommandError):
+        run(['journalctl', '--sync'], SYSTEMCTL_TIMEOUT, check=False)
+        words = run(['journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '--since',
+                     f'@{int(since)}', '-o', 'cat', '-p', 'err', '--no-pager'], SYSTEMCTL_TIMEOUT,
+                    check=False).stdout.decode(errors='replace').splitlines()
+        if words:
+            return words[-1]
+    return 'see: journalctl -u vmmonitor -n 20'
+
+
+def remove_account(name: str, places: Sequence[str], record: SetupRecord | None = None) -> None:
+    """Remove a user that install() made, so that no file keeps its number; or its rights."""
+    if not _exists('passwd', name):
+        return
+    known = pwd.getpwnam(name)
+    ours = known.pw_gecos == CREATED_BY
+    state = ['/var/lib/vmmonitor', '/run/vmmonitor'] if ours else []
+    for top in [*places, *state]:
+        below = [os.path.join(where, each) for where, inner, files in os.walk(top)
+                 for each in [*inner, *files]]
+        for path in [top, *below]:
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_gid == known.pw_gid:
+                    os.chown(path, -1, 0, follow_symlinks=False)
+    if ours:
+        if run(['userdel', name], SYSTEMCTL_TIMEOUT, check=False).returncode:
+            raise SetupError(f'the user {name} can\'t be removed; end what runs as it (pgrep -u '
+                             f'{name}) and run this again')
+        print(f'removed the user {name}')
+    elif record and record.joined:
+        run(['gpasswd', '-d', name, 'libvirt'], SYSTEMCTL_TIMEOUT, check=False)
+
+
+def _purge_state() -> None:
+    """Remove /run/vmmonitor, unless it lists networks that stand."""
+    if any(path.read_text(errors='replace').strip() != '{}'
+           for path in Path(STATE_DIR).glob('net-*.json')):
+        print(f'{STATE_DIR} stays: it lists networks that stand; see vmmonitor.py --clean --all')
+    else:
+        shutil.rmtree(STATE_DIR, ignore_errors=True)
+
+
+def command_setup(asked: dict[str, str]) -> int:
+    """--setup: install or uninstall, as install.sh says; its messages are install.sh's."""
+    action = asked.pop('action')
+    try:
+        setup = Setup(**asked)
+        setup.install() if action == 'install' else setup.uninstall()
+    except (Error, OSError) as problem:
+        print(f'install.sh: {printable(explain(problem))}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def curl_example(config: Config) -> Iterator[str]:
+    """Yield a curl line that this listener answers, and how to know it from elsewhere."""
+    if not config.listener_enabled:
+        return
+    certificate, host = beside(config, config.certificate), _host_name()
+
+    def openssl(*words: str, stdin: bytes = b'') -> bytes:
+        return run(['openssl', *words], QMP_TIMEOUT, stdin, check=False).stdout
+    shown = openssl('x509', '-noout', '-subject', '-issuer', '-ext', 'subjectAltName', '-in',
+                    certificate).decode(errors='replace')
+    names = re.findall(r'DNS:([^\s,*]+)', shown) or re.findall(r'CN ?= ?([^\s,/*]+)', shown)
+    if names:
+        host = 'localhost' if 'localhost' in names else names[0]
+    address = config.address or 'localhost'
+    words = ['curl', '--cacert', shlex.quote(certificate)]
+    if address != host:
+        there = f'[{address}]' if ':' in address else address
+        words += ['--connect-to', shlex.quote(f'::{there}:')]
+    secret = f'cat {shlex.quote(beside(config, config.key_file))}' if config.key_file else \
+        f'python3 -c \'import json; print(json.load(open("{config.path}"))["listener"]["key"])\''
+    sudo = 'sudo ' if shutil.which('sudo') else ''
+    words += ['-H', f'"Authorization: Bearer $({sudo}{secret})"',
+              shlex.quote(f'https://{host}:{config.port}/?cmd=list')]
+    if config.key or config.key_file:
+        yield 'try it:\n  ' + ' '.join(words)
+    found = re.search(r'subject=(.*)\nissuer=(.*)', shown)
+    if found and found[1] == found[2]:
+        public = openssl('pkey', '-pubin', '-outform', 'der',
+                         stdin=openssl('x509', '-noout', '-pubkey', '-in', certificate))
+        pin = base64.b64encode(hashlib.sha256(public).digest()).decode()
+        yield f'to know it from elsewhere: curl --pinnedpubkey sha256//{pin}'
+
+
 # === command line ===============================================================================
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -9296,6 +9924,39 @@ from a guest, once the listener runs:
 
 SIGHUP has the daemon read config, keys and certificate again. Exit status: 0 done, 1 failed,
 2 usage or configuration."""
+
+
+RELOAD_ADDRESS = '\0vmmonitor reload {}'         # an abstract socket, of the daemon's process
+RELOAD_TIMEOUT = 30.0                           # seconds, for a reload and its answer
+RELOADED = 'ok'                                 # the answer when it was not refused
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Return process and user at the other end of a unix socket (SO_PEERCRED, unix(7))."""
+    process, user, _ = struct.unpack('3i', connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i')))
+    return process, user
+
+
+def command_reload(process: int) -> int:
+    """--reload: have the daemon `process` read its configuration again, and say what it refused."""
+    try:
+        with socket.socket(socket.AF_UNIX) as daemon:
+            daemon.settimeout(RELOAD_TIMEOUT)
+            daemon.connect(RELOAD_ADDRESS.format(process))
+            if peer_of(daemon)[0] != process:
+                raise Error(f'another process answers for {process}')
+            answer = b''.join(iter(lambda: daemon.recv(4096), b'')).decode(errors='replace')
+        if not answer:
+            raise Error(f'process {process} ended before it answered')
+    except OSError as problem:
+        raise Error(f'process {process} does not answer: {explain(problem)}',
+                    'see that it is a vmmonitor, or restart it') from None
+    if answer == RELOADED:
+        return 0
+    for line in answer.splitlines():
+        log.error('the configuration was refused, the old one stays: %s', line)
+    return EXIT_FAILED
 
 
 def notify_systemd(*lines: str) -> None:
@@ -9321,7 +9982,8 @@ class Daemon:
         self.monitor = Monitor(self.guests, self.settings)
         self.startup = Startup(self.guests, config.steps)
         self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
-        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()      # put() is reentrant
+        # Signals, and who asks for a reload and waits for the answer; put() is reentrant.
+        self.signals: queue.SimpleQueue[int | socket.socket] = queue.SimpleQueue()
         self._said = ''                             # the last STATUS= for systemd
         self._refused = ''                          # added to it after a refused reload
 
@@ -9342,6 +10004,7 @@ class Daemon:
         self.machines.watch(receive)
         if 'startup' in self.roles:
             spawn('startup', self.startup.run)
+        spawn('reload', self._hear_reloads)
         self._say('READY=1')
         self._serve(library)
         notify_systemd('STOPPING=1', 'STATUS=stopping')
@@ -9358,13 +10021,18 @@ class Daemon:
 
     def _serve(self, library: Library) -> None:
         """Wait for signals; keep systemd's watchdog content as long as events can come."""
-        interval, number = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6, 0
-        while number not in (signal.SIGTERM, signal.SIGINT):
+        interval = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6
+        heard: int | socket.socket = 0
+        while heard not in (signal.SIGTERM, signal.SIGINT):
             try:
-                number = self.signals.get(timeout=min(interval / 3 or 1.0, 1.0))
+                heard = self.signals.get(timeout=min(interval / 3 or 1.0, 1.0))
             except queue.Empty:
-                number = 0
-            if number == signal.SIGHUP:
+                heard = 0
+            if isinstance(heard, socket.socket):
+                with heard, contextlib.suppress(OSError):
+                    heard.settimeout(RELOAD_TIMEOUT)
+                    heard.sendall(('\n'.join(self._reload()) or RELOADED).encode())
+            elif heard == signal.SIGHUP:
                 self._reload()
             stuck = time.monotonic() - library.ticked
             if stuck < max(interval, 10.0):
@@ -9379,8 +10047,24 @@ class Daemon:
             notify_systemd(status, *more)
         self._said = status
 
-    def _reload(self) -> None:
-        """Read the configuration again; a bad one is refused and the old one kept."""
+    def _hear_reloads(self) -> None:
+        """Hand on who wants a reload, and to know whether it was refused (--reload)."""
+        with socket.socket(socket.AF_UNIX) as server:
+            try:
+                server.bind(RELOAD_ADDRESS.format(os.getpid()))
+                server.listen()
+            except OSError as problem:                  # somebody has taken the name
+                raise Error(f'--reload would get no answer: {explain(problem)}') from None
+            while True:
+                asker, _ = server.accept()
+                if peer_of(asker)[1] in (0, os.geteuid()):
+                    self.signals.put(asker)
+                else:
+                    asker.close()
+
+    def _reload(self) -> list[str]:
+        """Read the configuration again; a bad one is refused and the old one kept. Return what is
+        wrong with it."""
         old = self.settings.config
         notify_systemd('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
@@ -9391,18 +10075,20 @@ class Daemon:
             lines = problem.problems if isinstance(problem, ConfigError) else [explain(problem)]
             for line in lines:
                 log.error('reload refused, the old configuration stays: %s', line)
-        else:
-            self.settings.config = new
-            self._refused = ''
-            later = [row.key for attribute, row in OPTIONS.values()
-                     if row.restart and getattr(old, attribute) != getattr(new, attribute)]
-            log.info('configuration read again%s', later and
-                     f'; counts after a restart: {", ".join(later)}' or '')
-            if 'listen' in self.roles and handed_over(new):
-                log.info('%s: %s', ', '.join(handed_over(new)), STALE_COPY)
-            for warning in new.warnings:
-                log.warning('%s', warning)
+            self._say('READY=1')
+            return lines
+        self.settings.config = new
+        self._refused = ''
+        later = [row.key for attribute, row in OPTIONS.values()
+                 if row.restart and getattr(old, attribute) != getattr(new, attribute)]
+        log.info('configuration read again%s', later and
+                 f'; counts after a restart: {", ".join(later)}' or '')
+        if 'listen' in self.roles and handed_over(new):
+            log.info('%s: %s', ', '.join(handed_over(new)), STALE_COPY)
+        for warning in new.warnings:
+            log.warning('%s', warning)
         self._say('READY=1')
+        return []
 
 
 def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
@@ -9413,10 +10099,13 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         for line in problem.problems:
             yield Check(False, f'config {problem.path}: {line}')
         return
+    service = Service.of(path)
     roles = roles or enabled_roles(config)
     yield Check(True, f'config {path or "none, defaults"}: {", ".join(roles) or "nothing enabled"}')
     for warning in config.warnings:
         yield Check(False, warning)
+    if service:
+        yield from _check_service(service, config)
     if 'listen' in roles:
         yield from _check_listener(config)
     if networks_used():
@@ -9428,7 +10117,28 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         return
     yield Check(True, f'libvirt {config.libvirt_uri}: version {connection.version()}')
     connection.close()
-    yield from _check_guests(config, roles)
+    yield from _check_guests(config, roles, not service or service.machines)
+
+
+def _check_service(service: Service, config: Config) -> Iterator[Check]:
+    """Check at the installed service: does it run, what can it not read, what will it not see?"""
+    if os.path.isdir('/run/systemd/system'):
+        state = systemctl('is-active', 'vmmonitor').stdout.decode().strip()
+        yield Check(state == 'active', f'service: {state}' + (
+            '' if state == 'active' else '; see journalctl -u vmmonitor -n 20, then do: systemctl '
+            'restart vmmonitor'))
+    if os.geteuid() != 0:
+        return                                          # only root can ask for another user
+    if not service.machines:
+        handed = Path(UNIT).read_text('utf-8', 'replace')
+        for path in [config.path, *named_files(config)]:
+            if f':{path}\n' not in handed and not service.may_read(path):
+                yield Check(False, f'service: its user {service.account} can\'t read {path}; do: '
+                           f'chgrp {service.account} {path}; chmod 0640 {path}')
+        names = [guest.name for guest in Machines().all()]
+        if names:
+            yield Check(True, f'note: the service does not see machines of root, {", ".join(names)}'
+                       f'; {service.here}/install.sh --with-machines changes that')
 
 
 def _check_listener(config: Config) -> Iterator[Check]:
@@ -9467,10 +10177,11 @@ def _is_served(config: Config) -> bool:
         return False
 
 
-def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
+def _check_guests(config: Config, roles: Sequence[str], with_machines: bool) -> Iterator[Check]:
     """Check at the guests: their agent channels, and the names in the startup list."""
     host, away = LibvirtHost(config.libvirt_uri), list[Error]()
-    guests = {guest.name: guest for guest in Guests([host, Machines()]).all(away=away)}
+    hosts: list[GuestHost] = [host, Machines()] if with_machines else [host]
+    guests = {guest.name: guest for guest in Guests(hosts).all(away=away)}
     yield from (Check(False, f'guests: {explain(problem)}') for problem in away)
     yield Check(True, f'guests: {len(guests)} defined')
     if 'monitor' in roles:
@@ -9488,30 +10199,35 @@ def _check_guests(config: Config, roles: Sequence[str]) -> Iterator[Check]:
     host.stop()
 
 
-def command_check(path: str, roles: Sequence[str], as_json: bool) -> int:
-    """--check: print a line for each thing looked at."""
-    looks = list(checks(path, roles))
+def show(text: str) -> None:
+    """Print a line at once; OutputLost if nobody takes it."""
+    try:
+        print(text, flush=True)
+    except OSError as problem:
+        raise OutputLost(problem) from None
+
+
+def show_checks(lines: Iterable[Check], as_json: bool) -> int:
+    """--check: print a line for each thing looked at, as soon as that is done."""
+    found: list[Check] = []
+    for line in lines:
+        found.append(line)
+        if not as_json:
+            show(f'{"ok   " if line.good else "FAIL "} {printable(line.text)}')
+    good = all(line.good for line in found)
     if as_json:
-        print(json.dumps({'ok': all(look.good for look in looks), 'checks': [
-            {'ok': look.good, 'text': look.text} for look in looks]}))
-        return 0 if all(look.good for look in looks) else EXIT_FAILED
-    return show_looks(looks)
-
-
-def show_looks(looks: Sequence[Check]) -> int:
-    """Print the lines of --check, and return the exit status."""
-    for look in looks:
-        print('ok   ' if look.good else 'FAIL ', printable(look.text))
-    return 0 if all(look.good for look in looks) else EXIT_FAILED
+        show(json.dumps({'ok': good, 'checks': [
+            {'ok': line.good, 'text': line.text} for line in found]}))
+    return 0 if good else EXIT_FAILED
 
 
 def command_clean(names: Sequence[str], dry_run: bool, everything: bool, force: bool) -> int:
     """--clean: print what is removed."""
     found = clean(names, dry_run=dry_run, everything=everything, force=force)
     if not found:
-        print('nothing to clean up')
+        show('nothing to clean up')
     for name, why in found.items():
-        print(printable(f'{"would remove" if dry_run else "removed"} {name}: {why}'))
+        show(printable(f'{"would remove" if dry_run else "removed"} {name}: {why}'))
     return 0
 
 
@@ -9534,7 +10250,7 @@ def _ask_chosen(config: Config, names: Sequence[str], running: bool,
 def _show(answers: Sequence[Mapping[str, Any]], away: Sequence[Error], as_json: bool) -> int:
     """Print answers as JSON, or warnings and who is away on stderr; return the exit status."""
     if as_json:
-        print(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
+        show(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
                                      for known in answers],
                           **({'away': [told(problem) for problem in away]} if away else {})}))
     else:
@@ -9567,7 +10283,7 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
         for known in answers]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows if not as_json else ():
-        print(printable('  '.join(f'{cell:{width}}' for cell, width in zip(row, widths))).rstrip())
+        show(printable('  '.join(f'{cell:{width}}' for cell, width in zip(row, widths))).rstrip())
     for known in answers if not as_json else ():
         if 'error' in known:
             print(_problem_line(known), file=sys.stderr)
@@ -9585,9 +10301,9 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
     config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
     answers, away = _ask_chosen(config, names, True, ask)
     for known in answers if not as_json else ():
-        print(_problem_line(known) if 'error' in known else printable(known['text']))
+        show(_problem_line(known) if 'error' in known else printable(known['text']))
     if not answers and not as_json:
-        print('no guest is running')
+        show('no guest is running')
     status = _show(answers, away, as_json)
     return EXIT_FAILED if any('error' in known for known in answers) else status
 
@@ -9611,7 +10327,7 @@ def arguments() -> argparse.ArgumentParser:
     once.add_argument('--clean', nargs='*', metavar='NAME',
                       help='remove what interrupted programs left of networks, or what has this '
                            'name')
-    once.add_argument('--version', action='version', version=f'vmmonitor {__version__}')
+    once.add_argument('--version', action='store_true', help='show which version this is')
     parser.add_argument('--config', metavar='FILE',
                         help='the configuration (default: config.json beside this script)')
     parser.add_argument('--dry-run', action='store_true', help='with --clean: only show it')
@@ -9622,6 +10338,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument('--json', action='store_true',
                         help='with --status, --sync and --check: answer in JSON')
     parser.add_argument('--verbose', action='store_true', help='log every event, too')
+    for name, reads in (('--reload', int), ('--setup', str)):       # for the unit and install.sh
+        once.add_argument(name, nargs='*' if name == '--setup' else None, type=reads,
+                          help=argparse.SUPPRESS)
     return parser
 
 
@@ -9642,12 +10361,19 @@ def dispatch(options: argparse.Namespace) -> int:
         raise ConfigError('--' + roles[0], ['does not go with --status or --sync'])
     if (options.dry_run or options.all or options.force) and options.clean is None:
         raise ConfigError('--dry-run, --all, --force', ['go with --clean'])
+    if options.setup is not None:
+        return command_setup(dict(item.split('=', 1) for item in options.setup))
+    if options.version:
+        show(f'vmmonitor {__version__}')
+        return 0
+    if options.reload is not None:
+        return command_reload(options.reload)
     if options.clean is not None:
         return command_clean(options.clean, options.dry_run, options.all, options.force)
     if once:                            # libvirt has no deadline for connecting: let Ctrl-C end it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if options.check:
-        return command_check(path, roles, options.json)
+        return show_checks(checks(path, roles), options.json)
     if once:
         # The listener's keys are none of these commands' business, nor whether they are right.
         config = load(path, ('monitor',)) if path else Config()
@@ -9666,10 +10392,17 @@ def dispatch(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit status."""
-    options = arguments().parse_args(argv)
+    try:
+        options = arguments().parse_args(argv)
+    except SystemExit as ended:         # argparse has said it, or printed the help
+        return int(ended.code or 0)
     set_up_logging(options.verbose)
     try:
         return dispatch(options)
+    except OutputLost as problem:
+        if not problem.reader_gone:
+            log.error('%s', explain(problem))
+        return EXIT_FAILED
     except ConfigError as problem:
         for line in problem.problems:
             log.error('%s: %s', problem.path, line)
@@ -9686,10 +10419,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_now(status: int) -> NoReturn:
     """End the process at once: a thread that hangs inside libvirt would hold it for ever."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):       # full, gone, or closed from the start
+            status = status or EXIT_FAILED
     os._exit(status)
 
 
