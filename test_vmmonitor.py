@@ -29,6 +29,7 @@ import functools
 import hashlib
 import html
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -1499,8 +1500,8 @@ class WordsTest(Case):
     def test_the_tree_of_errors_is_as_drawn(self) -> None:
         drawn: dict[str, str] = {}
         above: dict[int, str] = {}
-        for depth, name in re.findall(r'(?m)^    ([ |+-]*)([A-Z]\w+)(?=  |$)',
-                                      vm.Error.__doc__ or ''):
+        for depth, name in re.findall(r'(?m)^([ |+-]*)([A-Z]\w+)(?=  |$)',
+                                      inspect.cleandoc(vm.Error.__doc__ or '')):
             above[len(depth)] = name
             drawn[name] = above.get(len(depth) - 4, '')
         real = {name: next(base.__name__ for base in kind.__bases__ if base is not ValueError)
@@ -3466,12 +3467,16 @@ class ListenerTest(ConfigCase):
                                               'start')),
                 (f'key={KEY}&cmd=list&target=web1', (), (400, 'list takes no target')),
                 (f'key={KEY}&cmd=start&target=a%0Ab', (), (400, 'target must be a string without '
-                                                       'control characters')),
+                                                       'control characters, of no more than 4096 '
+                                                       'characters')),
                 (f'key={KEY}&cmd=start&target=%ff', (), (400, 'parameters must be NAME=VALUE, '
                                                          'joined by & and UTF-8')),
                 ('key', (), (400, 'parameters must be NAME=VALUE, joined by & and '
                              'UTF-8')),
                 (good, ('-X', 'DELETE'), (405, 'use GET, HEAD or POST')),
+                (f'key={KEY}&cmd=start&target={"x" * 5000}', (),
+                 (400, 'target must be a string without control characters, of no more than 4096 '
+                  'characters')),
                 (good, ('-H', 'X: ' + 'x' * 20000), (431, 'request line and headers too large')),
                 ('', ('-d', 'x' * 20000), (413, 'the body may have 16384 bytes')),
                 ('', ('-H', 'Transfer-Encoding: chunked', '-d', 'x' * 20000),
@@ -3559,29 +3564,26 @@ class ListenerTest(ConfigCase):
         self.assertEqual(self.ask('cmd=list', *self.BEARER),
                          (503, 'libvirt is away; try again in a moment'))
 
-    def slow_start(self, seconds: float) -> None:
+    def test_wait_and_busy(self) -> None:
+        release = threading.Event()
+
         def start() -> str:
-            time.sleep(seconds)
+            release.wait(60)
             return 'started'
         self.guest.start = start        # type: ignore[method-assign]
-
-    def test_wait_and_busy(self) -> None:
-        self.slow_start(1.0)
-        began = time.monotonic()
         with self.assertLogs('vmmonitor', 'INFO') as logged:
             self.assertEqual(self.ask('cmd=start&target=web1&wait=0', *self.BEARER),
                              (202, 'web1: start goes on'))
-            self.assertLess(time.monotonic() - began, 0.8)
             busy = (409, 'web1 is busy: "start" has not ended; try again later')
             self.assertEqual(self.ask('cmd=stop&target=web1&wait=0', *self.BEARER), busy)
             self.assertEqual(self.ask('cmd=stop&target=web1&wait=0.2', *self.BEARER)[0], 202)
+            self.assertFalse(release.is_set())
+            threading.Timer(0.5, release.set).start()
             self.assertEqual(self.ask('cmd=stop&target=web1', *self.BEARER),
                              (200, 'web1: asked to shut down'))
-            self.assertGreater(time.monotonic() - began, 0.95, 'the second did not wait')
-            time.sleep(0.3)
-        self.assertIn('INFO:vmmonitor:start web1: started', logged.output)
-        self.assertIn('INFO:vmmonitor:stop web1: asked to shut down', logged.output,
-                      'it was said to go on, and did not')
+            self.assertTrue(release.is_set(), 'the second did not wait')
+            for line in ('start web1: started', 'stop web1: asked to shut down'):
+                soon(lambda: f'INFO:vmmonitor:{line}' in logged.output, 10, line)   # noqa: B023
 
     LOCKED = (429, 'too many wrong keys; try again in')
 
@@ -3737,6 +3739,7 @@ class ListenerTest(ConfigCase):
         self.assertEqual([row for row in found.values()
                           if row['severity'] in ('MEDIUM', 'HIGH', 'CRITICAL', 'FATAL')], [])
 
+    @mock.patch.multiple(vm, HANDSHAKE_TIMEOUT=600, REQUEST_TIMEOUT=600)    # curl waits for 20 s
     def test_silent_and_trickling_clients_delay_nobody(self) -> None:
         stop = threading.Event()
         silent = [self.connect() for _ in range(200)]
@@ -3750,13 +3753,9 @@ class ListenerTest(ConfigCase):
         thread = threading.Thread(target=trickle)
         thread.start()
         try:
-            slowest = 0.0
             for _ in range(5):
-                began = time.monotonic()
                 self.assertEqual(self.ask(f'key={KEY}&cmd=start&target=web1')[0], 200)
-                slowest = max(slowest, time.monotonic() - began)
                 time.sleep(0.3)
-            self.assertLess(slowest, 1.0)
             self.assertLessEqual(len(self.listener.server.clients),     # type: ignore[union-attr]
                                  vm.CONNECTIONS_PER_PEER)
             ended, _, _ = select.select(silent, [], [], 0)
@@ -3765,13 +3764,24 @@ class ListenerTest(ConfigCase):
             stop.set()
             thread.join()
 
+    def test_idle_means_idle(self) -> None:
+        """The thread that accepts sleeps until somebody connects, and ends at once."""
+        def switches() -> str:
+            text = Path(f'/proc/self/task/{thread.native_id}/status').read_text()
+            return str(re.findall(r'voluntary_ctxt_switches:\s+(\d+)', text)[0])
+        thread = [one for one in threading.enumerate() if one.name == 'listener'][-1]
+        self.assertEqual(self.ask(f'key={KEY}&cmd=list')[0], 200)
+        before = switches()
+        time.sleep(0.5)
+        self.assertEqual(switches(), before)
+        self.listener.close()
+        thread.join(10)
+        self.assertFalse(thread.is_alive())
+
     def test_time_limits(self) -> None:
         with unittest.mock.patch.multiple(vm, HANDSHAKE_TIMEOUT=0.5, REQUEST_TIMEOUT=1.0,
                                           IDLE_TIMEOUT=0.5):
-            silent = self.connect()
-            began = time.monotonic()
-            self.assertEqual(silent.recv(1), b'')
-            self.assertLess(time.monotonic() - began, 2)
+            self.assertEqual(self.connect().recv(1), b'')
             slow = self.connect(b'GET')
             for _ in range(4):
                 time.sleep(0.2)

@@ -506,7 +506,7 @@ def unbroken() -> Iterator[None]:
 JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
 JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
 JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
-TEXT_LENGTH = 4096             # characters of a string in an answer, unless it is DATA
+TEXT_LENGTH = 4096             # characters of a string: a path has as many; more only in DATA
 BOM = '\ufeff'                 # with which some editors begin a text; it is none of it
 DATA = 'data'                  # in a schema: a string of any length
 
@@ -873,8 +873,9 @@ def a_text(value: Any) -> str:
     """Read a string without control characters; null, as in old files, is the empty one."""
     if value is None:
         return ''
-    if not isinstance(value, str) or CONTROLS.search(value):
-        raise InvalidValue('must be a string without control characters')
+    if not isinstance(value, str) or CONTROLS.search(value) or len(value) > TEXT_LENGTH:
+        raise InvalidValue('must be a string without control characters, of no more than '
+                           f'{TEXT_LENGTH} characters')
     return value
 
 
@@ -1316,10 +1317,12 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
 def _secret_file(path: str) -> str:
     """Return the key that the file `path` holds, without the line end."""
     try:
-        secret = Path(path).read_text('utf-8').removeprefix(BOM).strip()
+        secret = a_text(Path(path).read_text('utf-8').removeprefix(BOM).strip())
+    except InvalidValue:
+        secret = ''
     except (OSError, UnicodeDecodeError) as problem:
         raise InvalidValue(f'can\'t be read: {explain(problem)}') from None
-    if not secret or not secret.isprintable():
+    if not secret:
         raise InvalidValue(f'{path} must hold one line, the key')
     return secret
 
@@ -3285,7 +3288,7 @@ class Dispatcher:
 
     def _failure(self, problem: Error, target: str) -> Reply:
         """Return the answer for a command that failed, which names its guest."""
-        status = next(code for kind, code in self.STATUSES if isinstance(problem, kind))
+        status = next(code for error, code in self.STATUSES if isinstance(problem, error))
         guest = '' if target == '-' else target
         known = told(problem, guest)
         if guest and not re.search(rf'(?<!\w){re.escape(guest)}(?!\w)', known['error']):
