@@ -1700,20 +1700,40 @@ class GuestHost(Protocol):
 
 SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
 SAMPLES_MAX = 8                # ... of up to so many, while it is too long to be sure
+SHORT_TRIP = 12 * MS           # a way to the agent and back by which one setting is exact; it is
+SHORT_WITHIN = 0.25            # ... awaited so long: the first ones after a restore take 100 ms
+USUAL_GRAIN = 16 * MS          # Windows' clock shows up to this much less than it is ...
+GRAIN_WITHIN = 1.1             # ... and others up to a second: how long a tick is awaited
+GRAIN_READINGS = 64            # ... and by how many readings at most
 ROUNDS = 6                     # settings in a row, each made better by what the others missed by
 CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
 RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
 RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
 RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
-HOST_CLOCK_POLL = 0.5          # between two looks at the host's own clocks
+TURN_TIMEOUT = 15.0            # for another program that is at the same clock
 HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
+AWAY_PAUSE = 0.5               # before guests that could not be asked are asked once more
 
 
 class Reading(NamedTuple):
     """One look at a guest's clock."""
 
-    offset: int                 # guest minus host, ns; the host's time is that of the middle
-    delay: int                  # ns that the call took: the offset is sure to half of it
+    value: int                  # what it showed, ns since 1970
+    asked: int                  # what the host's showed when the call began
+    delay: int                  # ns that the call took
+
+    @property
+    def offset(self) -> int:
+        """Guest minus host, ns: sure to half the delay."""
+        return self.value - self.asked - self.delay // 2
+
+
+class Measurement(NamedTuple):
+    """What a few readings tell."""
+
+    offset: int                 # guest minus host, ns
+    delay: int                  # of the shortest call
+    blur: int = 0               # ns of the offset that a coarse tick hides; 0: a fine clock
 
 
 @dataclasses.dataclass
@@ -1721,14 +1741,20 @@ class Correction:
     """What became of one clock job."""
 
     guest: str
-    cause: str                  # the kind of the event that asked for it
-    before: int                 # offset found, ns
-    after: int                  # offset left, ns
+    cause: str = 'sync'         # the kind of the event that asked for it
+    before: int = 0             # offset when the job first saw the clock, ns
+    after: int = 0              # offset left, ns
     method: str = ''            # what set the clock; '' when it was right already
     right: float = 0.0          # seconds from the trigger to the setting
     proved: float = 0.0         # ... and to the reading that proved it
     when: float = 0.0           # time.time() of the proof
     warning: str = ''           # an error that came although the clock is right
+    began: float = dataclasses.field(default_factory=time.monotonic)    # of the trigger
+    seen: bool = False          # whether `before` is known
+    late: bool = False          # a setting had no answer, and may yet come, with an old time
+
+    # Causes that prove that the clock is behind, unless it was for less than the tolerance.
+    BEHIND = frozenset(('resumed', 'restored', 'reverted'))
 
     def __str__(self) -> str:
         if not self.method:
@@ -1747,22 +1773,54 @@ def span(offset: int) -> str:
 
 def read_clock(guest: Guest) -> Reading:
     """Read the guest's clock once, between two looks at the host's."""
-    host, began = time.time_ns(), time.monotonic_ns()
+    asked, began = time.time_ns(), time.monotonic_ns()
     value = guest.get_time()
-    delay = time.monotonic_ns() - began
-    return Reading(value - host - delay // 2, delay)
+    return Reading(value, asked, time.monotonic_ns() - began)
 
 
-def measure(guest: Guest, tolerance: int) -> Reading:
-    """Return the best of a few readings, or the first one if that is clearly off: a clock that
-    is wrong by seconds shall not stay so for the sake of a better figure."""
-    best = read_clock(guest)
-    for taken in range(1, SAMPLES_MAX):
-        clearly_off = abs(best.offset) > tolerance + 2 * best.delay
-        if clearly_off or (taken >= SAMPLES and best.delay // 2 <= tolerance):
+def measure(guest: Guest, tolerance: int, behind: bool = False) -> Measurement:
+    """Return what the best of a few readings tells.
+
+    A clock that is clearly off is read only until the way to the guest is short, so that the one
+    setting is exact: it shall not stay wrong for the sake of a better figure. Without a cause
+    that proves it to be `behind` that takes two readings, by which a coarse clock is told.
+    """
+    readings, limit = [read_clock(guest)], Deadline(SHORT_WITHIN)
+    while True:
+        best = min(readings, key=lambda reading: reading.delay)
+        off = max(best.offset, -best.offset - USUAL_GRAIN) > tolerance + 2 * best.delay
+        if off and (behind or len(readings) > 1):
+            enough = best.delay <= SHORT_TRIP or limit.passed()
+        else:
+            enough = len(readings) >= SAMPLES_MAX or (
+                len(readings) >= SAMPLES and best.delay // 2 <= tolerance)
+        if enough:
+            return Measurement(best.offset, best.delay)
+        readings.append(read_clock(guest))
+        if readings[-1].value == readings[-2].value:
+            return _measure_coarse(guest, readings)
+
+
+def _measure_coarse(guest: Guest, readings: list[Reading]) -> Measurement:
+    """Return what a clock tells that shows the same in two readings, by waiting for its tick.
+
+    It shows up to a tick less than it is: each reading bounds the offset from below, and by a
+    tick more from above.
+    """
+    began, limit = time.monotonic(), Deadline(GRAIN_WITHIN)
+    while True:
+        steps = [after.value - before.value for before, after in zip(readings, readings[1:])]
+        grain = min((step for step in steps if step > 0), default=0)
+        if grain or limit.passed() or len(readings) >= GRAIN_READINGS:
             break
-        best = min(best, read_clock(guest), key=lambda reading: reading.delay)
-    return best
+        time.sleep((time.monotonic() - began) / 8)
+        readings.append(read_clock(guest))
+    best = min(readings, key=lambda reading: reading.delay)
+    if not grain:
+        return Measurement(best.offset, best.delay)             # it stands still
+    low = max(reading.value - reading.asked - reading.delay for reading in readings)
+    high = min(reading.value - reading.asked for reading in readings) + grain
+    return Measurement((low + high) // 2, best.delay, abs(high - low) // 2)
 
 
 def _set_explicit(guest: Guest, ahead: int) -> None:
@@ -1802,60 +1860,73 @@ METHODS = (                     # from the best to the last resort
 
 
 def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
-           delay: int) -> AgentError | None:
-    """Set the clock by one method until a reading shows that it is right, or rounds are over.
+           found: Measurement) -> tuple[AgentError | None, Measurement]:
+    """Set the clock by one method until a reading shows that it is right, or rounds are over;
+    return the error of the last round, and what was measured after it.
 
     The call allows for its own way to the guest. A busy host or guest only ever makes that
     longer, so what counts for the next round is the shortest one seen; but not after the first
     round: one late setting says nothing, and a clock that is put ahead has to go back.
     """
     failed: AgentError | None = None
-    ahead, ways, before = delay // 2, [], abs(result.after)
-    # Better than the tolerance, so that another reading still finds it within that.
-    goal = max(tolerance * 3 // 5, method.grain)
+    ahead, ways, before = found.delay // 2, [], abs(found.offset)
     for _ in range(method.rounds):
         failed, began = None, time.monotonic()
         try:
             method.apply(guest, ahead)
         except AgentError as problem:
             failed = problem
-        if abs(result.after) > tolerance:
-            result.right, result.method = began + ahead / SECOND, method.name
-        result.after = measure(guest, tolerance).offset
-        stuck = failed and abs(result.after) > max(before // 2, 4 * tolerance)
-        if abs(result.after) <= goal or stuck:
-            return failed               # right; or it did not move, and this way is none
-        ways.append(ahead - result.after)
+            result.late |= problem.trouble.name == 'silent'
+        if abs(found.offset) > tolerance:
+            result.right, result.method = began + ahead / SECOND - result.began, method.name
+        found = measure(guest, tolerance)
+        result.late = False             # an agent answers in order
+        # Better than the tolerance, so that another reading still finds it within that.
+        goal = max(tolerance * 3 // 5, method.grain, found.blur)
+        stuck = failed and abs(found.offset) > max(before // 2, 4 * tolerance)
+        if abs(found.offset) <= goal or stuck:
+            break                       # right; or it did not move, and this way is none
+        ways.append(ahead - found.offset)
         ahead = max(0, min(ways)) if len(ways) > 1 else ahead
-    return failed
+    return failed, found
 
 
-def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
+def correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction | None = None
+            ) -> Correction:
     """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
 
     Agents report errors although they set the time, and success although they did not: only a
     reading afterwards counts. Raises AgentError with the reason why it could not be set, or
-    ClockError when setting it did not help.
+    ClockError when setting it did not help. `result` is that of earlier tries of the same job.
     """
-    reading = measure(guest, tolerance)
-    result = Correction(guest.name, '', reading.offset, reading.offset)
+    result = result or Correction(guest.name)
+    with clock_turn(guest):
+        return _correct(guest, tolerance, allow_exec, result)
+
+
+def _correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction) -> Correction:
+    found = measure(guest, tolerance, result.cause in result.BEHIND)
+    result.late = False
+    if not result.seen:
+        result.before, result.seen = found.offset, True
     problem: AgentError | None = None
-    limit = tolerance                   # of what is right: no finer than the way that works
+    limit = max(tolerance, found.blur)  # of what is right: no finer than the way that works
     for method in METHODS:
-        if abs(result.after) <= tolerance or (method.executes and not allow_exec):
+        if abs(found.offset) <= limit or (method.executes and not allow_exec):
             break
         failed = None
-        if abs(result.after) > method.grain:
-            failed = _apply(guest, method, tolerance, result, reading.delay)
+        if abs(found.offset) > method.grain:
+            failed, found = _apply(guest, method, limit, result, found)
             problem = problem or failed
         elif not method.executes:
             continue                    # it would do no better, but the next one may
         if not failed:
-            limit = max(tolerance, method.grain)
+            limit = max(tolerance, method.grain, found.blur)
             break
         if failed.trouble.transient:       # it may work later: a rougher way would not do better
             break
-    result.proved, result.when = time.monotonic(), time.time()
+    result.after = found.offset
+    result.proved, result.when = time.monotonic() - result.began, time.time()
     if abs(result.after) <= limit:
         result.warning = explain(problem) if problem else ''
         return result
@@ -1866,18 +1937,54 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool) -> Correction:
                      'monitor.toleranceMs if this lasts')
 
 
-def synchronise(guest: Guest, config: Config, cause: str, began: float,
-                nudge: threading.Event) -> Correction:
-    """Wait until the guest's agent answers, then correct the clock.
+@contextlib.contextmanager
+def clock_turn(guest: Guest) -> Iterator[None]:
+    """Be the only one, in all programs of this host, who is at the guest's clock: two undo each
+    other's settings.
 
-    `began` is the monotonic time of the trigger; `nudge` cuts the pause between two tries short.
-    Raises AgentError when the agent does not answer within monitor.agentWait, or can't help, and
-    ClockError when the clock was not to be put right even after pauses.
+    What is held is an abstract unix socket: any user can, and it ends with its holder. Who waits
+    is connected to it, and so hears its end.
+    """
+    lock = _take_turn(f'\0vmmonitor-clock-{guest.id}', guest.name, Deadline(TURN_TIMEOUT))
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _take_turn(address: str, name: str, deadline: Deadline) -> socket.socket:
+    """Return a socket that holds the address; or, when another one keeps it, one that does not."""
+    while True:
+        lock = socket.socket(socket.AF_UNIX)
+        try:
+            lock.bind(address)
+            lock.listen()
+            return lock
+        except OSError as problem:
+            if problem.errno != errno.EADDRINUSE or deadline.passed():
+                log.warning('%s: going on without a turn at its clock: %s', name, explain(problem))
+                return lock
+        lock.close()
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as other:
+            other.settimeout(max(deadline.left(), STATE_POLL))
+            other.connect(address)
+            other.recv(1)                   # nobody sends anything
+        time.sleep(STATE_POLL / 100)        # it may be bound and not yet listen
+
+
+def synchronise(guest: Guest, config: Config, result: Correction, nudge: threading.Event) -> None:
+    """Wait until the guest's agent answers, then correct the clock; `result` says how it went,
+    also after an error.
+
+    `nudge` cuts the pause between two tries short. Raises AgentError when the agent does not
+    answer within monitor.agentWait, or can't help, and ClockError when the clock was not to be
+    put right even after pauses.
     """
     deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
     while True:
         try:
-            result = correct(guest, round(config.tolerance * MS), config.allow_exec)
+            correct(guest, round(config.tolerance * MS), config.allow_exec, result)
+            return
         except AgentError as problem:
             if not problem.trouble.transient or deadline.passed():
                 raise
@@ -1888,10 +1995,6 @@ def synchronise(guest: Guest, config: Config, cause: str, began: float,
             again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
             if not again:
                 raise
-        else:
-            result.cause = cause
-            result.right, result.proved = result.right - began, result.proved - began
-            return result
         nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
         nudge.clear()
         pause = min(pause * RETRY_FACTOR, RETRY_LAST)
@@ -1927,8 +2030,41 @@ class HostClock(NamedTuple):
         return ''
 
 
+class ClockSetTimer:
+    """Tells when the host's clock is set, which its waking up does, too (timerfd_create(2),
+    TFD_TIMER_CANCEL_ON_SET; os.timerfd_create() came with Python 3.13)."""
+
+    ABSOLUTE, CANCEL_ON_SET = 1, 2              # flags of timerfd_settime()
+    NEVER = 1 << 32                             # seconds since 1970: 2106
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = self.libc.timerfd_create(time.CLOCK_REALTIME, os.O_CLOEXEC)
+        self._expire(self.NEVER, self.ABSOLUTE | self.CANCEL_ON_SET)
+
+    def wait(self) -> bool:
+        """Wait until the clock is set (True), or until stop() (False)."""
+        try:
+            os.read(self.fd, 8)
+        except OSError as problem:
+            if problem.errno != errno.ECANCELED:
+                raise
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End wait()."""
+        self._expire(0, 0)
+
+    def _expire(self, seconds: int, flags: int) -> None:
+        times = (ctypes.c_long * 4)(0, 0, seconds, 1)           # struct itimerspec
+        if self.libc.timerfd_settime(self.fd, flags, times, None):
+            raise OSError(ctypes.get_errno(), 'timerfd_settime')
+
+
 # === libvirt ====================================================================================
-# Structures, then prototypes, then thin wrappers. Nothing outside this section uses ctypes.
+# Structures, then prototypes, then thin wrappers. But for ClockSetTimer, nothing outside this
+# section uses ctypes.
 
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
 SLOW_CALLS = 3                 # ... to those that were silent ...
@@ -2272,6 +2408,7 @@ class Connection:
 
     def __init__(self, uri: str) -> None:
         self.library = Library.get()
+        self._handles: dict[str, int] = {}              # UUID -> virDomainPtr
         try:
             self.handle = Opening.connect(uri)
         except LibvirtError as problem:
@@ -2282,12 +2419,16 @@ class Connection:
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
 
-    def close(self) -> None:
-        """Give up the connection; nobody may be in a call."""
+    def close(self) -> int:
+        """Give up the connection; nobody may be in a call. Return how many references are left."""
+        for key in list(self._handles):
+            self.forget(key)
+        left = 0
         with contextlib.suppress(LibvirtError):
             left = self.library.call('virConnectClose', self.handle)
             if left:
                 log.debug('libvirt: a closed connection still has %d references', left)
+        return left
 
     def alive(self) -> bool:
         """Tell whether the connection stands (virConnectIsAlive: no round trip)."""
@@ -2304,13 +2445,27 @@ class Connection:
             raise
 
     @contextlib.contextmanager
-    def domain(self, key: str, by: str = 'virDomainLookupByUUIDString') -> Iterator[int]:
-        """Lend the virDomainPtr of the UUID, or name, `key`."""
-        handle = self.call(by, self.handle, key.encode())
+    def named(self, name: str) -> Iterator[int]:
+        """Lend the virDomainPtr of the domain `name` (virDomainLookupByName)."""
+        handle = self.call('virDomainLookupByName', self.handle, name.encode())
         try:
             yield handle
         finally:
             self.library.functions['virDomainFree'](handle)
+
+    def forget(self, uuid: str) -> None:
+        """Give up what domain() keeps of a UUID: the domain is gone."""
+        handle = self._handles.pop(uuid, None)
+        if handle:
+            self.library.functions['virDomainFree'](handle)
+
+    def domain(self, uuid: str) -> int:
+        """Return the virDomainPtr of a UUID, which is looked up once: libvirtd is told the UUID in
+        every call, and so it stays good over restarts and renames of the domain."""
+        if uuid not in self._handles:
+            self._handles[uuid] = self.call('virDomainLookupByUUIDString', self.handle,
+                                                 uuid.encode())
+        return self._handles[uuid]
 
     def domains(self, flags: int = 0) -> list[tuple[str, str]]:
         """Return (UUID, name) of all domains, or of those that `flags` select
@@ -2484,7 +2639,7 @@ class LibvirtHost:
         self.reachable()
         try:
             with self.queries.connection(QUERY_TIMEOUT) as connection, \
-                    connection.domain(name, 'virDomainLookupByName') as handle:
+                    connection.named(name) as handle:
                 return Domain(self, *connection.library.identity(handle))
         except LibvirtError as problem:
             if problem.code == ERR_NO_DOMAIN:
@@ -2518,8 +2673,13 @@ class Domain(Guest):
         """Lend (connection, virDomainPtr) on `pool`, and give libvirt's errors their meaning."""
         self.host.reachable()
         try:
-            with pool.connection(timeout) as connection, connection.domain(self.id) as handle:
-                yield connection, handle
+            with pool.connection(timeout) as connection:
+                try:
+                    yield connection, connection.domain(self.id)
+                except LibvirtError as problem:
+                    if problem.code == ERR_NO_DOMAIN:
+                        connection.forget(self.id)
+                    raise
         except LibvirtError as problem:
             meaning = self.MEANINGS.get(problem.code)
             if meaning:
@@ -2831,6 +2991,7 @@ class ClockJob:
         self.event = event                              # what it is about
         self.again: GuestEvent | None = None         # came meanwhile: run once more
         self.nudge = threading.Event()                  # set with `again`
+        self.late = False                               # see Correction.late
 
 
 class Monitor:
@@ -2847,16 +3008,27 @@ class Monitor:
         self._told: dict[str, set[str]] = {}            # id -> complaints since its start
         self._lock = threading.Lock()                   # guards _jobs and _told
         self._stopping = threading.Event()
+        self._checks: queue.SimpleQueue[str] = queue.SimpleQueue()      # why to check all guests
+        self._timer: ClockSetTimer | None = None
 
     def start(self) -> None:
-        """Start the threads that take events and watch the host's clock."""
+        """Start the threads that take events, check all guests, and watch the host's clock."""
+        self._timer = ClockSetTimer()
         spawn('monitor', self._take_events)
-        spawn('host-clock', self._watch_host)
+        spawn('checks', self._check_all)
+        spawn('host-clock', self._watch_host, self._timer)
+
+    def check(self, cause: str = '') -> None:
+        """Have all guests checked; without a cause, have a new monitor.checkInterval count."""
+        self._checks.put(cause)
 
     def stop(self) -> None:
         """Stop; jobs end by themselves."""
         self._stopping.set()
         self.events.put(None)
+        self.check()
+        if self._timer:
+            self._timer.stop()
 
     def trigger_all(self, cause: str, hosts: Sequence[GuestHost]) -> list[GuestHost]:
         """Check every running guest of these hosts; return those that can't be asked now."""
@@ -2919,9 +3091,9 @@ class Monitor:
     def _run(self, job: ClockJob) -> None:
         """Correct one clock, and say what came of it."""
         guest = job.event.guest
+        result = Correction(guest.name, job.event.kind, began=job.event.when, late=job.late)
         try:
-            result = synchronise(guest, self.settings.config, job.event.kind, job.event.when,
-                                 job.nudge)
+            synchronise(guest, self.settings.config, result, job.nudge)
         except (WrongState, NoGuest, HostAway) as problem:
             # It was stopped or paused meanwhile, or libvirt is: an event will bring us back.
             log.debug('%s: clock left alone: %s', guest.name, explain(problem))
@@ -2930,7 +3102,12 @@ class Monitor:
             kind = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(problem)}')
+            if result.late:             # no event tells when the agent comes back and takes it
+                with self._lock:
+                    job.again = job.again or job.event
             return
+        finally:
+            job.late = result.late
         result.cause = job.event.kind
         if result.method or guest.id not in self.corrections:
             self.corrections[guest.id] = result
@@ -2946,26 +3123,34 @@ class Monitor:
             told.add(kind)
         log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
 
-    def _watch_host(self) -> None:
-        """Check all guests when the host slept or its clock was set, and every checkInterval:
-        libvirt has no event for these."""
-        seen, checked, cause = HostClock.now(), time.monotonic(), ''
-        away: list[GuestHost] = []        # they are asked once more, in a moment
-        while not self._stopping.wait(HOST_CLOCK_POLL):
-            now, hosts = HostClock.now(), self.guests.hosts
+    def _watch_host(self, timer: ClockSetTimer) -> None:
+        """Have all guests checked when the host slept or its clock was set: libvirt has no event
+        for these."""
+        seen = HostClock.now()
+        while timer.wait():
+            now = HostClock.now()
             jump, seen = now.jump_since(seen), now
+            log.log(logging.WARNING if jump else logging.INFO, '%s; checking all guests',
+                    jump or 'host clock set')
+            self.check(jump or 'host clock set')
+
+    def _check_all(self) -> None:
+        """Check all guests when there is a cause, and every monitor.checkInterval."""
+        checked, cause = time.monotonic(), ''
+        away: list[GuestHost] = []              # they are asked once more, in a moment
+        while not self._stopping.is_set():
             interval = self.settings.config.check_interval
-            if jump:
-                cause = jump
-                log.warning('%s; checking all guests', cause)
-            elif interval and time.monotonic() - checked >= interval:
-                cause = 'periodic check'
+            due = checked + interval - time.monotonic() if interval else math.inf
+            pause = max(0.0, min(due, AWAY_PAUSE if away else due))
+            try:
+                news = self._checks.get(timeout=None if math.isinf(pause) else pause)
+            except queue.Empty:
+                news = 'periodic check' if due <= 0 or not away else ''
+            if news:
+                cause, checked = news, time.monotonic()
+                away = self.trigger_all(cause, self.guests.hosts)
             elif away:
-                hosts = away
-            else:
-                continue
-            checked = checked if hosts is away else time.monotonic()
-            away = self.trigger_all(cause, hosts)
+                away = self.trigger_all(cause, away)
 
 
 # === startup ====================================================================================
@@ -10081,6 +10266,7 @@ class Daemon:
             self._say('READY=1')
             return lines
         self.settings.config = new
+        self.monitor.check()
         self._refused = ''
         later = [row.key for attribute, row in OPTIONS.values()
                  if row.restart and getattr(old, attribute) != getattr(new, attribute)]
@@ -10296,7 +10482,8 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
 def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
     """--sync: correct the clocks of these guests, or of all that run."""
     def ask(guest: Guest) -> dict[str, Any]:
-        result = synchronise(guest, config, 'sync', time.monotonic(), threading.Event())
+        result = Correction(guest.name)
+        synchronise(guest, config, result, threading.Event())
         return {'beforeMs': result.before / MS, 'afterMs': result.after / MS,
                 'corrected': bool(result.method), 'by': result.method, 'warning': result.warning,
                 'text': str(result)}
