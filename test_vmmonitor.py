@@ -1015,14 +1015,14 @@ class ScriptedGuest(vm.Guest):
         self.troubles: list[str] = []                       # of the next agent calls
         self.condition = vm.State.RUNNING
 
-    def state(self) -> vm.State:
-        return self.condition
+    def status(self) -> vm.Status:
+        return vm.Status(self.condition)
 
     def start(self) -> str:
         self.calls.append('start')
         return 'started'
 
-    def stop(self) -> str:
+    def shut_down(self) -> str:
         return 'asked to shut down'
 
     def agent_state(self) -> str:
@@ -1346,6 +1346,19 @@ class GuestCase(ConfigCase):
         program = self.program('--monitor', '--verbose', config=self.config(*changes))
         program.wait_log('connected after')
         return program
+
+    def answers(self, port: int, *queries: str) -> dict[str, tuple[int, str]]:
+        """Ask all at once by curl, each for 25 s at most; return status (0: none) and text."""
+        def ask(query: str) -> tuple[int, str]:
+            done = subprocess.run(
+                ['curl', '-sS', '--max-time', '25', '-w', '\n%{http_code}', '--cacert',
+                 str(self.directory / 'cert.pem'), '-H', f'Authorization: Bearer {KEY}',
+                 f'https://localhost:{port}/?cmd={query}'], timeout=60, capture_output=True,
+                check=False)
+            text, _, status = done.stdout.decode().rpartition('\n')
+            return int(status or 0), text.strip()
+        asked = {query: vm.in_thread(query, ask, query.partition('#')[0]) for query in queries}
+        return {query: answer.result(60) for query, answer in asked.items()}
 
     def right(self, guest: Vm, limit: float = BAR_OFFSET) -> None:
         """Assert that the guest's clock is right."""
@@ -3528,9 +3541,16 @@ class ListenerTest(ConfigCase):
                  (401, 'use Authorization: Bearer KEY')),
                 (f'{good}&cmd=stop', (), (400, 'cmd stands there twice')),
                 (good, self.BEARER, (400, 'key stands there twice')),
-                (f'{good}&tarqet=x', (), (400, 'parameters are cmd, key, target, wait')),
-                (f'{good}&wait=soon', (), (400, 'wait must be a number of seconds from 0 to 300')),
-                (f'{good}&wait=nan', (), (400, 'wait must be a number of seconds from 0 to 300')),
+                (f'{good}&tarqet=x', (), (400, 'parameters are cmd, discard, key, target, wait')),
+                (f'{good}&wait=soon', (), (400, 'wait must be "agent", or a number of seconds '
+                                       'from 0 to 300')),
+                (f'{good}&wait=nan', (), (400, 'wait must be "agent", or a number of seconds '
+                                       'from 0 to 300')),
+                (f'{good}&discard=yes', (), (400, 'discard is 0 or 1, and goes with start')),
+                (f'key={KEY}&cmd=wake&target=web1&discard=1', (),
+                 (400, 'discard is 0 or 1, and goes with start')),
+                (f'key={KEY}&cmd=stop&target=web1&wait=agent', (),
+                 (400, 'wait=agent goes with start and wake')),
                 (f'key={KEY}&cmd=fly&target=web1', (), (400, 'cmd must be one of start, stop, '
                                                         'save, wake, status, list')),
                 (f'key={KEY}&cmd=start', (), (400, 'target is missing: the name of the guest to '
@@ -3608,7 +3628,7 @@ class ListenerTest(ConfigCase):
         self.assertEqual((status, json.loads(body)['guests'][0]), (200, {
             'name': 'web1', 'state': 'running', 'agent': 'connected', 'clock': {
                 'cause': 'resumed', 'beforeMs': -3000.0, 'afterMs': 1.0, 'corrected': True,
-                'at': '1970-01-02T00:00:00Z'}, 'lastCommand': None}))
+                'at': '1970-01-02T00:00:00Z'}, 'lastCommand': None, 'reason': ''}))
         status, body = self.ask('cmd=x', *self.BEARER, '-H', 'Accept: application/json')
         self.assertEqual((status, list(json.loads(body))), (400, ['error']))
 
@@ -3654,6 +3674,15 @@ class ListenerTest(ConfigCase):
             self.assertTrue(release.is_set(), 'the second did not wait')
             for line in ('start web1: started', 'stop web1: asked to shut down'):
                 soon(lambda: f'INFO:vmmonitor:{line}' in logged.output, 10, line)   # noqa: B023
+
+    def test_wait_for_the_agent(self) -> None:
+        self.guest.troubles = ['not connected'] * 3
+        self.assertEqual(self.ask('cmd=start&target=web1&wait=agent', *self.BEARER),
+                         (200, 'web1: started, its agent answers'))
+        self.guest.troubles = ['not connected'] * 1000
+        with unittest.mock.patch.object(vm, 'COMMAND_TIMEOUT', 0.5):
+            self.assertEqual(self.ask('cmd=wake&target=web1&wait=agent', *self.BEARER),
+                             (202, 'web1: started, but its agent does not answer yet'))
 
     LOCKED = (429, 'too many wrong keys; try again in')
 
@@ -6705,13 +6734,22 @@ class TestLife(Live):
             m.agent('guest-exec', {'path': 'sh', 'arg': [
                 '-c', 'sleep 0.3; echo mem > /sys/power/state']})
             m.wait('asleep', BOOT)
-            for call in (m.save, m.snapshot, lambda: m.migrate('127.0.0.1:1')):
+            for call in (m.snapshot, lambda: m.migrate('127.0.0.1:1')):
                 with self.refused("sleeper is asleep: its memory can't be kept"):
                     call()
             self.assertIn(wake(), ('put back to', 'woken'))
             m.wait('agent', BOOT)
             self.assertIs(m.state(), vm.State.RUNNING)      # as the snapshot's guest was
             self.assertEqual(m.read_file('/tmp/then'), b'then')
+        m.stop(force=True)                      # it can't be put to sleep a third time
+        m.start()
+        m.wait('agent', BOOT)
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'sleep 0.3; echo mem > /sys/power/state']})
+        m.wait('asleep', BOOT)
+        self.assertEqual(m.save(), 'saved')
+        self.assertEqual(m.start(), 'restored')
+        m.wait('agent', BOOT)
 
     def test_ports_stay_where_they_are(self) -> None:
         m = self.guest('ports')
@@ -6779,9 +6817,11 @@ class TestLife(Live):
             m.wait('paused', 30)
             soon(lambda: 'disk0-node failed: No space left on device; it is paused'
                  in str(logged.output))
-        with self.refused('paused (io-error)'):
+        with self.refused('full2: paused again: I/O error', "is the host's disk full?"):
+            m.start()
+        with self.refused('paused (I/O error)'):
             m.wait('agent', 0.1)
-        with self.refused('paused (io-error)', 'unfreeze'):
+        with self.refused('paused (I/O error)', 'unfreeze'):
             m.send_key('a')
         with self.refused('/a.qcow2', 'No space left'):
             vm.Harddrive(f'{place}/a.qcow2')
@@ -7325,7 +7365,17 @@ class TestAsGuests(Live):
             self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored')
             soon(lambda: abs(self.offset(m)) < 0.2e9, 20)
             soon(lambda: 'daemon: clock corrected' in str(logged.output))
-        self.assertEqual(guests.act('stop', guests.find('daemon')), 'stopped by power button')
+        m.save()
+        with open(os.path.join(m.home, 'memory'), 'r+b') as memory:
+            memory.truncate(100000)
+        with self.assertRaisesRegex(vm.MachineError, r'daemon: .*cmd=start&discard=1'):
+            guests.act('start', guests.find('daemon'))
+        self.assertEqual(guests.act('start anew', guests.find('daemon')),
+                         'saved state discarded, started')
+        m.wait('agent', BOOT)
+        self.assertEqual(guests.act('stop', guests.find('daemon')), 'asked to shut down')
+        m.wait('off', 30)
+        self.assertEqual(guests.act('stop', guests.find('daemon')), 'already off')
         with self.assertRaises(vm.NoGuest):
             guests.find('nobody')
 
@@ -7459,6 +7509,121 @@ class CommandLineTest(ConfigCase):
         self.assertEqual(done.returncode, 2)
         self.assertIn('config.json: no such file; copy config.json.sample there',
                       done.stderr.decode())
+
+
+class AnswersTest(GuestCase):
+    """What is said after a command is what the guest does a moment later, and why."""
+
+    def daemon(self) -> Callable[[str], tuple[int, str]]:
+        """Start one that listens; return what asks it."""
+        port = free_port()
+        self.program('--monitor', '--listen', config=self.config(
+            {'listener': {'enabled': True, 'port': port}})).wait_log('connected after')
+        return lambda query: self.answers(port, query)[query]
+
+    def saved_file(self, guest: Vm) -> Path:
+        return Path(f'/proc/{self.host.holder.pid}/root/var/lib/libvirt/qemu/save',
+                    f'{guest.name}.save')
+
+    def test_a_full_disk_of_the_host(self) -> None:
+        self.only()
+        place = self.host.dir / 'small'
+        place.mkdir(exist_ok=True)
+        inside = ['nsenter', '-t', str(self.host.holder.pid), '-m']
+        subprocess.run([*inside, 'mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', str(place)],
+                       check=True)
+        self.addCleanup(subprocess.run, [*inside, 'umount', '-l', str(place)], check=True)
+        guest = Vm(self.host, 'full', disk=True)
+        guest.disk = place / 'full.qcow2'
+        guest.define()
+        subprocess.run([*inside, 'qemu-img', 'create', '-q', '-f', 'qcow2', str(guest.disk), '64M'],
+                       check=True)
+        self.addCleanup(guest.undefine)
+        self.addCleanup(guest.destroy)
+        guest.start()
+        guest.wait_agent()
+        ask = self.daemon()
+        guest.exec(['sh', '-c', '(dd if=/dev/urandom of=/dev/vda bs=1M count=4; sync) '
+                    '>/dev/null 2>&1 &'])
+        guest.wait_state('paused', 30)
+        for command in ('start', 'wake'):
+            self.assertEqual(ask(f'{command}&target=full'), (
+                409, "full: paused again: I/O error; is the host's disk full?"))
+        self.assertRegex(ask('status&target=full')[1], r'^full paused \(I/O error\) agent=')
+        self.assertRegex(ask('list')[1], r'(?m)^full paused \(I/O error\) agent=')
+        status, out, _ = vmmonitor('--config', self.config(), '--status', 'full')
+        self.assertRegex(out, r'(?m)^full +paused \(I/O error\) ')
+        subprocess.run([*inside, 'mount', '-o', 'remount,size=20m', str(place)], check=True)
+        self.assertEqual(ask('start&target=full'), (200, 'full: resumed'))
+
+    def test_a_qemu_that_died(self) -> None:
+        self.only('web1')
+        guest, ask = self.vm('web1'), self.daemon()
+        os.kill(guest.pid(), signal.SIGKILL)
+        guest.wait_state('shut off')
+        self.assertRegex(ask('status&target=web1')[1], r'^web1 off \(QEMU failed\) agent=')
+        self.assertEqual(ask('start&target=web1'), (200, 'web1: started'))
+        self.assertRegex(ask('status&target=web1')[1], r'^web1 running agent=')
+
+    def test_saved_states_that_are_of_no_use(self) -> None:
+        self.only('web1')
+        guest, ask = self.vm('web1'), self.daemon()
+        self.assertEqual(ask('save&target=web1'), (200, 'web1: saved'))
+        with self.saved_file(guest).open('r+b') as image:   # a libvirtd died while it saved
+            self.assertEqual(image.read(16), b'LibvirtQemudSave')
+            image.seek(0)
+            image.write(b'LibvirtQemudPart')
+        self.assertEqual(ask('start&target=web1'), (
+            200, 'web1: booted anew: the saved state was not usable'))
+        guest.wait_agent()
+        self.assertEqual(ask('save&target=web1'), (200, 'web1: saved'))
+        os.truncate(self.saved_file(guest), self.saved_file(guest).stat().st_size // 2)
+        for _ in range(2):
+            status, text = ask('start&target=web1')
+            self.assertEqual(status, 500, text)
+            self.assertRegex(text, "^web1: its saved state can't be restored: .*; "
+                             'cmd=start&discard=1, or virsh managedsave-remove web1, forgets it')
+        self.assertTrue(self.saved_file(guest).exists(), 'it was discarded without being asked')
+        self.assertEqual(ask('start&target=web1&discard=1&wait=agent'), (
+            200, 'web1: saved state discarded, started, its agent answers'))
+        self.assertTrue(guest.answers())
+        self.assertEqual(ask('start&target=web1&discard=1'), (200, 'web1: already running'))
+
+    def test_saved_while_asleep(self) -> None:
+        ask = self.daemon()
+        for by_hand in (False, True):
+            self.only()                         # it can't be put to sleep a second time
+            guest = self.vm('web1')
+            guest.virsh('dompmsuspend', 'mem')
+            guest.wait_state('pmsuspended')
+            if by_hand:
+                guest.virsh('managedsave')
+            else:
+                self.assertEqual(ask('save&target=web1'), (200, 'web1: saved'))
+            self.assertEqual(guest.state(), 'shut off')
+            self.assertEqual(ask('start&target=web1&wait=agent'),
+                             (200, 'web1: restored, its agent answers'))
+        self.only()
+
+    def test_whether_it_is_off(self) -> None:
+        self.only('web1')
+        guest, ask = self.vm('web1'), self.daemon()
+        self.assertEqual(ask('save&target=web1&wait=60'), (200, 'web1: saved, it is off'))
+        self.assertEqual(ask('stop&target=web1&wait=60'), (200, 'web1: already off'))
+        self.assertEqual(ask('start&target=web1&wait=agent')[0], 200)
+        self.assertEqual(ask('stop&target=web1&wait=60'),
+                         (200, 'web1: asked to shut down, it is off'))
+        self.assertEqual(guest.state(), 'shut off')
+        self.assertEqual(ask('start&target=web1&wait=agent')[0], 200)
+        guest.exec(['sh', '-c', 'echo "#!/bin/sh" > /sbin/shutdown'])       # it ignores it
+        self.assertEqual(ask('stop&target=web1&wait=15'), (
+            202, 'web1: asked to shut down, but it is running; a guest may ignore that'))
+        os.kill(guest.pid(), signal.SIGSTOP)            # so that the save does not end
+        try:
+            self.assertEqual(ask('save&target=web1&wait=1')[0], 202)
+        finally:
+            os.kill(guest.pid(), signal.SIGCONT)
+        guest.wait_state('shut off')
 
 
 class OneShotTest(GuestCase):
@@ -7607,19 +7772,6 @@ class DaemonTest(GuestCase):
         self.assertEqual(status, 0)
         self.assertLess(seconds, 2)
 
-    def answers(self, port: int, *queries: str) -> dict[str, tuple[int, str]]:
-        """Ask all at once by curl, each for 25 s at most; return status (0: none) and text."""
-        def ask(query: str) -> tuple[int, str]:
-            done = subprocess.run(
-                ['curl', '-sS', '--max-time', '25', '-w', '\n%{http_code}', '--cacert',
-                 str(self.directory / 'cert.pem'), '-H', f'Authorization: Bearer {KEY}',
-                 f'https://localhost:{port}/?cmd={query}'], timeout=60, capture_output=True,
-                check=False)
-            text, _, status = done.stdout.decode().rpartition('\n')
-            return int(status or 0), text.strip()
-        asked = {query: vm.in_thread(query, ask, query.partition('#')[0]) for query in queries}
-        return {query: answer.result(60) for query, answer in asked.items()}
-
     def test_a_hung_libvirtd_is_a_503(self) -> None:
         self.only('web1', 'web2')
         self.vm('web1')
@@ -7661,8 +7813,8 @@ class DaemonTest(GuestCase):
         program.wait_log('connected after')
         os.kill(guest.pid(), signal.SIGSTOP)        # so that the save does not end
         try:
-            self.assertEqual(self.answers(port, 'save&target=web1&wait=0.5').popitem()[1],
-                             (202, 'web1: save goes on'))
+            self.assertRegex(self.answers(port, 'save&target=web1&wait=0.5').popitem()[1][1],
+                             '^web1: save goes on, it is ')
             self.host.kill9()
         finally:
             os.kill(guest.pid(), signal.SIGCONT)
@@ -7778,9 +7930,7 @@ class DaemonTest(GuestCase):
                 (('suspend',), 'stop',
                  (409, 'web1 is paused and can\'t shut down; start it first'), 'paused'),
                 ((), 'wake', (200, 'web1: resumed'), 'running'),
-                (('dompmsuspend', 'mem'), 'save',
-                 (409, 'web1 is asleep and can\'t be saved; start it first'), 'pmsuspended'),
-                ((), 'start', (200, 'web1: woken'), 'running'),
+                (('dompmsuspend', 'mem'), 'start', (200, 'web1: woken'), 'running'),
                 (('suspend',), 'save', (200, 'web1: saved'), 'shut off'),
                 ((), 'start', (200, 'web1: restored'), 'running')):
             if prepare:
@@ -7848,9 +7998,9 @@ class DaemonTest(GuestCase):
         host = vm.LibvirtHost(self.host.uri)
         found = host.find('noagent')
         assert found
-        self.assertEqual(found.stop(), 'asked to shut down')
+        self.assertEqual(found.shut_down(), 'asked to shut down')
         # Before the guest has booted, its button does nothing; no agent says when it has.
-        soon(lambda: guest.state() == 'shut off' or not found.stop(), 60, 'noagent shut off', 1)
+        soon(lambda: guest.state() == 'shut off' or not found.shut_down(), 60, 'noagent off', 1)
         host.stop()
 
 

@@ -1384,6 +1384,9 @@ AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for
 ANSWER_TIMEOUT = 22.0          # for find, list and status: libvirt's keepalive has ended by then
 ASK_TIMEOUT = 60.0             # for what is asked of all guests at once; each call has its own
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
+MOMENT = 0.3                   # after it was made to run, until a guest counts as running ...
+TROUBLED_MOMENT = 2.0          # ... one that had stopped itself: its disk may be full still
+AWAKE_TIMEOUT = 10.0           # until a guest that sleeps is awake
 GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
 GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come to its end
 
@@ -1411,6 +1414,26 @@ class State(enum.Enum):
     OFF = 'off'
     STOPPING = 'stopping'
     CRASHED = 'crashed'
+
+
+IO_ERROR, WATCHDOG, PANICKED, FAILED = 'I/O error', 'watchdog', 'the guest panicked', 'QEMU failed'
+# Why a guest does not run although nobody wanted that -> what to do about it
+TROUBLES = {
+    IO_ERROR: "is the host's disk full?",
+    WATCHDOG: 'the guest hung: see its console, then reset it',
+    PANICKED: 'see its console; cut its power before you start it again',
+    FAILED: "see QEMU's log"}
+
+
+class Status(NamedTuple):
+    """What a guest is doing, and why, where that is known: booted, restored, one of TROUBLES."""
+
+    state: State
+    reason: str = ''
+
+    def __str__(self) -> str:
+        told = self.reason and self.state is not State.RUNNING
+        return f'{self.state.value} ({self.reason})' if told else self.state.value
 
 
 class AgentTrouble(NamedTuple):
@@ -1514,20 +1537,80 @@ class Guest:
     id: str                     # stays the same when the guest is renamed
     REMEDIES: Mapping[str, str] = {}        # name in AGENT_TROUBLES -> what to do for this kind
 
+    def status(self) -> Status:
+        """Return what the guest is doing, and why."""
+        raise NotImplementedError
+
     def state(self) -> State:
         """Return what the guest is doing."""
-        raise NotImplementedError
+        return self.status().state
+
+    def is_off(self) -> bool:
+        """Tell whether it is off, saved or not."""
+        return self.state() in (State.OFF, State.SAVED)
 
     def start(self) -> str:
         """Make it run, from whatever state; return what was done, in words."""
         raise NotImplementedError
 
-    def stop(self) -> str:
-        """Ask it to shut down; return what was done, in words."""
+    def _settled(self, says: str, before: Status) -> str:
+        """Return what was done if the guest still runs a moment later; WrongState says why it
+        does not: a full disk stops it again with its next write."""
+        moment = Deadline(TROUBLED_MOMENT if before.reason in TROUBLES else MOMENT)
+        while not moment.passed():
+            now = self.status()
+            if now.state is not State.RUNNING:
+                raise WrongState(f'{self.name}: {now.state.value} again'
+                                 f'{now.reason and ": " + now.reason}',
+                                 TROUBLES.get(now.reason, 'see its console and its log'))
+            time.sleep(STATE_POLL)
+        return says
+
+    def shut_down(self) -> str:
+        """Ask it to shut down, by its agent if that answers, else by the ACPI power button; return
+        what was done, in words."""
+        state = self.state()
+        if state in (State.OFF, State.SAVED):
+            return 'already off'
+        if state is State.STOPPING:
+            return 'already shutting down'
+        if state is not State.RUNNING:
+            raise WrongState(f'{self.name} is {state.value} and can\'t shut down', 'start it first')
+        if not self._shut_down_by_agent():
+            self.power_button()
+        return 'asked to shut down'
+
+    def _shut_down_by_agent(self) -> bool:
+        """Tell whether the agent took guest-shutdown, which has no answer when it works."""
+        try:
+            self.agent('guest-ping')
+        except AgentError:
+            return False
+        try:
+            self.agent('guest-shutdown', {'mode': 'powerdown'})
+        except AgentError as problem:
+            return problem.trouble.name in ('silent', 'not connected')
+        except WrongState:
+            pass                                        # off already
+        return True
+
+    def power_button(self) -> None:
+        """Press the ACPI power button."""
+        raise NotImplementedError
+
+    def power_off(self) -> str:
+        """End it at once, as if its power was cut."""
         raise NotImplementedError
 
     def save(self) -> str:
-        """Save its memory to disk and end it, so that start() goes on from there."""
+        """Save its memory to disk and end it, so that start() goes on from there.
+
+        One that sleeps is woken first: not every QEMU can wake one that was saved asleep.
+        """
+        raise NotImplementedError
+
+    def discard(self) -> bool:
+        """Forget the saved state, so that it boots anew; tell whether there was one."""
         raise NotImplementedError
 
     def wake(self) -> str:
@@ -1551,6 +1634,14 @@ class Guest:
     def agent_state(self) -> str:
         """Return what is known of the guest agent without asking it, in a word."""
         raise NotImplementedError
+
+    def agent_answers(self) -> bool:
+        """Tell whether the guest agent answers."""
+        with contextlib.suppress(GuestError):
+            if self.agent_state() != 'disconnected':    # else libvirtd would log an error
+                self.agent('guest-ping')
+                return True
+        return False
 
     def autostarts(self) -> bool:
         """Tell whether something else than this program starts it when the host boots."""
@@ -2133,7 +2224,9 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'virDomainResume': (_INT, (_PTR,)),
     'virDomainPMWakeup': (_INT, (_PTR, _UINT)),
     'virDomainShutdownFlags': (_INT, (_PTR, _UINT)),
+    'virDomainDestroyFlags': (_INT, (_PTR, _UINT)),
     'virDomainManagedSave': (_INT, (_PTR, _UINT)),
+    'virDomainManagedSaveRemove': (_INT, (_PTR, _UINT)),
     'virDomainHasManagedSaveImage': (_INT, (_PTR, _UINT)),
 }
 QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -2157,6 +2250,9 @@ LIBVIRT_HINTS = {
 
 STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING, 5: State.OFF,
           6: State.CRASHED, 7: State.ASLEEP}            # virDomainState; 2 is "blocked on I/O"
+# (virDomainState, its reason) -> Status.reason
+REASONS = {(1, 1): 'booted', (1, 3): 'restored', (3, 5): IO_ERROR, (3, 6): WATCHDOG,
+           (3, 10): PANICKED, (3, 14): FAILED, (5, 3): FAILED, (5, 6): FAILED, (6, 1): PANICKED}
 # (virDomainEventType, detail) -> kind of GuestEvent. A restore ends in RESUMED/FROM_SNAPSHOT.
 STARTED, RESUMED, STOPPED = 2, 4, 5
 LIFECYCLE_KINDS = {
@@ -2234,7 +2330,7 @@ class Library:
         if not last:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
-        text = clip(info.message or name.encode())
+        text = ' '.join(clip(info.message or name.encode()).split())    # QEMU's may have two lines
         hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
         error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
@@ -2686,15 +2782,16 @@ class Domain(Guest):
                 raise meaning(f'{self.name}: {problem}') from None
             raise
 
-    def state(self) -> State:
+    def status(self) -> Status:
         """Return what the domain is doing (virDomainGetState, virDomainHasManagedSaveImage)."""
         with self._on(self.host.queries) as (connection, handle):
-            state = _INT()
-            connection.call('virDomainGetState', handle, ctypes.byref(state), None, 0)
+            state, reason = _INT(), _INT()
+            connection.call('virDomainGetState', handle, ctypes.byref(state), ctypes.byref(reason),
+                            0)
             found = STATES.get(state.value, State.OFF)
             if found is State.OFF and connection.call('virDomainHasManagedSaveImage', handle, 0):
-                found = State.SAVED
-            return found
+                return Status(State.SAVED)
+            return Status(found, REASONS.get((state.value, reason.value), ''))
 
     def _act(self, function: str, *arguments: Any) -> None:
         with self._on(self.host.actions, START_TIMEOUT) as (connection, handle):
@@ -2713,29 +2810,26 @@ class Domain(Guest):
         More than one may be needed: a state that was saved while paused is restored as paused.
         Raises WrongState for a crashed domain that libvirt preserves.
         """
-        deadline = Deadline(START_TIMEOUT)
+        deadline, before = Deadline(START_TIMEOUT), self.status()
         done: list[str] = []
         refused = 0
         while not deadline.passed():
             state = self.state()
             if state is State.RUNNING:
-                return done[0] if done else 'already running'
+                return self._settled(done[0], before) if done else 'already running'
             if state is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed and is kept for inspection',
                                  'virsh destroy it first')
             if state is State.STOPPING:
                 time.sleep(STATE_POLL)
                 continue
-            function, arguments, says = self.STARTERS[state]
-            if done.count(says) == START_ATTEMPTS:
-                raise WrongState(f'{self.name} is {state.value} again after {START_ATTEMPTS} '
-                                 f'attempts', 'see its log in /var/log/libvirt/qemu')
+            if len(done) >= START_ATTEMPTS:
+                self._settled('', before)               # WrongState, with the reason
             # A save, dump or migration that goes on makes these wait, and then its end counts:
             # somebody else was quicker, or libvirt has had enough of waiting. Check again. But
             # libvirt also says "not valid" of a network that is down, and then nothing changes.
             try:
-                self._act(function, *arguments)
-                done.append(says)
+                done.append(self._start_from(state))
             except Busy:
                 pass
             except WrongState:
@@ -2743,48 +2837,65 @@ class Domain(Guest):
                 if refused == START_ATTEMPTS:
                     raise
                 time.sleep(STATE_POLL)
-            if state is State.ASLEEP:                   # the guest wakes up by itself
-                Deadline(STATE_POLL * 10).poll(lambda: self.state() is not State.ASLEEP)
         raise Busy(f'{self.name} did not start within {START_TIMEOUT:g} s')
 
-    def stop(self) -> str:
-        """Ask it to shut down: the agent's guest-shutdown if that answers, else
-        virDomainShutdownFlags, the ACPI power button."""
-        state = self.state()
-        if state in (State.OFF, State.SAVED):
-            return 'already off'
-        if state is State.STOPPING:
-            return 'already shutting down'
-        if state is not State.RUNNING:
-            raise WrongState(f'{self.name} is {state.value} and can\'t shut down', 'start it first')
-        if not self._stop_by_agent():
-            self._act('virDomainShutdownFlags', SHUTDOWN_ACPI)
-        return 'asked to shut down'
+    def _start_from(self, state: State) -> str:
+        """Do what makes it run from one state; return what that was, in words."""
+        function, arguments, says = self.STARTERS[state]
+        try:
+            self._act(function, *arguments)
+        except LibvirtError as problem:
+            if state is not State.SAVED or isinstance(problem, HostAway):
+                raise
+            raise LibvirtError(
+                f'{self.name}: its saved state can\'t be restored: {problem.message}', problem.code,
+                problem.domain, f'cmd=start&discard=1, or virsh managedsave-remove {self.name}, '
+                'forgets it; it then boots anew, and what was not on its disks is lost') from None
+        if state is State.ASLEEP:                       # the guest wakes up by itself
+            self._await_waking()
+        if state is State.SAVED and self.status().reason == 'booted':
+            return 'booted anew: the saved state was not usable'
+        return says
 
-    def _stop_by_agent(self) -> bool:
-        """Tell whether the agent took guest-shutdown, which has no answer when it works."""
-        try:
-            self.agent('guest-ping')
-        except AgentError:
-            return False
-        try:
-            self.agent('guest-shutdown', {'mode': 'powerdown'})
-        except AgentError as problem:
+    def _await_waking(self) -> None:
+        Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
+
+    def _shut_down_by_agent(self) -> bool:
+        asked = super()._shut_down_by_agent()
+        if asked:
             self.host.silent.pop(self.id, None)         # it was asked to go, it is not hung
-            return problem.trouble.name in ('silent', 'not connected')
-        except WrongState:
-            pass                                        # off already
-        return True
+        return asked
+
+    def power_button(self) -> None:
+        """Press the ACPI power button (virDomainShutdownFlags)."""
+        self._act('virDomainShutdownFlags', SHUTDOWN_ACPI)
+
+    def power_off(self) -> str:
+        """End it at once (virDomainDestroyFlags)."""
+        if self.is_off():
+            return 'already off'
+        self._act('virDomainDestroyFlags', 0)
+        return 'powered off'
 
     def save(self) -> str:
         """Save it so that it comes back running (virDomainManagedSave)."""
         state = self.state()
         if state is State.SAVED:
             return 'already saved'
-        if state not in (State.RUNNING, State.PAUSED):
+        if state is State.ASLEEP:
+            self._act('virDomainPMWakeup', 0)
+            self._await_waking()
+        elif state not in (State.RUNNING, State.PAUSED):
             raise WrongState(f'{self.name} is {state.value} and can\'t be saved', 'start it first')
         self._act('virDomainManagedSave', SAVE_RUNNING)
         return 'saved'
+
+    def discard(self) -> bool:
+        """Forget the saved state (virDomainManagedSaveRemove)."""
+        saved = self.state() is State.SAVED
+        if saved:
+            self._act('virDomainManagedSaveRemove', 0)
+        return saved
 
     def autostarts(self) -> bool:
         """Tell whether libvirtd starts it at boot (virDomainGetAutostart)."""
@@ -2892,8 +3003,11 @@ class Guests:
     """One name space over the hosts of guests; one command per guest at a time."""
 
     ACTIONS: dict[str, Callable[[Guest], str]] = {
-        'start': lambda guest: guest.start(), 'stop': lambda guest: guest.stop(),
-        'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake()}
+        'start': lambda guest: guest.start(), 'stop': lambda guest: guest.shut_down(),
+        'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake(),
+        'off': lambda guest: guest.power_off(),
+        'start anew': lambda guest: (guest.discard() and 'saved state discarded, ' or '')
+        + guest.start()}
 
     def __init__(self, hosts: Sequence[GuestHost]) -> None:
         self.hosts = list(hosts)
@@ -3226,10 +3340,7 @@ class Startup:
                 guest = self.guests.find(step.name)
                 if step.until == 'running':
                     return guest.state() is State.RUNNING
-                if guest.agent_state() == 'disconnected':
-                    return False                # libvirtd would log an error for each asking
-                guest.agent('guest-ping')
-                return True
+                return guest.agent_answers()
             return self.stopping.is_set()
 
         def look() -> None:
@@ -3261,6 +3372,7 @@ HEADER_BYTES = 16 * 1024       # request line and headers together
 BODY_BYTES = 16 * 1024
 COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unless wait= says less
 LIST_TIMEOUT = 18.0            # for the names of all guests; ANSWER_TIMEOUT is for the rest, too
+STATE_TIMEOUT = 2.0            # for the state that is told with an answer
 REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
@@ -3274,7 +3386,7 @@ METHODS_TAKEN = ('GET', 'HEAD', 'POST')
 # follows would be the next request, though a proxy in front has seen one.
 HEADER = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[^\r\n\0]*)?\r?\n")
 LINE_ENDS = (b'\r\n', b'\n')
-PARAMETERS = ('cmd', 'key', 'target', 'wait')
+PARAMETERS = ('cmd', 'discard', 'key', 'target', 'wait')
 BEARER = ('WWW-Authenticate', 'Bearer')
 
 
@@ -3444,6 +3556,40 @@ class Throttle:
         return Refusal(401, 'wrong key, or not for this target', (BEARER,))
 
 
+class Order(NamedTuple):
+    """What a request wants done with a guest."""
+
+    command: str                # one of COMMANDS
+    wait: float                 # seconds that it waits for the end
+    until: str = ''             # wait also for "agent" to answer, or until it is "off"
+    discard: bool = False       # of a start: forget the saved state
+
+    @property
+    def action(self) -> str:
+        """The row of Guests.ACTIONS."""
+        return 'start anew' if self.discard else self.command
+
+    @classmethod
+    def read(cls, command: str, parameters: Mapping[str, str]) -> Order:
+        """Read the parameters of a command."""
+        given, discard = parameters.get('wait', ''), parameters.get('discard', '0')
+        if discard not in ('0', '1') or (discard == '1' and command != 'start'):
+            raise Refusal(400, 'discard is 0 or 1, and goes with start')
+        until = 'off' if given and command in ('stop', 'save') else ''
+        if given == 'agent':
+            if command not in ('start', 'wake'):
+                raise Refusal(400, 'wait=agent goes with start and wake')
+            given, until = '', given
+        try:
+            wait = float(given or COMMAND_TIMEOUT)
+        except ValueError:
+            wait = -1.0
+        if not 0 <= wait <= COMMAND_TIMEOUT:
+            raise Refusal(400, 'wait must be "agent", or a number of seconds from 0 to '
+                          f'{COMMAND_TIMEOUT:g}')
+        return cls(command, wait, until if wait else '', discard == '1')
+
+
 class Dispatcher:
     """Turns a request into an action and its outcome into an answer."""
 
@@ -3501,14 +3647,14 @@ class Dispatcher:
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
         if command not in key.commands:
             raise Refusal(403, f'this key may not {command}')
-        wait, deadline = self._wait(parameters), Deadline(ANSWER_TIMEOUT)
+        order, deadline = Order.read(command, parameters), Deadline(ANSWER_TIMEOUT)
         if command == 'list':
             return self._list(key, deadline)
         guest = self.guests.find(target)
         if command == 'status':
             known = within(deadline, guest.name, self._describe, guest)
             return Reply(200, self._line(known), known)
-        return self._act(command, guest, wait)
+        return self._act(order, guest)
 
     def trusts(self, address: str) -> bool:
         """Tell whether an address is one of listener.trustedProxies."""
@@ -3535,28 +3681,48 @@ class Dispatcher:
         audit.key = found.name
         return found
 
-    @staticmethod
-    def _wait(parameters: Mapping[str, str]) -> float:
-        """Return how many seconds the request waits for its command."""
-        try:
-            wait = float(parameters.get('wait', COMMAND_TIMEOUT))
-        except ValueError:
-            wait = -1.0
-        if not 0 <= wait <= COMMAND_TIMEOUT:
-            raise Refusal(400, f'wait must be a number of seconds from 0 to {COMMAND_TIMEOUT:g}')
-        return wait
-
-    def _act(self, command: str, guest: Guest, wait: float) -> Reply:
-        """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
-        outcome = in_thread(f'{command} {guest.name}', self.guests.act, command, guest,
-                            BUSY_TIMEOUT if wait else 0)
+    def _act(self, order: Order, guest: Guest) -> Reply:
+        """Carry out a command in a thread of its own; 202 if it takes longer than was to be
+        waited."""
+        command, deadline = order.command, Deadline(order.wait)
+        outcome = in_thread(f'{command} {guest.name}', self.guests.act, order.action, guest,
+                            BUSY_TIMEOUT if order.wait else 0)
         known = {'target': guest.name, 'cmd': command}
         try:
-            result = outcome.result(max(wait, REFUSAL_TIMEOUT))
+            result = outcome.result(max(order.wait, REFUSAL_TIMEOUT))
         except concurrent.futures.TimeoutError:
             outcome.add_done_callback(lambda late: self._log_late(command, guest, late))
-            return Reply(202, f'{guest.name}: {command} goes on', {**known, 'result': 'goes on'})
-        return Reply(200, f'{guest.name}: {result}', {**known, 'result': result})
+            state = self._state_now(guest) if order.wait else {}
+            return Reply(202, f'{guest.name}: {command} goes on'
+                         + (f', it is {state["state"]}' if state else ''),
+                         {**known, 'result': 'goes on', **state})
+        says, known['result'] = f'{guest.name}: {result}', result
+        if order.until == 'agent':
+            reached = self._reached(guest, guest.agent_answers, deadline)
+            known['agent'] = 'answers' if reached else 'silent'
+            return Reply(200, f'{says}, its agent answers', known) if reached else Reply(
+                202, f'{says}, but its agent does not answer yet', known)
+        if order.until == 'off' and result != 'already off':
+            reached = self._reached(guest, guest.is_off, deadline)
+            known.update(self._state_now(guest))
+            return Reply(200, f'{says}, it is off', known) if reached else Reply(
+                202, f'{says}, but it is {known["state"]}; a guest may ignore that', known)
+        return Reply(200, says, {**known, **(self._state_now(guest) if order.until else {})})
+
+    @staticmethod
+    def _reached(guest: Guest, probe: Callable[[], bool], deadline: Deadline) -> bool:
+        """Wait until `probe` is true (True) or time is up (False), even while it hangs."""
+        try:
+            return in_thread(f'wait {guest.name}', deadline.poll, probe).result(deadline.left())
+        except concurrent.futures.TimeoutError:
+            return False
+
+    @staticmethod
+    def _state_now(guest: Guest) -> dict[str, str]:
+        try:
+            return {'state': str(within(Deadline(STATE_TIMEOUT), guest.name, guest.status))}
+        except Error:                       # the command was carried out, that is the answer
+            return {'state': 'unknown'}
 
     @staticmethod
     def _log_late(command: str, guest: Guest, outcome: concurrent.futures.Future[str]) -> None:
@@ -3567,13 +3733,14 @@ class Dispatcher:
 
     def _describe(self, guest: Guest) -> dict[str, Any]:
         """Return what is known of a guest."""
-        state = guest.state()
+        status = guest.status()
         last = self.corrections.get(guest.id)
         clock = last and {
             'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
             'corrected': bool(last.method), 'at': utc(last.when)}
-        return {'name': guest.name, 'state': state.value, 'agent': guest.agent_state(),
-                'clock': clock, 'lastCommand': self.guests.commands.get(guest.id)}
+        return {'name': guest.name, 'state': status.state.value, 'reason': status.reason,
+                'agent': guest.agent_state(), 'clock': clock,
+                'lastCommand': self.guests.commands.get(guest.id)}
 
     @staticmethod
     def _line(known: Mapping[str, Any]) -> str:
@@ -3582,7 +3749,7 @@ class Dispatcher:
             return f'{known["name"]} unknown: {known["error"]}'
         clock, last = known['clock'], known['lastCommand'] or {}
         return '{} {} agent={} clock={}{}'.format(
-            known['name'], known['state'], known['agent'],
+            known['name'], Status(State(known['state']), known['reason']), known['agent'],
             '{:+.1f}ms at {} after "{}"'.format(clock['afterMs'], clock['at'], clock['cause'])
             if clock else 'unknown',
             ' "{}" failed at {}: {}'.format(last['cmd'], last['at'], last['error'])
@@ -6991,6 +7158,8 @@ QEMU_STATES = {
     'io-error': State.PAUSED, 'watchdog': State.PAUSED, 'suspended': State.ASLEEP,
     'shutdown': State.STOPPING, 'guest-panicked': State.CRASHED,
     'internal-error': State.CRASHED, 'restore-vm': State.CRASHED}
+QEMU_REASONS = {'io-error': IO_ERROR, 'watchdog': WATCHDOG, 'guest-panicked': PANICKED,
+                'internal-error': FAILED}
 
 # What snapshot-load says before it has touched the guest; after anything else it is lost.
 HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|not support|'
@@ -7700,25 +7869,21 @@ class Machine(Guest):
         """Tell whether its QEMU runs, without asking it."""
         return self.pid() > 0
 
-    def state(self) -> State:
-        """Return what the machine is doing (query-status)."""
+    def status(self) -> Status:
+        """Return what the machine is doing, and why (query-status)."""
         self._refresh()
         if not self.is_alive():
-            return State.SAVED if self.spec.saved else State.OFF
+            return Status(State.SAVED if self.spec.saved else State.OFF)
         try:
-            return State.CRASHED if self.spec.lost else QEMU_STATES.get(self._status(),
-                                                                        State.RUNNING)
+            told = self._status()
         except WrongState:                      # it ended meanwhile
-            return State.OFF
+            return Status(State.OFF)
+        state = State.CRASHED if self.spec.lost else QEMU_STATES.get(told, State.RUNNING)
+        plain = state not in (State.PAUSED, State.CRASHED) or told in ('paused', 'running')
+        return Status(state, '' if plain else QEMU_REASONS.get(told, told))
 
     def _status(self) -> str:
         return str(self.qmp('query-status')['status'])
-
-    def _doing(self) -> str:
-        """Return its state for an error, with what paused it: io-error is a full disk here."""
-        state = self.state()
-        why = self._status() if state is State.PAUSED else state.value
-        return state.value if why == state.value else f'{state.value} ({why})'
 
     # Monitors
 
@@ -8524,7 +8689,7 @@ class Machine(Guest):
         try:
             if way == 'power button':
                 self._go_on(self.state())               # else it would not hear the button
-                self.qmp('system_powerdown')
+                self.power_button()
             elif way == 'guest agent':
                 if self.agent_state() != 'connected':
                     return False
@@ -8544,13 +8709,16 @@ class Machine(Guest):
 
     def start(self) -> str:
         """Make it run, from whatever state: start_vm, cont or system_wakeup."""
-        state = self.state()
-        if state in (State.OFF, State.SAVED):
-            return self.start_vm()
-        if state is State.PAUSED and self.spec.saved:   # a save or restore that was killed midway
-            self.stop(force=True)
-            return self.start_vm()
-        return self._go_on(state)
+        before = self.status()
+        if before.state in (State.OFF, State.SAVED):
+            says = self.start_vm()
+        elif before.state is State.PAUSED and self.spec.saved:
+            self.stop(force=True)               # a save or restore that was killed midway
+            says = self.start_vm()
+        else:
+            says = self._go_on(before.state)
+        waits = self.spec.incoming or before.state is State.RUNNING
+        return says if waits else self._settled(says, before)
 
     def _go_on(self, state: State) -> str:
         """Make a guest that is there run."""
@@ -8559,8 +8727,21 @@ class Machine(Guest):
             return 'resumed'
         if state is State.ASLEEP:
             self.qmp('system_wakeup')
+            Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
             return 'woken'
         return 'already running'
+
+    def power_button(self) -> None:
+        """Press the ACPI power button (system_powerdown)."""
+        self.qmp('system_powerdown')
+
+    def power_off(self) -> str:
+        """End it at once: stop(force=True)."""
+        return self.stop(force=True)
+
+    def discard(self) -> bool:
+        """Forget the saved state: delete_saved()."""
+        return self.delete_saved() != 'not saved'
 
     def freeze(self) -> None:
         """Stop its processors; twice is fine (QMP stop)."""
@@ -8614,7 +8795,7 @@ class Machine(Guest):
             return False
         if not Deadline(timeout).poll(reached, STATE_POLL / 4):
             raise MachineError(f'{self.name}: not "{what}" within {timeout:g} s, but '
-                               f'{self._doing()}{self._last_words()}')
+                               f'{self.status()}{self._last_words()}')
         return time.monotonic() - began
 
     def delete(self, force: bool = False) -> None:
@@ -8640,6 +8821,8 @@ class Machine(Guest):
         with self._changing():
             if self.state() is State.SAVED:
                 return 'already saved'
+            if self.state() is State.ASLEEP:
+                self._go_on(State.ASLEEP)
             self._steady()
             path = image_path(file) if file else os.path.join(self.home, 'memory')
             if not file:                        # of a restore that was killed: it fits no more
@@ -8702,7 +8885,8 @@ class Machine(Guest):
                 qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
         except GuestError:
             raise MachineError(f'{self.name}: can\'t be restored from {path}{self._last_words()}',
-                               'delete_saved() forgets it; the machine then boots anew') from None
+                               'delete_saved(), or cmd=start&discard=1, forgets it; the machine '
+                               'then boots anew, and what was not on its disks is lost') from None
         return 'restored'
 
     @staticmethod
@@ -9200,7 +9384,7 @@ class Machine(Guest):
 
     def _awake(self) -> None:
         if self.state() is not State.RUNNING:
-            raise WrongState(f'{self.name} is {self._doing()}: QEMU would drop its input',
+            raise WrongState(f'{self.name} is {self.status()}: QEMU would drop its input',
                              'start or unfreeze it')
 
     def _press(self, qmp: QMP, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
@@ -10457,7 +10641,9 @@ def _problem_line(known: Mapping[str, Any]) -> str:
 def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
     """--status: print state, agent and clock of each guest."""
     def ask(guest: Guest) -> dict[str, Any]:
-        known: dict[str, Any] = {'state': guest.state().value, 'agent': guest.agent_state()}
+        status = guest.status()
+        known: dict[str, Any] = {'state': status.state.value, 'reason': status.reason,
+                                 'agent': guest.agent_state()}
         if known['state'] == 'running' and known['agent'] != 'absent':
             try:
                 reading = measure(guest, round(config.tolerance * MS))
@@ -10467,7 +10653,8 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
         return known
     answers, away = _ask_chosen(config, names, False, ask)
     rows = [('NAME', 'STATE', 'AGENT', 'CLOCK')] + [
-        (known['name'], known.get('state', '?'), known.get('agent', '?'),
+        (known['name'], str(Status(State(known['state']), known['reason']))
+         if 'state' in known else '?', known.get('agent', '?'),
          span(round(known['offsetMs'] * MS)) if 'offsetMs' in known else '-')
         for known in answers]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
