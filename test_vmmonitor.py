@@ -1420,7 +1420,7 @@ def altered(command: str, **changes: Any) -> Iterator[None]:
     """Have a command of QMP, or of a migration's two ends, sent with other arguments; a function
     gets what it was."""
     def sent(real: Callable[..., Any]) -> Callable[..., Any]:
-        def send(wire: Any, name: str, *more: Any, **arguments: Any) -> Any:
+        def send(wire: Any, name: str, /, *more: Any, **arguments: Any) -> Any:
             if name == command:
                 arguments.update({key: change(arguments[key]) if callable(change) else change
                                   for key, change in changes.items()})
@@ -6985,9 +6985,96 @@ class TestLife(Live):
             m.delete_snapshot('h1')
         self.assertEqual(m.snapshots, [])
 
+    def io(self, path: str, command: str, off: vm.Machine | None = None) -> str:
+        if off:
+            off.stop(force=True)
+        return subprocess.run(['qemu-io', '-f', 'qcow2', '-c', command, path], check=True,
+                              capture_output=True, text=True).stdout
+
+    def test_snapshot_that_does_not_fit(self) -> None:
+        """It is refused while the disk still has its newer data."""
+        disk = self.path('q.qcow2')
+        m = self.bios('fits', harddrives=disk, memory=48)
+        m.start_vm()
+        m.snapshot('clean')
+        m.stop(force=True)
+        m.delete()
+        self.io(disk, 'write -P 0xbb 0 64k')
+        before = Path(disk).read_bytes()
+        others: list[tuple[dict[str, Any], str]] = [
+            ({'memory': 64}, '48'), ({'nics': 'user'}, 'nic0'), ({'cpus': 2}, '1')]
+        for options, why in others:
+            m = self.bios('fits', harddrives=disk, **{'memory': 48, **options})
+            with self.refused('snapshot clean is of other devices', why, 'disks_only=True'):
+                m.load_snapshot('clean')
+            self.assertIs(m.state(), vm.State.OFF)
+            m.delete()
+        self.assertEqual(Path(disk).read_bytes(), before)
+        m = self.bios('fits', harddrives=disk, memory=48)       # the same one, made anew
+        self.assertIn('put back to clean', m.load_snapshot('clean'))
+        with self.refused('runs', 'would not fit', 'stop it first'):
+            m.load_snapshot('clean', disks_only=True)
+        m.delete(force=True)
+        self.io(disk, 'read -P 0 0 64k')
+        self.io(disk, 'write -P 0xcc 0 64k')
+        m = self.bios('fits', harddrives=disk, memory=64)
+        self.assertEqual(m.load_snapshot('clean', disks_only=True), 'disks put back to clean')
+        self.io(disk, 'read -P 0 0 64k')
+        shutil.copyfile(disk, self.path('copy.qcow2'))          # without what is noted with it
+        with self.refused('what machine', 'is not known'):
+            self.bios('fits2', harddrives=self.path('copy.qcow2'), memory=48).load_snapshot('clean')
+
+    def test_snapshots_of_others(self) -> None:
+        """Made by QEMU alone, with memory: their disks can be put back, by their exact names."""
+        disk, tags = self.path('o.qcow2'), ['2', '1732561234', 'before upgrade', random_uuid()]
+        drive = vm.Harddrive(disk, 0.01)
+        m = self.bios('others', harddrives=drive)
+        for number, tag in enumerate(tags):
+            self.io(disk, f'write -P {number} 0 64k')
+            subprocess.run([QEMU, '-M', 'q35', '-accel', 'tcg', '-nodefaults', '-display', 'none',
+                            '-S', '-m', '32', '-monitor', 'stdio', '-drive',
+                            f'file={disk},format=qcow2,if=virtio'], check=True, timeout=60,
+                           input=f'savevm "{tag}"\nquit\n'.encode(), capture_output=True)
+        self.assertEqual([(row.tag, row.ram) for row in m.snapshots], [(tag, True) for tag in tags])
+        before = Path(disk).read_bytes()
+        with self.refused('has another snapshot whose id is 2', 'disks_only=True'):
+            m.load_snapshot('2')
+        for tag in tags[1:]:
+            with self.refused('what machine', 'is not known', 'disks_only=True'):
+                m.load_snapshot(tag)
+        self.assertEqual(Path(disk).read_bytes(), before)
+        for number, tag in enumerate(tags):
+            m.load_snapshot(tag, disks_only=True)
+            self.io(disk, f'read -P {number} 0 64k')
+        m.start_vm()
+        m.delete_snapshot('2')
+        drive.delete_snapshot(tags[1])
+        m.stop(force=True)
+        m.delete_snapshot(tags[2])
+        self.assertEqual([row.tag for row in m.snapshots], tags[3:])
+
+    def test_disks_that_changed_places(self) -> None:
+        one, two = self.path('1.qcow2'), self.path('2.qcow2')
+        m = self.bios('places', harddrives=[one, two])
+        m.start_vm()
+        m.snapshot('s')
+        m.stop(force=True)
+        m.load_snapshot('s')
+        m.stop(force=True)
+        for path in (one, two):
+            m.del_harddrive(path)
+        for path in (two, one):
+            m.add_harddrive(path)
+        with self.refused('is not known'):
+            m.load_snapshot('s')
+        m.delete()
+        with self.refused('is not known'):
+            self.bios('places', harddrives=[two, one]).load_snapshot('s')
+
     def test_load_that_fails_midway(self) -> None:
         """QEMU lets the guest "run" afterwards; it must not."""
-        m = self.bios('mid', harddrives=self.path('m.qcow2'))
+        disk = self.path('m.qcow2')
+        m = self.bios('mid', harddrives=disk)
         m.start_vm()
         more = vm.Harddrive(self.path('n.qcow2'), 0.01)
         m.add_harddrive(more)
@@ -6997,14 +7084,25 @@ class TestLife(Live):
         m.start_vm()
         with self.refused('of other devices'):
             m.load_snapshot('s')
-        with mock.patch.object(vm.Machine, '_check_fits'), \
-                self.refused('the guest is lost'):
+        self.io(disk, 'write -P 0xbb 0 64k', off=m)
+        for off in (False, True):               # it is found out midway only
+            if not off:
+                m.start_vm()
+            with mock.patch.object(vm.Machine, '_check_memory'), self.refused(
+                    'its guest is lost', 'the disks were put back to what they held before'):
+                m.load_snapshot('s')
+            self.assertIs(m.state(), vm.State.OFF)
+            self.assertIn('read 65536', self.io(disk, 'read -P 0xbb 0 64k'))
+            self.assertEqual([row.tag for row in m.snapshots], ['s'])
+        full = vm.DiskError('no space')
+        m.start_vm()
+        with mock.patch.object(vm.Machine, '_check_memory'), mock.patch.object(
+                vm.Harddrive, 'load_snapshot', side_effect=full), self.refused(
+                    'no space', f'what {disk} held before is in its snapshot before-load-'):
             m.load_snapshot('s')
-        self.assertIs(m.state(), vm.State.CRASHED)
-        for call in (m.start, m.unfreeze, vm.Machine.load('mid').start):
-            with self.refused('has crashed'):
-                call()
-        m.stop(force=True)
+        kept = next(row.tag for row in m.snapshots if row.tag != 's')
+        m.load_snapshot(kept)                   # by hand, then
+        self.assertIn('read 65536', self.io(disk, 'read -P 0xbb 0 64k'))
         self.assertEqual(m.start(), 'started')
 
     def test_migrate(self) -> None:

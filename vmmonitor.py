@@ -6563,10 +6563,12 @@ IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that i
 WRITER_LOCK = 101, 1            # ... and this one if it writes to it
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
+NOTES = 'user.vmmonitor.snapshots'      # what machines an image's snapshots are of: see note()
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 SCHEMAS.update({
     'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
+    NOTES: {'*': [list]},
     'qemu-img info': {
         'virtual-size': int, 'cluster-size?': int, 'format-specific?': {'data?': dict},
         'snapshots?': [{'id': str, 'name': str, 'date-sec': int, 'vm-state-size': int}]}})
@@ -6593,9 +6595,9 @@ def checked_tag(tag: str) -> str:
     return tag
 
 
-def free_tag(taken: Sequence[str]) -> str:
+def free_tag(taken: Sequence[str], stem: str = 's') -> str:
     """Return a name for a snapshot of now."""
-    now = time.strftime('s%Y%m%d-%H%M%S')
+    now = time.strftime(f'{stem}%Y%m%d-%H%M%S')
     return next(tag for tag in itertools.chain([now], (f'{now}-{n}' for n in itertools.count(2)))
                 if tag not in taken)
 
@@ -6909,6 +6911,23 @@ class Harddrive:
         else:                                           # this one takes names only
             self._img('snapshot', '-q', '-d', name, self._explicit())
 
+    def notes(self) -> dict[str, list[Any]]:
+        """Return what note() has kept: a snapshot's name -> its rows."""
+        try:
+            packed = os.getxattr(self.filename, NOTES)
+            text = zlib.decompressobj().decompress(packed, JSON_BYTES)
+            return dict(checked(NOTES, parse_json(text)))
+        except (OSError, ValueError, zlib.error):
+            return {}
+
+    def note(self, tag: str, rows: list[Any]) -> None:
+        """Keep with the image what machine a snapshot is of, where the file system can do that
+        (an extended attribute): so it is known though that machine was deleted."""
+        there = {row.tag for row in self.snapshots}
+        known = {key: value for key, value in {**self.notes(), tag: rows}.items() if key in there}
+        with contextlib.suppress(OSError):
+            os.setxattr(self.filename, NOTES, zlib.compress(json.dumps(known).encode()))
+
     def wipe(self, snapshots_only: bool = False) -> None:
         """Make it empty (or what its backing image is), or only delete its snapshots.
 
@@ -6973,6 +6992,39 @@ class Harddrive:
         return shlex.join([
             '-blockdev', json.dumps(self.blockdev(f'{id}-node', lambda path, _: path)),
             '-device', f'virtio-blk-pci,id={id},drive={id}-node'])
+
+
+@contextlib.contextmanager
+def put_back_on_failure(drives: Sequence[Harddrive]) -> Iterator[None]:
+    """Have disks hold again what they held before when the block fails, by snapshots of them that
+    are made first. A QEMU that still has them then has not touched them."""
+    tag = free_tag([row.tag for drive in drives for row in drive.snapshots], 'before-load-')
+    made: list[Harddrive] = []
+    try:
+        for drive in drives:
+            drive.snapshot(tag)
+            made.append(drive)
+        yield
+    except BaseException as problem:
+        back = [drive for drive in made if not drive.in_use()]
+        for drive in back:
+            _put_back(drive, tag, problem)
+        if back and isinstance(problem, Error):
+            problem.hint = '; '.join(filter(None, [
+                'the disks were put back to what they held before', problem.hint]))
+        for drive in made:
+            drive.delete_snapshot(tag)
+        raise
+    for drive in made:
+        drive.delete_snapshot(tag)
+
+
+def _put_back(drive: Harddrive, tag: str, after: BaseException) -> None:
+    try:
+        drive.load_snapshot(tag)
+    except Error as problem:
+        raise DiskError(f'{after}; {problem}', f'what {drive.filename} held before is in its '
+                        f'snapshot {tag}') from None
 
 
 class Tray(NamedTuple):
@@ -9148,15 +9200,17 @@ class Machine(Guest):
                 raise MachineError(f'{self.name}: has {here} where the guest has {there}',
                                    'give both machines the same disks and CD')
 
-    def _check_fits(self, other: Sequence[Any], why: str) -> None:
+    def _check_fits(self, other: Sequence[Any], why: str, hint: str = '',
+                    mine: Sequence[Any] = ()) -> None:
         """Raise MachineError unless a memory image of a machine of that shape fits this one."""
-        mine = self.spec.shape()
-        here, there = ([row for row in a if row not in b] for a, b in ((mine, list(other)),
-                                                                     (list(other), mine)))
+        mine = mine or self.spec.shape()
+        here, there = ([row for row in a if row not in b] for a, b in ((mine, other),
+                                                                       (other, mine)))
         if here or there:
             raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
                                f'has {here or "nothing"}',
-                               'add or remove devices until they are the same')
+                               '; '.join(filter(None, [
+                                   'add or remove devices until they are the same', hint])))
 
     # Snapshots
 
@@ -9175,13 +9229,13 @@ class Machine(Guest):
             mine = {drive.filename: row for drive, row in rows if row.tag == tag}
             found.append(MachineSnapshot(
                 tag, min(row.when for row in mine.values()),
-                tag in self.spec.snapshots or any(row.ram for row in mine.values()), tuple(mine),
+                any(row.ram for row in mine.values()), tuple(mine),
                 tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
         return found
 
     def _snapshot(self, tag: str) -> MachineSnapshot:
         for row in self.snapshots:
-            if row.tag == checked_tag(tag):
+            if row.tag == tag:
                 return row
         raise MachineError(f'{self.name}: has no snapshot {tag}', '.snapshots lists them')
 
@@ -9216,11 +9270,15 @@ class Machine(Guest):
 
     def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
         ran = self._status() == 'running'
-        self.spec.snapshots[tag] = self.spec.shape()    # first: it may be there though we are not
+        self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
         self._write()
         try:
             with self.monitor() as qmp:
                 self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
+            made = layers[0][1].found(tag)
+            self.spec.snapshots[tag] = [*self._saved_shape(layers),
+                                        ['made', made.id, made.when, made.ram]]
+            layers[0][1].note(tag, self.spec.snapshots[tag])
         except BaseException as problem:
             if isinstance(problem, KeyboardInterrupt):
                 with contextlib.suppress(GuestError), self.monitor() as qmp:
@@ -9233,6 +9291,36 @@ class Machine(Guest):
         finally:
             if ran and self.is_alive():
                 self.qmp('cont')
+
+    def _saved_shape(self, layers: Sequence[tuple[str, Harddrive]]) -> list[Any]:
+        """Return what must be the same for a snapshot's memory to fit: the machine, and of several
+        disks which is which."""
+        files = [['file', node, drive.filename] for node, drive in layers]
+        return [*self.spec.shape(), *(files if len(files) > 1 else ())]
+
+    def _check_memory(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
+        """Raise MachineError unless the memory in a snapshot is known to fit.
+
+        QEMU itself puts the disks back before it looks, and takes a guest that lacks a device. The
+        memory does not tell its processor; so it counts only where the snapshot was noted when it
+        was made, by this machine or in the image, and is still that one.
+        """
+        hint = ('load_snapshot(…, disks_only=True) puts back the disks alone when it is off; '
+                'snapshot() first keeps what they hold now')
+        made = layers[0][1].found(tag)
+        others = [drive.filename for _, drive in layers
+                  if any(row.id == tag != row.tag for row in drive.snapshots)]
+        if others:                              # QEMU would take that one
+            raise MachineError(f'{self.name}: {others[0]} has another snapshot whose id is {tag}',
+                               hint)
+        for rows in (self.spec.snapshots.get(tag), layers[0][1].notes().get(tag)):
+            if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
+                self._check_fits([row for row in rows if row[0] != 'made'],
+                                 f'snapshot {tag} is of other devices', hint,
+                                 self._saved_shape(layers))
+                return
+        raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
+                           'known', hint)
 
     def _forget(self, tag: str) -> None:
         self.spec.snapshots.pop(tag, None)
@@ -9261,11 +9349,12 @@ class Machine(Guest):
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
         self._job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
 
-    def load_snapshot(self, tag: str) -> str:
-        """Put memory and disks back to a snapshot, starting the machine if it is off.
+    def load_snapshot(self, tag: str, disks_only: bool = False) -> str:
+        """Put memory and disks back to a snapshot, starting the machine if it is off; with
+        `disks_only`, or a snapshot of the disks alone, the disks of a machine that is off.
 
-        A snapshot of the disks alone needs it to be off. One that was taken with other devices is
-        refused, since its guest would be lost. Then the clock is set (snapshot-load; HMP loadvm).
+        Memory that is not known to fit this machine is refused before anything is touched; when it
+        fails none the less, the disks are put back. Then the clock is set (snapshot-load).
         """
         with self._changing():
             found = self._snapshot(tag)
@@ -9273,61 +9362,79 @@ class Machine(Guest):
             layers = [row for row in self._layers() if row[1].filename in found.disks]
             bare = [drive.filename for _, drive in self._layers()
                     if drive.filename not in found.disks]
-            if found.ram and bare:              # its memory would not fit them
+            memory, started = found.ram and not disks_only, not self.is_alive()
+            if memory and bare:                 # its memory would not fit them
                 raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
                                    'delete it, or remove that disk first')
-            started = not self.is_alive()
             if started and self.spec.saved:
                 raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
                                  'start it, then load the snapshot')
-            if not found.ram and not started:
-                raise WrongState(f'{self.name} runs, and snapshot {tag} has no memory in it',
-                                 'stop it first')
-            if not found.ram:
+            if not memory and not started:
+                raise WrongState(f'{self.name} runs, and '
+                                 + ('its memory would not fit the disks' if found.ram else
+                                    f'snapshot {tag} has no memory in it'), 'stop it first')
+            if memory:
+                self._check_memory(tag, layers)
+                return f'put back to {tag}{self._load_whole(tag, layers, started)}'
+            with put_back_on_failure([drive for _, drive in layers]):
                 for _, drive in layers:
                     drive.load_snapshot(tag)
-                return f'disks put back to {tag}'
-            self._check_fits(self.spec.snapshots.get(tag, self.spec.shape()),
-                             f'snapshot {tag} is of other devices')
-            with unbroken():
-                if started:
-                    self._spawn()
-                try:
-                    if started:
-                        self._after_start()
-                    self._load(tag, [node for node, _ in layers], started)
-                except BaseException:
-                    if started:
-                        self._end(STOP_STEPS[2:])
-                    raise
-                return f'put back to {tag}{self._settle()}'
+            return f'disks put back to {tag}'
 
-    def _load(self, tag: str, nodes: Sequence[str], started: bool) -> None:
+    def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> str:
+        """Load memory and disks; return what is to be said of it."""
+        with unbroken():
+            if started:
+                self._spawn()
+            try:
+                if started:
+                    self._after_start()
+                self._load(tag, layers, started)
+            except BaseException:
+                if started:
+                    self._end(STOP_STEPS[2:])
+                raise
+            return self._settle()
+
+    def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
         """Carry out snapshot-load, and leave the run state as it was."""
         asleep = self._status() == 'suspended'      # it would be, still, with the other guest
         ran = started or asleep or self._status() == 'running'
+        drives = [drive for _, drive in layers]
+        if self.spec.efi:
+            drives.append(Harddrive(os.path.join(self.home, 'efi-vars.qcow2')))
+            drives[-1].attached = firmware = DriveSlot(self, 'efi-vars')
+            firmware.node = 'efi-vars'
         try:
             with self.monitor() as qmp:
                 if asleep:
                     qmp.execute('system_wakeup')
                     qmp.event(['RESUME', 'WAKEUP'], QMP_TIMEOUT)
                 qmp.execute('stop')
-                self._snapshot_job(qmp, 'load', tag, nodes)
-        except MachineError as problem:
-            if started:
-                raise
-            if not HARMLESS.search(str(problem)):
-                # QEMU would let it run now, half the old guest and half the new one.
-                self.spec.lost = True
-                self._write()
-                raise MachineError(f'{problem}; the guest is lost', 'load another snapshot, or '
-                                   'stop(force=True) and start again') from None
-            if ran:
+            with put_back_on_failure(drives):
+                self._load_or_end(tag, [node for node, _ in layers])
+        except Error:
+            if ran and not started and self.is_alive():
                 self.qmp('cont')
             raise
         self.spec.lost = False
         if ran:
             self.qmp('cont')
+
+    def _load_or_end(self, tag: str, nodes: Sequence[str]) -> None:
+        """Carry out snapshot-load; end a QEMU that it leaves with half the old guest and half the
+        new one, which it would let run."""
+        try:
+            with self.monitor() as qmp:
+                self._snapshot_job(qmp, 'load', tag, nodes)
+        except MachineError as problem:
+            if HARMLESS.search(problem.message):
+                raise
+            self.spec.lost = True
+            self._write()
+            self._end(STOP_STEPS[2:])
+            raise MachineError(f'{problem.message}; its guest is lost',
+                               'start() boots it, as after a power failure') from None
 
     def _settle(self) -> str:
         """Set links and clock right after a load; return what is to be said of it."""
