@@ -1507,6 +1507,9 @@ class WordsTest(Case):
         self.assertEqual(vm.explain(vm.Error('it broke', 'mend it')), 'it broke; mend it')
         self.assertEqual(vm.explain(FileNotFoundError(2, 'No such file', '/x')), '/x: No such file')
         self.assertEqual(vm.explain(KeyError('x')), 'KeyError: \'x\'')
+        with self.assertRaises(ValueError) as caught:
+            b'ab\xff'.decode()
+        self.assertEqual(vm.explain(caught.exception), 'no UTF-8 at byte 2')
 
     def test_a_traceback_shows_the_remedy(self) -> None:
         for problem in (vm.Error('it broke', 'mend it'), vm.NoInterface('it broke', 'mend it')):
@@ -1823,9 +1826,11 @@ class FuzzTest(ConfigCase):
                 self.rfile.close()
 
         router = vm.Dispatcher(vm.Guests([ScriptedHost(ScriptedGuest())]),
-                               vm.Settings(vm.load(self.write())), {})
+                               vm.Settings(vm.load(self.write({'listener': {
+                                   'trustedProxies': ['192.0.2.0/24']}}))), {})
         server = mock.Mock(router=router)
-        head = b'Host: x\r\nAuthorization: Bearer ' + KEY.encode() + b'\r\n'
+        head = b'X-Forwarded-For: 10.0.0.1, [::1]:5, 192.0.2.9\r\nAuthorization: Bearer %s\r\n' % (
+            KEY.encode())
         form = f'key={KEY}&cmd=start&target=web1&wait=1'.encode()
         body = json.dumps({'key': KEY, 'cmd': 'status', 'target': 'web1'}).encode()
         post = b'POST / HTTP/1.1\r\nContent-Length: %d\r\n%s\r\n\r\n%s'
@@ -3684,7 +3689,7 @@ class ListenerTest(ConfigCase):
             self.assertEqual(self.ask('cmd=wake&target=web1&wait=agent', *self.BEARER),
                              (202, 'web1: started, but its agent does not answer yet'))
 
-    LOCKED = (429, 'too many wrong keys; try again in')
+    LOCKED = (429, 'too many wrong keys or targets; try again in')
 
     def guess(self, *arguments: str, times: int = vm.WRONG_KEYS) -> None:
         """Ask with wrong keys until the address they come from is locked out."""
@@ -3753,10 +3758,14 @@ class ListenerTest(ConfigCase):
             self.ask(f'key={KEY}&cmd=start&target=web1')
             self.ask('key=guess&cmd=start&target=we%20b%22x')
             self.ask('cmd=list', *self.WEB_BEARER)
+            self.ask(f'key={KEY}&cmd=start&target=gr%C3%B6%C3%9Fe+1%00')
+            self.ask(f'key={KEY}&cmd=start&target=gr%C3%B6%C3%9Fe+1')
         for line, pattern in zip(logged.output, (
                 r'request peer=127\.0\.0\.1 key=main cmd=start target=web1 result=200 ms=\d+',
                 r'request peer=127\.0\.0\.1 key=- cmd=start target="we b\\"x" result=401 ms=\d+',
-                r'request peer=127\.0\.0\.1 key=web cmd=list target=- result=200 ms=\d+')):
+                r'request peer=127\.0\.0\.1 key=web cmd=list target=- result=200 ms=\d+',
+                r'request peer=127\.0\.0\.1 key=- cmd=- target=- result=400 ms=\d+',
+                r'request peer=127\.0\.0\.1 key=main cmd=start target="größe 1" result=200')):
             self.assertRegex(line, pattern)
         for secret in (KEY, OTHER_KEY, 'guess'):
             self.assertNotIn(secret, '\n'.join(logged.output))

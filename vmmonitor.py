@@ -331,6 +331,8 @@ def explain(problem: BaseException) -> str:
     """Return one line for people: what went wrong, and what to do about it."""
     if isinstance(problem, Error):
         return str(problem)
+    if isinstance(problem, UnicodeDecodeError):
+        return f'no UTF-8 at byte {problem.start}'
     if isinstance(problem, OSError) and problem.strerror:
         return f'{problem.filename}: {problem.strerror}' if problem.filename else problem.strerror
     return f'{type(problem).__name__}: {problem}'
@@ -3377,11 +3379,10 @@ REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was re
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
 WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
-
 HANDSHAKES_WINDOW = 60.0       # failed handshakes of this time make one line in the log
 
 NO_HTTP = 'not an HTTP request that can be read'
-METHODS_TAKEN = ('GET', 'HEAD', 'POST')
+HTTP_METHODS = ('GET', 'HEAD', 'POST')
 # Python's parser would stop at a line that it can't read, and take a bare CR for a line's end: what
 # follows would be the next request, though a proxy in front has seen one.
 HEADER = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[^\r\n\0]*)?\r?\n")
@@ -3456,7 +3457,8 @@ class Request(NamedTuple):
     def _with_bearer(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Add the key of the Authorization header; another scheme, such as a proxy's Basic, is
         not for us where there is a key."""
-        scheme, _, token = self.headers.get('Authorization', '').encode('latin-1').partition(b' ')
+        given = self.headers.get('Authorization', '').encode('latin-1', 'replace')
+        scheme, _, token = given.partition(b' ')
         if scheme.lower() == b'bearer':
             return [*pairs, ('key', token.strip().decode(errors='replace'))]
         if scheme and 'key' not in dict(pairs):
@@ -3513,8 +3515,8 @@ class Audit:
     def write(self, status: int) -> None:
         """Write the line; no key ever stands in it."""
         log.info('request peer=%s key=%s cmd=%s target=%s result=%d ms=%.0f', self.peer,
-                 *(json.dumps(text[:100]) if re.search(r'[^\w.:*-]', text) else text[:100]
-                   for text in (self.key, self.command, self.target)),
+                 *(json.dumps(text, ensure_ascii=False) if re.search(r'[^\w.:*-]', text) else text
+                   for text in (self.key[:100], self.command[:100], self.target[:100])),
                  status, (time.monotonic() - self.began) * 1000)
 
 
@@ -3539,7 +3541,7 @@ class Throttle:
             end, count = self._wrong.get(who, (0.0, 0))
         pause = math.ceil(end - time.monotonic())
         if count >= WRONG_KEYS and pause > 0:
-            raise Refusal(429, f'too many wrong keys; try again in {pause} s',
+            raise Refusal(429, f'too many wrong keys or targets; try again in {pause} s',
                           (('Retry-After', str(pause)),))
 
     def wrong(self, who: str) -> Refusal:
@@ -3629,8 +3631,8 @@ class Dispatcher:
 
     def _dispatch(self, request: Request, audit: Audit) -> Reply:
         """Check everything in the order in which it may be told, and carry it out."""
-        if request.method not in METHODS_TAKEN:
-            raise Refusal(405, 'use GET, HEAD or POST', (('Allow', ', '.join(METHODS_TAKEN)),))
+        if request.method not in HTTP_METHODS:
+            raise Refusal(405, 'use GET, HEAD or POST', (('Allow', ', '.join(HTTP_METHODS)),))
         parameters = request.parameters()
         audit.command = parameters.get('cmd', '-')
         audit.target = parameters.get('target', '-')
@@ -4048,12 +4050,12 @@ class Server:
                     log.error('can\'t accept a connection: %s', explain(problem))
                 continue
             try:
-                self._take(Client(connection, plain_address(address[0])))
+                self._welcome(Client(connection, plain_address(address[0])))
             except Exception:           # a boundary: one client must not end the listener
                 log.exception('client %s: unexpected error', address[0])
                 connection.close()
 
-    def _take(self, client: Client) -> None:
+    def _welcome(self, client: Client) -> None:
         """Take a connection in, at the cost of the oldest idle one when there are too many."""
         if self._admit(client):
             spawn(f'client {client.address}', self._serve, client)
