@@ -3953,6 +3953,48 @@ class TestParsing(Case):
         self.assertEqual(list(links['d'].address_lines(False)),
                          ['192.0.2.1 peer 192.0.2.2/32 scope global'])
 
+    def test_odd_rows_leave_the_others_alone(self) -> None:
+        """As iproute2 6.1 and 7.2 print what a `modprobe` of ipip, sit, gre, vti or ip6tnl brings
+        with it, interfaces without a MAC, and what nobody has seen yet."""
+        rows: list[Any] = [
+            {'ifindex': 1, 'ifname': 'lo', 'link_type': 'loopback', 'address': '00:00:00:00:00:00',
+             'addr_info': [{'family': 'inet', 'local': '127.0.0.1', 'prefixlen': 8, 'scope': 'host',
+                            'label': 'lo', 'protocol': 'kernel_lo'}, {}, {'family': 'mctp'}, None]},
+            *({'ifindex': number, 'link': None, 'ifname': name, 'flags': ['NOARP'], 'mtu': 1480,
+               'operstate': 'DOWN', 'group': 'default', 'address': address,
+               'linkinfo': {'info_kind': kind, 'info_data': {'remote': 'any'}}, 'addr_info': []}
+              for number, (name, kind, address) in enumerate((
+                  ('tunl0', 'ipip', '0.0.0.0'), ('sit0', 'sit', '192.0.2.1'),
+                  ('gre0', 'gre', '0.0.0.0'), ('ip_vti0', 'vti', '0.0.0.0'),
+                  ('ip6tnl0', 'ip6tnl', '::'), ('ib0', 'ipoib', '80:00:02:08:' + ':'.join(
+                      ['fe'] * 16))), 2)),
+            {'ifindex': 20, 'ifname': 'tun0', 'link_type': 'none', 'mtu': None, 'altnames': None,
+             'linkinfo': None, 'ifalias': None, 'flags': None, 'addr_info': None},
+            {'ifindex': None, 'ifname': 'odd'}, {'ifindex': 21, 'ifname': 'big', 'mtu': '9000'},
+            7, None, {}, {'ifindex': 22, 'ifname': 'last', 'ifalias': 'x' * 9000}]
+        links = vm.parse_links(vm.checked('ip address', rows))
+        self.assertEqual(list(links), ['lo', 'tunl0', 'sit0', 'gre0', 'ip_vti0', 'ip6tnl0', 'ib0',
+                                       'tun0', 'last'])
+        self.assertEqual({link.mac for link in links.values()} - {'00:00:00:00:00:00'}, {''})
+        self.assertEqual((links['lo'].addresses, links['tun0'].mtu), (('127.0.0.1/8',), 0))
+        ways: list[Any] = [{'dst': 'default', 'gateway': None, 'dev': 'tun0', 'metrics': None},
+                           {'dst': None}, {'dst': '10.0.0.0/8', 'nexthops': [{'dev': 7}]}, 'x']
+        self.assertEqual([route.to for route in vm.parse_routes(vm.checked('ip route', ways))],
+                         ['default'])
+
+    def test_next_hops(self) -> None:
+        hops = [{'gateway': '192.0.2.1', 'dev': 'x', 'weight': 2, 'flags': []},
+                {'via': {'family': 'inet6', 'host': 'fe80::1'}, 'dev': 'z', 'weight': 1,
+                 'flags': ['onlink', 'dead']}]
+        route, = vm.parse_routes(vm.checked('ip route', [
+            {'type': 'unicast', 'dst': 'default', 'protocol': 'static', 'scope': 'global',
+             'flags': [], 'nexthops': hops}]))
+        self.assertEqual((route.gateway, route.device, route.v6), ('', '', False))
+        self.assertTrue(route.uses('x') and route.uses('z') and not route.uses('y'))
+        self.assertEqual(
+            route.line({'x': 'y'}), 'unicast default proto static table main scope global nexthop '
+            'via 192.0.2.1 dev y weight 2 nexthop via inet6 fe80::1 dev z onlink weight 1')
+
     def test_routes(self) -> None:
         rows = [({'dst': 'default', 'gateway': '192.0.2.1', 'dev': 'x', 'protocol': 'dhcp',
                   'metric': 5, 'prefsrc': '192.0.2.7', 'scope': 'global'},
@@ -4049,6 +4091,56 @@ class TestReading(NetCase):
         with self.assertRaises(vm.CommandError) as caught:
             vm.sys_command(['no-such-program-here'])
         self.assertIn('install', vm.explain(caught.exception))
+
+    def test_names_that_are_odd(self) -> None:
+        """A # is a comment for `ip -batch`: the line ended there, and meant another interface."""
+        ip('link add name eth type bridge')
+        for name in ('eth#1', 'it\'s"\\', 'ä~*', b'x\xff'):
+            with self.subTest(name):
+                subprocess.run(['ip', 'link', 'add', 'name', name, 'type', 'bridge'], check=True)
+                known = os.fsdecode(name)
+                found = vm.interfaces[known]
+                subprocess.run(['ip', 'link', 'set', 'dev', name, 'alias', '\1\n"'], check=True)
+                found.up()
+                found.add_address('192.0.2.1/24')
+                found.mtu = 1400
+                self.assertEqual((found.ip, found.mtu, found.link().alias),
+                                 ('192.0.2.1', 1400, '\1\n"'))
+                self.assertIn('UP', found.link().flags)
+                found.remove_address('192.0.2.1/24')
+                found.down()
+                self.assertEqual((found.ip, found.link().admin), ('', 'down'))
+        eth = vm.interfaces['eth']
+        self.assertEqual((eth.addresses, eth.mtu, eth.link().admin), ((), 1500, 'down'))
+
+    def test_other_names(self) -> None:
+        physical('eth1', 'server', '192.0.2.1/24')
+        ip('link property add dev eth1 altname ens7')
+        ip('addr add 192.0.2.5/24 dev eth1')
+        ip('route add default via 192.0.2.1')
+        ens7 = vm.interfaces['ens7']
+        self.assertEqual((ens7.name, ens7.ip, ens7.gateway), ('eth1', '192.0.2.5', '192.0.2.1'))
+        self.assertIn('ens7', vm.interfaces)
+        self.assertTrue(vm.Interface('ens7').exists)
+        self.assertEqual(vm.Interface('ens7').gateway, '192.0.2.1')
+        with self.refused('ens7: an interface of that name exists'):
+            ens7.rename('ens7')
+        with self.refused('eth1: carries the default route'):
+            vm.Router('ens7')
+        router = vm.Router('ens7', force=True)
+        self.assertEqual((router.name, router.gateway), ('eth1-router', '192.0.2.1'))
+        router.delete()
+        self.assertEqual(vm.interfaces['ens7'].gateway, '192.0.2.1')
+
+    def test_namespaces_of_others(self) -> None:
+        ip('netns add a:b@c')
+        self.assertEqual(list(vm.Interfaces('a:b@c')), ['lo'])
+        self.assertEqual(len(vm.Routes('a:b@c')), 0)
+        nic = vm.VirtualNic(namespace='a:b@c')
+        self.assertEqual(nic.name, 'a_b_c-p0')
+        self.assertIn(nic.tap_interface, vm.Interfaces('a:b@c'))
+        nic.delete()
+        self.assertEqual(namespaces(), ['a:b@c'])
 
     def test_programs_of_administrators_are_found(self) -> None:
         """Debian's `su` leaves /usr/sbin out of PATH, and rules for the firewall were left out."""
@@ -4346,6 +4438,30 @@ class TestSwitch(NetCase):
         self.assertEqual(set(one.ports), {a.name})
         self.assertEqual(names(), {'one', 'two', a.name, b.name})
 
+    def test_mtus_agree(self) -> None:
+        lan, dmz = vm.Switch('lan'), vm.Switch('dmz')
+        lan.mtu = 9000
+        a, b = vm.VirtualNic(), vm.VirtualNic(namespace='web1')
+        for nic in (a, b):
+            nic.connect(lan)
+        many = vm.VirtualNic.create_many(2, 'db1', lan)
+        taps = [vm.Interface(nic.tap_interface, nic.namespace) for nic in (b, *many)]
+        self.assertEqual({one.mtu for one in (lan, a, b, *many, *taps)}, {9000})
+        lan.connect(dmz)                            # which has no ports, and so no MTU to keep
+        self.assertEqual({one.mtu for one in (dmz, *lan.ports.values())}, {9000})
+        lan.disconnect(dmz)
+        dmz.mtu = 1450
+        c = vm.VirtualNic()
+        c.connect(dmz)
+        self.assertEqual(c.mtu, 1450)
+        dmz.connect(lan)                            # larger frames would get no further
+        self.assertEqual({one.mtu for one in (lan, dmz, a, b, *many, *taps, *lan.ports.values(),
+                                              *dmz.ports.values())}, {1450})
+        physical('eth1', 'server')
+        ip('link set dev eth1 mtu 1400')
+        lan.connect('eth1')
+        self.assertEqual({one.mtu for one in (lan, a, b, *many, *taps)}, {1400})
+
     def test_ip_stacks_on_two_joined_switches(self) -> None:
         one, two = vm.Switch('one'), vm.Switch('two')
         one.connect(two)
@@ -4409,12 +4525,14 @@ class TestRouter(NetCase):
 
     def picture(self) -> list[str]:
         """Addresses and routes of eth1, as `ip` shows them."""
-        rows = [f'{row["local"]}/{row["prefixlen"]} {row["scope"]}'
+        moment = {'valid_life_time', 'preferred_life_time', 'tentative', 'protocol', 'nodad'}
+        rows = [json.dumps({key: value for key, value in row.items() if key not in moment})
                 for link in json.loads(ip('-json addr show dev eth1')) for row in link['addr_info']]
         for family in '46':
-            rows += [json.dumps({key: value for key, value in row.items() if key != 'flags'})
-                     for row in json.loads(ip(f'-{family} -json route show table all dev eth1'))
-                     if row.get('type') != 'multicast']
+            rows += [json.dumps({key: value for key, value in row.items()
+                                 if key not in ('flags', 'expires')})
+                     for row in json.loads(ip(f'-{family} -json -d route show table all'))
+                     if row.get('type') != 'multicast' and '"eth1"' in json.dumps(row)]
         return sorted(rows)
 
     def test_all_kinds_of_traffic_between_machine_and_server(self) -> None:
@@ -4506,6 +4624,111 @@ class TestRouter(NetCase):
         self.assertEqual(router.gateway, '192.0.2.1')
         router.delete()
         self.assertEqual(self.picture(), before)
+
+    def test_default_routes_with_several_next_hops(self) -> None:
+        physical('eth2', 'other', '198.51.100.1/24', '2001:db8:2::1/64')
+        ip('addr add 198.51.100.5/24 dev eth2')
+        ip('addr add 2001:db8:2::5/64 dev eth2 nodad')
+        one, two = 'nexthop via 192.0.2.1 dev eth1', 'nexthop via 198.51.100.1 dev eth2 weight 5'
+        six, seven = 'nexthop via 2001:db8::1 dev eth1', 'nexthop via 2001:db8:2::1 dev eth2 onlink'
+        for family, hops, gateway in (
+                ('-4', f'{one} weight 3 {two}', '192.0.2.1'),
+                ('-4', f'{one} nexthop via 192.0.2.77 dev eth1', '192.0.2.1'),
+                ('-6', f'{six} {seven}', '2001:db8::1'),
+                ('-6', f'{six} nexthop via 2001:db8::77 dev eth1', '2001:db8::1')):
+            with self.subTest(hops):
+                ip(f'{family} route add default {hops}')
+                before = self.picture()
+                eth1 = vm.interfaces['eth1']
+                self.assertEqual(eth1.gateway, gateway)
+                self.assertIn('default', [route.to for route in eth1.routes])
+                with self.refused(f'eth1: carries the default route via {gateway}', 'force=True'):
+                    vm.Router('eth1')
+                with self.refused('carries the default route'):
+                    vm.Switch('lan').connect('eth1')
+                router = vm.Router('eth1', force=True)
+                self.assertEqual(router.gateway, gateway)
+                self.assertNotIn('eth1 ', ip(f'{family} route show default'))
+                router.delete()
+                self.assertEqual(self.picture(), before)
+                ip(f'{family} route del default')
+
+    def test_all_of_routes_and_addresses_comes_back(self) -> None:
+        for line in ('addr add 192.0.2.7/24 dev eth1 label eth1:x metric 50 valid_lft 5000 '
+                     'preferred_lft 4000', 'addr add 192.0.3.9/24 dev eth1 noprefixroute',
+                     'route add 192.0.3.0/24 dev eth1 proto kernel scope link metric 100 '
+                     'src 192.0.3.9',               # as NetworkManager makes them
+                     'addr add 2001:db8:1::7/64 dev eth1 nodad home preferred_lft 0',
+                     'addr add 2001:db8:4::7/64 dev eth1 nodad valid_lft 900 preferred_lft 800',
+                     'route add 10.1.0.0/16 via 192.0.2.1 dev eth1 mtu 1400 advmss 1300 realm 1/2 '
+                     'tos 0x10 features ecn initcwnd 10 quickack 1 congctl cubic',
+                     'route append 10.4.0.0/16 via 192.0.2.1 dev eth1',
+                     'route append 10.4.0.0/16 via 192.0.2.2 dev eth1',
+                     '-6 route add 2001:db8:7::/48 from 2001:db8::/64 via 2001:db8::1 dev eth1 '
+                     'pref high expires 500', '-6 route add 2001:db8:a::/48 via 2001:db8::1 dev '
+                     'eth1 mtu 1300 pref low'):
+            ip(line)
+        before = self.picture()
+        router = vm.Router('eth1')
+        for words in ('10.1.0.0/16 tos 0x10 via 192.0.2.1', 'realms 1/2 mtu 1400 advmss 1300 '
+                      'initcwnd 10 features ecn quickack 1 congctl cubic'):
+            self.assertIn(words.replace('realms', 'realm'), ' '.join(
+                ip('route show dev eth1-router').replace('realms', 'realm').split()))
+        self.assertEqual(ip('route show 10.4.0.0/16').count('eth1-router'), 2)
+        self.assertIn('2001:db8:7::/48 from 2001:db8::/64', ip('-6 route show'))
+        self.assertIn('deprecated', ip('addr show to 2001:db8:1::7 dev eth1-router'))
+        router.delete()
+        self.assertEqual(self.picture(), before)
+        self.assertRegex(ip('addr show dev eth1'), r'192.0.2.7/24 .*\n *valid_lft [45]\d+sec')
+        self.assertRegex(ip('-6 route show 2001:db8:7::/48'), r'expires \d+sec')
+
+    def test_what_could_not_be_given_back_is_refused(self) -> None:
+        ip('nexthop add id 10 via 192.0.2.1 dev eth1')
+        for line, why in (
+                ('route add 10.3.0.0/16 nhid 10', 'route 10.3.0.0/16 (nh_info, nhid)'),
+                ('-6 route add 2001:db8:8::/48 via 2001:db8::1 dev eth1 encap seg6 mode encap segs '
+                 '2001:db8::9', 'route 2001:db8:8::/48 (encap, mode, segs)'),
+                ('route add 10.3.0.0/16 dev eth1 rto_min 200ms', 'route 10.3.0.0/16 (rto_min)')):
+            with self.subTest(line):
+                ip(line)
+                before = self.picture()
+                for force in (False, True):
+                    with self.refused(why, 'could not be given back', 'nat=True', kind=vm.InUse):
+                        vm.Router('eth1', force=force)
+                self.assertEqual((self.picture(), names()), (before, {'eth1'}))
+                ip(line.replace(' add ', ' del '))
+        link = vm.Link({'ifname': 'wan', 'ifindex': 3, 'addr_info': [
+            {'family': 'inet', 'local': '192.0.2.9', 'prefixlen': 24, 'scope': 'global',
+             'label': 'eth1:old', 'anew': True}]})
+        self.assertEqual([*link.strange_addresses()], ['address 192.0.2.9 (anew, label eth1:old)'])
+
+    def test_subnets_that_overlap(self) -> None:
+        ip('route add 10.5.0.0/16 via 192.0.2.1')
+        ip('route add 128.0.0.0/1 via 192.0.2.1')           # of a VPN: everything is in it
+        for subnet, why in (('192.0.2.128/25', 'overlaps with the address 192.0.2.5/24 of eth1'),
+                            ('10.0.0.0/8', 'overlaps with the route 10.5.0.0/16')):
+            with self.refused(f'subnet {subnet}: {why}', 'give another', kind=vm.InUse):
+                vm.Router('eth1', nat=True, subnet=subnet)
+        self.assertEqual((names(), self.records()), ({'eth1'}, {}))
+        router = vm.Router('eth1', nat=True, subnet='10.6.0.0/24')
+        self.assertEqual(router.ip, '10.6.0.1')
+        with self.refused('overlaps with the address 10.6.0.1/24 of eth1-router'):
+            vm.Router('eth1', name='second', nat=True, subnet='10.6.0.0/25')
+        self.assertEqual(vm.Router('eth1', nat=True, subnet='10.6.0.0/24').ip, '10.6.0.1')
+
+    def test_mtu_of_the_trunk(self) -> None:
+        for mtu, nat in ((9000, False), (1400, False), (1400, True)):
+            with self.subTest(mtu, nat=nat):
+                ip(f'link set dev eth1 mtu {mtu}')
+                switch, router = vm.Switch('lan'), vm.Router('eth1', nat=nat)
+                nic = vm.VirtualNic(namespace='web1')
+                router.connect(switch)
+                nic.connect(switch)
+                tap = vm.Interface(nic.tap_interface, 'web1')
+                for one in (router, switch, nic, tap, nic.far_end, router.ports['p0'],
+                            router.ports['p0'].far_end):
+                    self.assertEqual(one.mtu, mtu, one)
+                vm.delete_all([nic, router, switch])
 
     def test_refusals(self) -> None:
         switch = vm.Switch('lan')

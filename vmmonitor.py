@@ -5150,10 +5150,11 @@ class Interface:
 
     @property
     def gateway(self) -> str:
-        """The gateway of the default route that goes out here, or ''."""
+        """The gateway of the default route that goes out here, or ''; the main table's first."""
         name = self.link().name
-        return next((hop.gateway for route in self.routes if route.to == 'default'
-                     for hop in route.hops if hop.device == name), '')
+        return next((hop.gateway for route in sorted(self.routes, key=lambda one: one.table
+                                                     != 'main')
+                     for hop in route.hops if route.to == 'default' and hop.device == name), '')
 
     def _set_mtu(self, size: int) -> None:
         self._set(f'give {self.name} an MTU of {size}', f'mtu {size}')
@@ -5357,7 +5358,7 @@ def plan_agreed_mtu(plan: Transaction, port: Link, bridge: Link) -> None:
     bridge without ports follows what is plugged in first, and is never larger than what comes
     later, as larger frames would get no further."""
     row = plan.records.get(port.name)
-    if row and row.kind == 'nic' and not row.parents:
+    if row and row.kind == 'nic' and not (row.facts['layout'] == 'pair' and row.parents):
         if port.mtu != bridge.mtu:
             plan_nic_mtu(plan, port.name, bridge.mtu)
     elif port.mtu < bridge.mtu or (port.mtu > bridge.mtu and not plan.network.ports(bridge.name)):
