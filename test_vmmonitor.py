@@ -4493,6 +4493,68 @@ class TestSwitch(NetCase):
         self.assertEqual(subprocess.run('iptables -S; iptables -t raw -S; ip6tables -S', shell=True,
                                         capture_output=True).stdout, before)
 
+    def test_docker_that_comes_later(self) -> None:
+        """What it drops, and a reload takes our rules with it, is looked at again."""
+        calls = Path('/proc/sys/net/bridge/bridge-nf-call-iptables')
+        if not calls.exists():
+            self.skipTest('br_netfilter is not loaded')
+        calls.write_text('0')
+        switch = vm.Switch('lan')
+        nics = [vm.VirtualNic(f'p{number}', sink=f's{number}') for number in (1, 2)]
+        for number, nic in enumerate(nics, 1):
+            nic.connect(switch)
+            machine(f'm{number}', f's{number}', f'10.1.0.{number}/24')
+        tap = vm.VirtualNic()
+        tap.connect(switch)
+
+        def lost() -> list[str]:
+            return [one.text for one in vm.check_networks() if 'took away' in one.text]
+        self.assertEqual(lost(), [])
+        calls.write_text('1')
+        again: tuple[Callable[[], object], ...] = (
+            lambda: vm.Switch('lan'), lambda: nics[0].connect(switch),
+            lambda: switch.connect(nics[0]), lambda: os.close(tap.open()),
+            lambda: switch.connect(vm.Switch('dmz')))
+        for number, renew in enumerate(again):
+            with self.subTest(number):
+                # Docker comes, or a firewall is reloaded: the rules are gone, the policy is DROP.
+                subprocess.run('iptables -F; iptables -t raw -F; iptables -P FORWARD DROP',
+                               shell=True, check=True)
+                self.assertEqual(reaches('m1', 'm2', '10.1.0.2', 0.5), '')
+                self.assertIn('let frames pass lan: iptables -w -I FORWARD -i lan -o lan',
+                              '\n'.join(lost()))
+                renew()
+                self.assertEqual(reaches('m1', 'm2', '10.1.0.2'), '10.1.0.1')
+                self.assertEqual(lost(), [])
+                shown = subprocess.run(['iptables', '-S', 'FORWARD'], capture_output=True).stdout
+                self.assertEqual(shown.count(b'-i lan -o lan'), 1)
+        switch.delete()
+        for table in ('filter', 'raw'):
+            self.assertNotIn(b'lan', subprocess.run(['iptables', '-t', table, '-S'],
+                                                    capture_output=True).stdout)
+
+    def test_chains_of_others_that_drop(self) -> None:
+        if not shutil.which('nft'):
+            self.skipTest('nft is not installed')
+        base = 'type filter hook forward priority'
+        rules = ('add table bridge theirs', 'add table inet wall', 'add table inet calm',
+                 f'add chain bridge theirs pass {{ {base} 0; policy drop; }}',
+                 *(f'add chain inet {table} last {{ {base} 10; }}' for table in ('wall', 'calm')),
+                 *(f'add rule inet {table} last iifname x drop' for table in ('wall', 'calm')),
+                 'add rule inet wall last counter reject')
+        subprocess.run(['nft', '-f', '-'], input='\n'.join(rules).encode(), check=True)
+
+        def named() -> list[str]:
+            return [one.text for one in vm.check_networks() if one.text.startswith('nft chain')]
+        self.assertEqual(named(), [])                       # nothing of ours is concerned
+        vm.Switch('lan')
+        self.assertIn('nft chain bridge theirs pass: drops what it does not know, which lan may '
+                      'need; accept it there, too', named())
+        physical('eth1', 'server', '192.0.2.1/24')
+        vm.Router('eth1', nat=True)
+        self.assertEqual([line.split(':')[0] for line in named()],
+                         ['nft chain bridge theirs pass', 'nft chain inet wall last'])
+
     def test_direct_link_passes_even_what_bridges_keep(self) -> None:
         a, b = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web2')
         a.connect(b)
@@ -4797,6 +4859,39 @@ class TestRouter(NetCase):
         self.assertNotIn('-router', rules)
         self.assertEqual(self.picture(), before)
 
+    def test_nat_that_others_undo(self) -> None:
+        for tool, flush in (('iptables', 'iptables -t nat -F; iptables -F'),
+                            ('nft', 'nft flush ruleset')):
+            if not shutil.which(tool):
+                continue
+            with self.subTest(tool):
+                have = shutil.which
+                with mock.patch.object(shutil, 'which', lambda name, **more: None if (
+                        tool == 'nft' and 'iptables' in name) else have(name, **more)):  # noqa: B023
+                    router = vm.Router('eth1', nat=True)
+                lan = vm.Switch('lan')
+                router.connect(lan)
+                (nic := vm.VirtualNic('m0', sink='m0s')).connect(lan)
+                machine('web1', 'm0s', '10.77.0.9/24')
+                ip('-n web1 route add default via 10.77.0.1')
+                self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
+                subprocess.run(flush, shell=True, check=True)
+                Path('/proc/sys/net/ipv4/ip_forward').write_text('1')
+                Path('/proc/sys/net/ipv4/ip_forward').write_text('0')       # of all interfaces
+                self.assertEqual(reaches('web1', 'server', '192.0.2.1', 0.5), '')
+                lost = '\n'.join(one.text for one in vm.check_networks() if not one.good)
+                for what in ('masquerade 10.77.0.0/24', 'net/ipv4/conf/eth1/forwarding=1',
+                             'net/ipv4/conf/eth1-router/forwarding=1'):
+                    self.assertIn(what, lost)
+                nic.connect(lan)                    # which is joined to the router
+                self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
+                self.assertNotIn('took away', str([*vm.check_networks()]))
+                vm.delete_all([router, lan, nic])
+                ip('netns del web1')
+                self.assertNotIn('10.77', subprocess.run(
+                    'iptables-save; nft list ruleset', shell=True, capture_output=True,
+                    text=True).stdout)
+
     def test_nat_with_nft(self) -> None:
         if not shutil.which('nft'):
             self.skipTest('nft is not installed')
@@ -5041,6 +5136,97 @@ class TestOwnership(NetCase):
         with self.refused('can\'t be read', 'move the file away'):
             vm.Switch('lan')
 
+    def test_file_of_another_version(self) -> None:
+        switch = vm.Switch('lan')
+        vm.VirtualNic(namespace='web1').connect(switch)
+        path = vm.Registry().path
+        tree = json.loads(path.read_text())
+        self.assertEqual(tree['version'], 1)
+        tree['later'] = tree['things']['lan']['later'] = {'x': [1]}
+        path.write_text(json.dumps(tree))
+        vm.Switch('dmz').delete()
+        kept = json.loads(path.read_text())
+        self.assertEqual((kept['later'], kept['things']['lan']['later']), ({'x': [1]}, {'x': [1]}))
+        path.write_text(json.dumps({**tree, 'version': 2}))
+        with self.refused('is of version 2, and this program knows 1', 'newer'):
+            vm.Switch('dmz')
+        old = tree['things']                        # as it was before it had a version
+        old['web1-p0']['facts']['shape'] = old['web1-p0']['facts'].pop('layout')
+        path.write_text(json.dumps(old))
+        self.assertEqual(vm.VirtualNic.known('web1-p0').layout, 'macvtap')
+        vm.clean(['web1-p0', 'lan'])
+        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
+
+    def test_damaged_rows_are_in_nobodys_way(self) -> None:
+        vm.Switch('lan')
+        vm.Switch('dmz')
+        path = vm.Registry().path
+        tree = json.loads(path.read_text())
+        tree['things']['lan']['undo'] = [['what']]
+        tree['things']['odd'] = None
+        path.write_text(json.dumps(tree))
+        nic = vm.VirtualNic()
+        nic.connect('dmz')
+        with self.refused('lan: its row in', 'is damaged', '--clean lan', kind=vm.NameTaken):
+            vm.Switch('lan')
+        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
+        self.assertIn(f'lan: its row in {path} is damaged', lines)
+        self.assertIn('odd: its row', lines)
+        self.assertEqual(vm.clean(['odd'], dry_run=True).keys(), {'odd'})
+        self.assertEqual(set(vm.clean()), {'lan', 'odd'})
+        self.assertEqual(names(), {'dmz', nic.name})
+        vm.Switch('lan')
+        path.write_text('{broken')
+        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
+        self.assertIn(f'{path}: what was made of networks can\'t be read', lines)
+        self.assertIn('kernel: bridge', '\n'.join(one.text for one in vm.check_networks()))
+
+    def test_one_thing_by_its_name(self) -> None:
+        lan, nic = vm.Switch('lan'), vm.VirtualNic(namespace='web1')
+        nic.connect(lan)
+        with self.refused('web1: nothing that this program made has that name', '--all --dry-run',
+                          kind=vm.NoInterface):
+            vm.clean(['web1'])
+        self.assertEqual(vm.clean(['web1-p0'], dry_run=True), {'web1-p0': 'nic'})
+        self.assertEqual(set(self.records()), {'lan', 'netns/web1', 'web1-p0'})
+        vm.clean(['web1-p0'])
+        self.assertEqual(set(self.records()), {'lan'})
+
+    def test_what_a_running_machine_uses_stays(self) -> None:
+        lan, dmz, spare = vm.Switch('lan'), vm.Switch('dmz'), vm.Switch('spare')
+        used, idle = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web1')
+        plain, far, near = (vm.VirtualNic() for _ in range(3))
+        used.connect(lan)
+        lan.connect(dmz)
+        plain.connect(dmz)
+        near.connect(far)
+        fds = [used.open(), far.open()]
+        qemu = subprocess.Popen(['sh', '-c', 'read x', '-name', 'guest=web,debug-threads=on'],
+                                pass_fds=fds, stdin=subprocess.PIPE)
+        self.addCleanup(qemu.communicate)
+        for fd in fds:
+            os.close(fd)
+        before = self.records().keys()
+        for thing in (used, lan, dmz, far, near, vm.Namespace('web1')):
+            with self.subTest(thing), self.refused('machine web uses it', 'stop that first',
+                                                   'force=True', kind=vm.InUse):
+                thing.delete()
+        ip('link set dev lan down')                         # the truth is not what a link says
+        with self.refused('web1-p0: machine web uses it'):
+            vm.delete_all([spare, used])
+        self.assertEqual(self.records().keys(), before)
+        with self.assertLogs('vmmonitor', 'WARNING') as said, \
+                mock.patch.object(vm, 'process_start', return_value='ended'):
+            gone = vm.clean(everything=True)
+        self.assertEqual(set(gone), {idle.name, plain.name, 'spare'})
+        self.assertIn(f'{used.name} stays: machine web uses it', '\n'.join(said.output))
+        with self.assertLogs('vmmonitor', 'WARNING'):
+            self.assertEqual(vm.clean(['lan']), {})
+        used.delete(force=True)
+        dmz.delete()
+        vm.clean(['lan', far.name], force=True)
+        self.assertEqual(set(self.records()), {near.name, 'netns/web1'})
+
     def test_made_things_keep_their_names(self) -> None:
         switch = vm.Switch('lan')
         with self.refused('made by this program and can\'t be renamed', kind=vm.InUse):
@@ -5096,6 +5282,72 @@ class TestErrors(NetCase):
             third.connect(one)
         with self.refused('no such namespace', kind=vm.NoInterface):
             len(vm.Interfaces('far'))
+
+    def test_connecting_what_is_gone(self) -> None:
+        one, two, lan = vm.VirtualNic(), vm.VirtualNic(), vm.Switch('lan')
+        one.connect(two)
+        ip('link del dev nic-p1')
+        for end in (one, two):
+            with self.refused('nic-p1: no such interface', kind=vm.NoInterface):
+                end.connect(two if end is one else one)
+        with self.refused('nic-p1: no such interface'):
+            lan.connect(two)
+        ip('link del dev lan')
+        with self.refused('lan: no such interface'):
+            vm.VirtualNic().connect(lan)
+
+    def test_arguments_are_checked_in_words(self) -> None:
+        """Each call with what people try; never a TypeError, and nothing is made."""
+        lib: Any = vm                                       # as a user's editor sees it
+        lan, nic = lib.Switch('lan'), lib.VirtualNic()
+        physical('eth1', 'server')
+        eth1: Any = vm.interfaces['eth1']
+        wrong: Any = mock.Mock(spec=vm.Machine)
+        wrong.__repr__ = lambda _: "Machine('web')"
+        some: Any = ['x']
+        one, makers = lib.interfaces, lib.VirtualNic
+        rows: list[tuple[Callable[[], object], str]] = [
+            (lambda: nic.impair(delay='100ms'), "delay: '100ms' must be a number from 0 to 3600 s"),
+            (lambda: nic.impair(rate=None), 'rate: None must be a number'),
+            (lambda: lan.connect(wrong), "Machine('web') must be an interface, a switch, a nic or"),
+            (lambda: lan.connect(wrong), 'of a machine these are its .nics'),
+            (lambda: lan.connect(None), 'connect: None must be'),
+            (lambda: lan.connect(nic, force='yes'), "force: 'yes' must be true or false"),
+            (lambda: lan.disconnect(7), 'disconnect: 7 must be'),
+            (lambda: nic.connect(some), "connect: ['x'] must be"),
+            (lambda: lib.Switch(7), "7 can't be the name of an interface"),
+            (lambda: lib.Switch(None), "None can't be the name"),
+            (lambda: makers(mac=7), '7 is no MAC'), (lambda: makers(7), "7 can't be the name"),
+            (lambda: makers(namespace=some), "['x'] can't be the name of a namespace"),
+            (lambda: makers(sink=some), "['x'] can't be the name"),
+            (lambda: makers.create_many('2'), "count: '2' must be a whole number from 0 to 1000"),
+            (lambda: makers.create_many(-1), 'count: -1 must be'),
+            (lambda: makers.create_many(1, switch=7), 'switch: 7 must be an interface'),
+            (lambda: lib.Router(None), 'trunk: None must be'),
+            (lambda: lib.Router('eth1', nat='yes'), "nat: 'yes' must be true or false"),
+            (lambda: lib.Router('eth1', subnet=7), '7 is no IP address'),
+            (lambda: lib.Router('eth1', name=7), "7 can't be the name"),
+            (lambda: lib.Bond('bond0', 'eth1', miimon='1'), "miimon: '1' must be a whole number"),
+            (lambda: lib.Bond('bond0', [wrong]), 'interfaces: Machine'),
+            (lambda: lib.Bond('bond0', []), 'has no interfaces'),
+            (lambda: lib.Namespace(7), "7 can't be the name of a namespace"),
+            (lambda: lib.Interface(7), 'Interface: 7 must be an interface'),
+            (lambda: one[7], 'Interface: 7 must be'), (lambda: one['-x'], "'-x' must be"),
+            (lambda: lib.Interfaces(7), "7 can't be the name"),
+            (lambda: lib.Routes('a/b'), "'a/b' can't be the name"),
+            (lambda: setattr(eth1, 'mtu', '9000'), "mtu: '9000' must be a whole number from 68"),
+            (lambda: setattr(eth1, 'mtu', 20), 'mtu: 20 must be'),
+            (lambda: eth1.add_address(7), '7 is no IP address'),
+            (lambda: eth1.rename(7), "7 can't be the name"),
+            (lambda: eth1.move(7), "7 can't be the name"),
+            (lambda: lan.delete(force=1), 'force: 1 must be true or false'),
+            (lambda: lib.delete_all([7]), 'delete: 7 must be'),
+            (lambda: lib.clean(force='x'), "force: 'x' must be true or false")]
+        for call_, words in rows:
+            with self.subTest(words), self.refused(words, kind=vm.NetworkError):
+                call_()
+        self.assertEqual((set(self.records()), names()), ({'lan', 'nic-p0'},
+                                                          {'lan', 'nic-p0', 'eth1'}))
 
     def test_what_ip_says(self) -> None:
         """The first row that fits, for the texts of iproute2 5.10 to 6.15."""

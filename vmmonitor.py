@@ -4530,7 +4530,7 @@ def valid_name(name: str, what: str = 'interface') -> str:
     if not isinstance(name, str) or name in ('lo', 'all', 'default') or not re.fullmatch(
             rf'[A-Za-z0-9_][A-Za-z0-9_.{more}-]{{0,{length - 1}}}', name):
         raise NetworkError(
-            f'{name!r:.80} can\'t be the name of a {what}',
+            f'{name!r:.80} can\'t be the name of {"an" if what == "interface" else "a"} {what}',
             f'take 1 to {length} of the characters A-Z a-z 0-9 _ . {" ".join([*more, "-"])}, the '
             'first a letter, a digit or _, but not lo, all or default')
     return name
