@@ -1546,6 +1546,19 @@ class WordsTest(Case):
         self.assertLess(len(lines), 99)
         self.assertEqual([line for line in lines if len(line) > 1003 or line[:3] != '<6>'], [])
 
+    def test_an_agent_forges_no_line_of_the_journal(self) -> None:
+        """What a guest sends goes to its agent's error, the log, and as journald splits it."""
+        text = 'x' * (48 * 1024 - 60) + '<0>forged ' * 20
+        peer = Peer(self, agent_peer(lambda _: json.dumps(
+            {'error': {'class': 'GenericError', 'desc': text}}).encode() + b'\n'))
+        with self.assertRaises(vm.AgentError) as caught:
+            vm.GuestAgent(peer.path, 'web1').execute('guest-ping')
+        record = logging.LogRecord('vmmonitor', logging.WARNING, __file__, 1, '%s',
+                                   (vm.explain(caught.exception),), None)
+        line = vm.LogFormat(True).format(record).encode()
+        pieces = [line[at:at + 48 * 1024] for at in range(0, len(line), 48 * 1024)]
+        self.assertEqual([piece[:3] for piece in pieces], [b'<4>'])
+
     def test_texts_from_outside_are_cut_where_they_come_in(self) -> None:
         """Those of agents, QMP, QEMU's log, programs, and of libvirt through the same clip()."""
         path = Peer(self, answering(b'{"error": {"class": "%s", "desc": "%s"}, "id": ID}\r\n' % (
@@ -2045,6 +2058,7 @@ class ConfigTest(ConfigCase):
         ({'listener': {'keys': [{'name': 'a', 'key': KEY}]}}, 'two entries have the same key'),
         ({'listener': {'certificate': {'path': ''}}}, 'listener.certificate.path: missing'),
         ({'listener': {'certificate': {'path': 'none.pem'}}}, 'none.pem: no such file'),
+        ({'listener': {'certificate': {'path': '..'}}}, '/..: is no file'),
         ({'listener': {'certificate': {'keyPath': 'config.json'}}},
          'config.json: no private key in PEM is in it'),
         ({'startup': {'vmStartupCommands': ['start']}}, 'line 1: \'start\' is not understood'),

@@ -1352,8 +1352,9 @@ def tls_context(config: Config) -> ssl.SSLContext:
     names = [config.certificate, config.certificate_key or config.certificate]
     paths = [beside(config, name) for name in names]
     for path in paths:
-        if not os.access(path, os.R_OK):
-            why = 'this user may not read it' if os.path.exists(path) else 'no such file'
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            why = 'this user may not read it' if os.path.isfile(path) else \
+                'is no file' if os.path.exists(path) else 'no such file'
             raise InvalidValue(f'{path}: {why}')
     try:
         # A function as password: without one, OpenSSL would ask at the terminal.
