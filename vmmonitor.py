@@ -69,6 +69,8 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
   part 3: machines
     json sockets           the line protocol, QMP, GuestAgent
     disks                  CD, Harddrive over qemu-img
+    spec                   machine.json: what a machine is, read and changed under one lock
+    qemu                   one QEMU: its process, sessions with it, descriptors for it
     machine                Machine: QEMU by QMP; Machines: those of this host
   part 4: command line
     installation           what install.sh leaves to this file: Setup, and what --check asks of it
@@ -105,6 +107,7 @@ import enum
 import errno
 import fcntl
 import fnmatch
+import functools
 import grp
 import hashlib
 import hmac
@@ -201,7 +204,9 @@ class Error(Exception):
          +- Busy              another command has not ended
          +- AgentError        its guest agent: `trouble` says which row of AGENT_TROUBLES
          +- ClockError        its clock could not be corrected
-         +- MachineError      QEMU refused, failed or does not answer
+         +- MachineError      QEMU failed or does not answer
+             +- QemuRefused   ... or answered with an error: its class, its text
+             +- DamagedFile   a machine.json that can't be used
     """
 
     def __init__(self, message: str, hint: str = '') -> None:
@@ -325,6 +330,24 @@ class ClockError(GuestError):
 
 class MachineError(GuestError):
     """A machine's QEMU could not be started, refused a command, or does not answer."""
+
+
+class QemuRefused(MachineError):
+    """A machine's QEMU answered with an error: its class `code`, and its `text`."""
+
+    def __init__(self, name: str, code: str, text: str) -> None:
+        super().__init__(f'{name}: QEMU: {text}')
+        self.code, self.text = code, text
+
+
+class DamagedFile(MachineError):
+    """A machine's file can't be used: `why` says what is wrong in it."""
+
+    def __init__(self, path: str, name: str, why: str) -> None:
+        super().__init__(f'{path} is damaged: {why}', f'mend it, or Machine.load({name!r}, '
+                         'repair=True) puts back the copy of its last change; a copied directory '
+                         'is no machine: copy its disks by qemu-img convert, make a new one of them'
+                         )
 
 
 def explain(problem: BaseException) -> str:
@@ -819,6 +842,14 @@ def sys_command(cmd: str | Sequence[str], timeout: float = SYS_COMMAND_TIMEOUT) 
     except CommandError as problem:
         shown = cmd if isinstance(cmd, str) else shlex.join(cmd)
         raise CommandError([shown], problem.status, problem.stderr, problem.hint) from None
+
+
+def process_start(pid: int) -> str:
+    """Return when a process began, in clock ticks (proc(5), field 22); '' when it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f'/proc/{pid}/stat').read_bytes().rpartition(b')')[2].split()
+        return fields[19].decode() if fields[0] not in (b'Z', b'X') else ''
+    return ''
 
 
 # === configuration ==============================================================================
@@ -1538,6 +1569,7 @@ class Guest:
 
     name: str                   # unique on this host
     id: str                     # stays the same when the guest is renamed
+    damage = ''                 # why it can only be stopped and removed, if that is so
     REMEDIES: Mapping[str, str] = {}        # name in AGENT_TROUBLES -> what to do for this kind
 
     def status(self) -> Status:
@@ -3025,14 +3057,18 @@ class Guests:
         name is not known then, and its error says so.
         """
         deadline, problem = Deadline(timeout), None
+        damaged: Guest | None = None                # it hides no other of its name
         for host in self.hosts:
             try:
                 guest = within(deadline, host.name, host.find, name)
             except Error as reason:
                 problem = problem or reason
                 continue
-            if guest:
+            if guest and not guest.damage:
                 return guest
+            damaged = damaged or guest
+        if damaged:
+            return damaged
         raise problem or NoGuest(f'no guest is named {name}', '--status lists them')
 
     def all(self, running: bool = False, away: list[Error] | None = None,
@@ -4648,13 +4684,6 @@ class Record:
     def add_undo(self, what: str, *lines: str, tool: str = 'ip') -> None:
         """Note a way back."""
         self.undo += [Op(what, line, tool=tool) for line in lines]
-
-
-def process_start(pid: int) -> str:
-    """Return when a process began, in clock ticks (proc(5), field 22); '' when it is gone."""
-    with contextlib.suppress(OSError):
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
-    return ''
 
 
 def namespace_inode(name: str) -> int:
@@ -6290,13 +6319,18 @@ class LineSocket:
         connected = socket.socket(socket.AF_UNIX)
         try:
             connected.settimeout(max(deadline.left(), 0.001))
-            connected.connect(path)
+            place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                connected.connect(fd_path(place))       # this one, whatever is put in its place
+            finally:
+                os.close(place)
         except BlockingIOError:             # as many wait to be taken as may
             connected.close()
             raise PeerSilent(f'{path}: takes no connections') from None
         except OSError as problem:
             connected.close()
-            raise PeerClosed(f'{path}: {explain(problem)}', 'is the machine running?') from None
+            raise PeerClosed(f'{path}: {problem.strerror or problem}',
+                             'is the machine running?') from None
         return cls(path, connected)
 
     def __enter__(self) -> LineSocket:
@@ -7158,30 +7192,592 @@ class CD:
             'scsi-cd,id=cd0,bus=scsi0.0' + (',drive=cd0-node' if self.filename else '')])
 
 
-# === machine ====================================================================================
-# A machine is a directory: HOME/machine.json says what it is, HOME/run (which belongs to the user
-# that QEMU runs as) has its sockets, logs and the pidfile that QEMU keeps locked while it lives.
-# All files are opened here and handed to QEMU as descriptors: it needs no right to any path.
-# Every operation opens a monitor for itself, so that it sees no event from before it began.
+# === spec =======================================================================================
+# A machine is a directory of root's, HOME. What it is stands in HOME/machine.json, which one thread
+# of one program at a time changes, on what it says at that moment.
 
-QEMU = 'qemu-system-x86_64'
 MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     '/var/lib/vmmonitor/machines' if os.geteuid() == 0 else
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
+SPEC_VERSION = 1                # of machine.json; a file without one is of version 1
+HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes at most
+
+FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
+    'disk': {'chain': [[str]]}, 'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
+    'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool}}
+SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
+                     'facts': dict}
+SCHEMAS['machine.json'] = {
+    'version?': int, 'name': str, 'uuid': str, 'type': str, 'memory': int, 'cpus': int,
+    'maxmemory': int, 'namespace': str, 'efi': bool, 'accel': str, 'kernel': str, 'initrd': str,
+    'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
+    'cd?': str, 'cd_boot?': int, 'saved?': str, 'incoming?': bool, 'given?': str, 'lost?': bool,
+    'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}}
+
+
+@dataclasses.dataclass
+class Device:
+    """Something plugged into a machine, as its file keeps it."""
+
+    id: str                     # disk0, nic0, dimm0, port0
+    kind: str                   # a row of KINDS
+    bus: str = ''               # the port that it sits on, see Machine._where
+    boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
+    pending: bool = False       # the guest has been asked to let it go, and has not
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see FACTS
+
+    def shape(self) -> list[Any]:
+        """Return what a snapshot's guest would miss, if it were different."""
+        return [self.id, self.kind, self.bus, self.facts.get('mib', 0)]
+
+
+@dataclasses.dataclass
+class MachineSpec:
+    """What is kept of a machine in its file, machine.json."""
+
+    name: str
+    uuid: str
+    type: str                   # versioned, such as pc-q35-7.2: a newer QEMU stays compatible
+    memory: int                 # MiB
+    cpus: int
+    maxmemory: int              # MiB, 0: no room for more
+    namespace: str              # '' for the host's
+    efi: bool
+    accel: str
+    kernel: str
+    initrd: str
+    cmdline: str
+    display: str                # '' or vnc
+    monitor_port: int | None
+    uid: int                    # that QEMU runs as
+    ports: int
+    cd: str = ''                # the medium in the drive
+    cd_boot: int = 0
+    saved: str = ''             # file with the memory of a saved machine
+    incoming: bool = False      # it waits for a migration, from its next start on
+    given: str = ''             # where its guest was told to run, so that it must not run here
+    lost: bool = False          # a snapshot was loaded by half: this guest must never run
+    devices: list[Device] = dataclasses.field(default_factory=list)
+    snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
+    version: int = SPEC_VERSION
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)  # members that are not ours
+
+    def shape(self) -> list[Any]:
+        """Return all that must be the same for a memory image to fit."""
+        return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
+                *sorted(device.shape() for device in self.devices)]
+
+    @classmethod
+    def read(cls, data: bytes, name: str) -> MachineSpec:
+        """Return what the file of the machine `name` says; ValueError says what is wrong in it."""
+        known, schema = parse_json(data, unique=True), SCHEMAS['machine.json']
+        if not isinstance(known, dict):
+            raise ValueError('it is no JSON object')
+        if isinstance(known.get('version'), int) and known['version'] > SPEC_VERSION:
+            raise ValueError(f'version {known["version"]} was written by a newer vmmonitor')
+        for key, inner in schema.items():
+            if not matches(known, {key: inner}):
+                raise ValueError(f'"{key.rstrip("?")}" is '
+                                 f'{clip(repr(known.get(key.rstrip("?"), "missing")), 80)}')
+        for row in known['devices']:
+            if not matches(row['facts'], FACTS.get(row['kind'], ())) \
+                    or not all(map(len, row['facts'].get('chain', ()))):
+                raise ValueError(f'the device {row["id"]!r:.40} is {row!r:.80}')
+        if known['name'] != name:
+            raise ValueError(f'it is the file of the machine {known["name"]!r:.80}')
+        ours = {field.name for field in dataclasses.fields(cls)} - {'more'}
+        return cls(**{**{key: value for key, value in known.items() if key in ours},
+                      'devices': [Device(**row) for row in known['devices']],
+                      'version': SPEC_VERSION,
+                      'more': {key: known[key] for key in known.keys() - ours}})
+
+    def json(self) -> bytes:
+        """Return the text of the file."""
+        values = dataclasses.asdict(self)
+        return json.dumps({**values.pop('more'), **values}, indent=1).encode()
+
+
+class MachineFile:
+    """HOME and its machine.json; `spec` is what that says, as far as is known here."""
+
+    def __init__(self, home: str, spec: MachineSpec) -> None:
+        self.home, self.spec = home, spec
+        self.name, self.uuid = spec.name, spec.uuid
+        self._changing = threading.Lock()   # held while `spec` is ahead of the file, or is replaced
+
+    @classmethod
+    def open(cls, name: str) -> MachineFile:
+        """Return the file of the machine `name`; NoGuest, or MachineError if it is damaged."""
+        home = os.path.join(MACHINES_DIR, name)
+        return cls(home, cls.read(home))
+
+    @staticmethod
+    def read(home: str) -> MachineSpec:
+        """Return what the file in HOME says."""
+        path, name = os.path.join(home, 'machine.json'), os.path.basename(home)
+        try:
+            with open(path, 'rb') as file:
+                data = file.read(JSON_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoGuest(f'{path}: no such machine') from None
+        except OSError as problem:
+            raise MachineError(f'{path}: can\'t be read: {explain(problem)}') from None
+        try:
+            return MachineSpec.read(data, name)
+        except (ValueError, RecursionError) as problem:
+            raise DamagedFile(path, name, str(problem)) from None
+
+    def path(self, name: str) -> str:
+        """Return the path of something in HOME."""
+        return os.path.join(self.home, name)
+
+    def now(self) -> MachineSpec:
+        """Return what the file says at this moment; NoGuest when the machine was deleted."""
+        spec = self.read(self.home)
+        if spec.uuid != self.uuid:
+            raise NoGuest(f'machine {self.name} was deleted, and another one made of that name',
+                          f'Machine.load({self.name!r}) takes that one')
+        return spec
+
+    def refresh(self) -> MachineSpec:
+        """See what other programs have changed, unless a thread of ours is changing it now."""
+        if self._changing.acquire(blocking=False):
+            try:
+                self.spec = self.now()
+            finally:
+                self._changing.release()
+        return self.spec
+
+    def write(self) -> None:
+        """Write what `spec` says, and a copy for Machine.load(name, repair=True)."""
+        data = self.spec.json()
+        write_whole(self.path('machine.json'), data, replace=True)
+        write_whole(self.path('machine.json.copy'), data, replace=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[MachineSpec]:
+        """Have the machine to oneself, with what its file says now; Busy while another thread or
+        program has it for BUSY_TIMEOUT seconds."""
+        deadline = Deadline(BUSY_TIMEOUT)
+        with self.one_of('change', 1, deadline):
+            if not self._changing.acquire(timeout=deadline.left() + STATE_POLL):
+                raise self.busy('change')
+            try:
+                for left in Path(self.home).glob(f'{DRAFT}*'):      # of a program that was killed
+                    left.unlink()
+                self.spec = self.now()
+                yield self.spec
+            finally:
+                self._changing.release()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[MachineSpec]:
+        """Have the machine to oneself, and write what `spec` is made to say."""
+        with self.held():
+            yield self.spec
+            self.write()
+
+    def busy(self, what: str) -> Busy:
+        """Return the error for a lock that somebody has for too long."""
+        return Busy(f'{self.name}: "{what}" is in use by another program or thread', 'try later')
+
+    @contextlib.contextmanager
+    def one_of(self, what: str, count: int, deadline: Deadline) -> Iterator[int]:
+        """Hold one of `count` locks `what`, among all threads and programs, and lend its number."""
+        with contextlib.ExitStack() as opened:
+            locks: list[int] = []
+            for number in range(count):
+                try:
+                    locks.append(os.open(self.path(f'{what}{number}.lock'),
+                                         os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                except FileNotFoundError:
+                    raise NoGuest(f'machine {self.name} was deleted') from None
+                opened.callback(os.close, locks[-1])
+            number = lock_one(locks, deadline)
+            if number < 0:
+                raise self.busy(what)
+            yield number
+
+    @classmethod
+    def repair(cls, name: str) -> MachineFile:
+        """Put the copy of the last change back where a damaged file is, which is kept beside it."""
+        home = os.path.join(MACHINES_DIR, name)
+        path = os.path.join(home, 'machine.json')
+        with contextlib.suppress(DamagedFile):
+            return cls(home, cls.read(home))
+        try:
+            spec = MachineSpec.read(Path(f'{path}.copy').read_bytes(), name)
+        except (OSError, ValueError) as problem:
+            raise MachineError(
+                f'{path}: there is no copy to put back: {explain(problem)}',
+                'make the machine anew of its disks, which stay where they are, when '
+                f'machines.find({name!r}).delete() has forgotten this one') from None
+        os.replace(path, f'{path}.damaged')
+        write_whole(path, spec.json())
+        return cls(home, spec)
+
+    def forget(self) -> list[str]:
+        """Remove HOME with all that this program makes in it, never another file; return what is
+        left."""
+        left = []
+        for entry in os.scandir(self.home):
+            if entry.name in HOME_DIRECTORIES and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif HOME_FILES.fullmatch(entry.name):
+                os.unlink(entry.path)
+            else:
+                left.append(entry.path)
+        if not left:
+            os.rmdir(self.home)
+        return left
+
+
+HOME_DIRECTORIES = ('sockets', 'ports', 'vnc', 'run')       # `run` is of versions before 1.1
+HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.log|'
+                        r'console\.log(\.1)?|(change|qmp|agent|console)\d+\.lock|memory|'
+                        r'efi-vars\.qcow2|screen-[0-9a-f]+|\.vmmonitor-.*')
+
+
+# === qemu =======================================================================================
+# QEMU runs as a user of its own, without a right to any path: files, sockets and logs are opened
+# here, in directories of root's, and handed over as descriptors. A guest that has broken into its
+# QEMU can write what it was given, and to HOME/vnc, in which root does nothing by name. Whether the
+# machine lives is known from HOME/process.json alone, which QEMU can't reach.
+# Every operation opens a session for itself, so that it sees no event from before it began.
+
+QEMU = 'qemu-system-x86_64'
+SESSIONS = 4                    # operations at once; the daemon's events and a person's tool
+#                                 have one more each
+QMP_SOCKETS = (*(f'qmp{number}' for number in range(SESSIONS)), 'events', 'tool')
+QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
+CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
+LAST_WORDS = 4096               # bytes at the end of qemu.log that are looked at
+SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
+NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all',
+                 '--no-new-privs')
+# What stop() tries, from the kindest: (name, seconds until the next one)
+STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SIGTERM', 5.0),
+              ('SIGKILL', 5.0))
+
+SCHEMAS['add-fd'] = {'fdset-id': int}
+SCHEMAS['process.json'] = {'machine': str, 'boot': str, 'pid': int, 'started': str, 'sockets': str}
+
+
+def boot_id() -> str:
+    """Return what tells this boot of the host from others."""
+    return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+
+
+def options(head: str, values: Mapping[str, Any]) -> str:
+    """Return QEMU's key=value form, with commas doubled."""
+    def told(value: Any) -> str:
+        return ('off', 'on')[value] if isinstance(value, bool) else str(value).replace(',', ',,')
+    return ','.join([head, *(f'{key}={told(value)}' for key, value in values.items())])
+
+
+def listener(path: str) -> int:
+    """Return the descriptor of a new listening unix socket, in a directory of root's."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path)
+        made.listen(4)
+        return made.detach()
+
+
+def appended(path: str) -> int:
+    """Return a descriptor by which QEMU can only add to a file in a directory of root's."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+class FdGiver(Protocol):
+    """How QEMU comes by a descriptor, which is closed here."""
+
+    def named_fd(self, fd: int) -> str:
+        """Return the name that it has there, for where QEMU takes a descriptor."""
+
+    def fdset(self, fd: int) -> str:
+        """Return the path that it has there, for where QEMU takes a file."""
+
+
+class QemuCommand:
+    """The command line of a QEMU to be, and the descriptors that it inherits: an FdGiver."""
+
+    def __init__(self) -> None:
+        self.argv: list[str] = []
+        self.fds: list[int] = []
+        self.sets = 0
+
+    def add(self, option: str, *words: str) -> None:
+        """Add an option."""
+        self.argv += [option, *words]
+
+    def named_fd(self, fd: int) -> str:
+        """Have QEMU inherit a descriptor; ours is closed after the start."""
+        self.fds.append(fd)
+        return str(fd)
+
+    def fdset(self, fd: int) -> str:
+        """Have QEMU inherit a descriptor for where it takes a file (-add-fd)."""
+        self.sets += 1
+        self.add('-add-fd', f'fd={self.named_fd(fd)},set={self.sets}')
+        return f'/dev/fdset/{self.sets}'
+
+    def close(self) -> None:
+        """Close our copies."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class QmpSession:
+    """One operation's QMP, whose errors are the machine's, in QEMU's words; an FdGiver."""
+
+    def __init__(self, qmp: QMP, error: Callable[[ProtocolError], GuestError]) -> None:
+        self.qmp, self._error = qmp, error
+        self._names: list[str] = []             # of descriptors, which their first use consumes
+        self._sets: list[int] = []              # fdsets, to be removed at the end
+
+    def __enter__(self) -> QmpSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self.qmp, contextlib.suppress(GuestError):
+            for number in self._sets:
+                self.execute('remove-fd', fdset_id=number)
+            for name in self._names if kind else ():
+                with contextlib.suppress(QemuRefused):
+                    self.execute('closefd', fdname=name)
+
+    def execute(self, command: str, timeout: float = QMP_TIMEOUT, fds: Sequence[int] = (),
+                **arguments: Any) -> Any:
+        """Return what QEMU answers to `command`; `_` in argument names stands for `-`.
+
+        Raises QemuRefused with QEMU's words, WrongState when it has ended, else MachineError.
+        """
+        try:
+            return self.qmp.execute(command, timeout, fds, **arguments)
+        except ProtocolError as problem:
+            raise self._error(problem) from None
+
+    def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any] | None:
+        """Return the next event of these names (any, if there are none) and these data; None if
+        it does not come within `timeout` seconds."""
+        try:
+            return self.qmp.event(names, timeout, **data)
+        except PeerSilent:
+            return None
+        except ProtocolError as problem:
+            raise self._error(problem) from None
+
+    def named_fd(self, fd: int) -> str:
+        """Hand over a descriptor under a name (getfd)."""
+        try:
+            self._names.append(f'fd{fd}')
+            self.execute('getfd', fds=[fd], fdname=f'fd{fd}')
+        finally:
+            os.close(fd)
+        return f'fd{fd}'
+
+    def fdset(self, fd: int) -> str:
+        """Hand over a descriptor for where QEMU takes a file, until the session's end (add-fd)."""
+        try:
+            self._sets.append(self.execute('add-fd', fds=[fd])['fdset-id'])
+        finally:
+            os.close(fd)
+        return f'/dev/fdset/{self._sets[-1]}'
+
+
+class Qemu:
+    """The QEMU process of a machine, if it runs one: what is known of it, and how to speak to it.
+
+    HOME/process.json, which only root writes, names it by pid, start time and boot. It is written
+    with pid 0 before the process is made, so that one whose maker was killed in between is looked
+    for; so is one of an earlier version, which had HOME/run instead.
+    """
+
+    def __init__(self, file: MachineFile) -> None:
+        self.file, self.name = file, file.name
+
+    def _record(self, pid: int, sockets: str = 'sockets') -> dict[str, Any]:
+        known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid),
+                 'sockets': sockets}
+        write_whole(self.file.path('process.json'), json.dumps(known).encode(), replace=True)
+        return known
+
+    def _known(self) -> dict[str, Any]:
+        """Return what is written down of the process; of an unfinished record what is found."""
+        nothing = {'pid': 0, 'started': '', 'sockets': 'sockets'}
+        try:
+            known = checked('process.json', parse_json(Path(self.file.path('process.json'))
+                                                       .read_bytes()))
+            sockets = known['sockets']
+            if known['machine'] != self.name or known['boot'] != boot_id():
+                return nothing                  # of the machine that this one was copied from
+        except FileNotFoundError:
+            known, sockets = nothing, 'run'
+            if not os.path.isdir(self.file.path('run')):
+                return nothing
+        except (OSError, ValueError):
+            known, sockets = nothing, 'sockets'
+        if not known['pid']:
+            found = self._search()
+            return self._record(found, sockets) if found else {**nothing, 'sockets': sockets}
+        return dict(known)
+
+    def _search(self) -> int:
+        """Return the pid of a QEMU with this machine's uuid, that runs as its user; 0 if none."""
+        for pid in filter(str.isdecimal, os.listdir('/proc')):
+            with contextlib.suppress(OSError, ValueError):
+                argv = Path('/proc', pid, 'cmdline').read_bytes().decode().split('\0')
+                if argv[argv.index('-uuid') + 1] == self.file.uuid \
+                        and argv[argv.index('-name') + 1] == f'guest={self.name}' \
+                        and os.stat(f'/proc/{pid}').st_uid in (0, self.file.spec.uid) \
+                        and process_start(int(pid)):
+                    return int(pid)
+        return 0
+
+    def pid(self) -> int:
+        """Return the process id of its QEMU, 0 if none runs."""
+        known = self._known()
+        return known['pid'] if process_start(known['pid']) == known['started'] != '' else 0
+
+    def is_alive(self) -> bool:
+        """Tell whether its QEMU runs, without asking it."""
+        return self.pid() > 0
+
+    def socket(self, name: str) -> str:
+        """Return the path of one of its sockets."""
+        return self.file.path(os.path.join(self._known()['sockets'], name))
+
+    # Sessions
+
+    @contextlib.contextmanager
+    def session(self, timeout: float = QMP_TIMEOUT) -> Iterator[QmpSession]:
+        """Lend a QMP session with no event from before.
+
+        Raises WrongState when the machine is off, Busy, MachineError with QEMU's words.
+        """
+        deadline = Deadline(timeout)
+        with self.file.one_of('qmp', SESSIONS, deadline) as number:
+            try:
+                qmp = QMP(self.socket(f'qmp{number}'), max(deadline.left(), 0.1))
+            except ProtocolError as problem:
+                raise self._error(problem) from None
+            with QmpSession(qmp, self._error) as session:
+                yield session
+
+    def _error(self, problem: ProtocolError) -> GuestError:
+        """Return the machine's error for one of its QMP."""
+        if isinstance(problem, ReplyError):
+            return QemuRefused(self.name, problem.code, problem.text)
+        if not self.is_alive():
+            return WrongState(f'{self.name} is off{self.last_words()}', 'start it first')
+        return MachineError(f'{self.name}: QEMU: {problem.message}', 'QEMU is stopped or overloaded'
+                            if isinstance(problem, PeerSilent) else problem.hint)
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
+        with self.session() as session:
+            return session.execute(command, **arguments)
+
+    def status(self) -> str:
+        """Return QEMU's RunState (query-status)."""
+        return str(self.qmp('query-status')['status'])
+
+    def last_words(self) -> str:
+        """Return ': ' and what QEMU wrote last, or ''."""
+        with contextlib.suppress(OSError), open(self.file.path('qemu.log'), 'rb') as log_:
+            log_.seek(max(0, log_.seek(0, os.SEEK_END) - LAST_WORDS))
+            lines = log_.read(LAST_WORDS).decode(errors='replace').strip().splitlines()
+            return ''.join(f': {clip(line)}'.replace(f'{QEMU}: ', '') for line in lines[-3:])
+        return ''
+
+    # The process
+
+    def start(self, argv: Sequence[str], command: QemuCommand) -> None:
+        """Run QEMU, and wait for its greeting; MachineError with its own last words."""
+        try:
+            self._record(0)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.file.path('qemu.log'))
+            log_ = appended(self.file.path('qemu.log'))
+            try:
+                process = subprocess.Popen(
+                    [*argv, QEMU, *command.argv], stdin=subprocess.DEVNULL, stdout=log_,
+                    stderr=log_, cwd='/', start_new_session=True, pass_fds=command.fds)
+            finally:
+                os.close(log_)
+        except OSError as problem:
+            os.unlink(self.file.path('process.json'))
+            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
+        finally:
+            command.close()
+        reaper = spawn(f'reap {self.name}', process.wait)
+        try:
+            self._record(process.pid)           # before anything can be done with it
+            QMP(self.socket('qmp0'), QEMU_START_TIMEOUT).close()
+        except BaseException as problem:        # Ctrl-C, too: it must not run on
+            if not isinstance(problem, PeerClosed):
+                process.kill()
+            reaper.join(QMP_TIMEOUT)
+            if not isinstance(problem, ProtocolError):
+                raise
+            raise MachineError(
+                f'{self.name}: QEMU did not start{self.last_words() or ": " + problem.message}',
+                f'see {self.file.path("qemu.log")}') from None
+
+    def end(self, *ways: tuple[str, float, Callable[[], bool]], patience: int = 2) -> str:
+        """End it in one of these ways, (name, seconds, what to do), then by quit, SIGTERM and
+        SIGKILL, or from STOP_STEPS[patience] on; return which it was, when it has ended."""
+        pid = self.pid()
+        try:
+            process = os.pidfd_open(pid)
+        except OSError:
+            return 'already off'
+        try:
+            if self.pid() != pid:               # its number was given to another one meanwhile
+                return 'already off'
+            steps: list[tuple[str, float, Callable[[], bool]]] = [*ways, *(
+                (name, seconds, functools.partial(self._push, name, process))
+                for name, seconds in STOP_STEPS[patience:])]
+            for name, seconds, push in steps:
+                if push() and select.select([process], [], [], seconds)[0]:
+                    return f'stopped by {name}'
+        finally:
+            os.close(process)
+        raise MachineError(f'{self.name}: process {pid} does not end, not even by SIGKILL',
+                           'its disk or network storage hangs: see dmesg')
+
+    def _push(self, way: str, process: int) -> bool:
+        """Have it end in a way that needs no guest; tell whether to wait for it."""
+        with contextlib.suppress(ProcessLookupError, GuestError):   # it may end before it answers
+            if way == 'quit':
+                with self.session(STOP_STEPS[2][1]) as session:
+                    session.execute('quit')
+            else:
+                signal.pidfd_send_signal(process, getattr(signal, way))
+        return True
+
+    def trim_console(self) -> None:
+        """Keep the last CONSOLE_BYTES of its console's log in console.log.1, and begin the log
+        anew, when it has as many: a guest may write for ever."""
+        path = self.file.path('console.log')
+        with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as text:
+            if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
+                text.seek(-CONSOLE_BYTES, os.SEEK_END)
+                write_whole(f'{path}.1', text.read(CONSOLE_BYTES), replace=True)
+                text.truncate(0)
+
+
+# === machine ====================================================================================
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
 SPARE_PORTS = 8                 # ... and at least this many are free at first
 PC_SLOT = 8                     # on a `pc` they begin there; fixed devices are below
 PORTS_MAX = {'q35': 15 * 8, 'i440fx': 32 - PC_SLOT}
-MONITORS = 4                    # operations at once; the daemon's events and a person's tool
-#                                 have one more each
 FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
 #                                 systemd give out, below 2^31
-SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
-NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all',
-                 '--no-new-privs')
-QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
@@ -7198,7 +7794,6 @@ MACHINES_POLL = 1.0             # s between two looks for machines that others s
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
 CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
 ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word that it has arrived
-CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
 PICTURE_BYTES = 256 * MIB       # of the largest screen; what is behind it makes no picture
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
 
@@ -7222,7 +7817,6 @@ HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|n
                       r'migration process|already')
 
 SCHEMAS.update({
-    'add-fd': {'fdset-id': int},
     'human-monitor-command': DATA,
     'query-balloon': {'actual': int},
     'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
@@ -7284,111 +7878,9 @@ class Nic(Protocol):
         """Remove its interfaces."""
 
 
-@dataclasses.dataclass
-class Device:
-    """Something plugged into a machine, as its file keeps it."""
-
-    id: str                     # disk0, nic0, dimm0, port0
-    kind: str                   # a row of KINDS
-    bus: str = ''               # the port that it sits on, see Machine._where
-    boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
-    pending: bool = False       # the guest has been asked to let it go, and has not
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see KINDS
-
-    def shape(self) -> list[Any]:
-        """Return what a snapshot's guest would miss, if it were different."""
-        return [self.id, self.kind, self.bus, self.facts.get('mib', 0)]
-
-
-@dataclasses.dataclass
-class MachineSpec:
-    """What is kept of a machine in its file, machine.json."""
-
-    name: str
-    uuid: str
-    type: str                   # versioned, such as pc-q35-7.2: a newer QEMU stays compatible
-    memory: int                 # MiB
-    cpus: int
-    maxmemory: int              # MiB, 0: no room for more
-    namespace: str              # '' for the host's
-    efi: bool
-    accel: str
-    kernel: str
-    initrd: str
-    cmdline: str
-    display: str                # '' or vnc
-    monitor_port: int | None
-    uid: int                    # that QEMU runs as
-    ports: int
-    cd: str = ''                # the medium in the drive
-    cd_boot: int = 0
-    saved: str = ''             # file with the memory of a saved machine
-    incoming: bool = False      # it waits for a migration, from its next start on
-    given: str = ''             # where its guest was told to run, so that it must not run here
-    lost: bool = False          # a snapshot was loaded by half: this guest must never run
-    devices: list[Device] = dataclasses.field(default_factory=list)
-    snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
-
-    def shape(self) -> list[Any]:
-        """Return all that must be the same for a memory image to fit."""
-        return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
-                *sorted(device.shape() for device in self.devices)]
-
-
-def file_schema(kept: type[MachineSpec | Device]) -> dict[str, Any]:
-    """Return the schema of what is kept of a dataclass in a file."""
-    kinds: dict[str, Any] = {
-        'str': str, 'int': int, 'bool': bool, 'int | None': (int, None), 'dict[str, Any]': dict,
-        'dict[str, list[Any]]': {'*': list}, 'list[Device]': [SCHEMAS.get('device')]}
-    required = (dataclasses.MISSING, dataclasses.MISSING)
-    return {field.name + ('' if (field.default, field.default_factory) == required else '?'):
-            kinds[str(field.type)] for field in dataclasses.fields(kept)}
-
-
-SCHEMAS['device'] = file_schema(Device)
-SCHEMAS['machine.json'] = file_schema(MachineSpec)
-
-
 def chain_of(drive: Harddrive) -> list[list[str]]:
     """Return the files and formats of an image and those it stands on."""
     return [[row.filename, row.format] for row in drive.chain()]
-
-
-def options(head: str, values: Mapping[str, Any]) -> str:
-    """Return QEMU's key=value form, with commas doubled."""
-    def told(value: Any) -> str:
-        return ('off', 'on')[value] if isinstance(value, bool) else str(value).replace(',', ',,')
-    return ','.join([head, *(f'{key}={told(value)}' for key, value in values.items())])
-
-
-class QemuCommand:
-    """The command line of a QEMU to be, and the descriptors that it inherits."""
-
-    def __init__(self) -> None:
-        self.argv: list[str] = []
-        self.fds: list[int] = []
-        self.sets = 0
-
-    def add(self, option: str, *words_: str) -> None:
-        """Add an option."""
-        self.argv += [option, *words_]
-
-    def fd(self, fd: int) -> int:
-        """Have QEMU inherit a descriptor; ours is closed after the start."""
-        self.fds.append(fd)
-        return fd
-
-    def file(self, path: str, write: bool = False) -> str:
-        """Open a file for QEMU, and return the name by which it finds it."""
-        fd = self.fd(os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))
-        self.sets += 1
-        self.add('-add-fd', f'fd={fd},set={self.sets}')
-        return f'/dev/fdset/{self.sets}'
-
-    def close(self) -> None:
-        """Close our copies."""
-        while self.fds:
-            os.close(self.fds.pop())
 
 
 class Kind(NamedTuple):
@@ -7411,10 +7903,11 @@ KINDS = {
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a nested QMP structure in the command line's form, which has the outer `type` only,
-    and for a file's name `path`."""
+    for a file's name `path`, and for a descriptor's `fd`."""
     told: dict[str, Any] = {}
     for key, value in values.items():
-        inner = flat(value) if isinstance(value, dict) else {'path' if key == 'out' else key: value}
+        inner = flat(value) if isinstance(value, dict) else {
+            {'out': 'path', 'str': 'fd'}.get(key, key): value}
         told = {**inner, **told}
     return told
 
@@ -7430,7 +7923,7 @@ class DriveSlot:
         """Tell whether the machine runs, and this disk is still in this place."""
         return self.machine.is_alive() and (not self.filename or any(
             row.id == self.id and row.facts['chain'][0][0] == self.filename
-            for row in self.machine.now().devices))
+            for row in self.machine.file.now().devices))
 
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
@@ -7438,39 +7931,10 @@ class DriveSlot:
 
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
         """Carry out a QMP command, with a file opened here as `filename`."""
-        with self.machine.monitor() as qmp:
-            if not medium:
-                return qmp.execute(command, **arguments)
-            with lend(qmp, open_file(medium)) as name:
-                return qmp.execute(command, filename=name, **arguments)
-
-
-@contextlib.contextmanager
-def lend(qmp: QMP, fd: int) -> Iterator[str]:
-    """Hand QEMU a descriptor, and lend the name by which it opens it meanwhile (add-fd)."""
-    try:
-        number = qmp.execute('add-fd', fds=[fd])['fdset-id']
-        try:
-            yield f'/dev/fdset/{number}'
-        finally:
-            qmp.execute('remove-fd', fdset_id=number)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def give(qmp: QMP, name: str, fd: int) -> Iterator[str]:
-    """Hand QEMU a descriptor under a name that its first use consumes (getfd)."""
-    try:
-        qmp.execute('getfd', fds=[fd], fdname=name)
-    finally:
-        os.close(fd)
-    try:
-        yield name
-    except BaseException:
-        with contextlib.suppress(ProtocolError):
-            qmp.execute('closefd', fdname=name)
-        raise
+        with self.machine.qemu.session() as session:
+            if medium:
+                arguments['filename'] = session.fdset(open_file(medium))
+            return session.execute(command, **arguments)
 
 
 def kvm_opens(uid: int) -> bool:
@@ -7560,13 +8024,14 @@ class Console:
     __del__ = close
 
     def read(self) -> bytes:
-        """Return what was written since the last read(), or since the start."""
-        path = self.machine.run_path('console.log')
-        with contextlib.suppress(FileNotFoundError), open(path, 'rb', opener=_no_links) as text:
+        """Return what was written since the last read(), or since the start, of which CONSOLE_BYTES
+        at a time."""
+        path = self.machine.file.path('console.log')
+        with contextlib.suppress(FileNotFoundError), open(path, 'rb') as text:
             if os.fstat(text.fileno()).st_size < self.position:     # it was begun anew
                 self.position = 0
             text.seek(self.position)
-            data = text.read()
+            data = text.read(CONSOLE_BYTES)
             self.position += len(data)
             return data
         return b''
@@ -7621,11 +8086,11 @@ class Console:
         if not machine.is_alive():
             raise WrongState(f'{machine.name} is off', 'start it first')
         with contextlib.ExitStack() as keep:
-            keep.enter_context(machine.claim('console', 1, deadline))
+            keep.enter_context(machine.file.one_of('console', 1, deadline))
             if not deadline.poll(lambda: machine.chardev('console').startswith('disconnected'),
                                  STATE_POLL / 10):
                 raise Busy(f'{machine.name}: another program has its console open', 'close it')
-            wire = LineSocket.connect(machine.run_path('console'), Deadline(QMP_TIMEOUT)).socket
+            wire = LineSocket.connect(machine.qemu.socket('console'), Deadline(QMP_TIMEOUT)).socket
             keep.enter_context(wire)
             wire.settimeout(QMP_TIMEOUT)
             self._wire, self._keep = wire, keep.pop_all()
@@ -7642,12 +8107,6 @@ class Console:
                         return
 
 
-def _no_links(path: str, flags: int) -> int:
-    """Open a file in a directory that QEMU's user can write to: no link, and no FIFO that would
-    hold us."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
 def _named(key: str, value: Any) -> dict[str, Any]:
     return {key: value}
 
@@ -7656,17 +8115,12 @@ def _several(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
-# What stop() tries, from the kindest: (name, seconds until the next one); see Machine._push.
-STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SIGTERM', 5.0),
-              ('SIGKILL', 5.0))
-
-
 class Machine(Guest):
     """A virtual machine under this program: QEMU, driven over QMP.
 
     `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
     number of them to be made, or 'user' for QEMU's own NAT without any right. `memory` and
-    `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on run_path('vnc').
+    `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on the socket `vnc`.
     `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
     who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
     for a migration. A machine stays when the program ends: Machine.load(name) finds it again.
@@ -7710,7 +8164,7 @@ class Machine(Guest):
             for card in cards:
                 self._plan_nic(card, own=isinstance(nics, int))
             self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
-            self._write()
+            self.file.write()
         except BaseException:
             for card in cards if isinstance(nics, int) else ():
                 if card:
@@ -7772,7 +8226,7 @@ class Machine(Guest):
                                f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
-            if len(home) > 88:                  # a unix socket's path has 107 bytes at most
+            if len(home) > HOME_LENGTH:
                 raise MachineError(f'{home}: this path is too long for sockets in it')
             with contextlib.suppress(FileExistsError):
                 os.mkdir(home)
@@ -7798,109 +8252,49 @@ class Machine(Guest):
             raise MachineError(f'user {user!r:.80}: no such user') from None
 
     def _set_up(self, spec: MachineSpec, cd: CD) -> None:
-        self.spec = spec
-        self.name, self.id = spec.name, spec.uuid
-        self.home = os.path.join(MACHINES_DIR, spec.name)
+        self._take(MachineFile(os.path.join(MACHINES_DIR, spec.name), spec), cd)
+
+    def _take(self, file: MachineFile, cd: CD) -> None:
+        self.file, self.qemu = file, Qemu(file)
+        self.name, self.id, self.home = file.name, file.uuid, file.home
         self.cd = cd
         self.cd.attached = DriveSlot(self, 'cd0')
         self._things: dict[str, Any] = {}           # id of a device -> its Harddrive or Nic
-        self._lock = threading.RLock()              # guards `spec` and its file
-        self._changed = False                       # `spec` is ahead of its file, by _changing()
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What its file says, as far as is known here."""
+        return self.file.spec
 
     @classmethod
-    def load(cls, name: str) -> Machine:
-        """Return the machine `name`, running or not, that any program made; NoGuest if none."""
-        machine = cls.__new__(cls)
+    def load(cls, name: str, repair: bool = False) -> Machine:
+        """Return the machine `name`, running or not, that any program made; NoGuest if none.
+
+        MachineError when its file is damaged; with `repair`, the copy of its last change takes
+        its place, and the damaged one stays beside it, as machine.json.damaged.
+        """
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise NoGuest(f'no machine is named {name!r:.80}')
-        spec = cls._read(os.path.join(MACHINES_DIR, name, 'machine.json'))
-        machine._set_up(spec, CD())
-        machine.cd.filename = spec.cd
+        machine = cls.__new__(cls)
+        file = MachineFile.repair(name) if repair else MachineFile.open(name)
+        machine._take(file, CD())
+        machine.cd.filename = file.spec.cd
         return machine
 
-    def now(self) -> MachineSpec:
-        """Return what the machine's file says at this moment; NoGuest when it was deleted."""
-        spec = self._read(os.path.join(self.home, 'machine.json'))
-        if spec.uuid != self.id:
-            raise NoGuest(f'machine {self.name} was deleted, and another one made of that name',
-                          f'Machine.load({self.name!r}) takes that one')
-        return spec
-
     def _refresh(self) -> None:
-        """See what other programs have changed, unless a thread of ours is changing it now."""
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._changed:
-                    self.spec = self.now()
-                    self.cd.filename = self.spec.cd
-            finally:
-                self._lock.release()
-
-    @staticmethod
-    def _read(path: str) -> MachineSpec:
-        try:
-            with open(path, encoding='utf-8') as text:
-                known = checked('machine.json', parse_json(text.read()))
-            known['devices'] = [Device(**row) for row in known['devices']]
-            return MachineSpec(**known)
-        except FileNotFoundError:
-            raise NoGuest(f'{path}: no such machine') from None
-        except (OSError, ValueError, TypeError, KeyError) as problem:
-            raise MachineError(f'{path}: can\'t be read: {problem}', 'restore the file') from None
-
-    def _write(self) -> None:
-        write_whole(os.path.join(self.home, 'machine.json'),
-                    json.dumps(dataclasses.asdict(self.spec), indent=1).encode(), replace=True)
+        """See what other programs have changed."""
+        self.cd.filename = self.file.refresh().cd
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the machine's file: one program changes it at a time, on what it says now."""
-        with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
-            for left in Path(self.home).glob(f'{DRAFT}*'):       # by a program that was killed
-                left.unlink()
-            self._refresh()
-            self._changed = True
-            try:
-                yield
-                self._write()
-            finally:
-                self._changed = False
+        with self.file.change() as spec:
+            self.cd.filename = spec.cd
+            yield
 
-    @contextlib.contextmanager
-    def claim(self, what: str, count: int, deadline: Deadline) -> Iterator[int]:
-        """Hold one of `count` locks `what`, among all programs, and lend its number."""
-        while True:
-            for number in range(count):
-                try:
-                    lock = os.open(os.path.join(self.home, f'{what}{number}.lock'),
-                                   os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                except FileNotFoundError:
-                    raise NoGuest(f'machine {self.name} was deleted') from None
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    yield number
-                    return
-                except BlockingIOError:
-                    pass
-                finally:
-                    os.close(lock)
-            if deadline.passed():
-                raise Busy(f'{self.name}: "{what}" is in use by another program', 'try later')
-            time.sleep(STATE_POLL / 20)
-
-    def run_path(self, name: str) -> str:
-        """Return the path of a file in the directory that belongs to QEMU's user."""
-        return os.path.join(self.home, 'run', name)
-
-    def trim_console(self) -> None:
-        """Keep the last CONSOLE_BYTES of its console's log in console.log.1, and begin the log
-        anew, when it has as many: a guest may write for ever."""
-        with contextlib.suppress(OSError), \
-                open(self.run_path('console.log'), 'r+b', opener=_no_links) as text:
-            if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
-                text.seek(-CONSOLE_BYTES, os.SEEK_END)
-                write_whole(self.run_path('console.log.1'), text.read(CONSOLE_BYTES), replace=True)
-                text.truncate(0)
+    @property
+    def vnc(self) -> str:
+        """The path of the unix socket on which it serves VNC; '' without display='vnc'."""
+        return self.file.path('vnc/vnc') if self.spec.display == 'vnc' else ''
 
     # Is it alive
 
@@ -7911,19 +8305,12 @@ class Machine(Guest):
         return self.spec.monitor_port
 
     def pid(self) -> int:
-        """Return the process id of its QEMU, 0 if none runs: who holds the pidfile's lock."""
-        try:
-            with open(self.run_path('pid'), 'rb', opener=_no_links) as pidfile:
-                ask = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 0, 0, 0)
-                kind, _, _, _, pid = struct.unpack('hhqqi4x',
-                                                   fcntl.fcntl(pidfile, fcntl.F_GETLK, ask))
-        except OSError:
-            return 0
-        return int(pid) if kind != fcntl.F_UNLCK else 0
+        """Return the process id of its QEMU, 0 if none runs."""
+        return self.qemu.pid()
 
     def is_alive(self) -> bool:
         """Tell whether its QEMU runs, without asking it."""
-        return self.pid() > 0
+        return self.qemu.is_alive()
 
     def status(self) -> Status:
         """Return what the machine is doing, and why (query-status)."""
@@ -7939,40 +8326,30 @@ class Machine(Guest):
         return Status(state, '' if plain else QEMU_REASONS.get(told, told))
 
     def _status(self) -> str:
-        return str(self.qmp('query-status')['status'])
+        return self.qemu.status()
 
     # Monitors
 
-    @contextlib.contextmanager
-    def monitor(self, timeout: float = QMP_TIMEOUT) -> Iterator[QMP]:
-        """Lend a QMP connection with no event from before.
+    def monitor(self, timeout: float = QMP_TIMEOUT
+                ) -> contextlib.AbstractContextManager[QmpSession]:
+        """Lend a QMP session with no event from before, for `with`.
 
         Raises WrongState when the machine is off, Busy, MachineError with QEMU's words.
         """
-        deadline = Deadline(timeout)
-        try:
-            with self.claim('qmp', MONITORS, deadline) as number, \
-                    QMP(self.run_path(f'qmp{number}'), max(deadline.left(), 0.1)) as qmp:
-                yield qmp
-        except ReplyError as problem:
-            raise MachineError(f'{self.name}: QEMU: {problem.text}') from None
-        except ProtocolError as problem:
-            if not self.is_alive():
-                raise WrongState(f'{self.name} is off{self._last_words()}',
-                                 'start it first') from None
-            raise MachineError(f'{self.name}: QEMU: {problem}', 'QEMU is stopped or overloaded'
-                               if isinstance(problem, PeerSilent) else problem.hint) from None
+        return self.qemu.session(timeout)
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
-        with self.monitor() as qmp:
-            return qmp.execute(command, **arguments)
+        return self.qemu.qmp(command, **arguments)
 
     def events(self, timeout: float) -> Iterator[dict[str, Any]]:
         """Yield QEMU's events as they come, until none came for `timeout` seconds."""
-        with self.monitor() as qmp, contextlib.suppress(PeerSilent):
+        with self.qemu.session() as session:
             while True:
-                yield qmp.event((), timeout)
+                event = session.event((), timeout)
+                if not event:
+                    return
+                yield event
 
     def send(self, what: bytes | str) -> str:
         """Press keys, b'ctrl-alt-f2', or run an HMP command, 'info block', and return its text.
@@ -7984,7 +8361,7 @@ class Machine(Guest):
             return ''
         return str(self.qmp('human-monitor-command', command_line=what))
 
-    def _job(self, qmp: QMP, command: str, **arguments: Any) -> None:
+    def _job(self, qmp: QmpSession, command: str, **arguments: Any) -> None:
         """Carry out a command that is a job, whose answer says nothing of its end."""
         job = f'vmmonitor-{os.urandom(6).hex()}'
         deadline = Deadline(JOB_TIMEOUT)
@@ -7997,15 +8374,17 @@ class Machine(Guest):
         finally:                        # after Ctrl-C, too: it goes on by itself, and would stay
             deadline.poll(lambda: bool(self._job_row(qmp, job)['status'] == 'concluded'))
             row = self._job_row(qmp, job)
-            qmp.execute('job-dismiss', id=job)
+            with contextlib.suppress(QemuRefused):
+                qmp.execute('job-dismiss', id=job)
         if row.get('error'):
             raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {row["error"]}')
 
     @staticmethod
-    def _job_row(qmp: QMP, job: str) -> dict[str, Any]:
-        return next(row for row in qmp.execute('query-jobs') if row['id'] == job)
+    def _job_row(qmp: QmpSession, job: str) -> dict[str, Any]:
+        return next((row for row in qmp.execute('query-jobs') if row['id'] == job),
+                    {'status': 'concluded', 'error': 'somebody has dismissed it'})
 
-    def _hmp_job(self, qmp: QMP, line: str) -> None:
+    def _hmp_job(self, qmp: QmpSession, line: str) -> None:
         """Carry out an HMP command that prints nothing when it works."""
         text = qmp.execute('human-monitor-command', JOB_TIMEOUT, command_line=line).strip()
         if text:
@@ -8043,7 +8422,7 @@ class Machine(Guest):
 
     def _set_saved(self, path: str) -> None:
         self.spec.saved = path
-        self._write()
+        self.file.write()
 
     def _after_start(self) -> None:
         """Do what the command line can't say: the medium, and links that are down."""
@@ -8059,38 +8438,26 @@ class Machine(Guest):
 
     def _spawn(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
-        self.spec.lost, self.spec.given, run_dir = False, '', self.run_path('')
-        os.makedirs(run_dir, mode=0o700, exist_ok=True)
-        if os.geteuid() == 0:
-            os.chown(run_dir, self.spec.uid, self.spec.uid)
+        self.spec.lost, self.spec.given = False, ''
+        for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid)):
+            os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
+            if os.geteuid() == 0:
+                os.chown(self.file.path(place), owner, owner)
         with contextlib.suppress(FileNotFoundError):
-            os.replace(self.run_path('console.log'), self.run_path('console.log.1'))
+            os.replace(self.file.path('console.log'), self.file.path('console.log.1'))
         launch = QemuCommand()
         try:
             self._compose(launch)
-            argv = [*self._wrapper(launch), QEMU, *launch.argv]
-            with open(os.path.join(self.home, 'qemu.log'), 'wb') as words_:
-                process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=words_,
-                                           stderr=words_, cwd='/', start_new_session=True,
-                                           pass_fds=launch.fds, env=environment())
+            wrapper = self._wrapper()
         except OSError as problem:
-            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
-        finally:
             launch.close()
-        reaper = spawn(f'reap {self.name}', process.wait)
-        try:
-            QMP(self.run_path('qmp0'), QEMU_START_TIMEOUT).close()
-        except BaseException as problem:        # Ctrl-C, too: it must not run on
-            if not isinstance(problem, PeerClosed):
-                process.kill()
-            reaper.join(QMP_TIMEOUT)
-            if not isinstance(problem, ProtocolError):
-                raise
-            raise MachineError(f'{self.name}: QEMU did not start'
-                               f'{self._last_words() or ": " + str(problem)}',
-                               f'see {self.home}/qemu.log') from None
+            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
+        except BaseException:
+            launch.close()
+            raise
+        self.qemu.start(wrapper, launch)
 
-    def _wrapper(self, launch: QemuCommand) -> list[str]:
+    def _wrapper(self) -> list[str]:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
         # One that was made for its cards goes with the last of them.
         space, cards = self.spec.namespace, self._devices('nic')
@@ -8098,19 +8465,10 @@ class Machine(Guest):
             else []
         uid = self.spec.uid
         if os.geteuid() == 0 and uid:
-            kvm = 'kvm' in launch.argv and os.stat('/dev/kvm').st_gid
+            kvm = usable_accel(self.spec.accel, uid) == 'kvm' and os.stat('/dev/kvm').st_gid
             argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *NO_PRIVILEGES,
                      f'--groups={kvm}' if kvm else '--clear-groups', '--']
         return argv
-
-    def _last_words(self) -> str:
-        """Return ': ' and what QEMU wrote last, or ''."""
-        with contextlib.suppress(OSError):
-            with open(os.path.join(self.home, 'qemu.log'), 'rb') as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - LINE_LENGTH))
-                lines = clip(file.read(LINE_LENGTH).strip()).splitlines()[-3:]
-            return ''.join(f': {line}'.replace(f'{QEMU}: ', '') for line in lines)
-        return ''
 
     def _compose(self, launch: QemuCommand) -> None:
         """Put QEMU's whole command line together."""
@@ -8119,14 +8477,14 @@ class Machine(Guest):
                 ('-name', f'guest={spec.name}'), ('-uuid', spec.uuid), ('-no-user-config',),
                 ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
                 ('-cpu', 'host' if accel == 'kvm' else 'qemu64'), ('-smp', str(spec.cpus)),
-                ('-pidfile', self.run_path('pid')), ('-sandbox', SANDBOX),
+                ('-sandbox', SANDBOX),
                 ('-incoming', 'defer') if spec.incoming or spec.saved else (), ('-S',),
                 ('-m', f'{spec.memory}M' + (f',slots={DIMM_SLOTS},maxmem={spec.maxmemory}M'
                                             if spec.maxmemory else '')),
                 ('-kernel', spec.kernel) if spec.kernel else (),
                 ('-initrd', spec.initrd) if spec.initrd else (),
                 ('-append', spec.cmdline) if spec.cmdline else (),
-                ('-vnc', f'unix:{self.run_path("vnc")}') if spec.display == 'vnc' else ())
+                ('-vnc', f'unix:{self.vnc}') if spec.display == 'vnc' else ())
         launch.argv += itertools.chain(*plain)
         self._compose_firmware(launch)
         self._compose_sockets(launch)
@@ -8146,37 +8504,34 @@ class Machine(Guest):
                 with whole_file(own) as file:
                     run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, fd_path(file)],
                         IMAGE_TIMEOUT, keep=[file])
-            for node, form, path in (('efi-code', 'raw', code), ('efi-vars', 'qcow2', own)):
+            for node, form, file in (
+                    ('efi-code', 'raw', os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
+                    ('efi-vars', 'qcow2', os.open(own, os.O_RDWR | os.O_CLOEXEC))):
                 launch.add('-blockdev', json.dumps({
                     'node-name': node, 'driver': form, 'read-only': node == 'efi-code',
-                    'file': {'driver': 'file', 'filename': launch.file(path, form == 'qcow2'),
+                    'file': {'driver': 'file', 'filename': launch.fdset(file),
                              'read-only': node == 'efi-code'}}))
             flash = ',pflash0=efi-code,pflash1=efi-vars'
         launch.add('-machine', self.spec.type + flash)
 
     def _compose_sockets(self, launch: QemuCommand) -> None:
         """Open the listening sockets here: no polling for them, and no right to make them."""
-        monitors = [*(f'qmp{number}' for number in range(MONITORS)), 'events', 'tool']
-        for name in (*monitors, 'agent', 'console'):
-            path = self.run_path(name)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            listener = socket.socket(socket.AF_UNIX)
-            listener.bind(path)
-            listener.listen(4)
-            more = {'logfile': self.run_path('console.log'), 'logappend': True} \
-                if name == 'console' else {}
+        for name in (*QMP_SOCKETS, 'agent', 'console'):
+            path = self.file.path(f'sockets/{name}')
+            more = {'logfile': launch.fdset(appended(self.file.path('console.log'))),
+                    'logappend': True} if name == 'console' else {}
             launch.add('-chardev', options('socket', {
-                'id': name, 'fd': launch.fd(listener.detach()), 'server': True, 'wait': False,
+                'id': name, 'fd': launch.named_fd(listener(path)), 'server': True, 'wait': False,
                 **more}))
-        for name in monitors:
+        for name in QMP_SOCKETS:
             launch.add('-mon', f'chardev={name},mode=control')
         launch.add('-serial', 'chardev:console')
         if self.spec.monitor_port is not None:
             server = socket.create_server(('127.0.0.1', self.spec.monitor_port))
             self.spec.monitor_port = server.getsockname()[1]
             launch.add('-chardev', options('socket', {
-                'id': 'hmp', 'fd': launch.fd(server.detach()), 'server': True, 'wait': False}))
+                'id': 'hmp', 'fd': launch.named_fd(server.detach()), 'server': True,
+                'wait': False}))
             launch.add('-mon', 'chardev=hmp,mode=readline')
 
     def _fixed_devices(self) -> Iterator[str]:
@@ -8333,8 +8688,7 @@ class Machine(Guest):
             thing.check()
             if not self.spec.incoming:
                 self._ensure_free(thing)
-        kind, back, front = KINDS[device.kind], self._back(device, launch.fd, launch.file), \
-            self._front(device)
+        kind, back, front = KINDS[device.kind], self._back(device, launch), self._front(device)
         if device.kind == 'disk':
             launch.add(kind.option, json.dumps(back))
         else:
@@ -8343,12 +8697,12 @@ class Machine(Guest):
         launch.add('-device', options(front.pop('driver'), front))
 
     @staticmethod
-    def _vhost(hand: Callable[[int], int | str]) -> dict[str, Any]:
+    def _vhost(give: FdGiver) -> dict[str, Any]:
         """Return the options for the kernel's virtio, where it is there: without it, QEMU aborts
         on vhost=on."""
         try:
-            return {'vhost': True, 'vhostfd': str(hand(os.open('/dev/vhost-net',
-                                                               os.O_RDWR | os.O_CLOEXEC)))}
+            return {'vhost': True, 'vhostfd': give.named_fd(os.open('/dev/vhost-net',
+                                                                    os.O_RDWR | os.O_CLOEXEC))}
         except OSError:
             return {}
 
@@ -8357,14 +8711,8 @@ class Machine(Guest):
         kind = KINDS[device.kind]
         if device.kind == 'disk':
             self._ensure_free(self._thing(device))
-        with self.monitor() as qmp, contextlib.ExitStack() as handed:
-            def hand(fd: int) -> str:
-                return handed.enter_context(give(qmp, f'fd{fd}', fd))
-
-            def file(path: str, write: bool) -> str:
-                flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
-                return handed.enter_context(lend(qmp, os.open(path, flags)))
-            back = self._back(device, hand, file)
+        with self.monitor() as qmp:
+            back = self._back(device, qmp)
             qmp.execute(kind.add, **back)
             try:
                 qmp.execute('device_add', **self._front(device))
@@ -8373,23 +8721,30 @@ class Machine(Guest):
                 raise
         device.pending = False
 
-    def _back(self, device: Device, hand: Callable[[int], int | str],
-              file: Callable[[str, bool], str]) -> dict[str, Any]:
-        """Return the arguments of the QMP command that adds a device's back end; `hand` and
-        `file` give QEMU's name for a descriptor and for a path."""
+    def _back(self, device: Device, give: FdGiver) -> dict[str, Any]:
+        """Return the arguments of the QMP command that adds a device's back end."""
         facts, thing, name = device.facts, self._thing(device), self._back_name(device)
         if device.kind == 'disk':
-            return dict(thing.blockdev(name, file))
+            return dict(thing.blockdev(name, lambda path, write: give.fdset(os.open(
+                path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))))
         if device.kind == 'nic':
-            tap = {'fd': str(hand(thing.open())), **self._vhost(hand)} if thing else {}
+            tap = {'fd': give.named_fd(thing.open()), **self._vhost(give)} if thing else {}
             return {'id': name, 'type': 'tap' if thing else 'user', **tap}
         if device.kind == 'dimm':
             return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
-        path = self.run_path(device.id)
-        data: dict[str, dict[str, Any]] = {
-            'pty': {}, 'file': {'out': path, 'append': True}, 'socket': {
-                'addr': {'type': 'unix', 'data': {'path': path}}, 'server': True, 'wait': False}}
-        return {'id': name, 'backend': {'type': facts['type'], 'data': data[facts['type']]}}
+        path = self._port(device)
+        if facts['type'] == 'socket':
+            data = {'addr': {'type': 'fd', 'data': {'str': give.named_fd(listener(path))}},
+                    'server': True, 'wait': False}
+        elif facts['type'] == 'file':
+            data = {'out': give.fdset(appended(path)), 'append': True}
+        else:
+            data = {}
+        return {'id': name, 'backend': {'type': facts['type'], 'data': data}}
+
+    def _port(self, device: Device) -> str:
+        """Return the path of a chardev's end on the host."""
+        return self.file.path(f'ports/{device.id}')
 
     def _unplug(self, device: Device, timeout: float) -> bool:
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
@@ -8399,7 +8754,7 @@ class Machine(Guest):
             device.pending = not gone
 
             def removed() -> bool:                      # the device may hold it some ms more
-                with contextlib.suppress(ReplyError):
+                with contextlib.suppress(QemuRefused):
                     qmp.execute(kind.remove, **_named(kind.key, self._back_name(device)))
                     return True
                 return False
@@ -8408,20 +8763,20 @@ class Machine(Guest):
         return gone
 
     @staticmethod
-    def _let_go(qmp: QMP, id: str, deadline: Deadline) -> bool:
+    def _let_go(qmp: QmpSession, id: str, deadline: Deadline) -> bool:
         """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
         can miss a request."""
         while True:
             try:
                 qmp.execute('device_del', id=id)
-            except ReplyError as problem:
+            except QemuRefused as problem:
                 if problem.code == 'DeviceNotFound':            # let go since the last request
                     return True
-                if 'in the process of unplug' not in str(problem):
+                if 'in the process of unplug' not in problem.text:
                     raise
-            with contextlib.suppress(PeerSilent):
-                event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
-                                  min(UNPLUG_AGAIN, deadline.left()), device=id)
+            event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
+                              min(UNPLUG_AGAIN, deadline.left()), device=id)
+            if event:
                 return bool(event['event'] == 'DEVICE_DELETED')
             if deadline.passed():
                 return False
@@ -8681,7 +9036,7 @@ class Machine(Guest):
                 raise MachineError(f'{self.name}: has a chardev {name}')
             id = self._new_id('chardev')
             with contextlib.suppress(FileNotFoundError):        # of one that was deleted
-                os.unlink(self.run_path(id))
+                os.unlink(self.file.path(f'ports/{id}'))
             return self._plan(Device(id, 'chardev', self._free_port('nr'),
                                      facts={'type': kind, 'name': name}), None)
         self._add(plan)
@@ -8698,13 +9053,16 @@ class Machine(Guest):
         ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')
                 if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])} if self.is_alive() else {}
         return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
-                if row.facts['type'] == 'pty' else self.run_path(row.id)
+                if row.facts['type'] == 'pty' else self._port(row)
                 for row in self._devices('chardev')}
 
     def chardev(self, label: str) -> str:
         """Return what QEMU says of the other end of one of its own chardevs (query-chardev)."""
-        return next(str(row['filename']) for row in self.qmp('query-chardev')
-                    if row['label'] == label)
+        found = {row['label']: str(row['filename']) for row in self.qmp('query-chardev')}
+        if label not in found:
+            raise MachineError(f'{self.name}: has no chardev {label!r:.80}',
+                               f'it has {", ".join(sorted(found))}')
+        return found[label]
 
     # Stop, save
 
@@ -8715,7 +9073,10 @@ class Machine(Guest):
         quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
         The disks' caches are written by all but the last.
         """
-        return self._end(STOP_STEPS[2 if force or not self._whole() else 0:], timeout)
+        if force or not self._whole():
+            return self.qemu.end()
+        return self.qemu.end(('power button', timeout, self._press_power),
+                             ('guest agent', STOP_STEPS[1][1], self._ask_agent))
 
     def _whole(self) -> bool:
         """Tell whether it holds a guest that may run: not half of one that came from a file,
@@ -8725,42 +9086,24 @@ class Machine(Guest):
                 self.spec.saved or self.spec.incoming or self.spec.given)
         return False
 
-    def _end(self, steps: Sequence[tuple[str, float]], timeout: float = 0) -> str:
-        try:
-            process = os.pidfd_open(self.pid())
-        except OSError:
-            return 'already off'
-        try:
-            for name, seconds in steps:
-                patience = timeout if name == 'power button' else seconds
-                if self._push(name, process) and select.select([process], [], [], patience)[0]:
-                    return f'stopped by {name}'
-        finally:
-            os.close(process)
-        raise MachineError(f'{self.name}: process {self.pid()} does not end, not even by SIGKILL',
-                           'its disk or network storage hangs: see dmesg')
+    def _press_power(self) -> bool:
+        with contextlib.suppress(GuestError):       # it may end before it answers
+            if not self.is_alive():
+                return False
+            self._go_on(self.state())               # else it would not hear the button
+            self.power_button()
+            return True
+        return False
 
-    def _push(self, way: str, process: int) -> bool:
-        """Ask it to end in one of the ways of STOP_STEPS; tell whether to wait for it."""
+    def _ask_agent(self) -> bool:
         try:
-            if way == 'power button':
-                self._go_on(self.state())               # else it would not hear the button
-                self.power_button()
-            elif way == 'guest agent':
-                if self.agent_state() != 'connected':
-                    return False
-                self.agent('guest-shutdown', {'mode': 'powerdown'})
-            elif way == 'quit':
-                with self.monitor(STOP_STEPS[2][1]) as qmp:
-                    qmp.execute('quit')
-            else:
-                signal.pidfd_send_signal(process, getattr(signal, way))
-        except AgentError as problem:                   # guest-shutdown has no answer
+            if self.agent_state() != 'connected':
+                return False
+            self.agent('guest-shutdown', {'mode': 'powerdown'})
+        except AgentError as problem:               # guest-shutdown has no answer
             return problem.trouble.name in ('silent', 'not connected')
-        except GuestError:                              # it may end before it answers
-            return way == 'quit'
-        except ProcessLookupError:
-            pass
+        except GuestError:
+            return False
         return True
 
     def start(self) -> str:
@@ -8810,7 +9153,7 @@ class Machine(Guest):
         migrated. `force` is for one of which a migration that failed at the very end could not
         tell whether it runs at its destination: see there first.
         """
-        with self._lock, self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
+        with self.file.held():
             if self.state() is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
             if self.spec.saved:
@@ -8820,7 +9163,7 @@ class Machine(Guest):
                                  'migrate() another machine to it, or stop(force=True)')
             if force:
                 self.spec.given = ''
-                self._write()
+                self.file.write()
             self._not_given()
             self.qmp('cont')
 
@@ -8851,23 +9194,22 @@ class Machine(Guest):
             return False
         if not Deadline(timeout).poll(reached, STATE_POLL / 4):
             raise MachineError(f'{self.name}: not "{what}" within {timeout:g} s, but '
-                               f'{self.status()}{self._last_words()}')
+                               f'{self.status()}{self.qemu.last_words()}')
         return time.monotonic() - began
 
     def delete(self, force: bool = False) -> None:
         """Forget the machine, with the nics that were made for it and its saved memory; never
         its disks, nor a saved state in a file that you named. WrongState while it runs, without
         `force`. Twice is fine."""
-        with contextlib.suppress(NoGuest), self._lock, \
-                self.claim('change', 1, Deadline(BUSY_TIMEOUT)):
-            self._refresh()
+        with contextlib.suppress(NoGuest), self.file.held():
             if self.is_alive() and not force:
                 raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
-            self._end(STOP_STEPS[2:])
+            self.qemu.end()
             for device in [*self.spec.devices]:
                 self._drop(device)
             self.cd.attached = None
-            shutil.rmtree(self.home)
+            for left in self.file.forget():
+                log.warning('%s is not of this program, and stays', left)
 
     def save(self, file: str = '') -> str:
         """Save its memory to a file (or a place of its own) and end it; start goes on from there.
@@ -8893,7 +9235,7 @@ class Machine(Guest):
                     raise MachineError(f'{problem}; to {path}', f'it may take {self._ram()} MiB '
                                        'there') from None
             self._set_saved(path)
-            self._end(STOP_STEPS[2:])
+            self.qemu.end()
         return 'saved'
 
     def delete_saved(self) -> str:
@@ -8903,7 +9245,7 @@ class Machine(Guest):
             path = self.spec.saved
             if not path:
                 return 'not saved'
-            self._end(STOP_STEPS[2:])               # a restore that was killed
+            self.qemu.end()               # a restore that was killed
             self._set_saved('')
             if path != os.path.join(self.home, 'memory'):
                 return f'forgotten; {path} is still there'
@@ -8938,29 +9280,29 @@ class Machine(Guest):
         try:
             with self.monitor() as qmp:
                 self._receive(qmp, open_file(path))
-                qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed')
+                if not qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed'):
+                    raise MachineError(f'{self.name}: no end within {JOB_TIMEOUT:g} s')
         except GuestError:
-            raise MachineError(f'{self.name}: can\'t be restored from {path}{self._last_words()}',
+            raise MachineError(f'{self.name}: can\'t be restored from {path}'
+                               f'{self.qemu.last_words()}',
                                'delete_saved(), or cmd=start&discard=1, forgets it; the machine '
                                'then boots anew, and what was not on its disks is lost') from None
         return 'restored'
 
     @staticmethod
-    def _receive(qmp: QMP, fd: int, late: bool = False) -> None:
+    def _receive(qmp: QmpSession, fd: int, late: bool = False) -> None:
         """Have a QEMU that waits for a migration read it from a descriptor; with `late` it opens
         its disks only when the guest runs."""
         qmp.execute('migrate-set-capabilities', capabilities=[
             {'capability': 'events', 'state': True},
             {'capability': 'late-block-activate', 'state': late}])
-        with give(qmp, 'stream', fd):
-            qmp.execute('migrate-incoming', uri='fd:stream')
+        qmp.execute('migrate-incoming', uri=f'fd:{qmp.named_fd(fd)}')
 
-    def _transfer(self, qmp: QMP, fd: int, progress: Callable[[int, int], object] | None,
+    def _transfer(self, qmp: QmpSession, fd: int, progress: Callable[[int, int], object] | None,
                   timeout: float, stream: socket.socket | None = None) -> None:
         """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
         qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
-        with give(qmp, 'stream', fd):
-            qmp.execute('migrate', uri='fd:stream')
+        qmp.execute('migrate', uri=f'fd:{qmp.named_fd(fd)}')
         deadline = Deadline(timeout)
         try:
             while True:
@@ -8980,7 +9322,7 @@ class Machine(Guest):
             if stream:                  # a QEMU whose writing waits for ever answers nothing
                 with contextlib.suppress(OSError):
                     stream.shutdown(socket.SHUT_RDWR)
-            with contextlib.suppress(ProtocolError):
+            with contextlib.suppress(GuestError):
                 qmp.execute('migrate_cancel')
                 Deadline(QMP_TIMEOUT).poll(lambda: qmp.execute('query-migrate').get('status') in (
                     'failed', 'cancelled', 'completed', None), STATE_POLL / 10)
@@ -9012,7 +9354,7 @@ class Machine(Guest):
                     self._send_to(peer, stream, ran, progress, timeout)
                 with unbroken():
                     self._part(peer, ran)
-                    self._end(STOP_STEPS[2:])
+                    self.qemu.end()
                 self.spec.given = ''
         except ProtocolError as problem:
             raise MachineError(f'{self.name}: {problem}') from None
@@ -9061,14 +9403,14 @@ class Machine(Guest):
         that it is not."""
         try:
             self.spec.given = peer.path         # kept before anybody hears it
-            self._write()
+            self.file.write()
             # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
             peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
         except (ReplyError, FileError):
             self.spec.given = ''
             if ran:
                 self.qmp('cont')
-            self._write()
+            self.file.write()
             raise
         except ProtocolError as problem:
             raise MachineError(
@@ -9123,7 +9465,7 @@ class Machine(Guest):
     def take(self, peer: socket.socket, stream: Callable[[], socket.socket]) -> str:
         """Be the other end of migrate(); return '' when the guest runs here, else why not."""
         with LineSocket('the source', peer) as wire:
-            waited = self.now().incoming
+            waited = self.file.now().incoming
             try:
                 self._take_in(wire, stream)
             except (Error, socket.timeout) as problem:
@@ -9156,7 +9498,7 @@ class Machine(Guest):
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
                     self.spec.incoming = False
-                    self._write()                   # it is this machine's from here on
+                    self.file.write()                   # it is this machine's from here on
                     if offer['runs']:
                         self.qmp('cont')
                     landed = True
@@ -9164,19 +9506,18 @@ class Machine(Guest):
                         peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
             except BaseException:
                 if not landed:                      # what has come must not run here, too
-                    self._end(STOP_STEPS[-1:])
+                    self.qemu.end(patience=-1)
                     self.spec.incoming = True
-                    self._write()
+                    self.file.write()
                 raise
             for device in self._devices('disk'):
                 self._attach(device, self._thing(device))
 
-    def _landed(self, qmp: QMP, peer: LineSocket) -> None:
+    def _landed(self, qmp: QmpSession, peer: LineSocket) -> None:
         """Wait until QEMU has read a whole guest, and the other end still wants it to."""
         deadline = Deadline(ARRIVAL_TIMEOUT)
         while True:
-            with contextlib.suppress(PeerSilent):
-                qmp.event(['MIGRATION'], STATE_POLL, status='completed')
+            if qmp.event(['MIGRATION'], STATE_POLL, status='completed'):
                 return
             if deadline.passed() or peer.closed():
                 raise MachineError(f'{self.name}: its QEMU does not take the guest in')
@@ -9184,7 +9525,7 @@ class Machine(Guest):
     def _marks(self) -> list[dict[str, Any]]:
         """Return what tells its disks and CD from others: format and size, and on this host the
         file itself."""
-        host = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+        host = boot_id()
         layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
                   for device in self._devices('disk') for layer in self._thing(device).chain()]
         if self.cd.filename:
@@ -9275,7 +9616,7 @@ class Machine(Guest):
     def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
         ran = self._status() == 'running'
         self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
-        self._write()
+        self.file.write()
         try:
             with self.monitor() as qmp:
                 self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
@@ -9328,7 +9669,7 @@ class Machine(Guest):
 
     def _forget(self, tag: str) -> None:
         self.spec.snapshots.pop(tag, None)
-        self._write()
+        self.file.write()
 
     @staticmethod
     def _disk_snapshots(tag: str, drives: Sequence[Harddrive]) -> None:
@@ -9343,7 +9684,7 @@ class Machine(Guest):
                 drive.delete_snapshot(tag)
             raise
 
-    def _snapshot_job(self, qmp: QMP, verb: str, tag: str, nodes: Sequence[str]) -> None:
+    def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
         """Carry out snapshot-save, -load or -delete, or what older QEMUs have."""
         if f'snapshot-{verb}' not in {row['name'] for row in qmp.execute('query-commands')}:
             line = {'save': 'savevm', 'load': 'loadvm', 'delete': 'delvm'}[verb]
@@ -9396,7 +9737,7 @@ class Machine(Guest):
                 self._load(tag, layers, started)
             except BaseException:
                 if started:
-                    self._end(STOP_STEPS[2:])
+                    self.qemu.end()
                 raise
             return self._settle()
 
@@ -9435,8 +9776,8 @@ class Machine(Guest):
             if HARMLESS.search(problem.message):
                 raise
             self.spec.lost = True
-            self._write()
-            self._end(STOP_STEPS[2:])
+            self.file.write()
+            self.qemu.end()
             raise MachineError(f'{problem.message}; its guest is lost',
                                'start() boots it, as after a power failure') from None
 
@@ -9470,22 +9811,30 @@ class Machine(Guest):
     def _picture(self, **form: Any) -> bytes:
         """Return what screendump writes, as a PPM or in the format asked for.
 
-        QEMU writes it into its own directory: of a descriptor (add-fd) 7.2 never lets go.
+        Into a file of QEMU's user in root's directory, read by the descriptor that made it: of an
+        fdset (add-fd) QEMU 7.2 never lets go.
         """
-        path = self.run_path(f'screen-{os.urandom(4).hex()}')
+        path = self.file.path(f'screen-{os.urandom(4).hex()}')
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            if os.geteuid() == 0:
+                os.fchown(file, self.spec.uid, self.spec.uid)
             self.qmp('screendump', filename=path, **form)
-            with open(path, 'rb', opener=_no_links) as picture:
+            with open(file, 'rb', closefd=False) as picture:
                 return picture.read(PICTURE_BYTES)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            os.close(file)
+            os.unlink(path)
 
     def _screen(self) -> bytes:
+        """Return a PNG of the screen."""
         try:
-            return self._picture(format='png')
-        except MachineError:                    # before 7.1, or built without libpng
-            return png(self._picture())
+            picture = self._picture(format='png')
+        except QemuRefused:                     # before 7.1, or built without libpng
+            picture = png(self._picture())
+        if not re.match(rb'\x89PNG\r\n\x1a\n.{4}IHDR.{8}', picture[:40], re.DOTALL):
+            raise MachineError(f'{self.name}: QEMU made no picture: {picture[:40]!r}')
+        return picture
 
     def screenshot(self, filename: str | os.PathLike[str]) -> str:
         """Write what the screen shows to a PNG file, and return its path (screendump)."""
@@ -9498,7 +9847,7 @@ class Machine(Guest):
             raise WrongState(f'{self.name} is {self.status()}: QEMU would drop its input',
                              'start or unfreeze it')
 
-    def _press(self, qmp: QMP, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
+    def _press(self, qmp: QmpSession, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
         qmp.execute('send-key', hold_time=hold,
                     keys=[{'type': 'qcode', 'data': key} for key in keys])
         time.sleep(KEY_PAUSE + hold / 1000)
@@ -9520,7 +9869,7 @@ class Machine(Guest):
         with self.monitor() as qmp:
             try:
                 self._press(qmp, named, hold)
-            except ReplyError:
+            except QemuRefused:
                 known = {*KEY_NAMES, *KEYS_OF, *next(
                     [key['name'] for key in row.get('members', [])]
                     for row in qmp.execute('query-qmp-schema')
@@ -9585,10 +9934,8 @@ class Machine(Guest):
         """
         path = image_path(filename)
         with self._changing(), whole_file(path) as file, self.monitor() as qmp:
-            with give(qmp, 'dump', os.dup(file)):
-                qmp.execute('dump-guest-memory', paging=False, protocol='fd:dump', detach=True,
-                            format=format)
-
+            qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
+                        protocol=f'fd:{qmp.named_fd(os.dup(file))}')
             info: dict[str, Any] = {}
 
             def ended() -> bool:
@@ -9605,7 +9952,7 @@ class Machine(Guest):
                 deadline.poll(told, STATE_POLL / 5)
             finally:                                # after Ctrl-C, too: it can't be ended
                 deadline.poll(ended, STATE_POLL / 5)
-            error = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT).get('data', {}).get('error')
+            error = (qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT) or {}).get('data', {}).get('error')
             # It comes before the guest goes on, and until then much is refused.
             Deadline(QMP_TIMEOUT).poll(
                 lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
@@ -9620,9 +9967,9 @@ class Machine(Guest):
         """Return what the guest agent answers, over a socket of its own."""
         if not self.is_alive():
             raise WrongState(f'{self.name} is off', 'start it first')
-        with self.claim('agent', 1, Deadline(timeout)):
+        with self.file.one_of('agent', 1, Deadline(timeout)):
             try:
-                return GuestAgent(self.run_path('agent'), self.name).execute(command, arguments,
+                return GuestAgent(self.qemu.socket('agent'), self.name).execute(command, arguments,
                                                                              timeout)
             except AgentError as problem:
                 opened = problem.trouble.name != 'silent' or self._agent_open(1.0)
@@ -9665,6 +10012,47 @@ class Machine(Guest):
         return list(self.agent('guest-network-get-interfaces'))
 
 
+class DamagedMachine(Guest):
+    """A machine whose file can't be used: it can be seen, stopped and deleted."""
+
+    def __init__(self, name: str, problem: DamagedFile) -> None:
+        self.name = self.id = name
+        self.problem, self.damage = problem, problem.message
+        home = os.path.join(MACHINES_DIR, name)
+        known: dict[str, str] = {}              # what can still be read of it
+        with contextlib.suppress(OSError):
+            text = Path(home, 'machine.json').read_text(errors='replace')
+            known.update(re.findall(r'"(uuid|uid)": "?([0-9a-f-]{1,36})\b', text))
+        self._file = MachineFile(home, MachineSpec(
+            name, known.get('uuid', ''), '', 0, 0, 0, '', False, '', '', '', '', '', None,
+            int(known['uid']) if known.get('uid', '').isdecimal() else 0, 0))
+        self._qemu = Qemu(self._file)
+
+    def __repr__(self) -> str:
+        return f'DamagedMachine({self.name!r})'
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise self.problem
+
+    status = start = save = discard = agent = agent_state = power_button = _refuse
+
+    def stop(self) -> str:
+        """End its QEMU (quit, SIGTERM, SIGKILL), and say what did it."""
+        return self._qemu.end()
+
+    shut_down = power_off = stop
+
+    def delete(self, force: bool = True) -> None:
+        """Forget it, and end its QEMU; its disks stay, and so do its nics (--clean removes
+        them). WrongState while it runs, without `force`."""
+        if self._qemu.is_alive() and not force:
+            raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
+        with self._file.one_of('change', 1, Deadline(BUSY_TIMEOUT)):
+            self._qemu.end()
+            for left in self._file.forget():
+                log.warning('%s is not of this program, and stays', left)
+
+
 class MachineSnapshot(NamedTuple):
     """A snapshot of a machine."""
 
@@ -9688,7 +10076,7 @@ class Machines:
         self.up.set()
         self.stopping = threading.Event()
         self._followed: set[str] = set()            # names with a thread for their events
-        self._told: dict[str, str] = {}             # name -> what was said of its file
+        self._warned: dict[str, str] = {}           # name -> what was said of it
 
     def find(self, name: str) -> Guest | None:
         """Return the machine `name`, or None."""
@@ -9696,6 +10084,8 @@ class Machines:
             return Machine.load(name)
         except NoGuest:
             return None
+        except DamagedFile as problem:
+            return DamagedMachine(name, problem)
 
     def all(self, running: bool = False) -> list[Guest]:
         """Return all machines, or those that run, by name; not those that hang."""
@@ -9704,15 +10094,10 @@ class Machines:
         with contextlib.suppress(OSError):          # there are none, or none of ours
             names += sorted(os.listdir(MACHINES_DIR))
         for name in names:
-            try:
-                found.append(Machine.load(name))
-                self._told.pop(name, None)
-            except NoGuest:
-                pass
-            except Error as problem:                # one broken file must not hide the others
-                if self._told.get(name) != str(problem):
-                    log.warning('machine %s is left out: %s', name, explain(problem))
-                self._told[name] = str(problem)
+            with contextlib.suppress(NoGuest):
+                guest = self.find(name)
+                if guest:
+                    found.append(guest)
         if not running:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
@@ -9729,23 +10114,30 @@ class Machines:
             for machine in self.all():
                 try:
                     self._look_at(machine, kind, receive)
-                except Exception:   # a boundary: what is wrong with one must not end the others'
-                    log.exception('machine %s: unexpected error', machine.name)
+                except (Error, OSError) as problem:
+                    self._warn(machine.name, explain(problem))
             kind = 'started'
             self.stopping.wait(MACHINES_POLL)
 
     def _look_at(self, machine: Guest, kind: str, receive: Callable[[GuestEvent], None]) -> None:
-        """Follow the events of a machine that runs, unless that is done already."""
+        if isinstance(machine, DamagedMachine):
+            raise machine.problem
         if isinstance(machine, Machine) and machine.is_alive():
-            machine.trim_console()
+            machine.qemu.trim_console()
             if machine.name not in self._followed:
                 self._followed.add(machine.name)
                 spawn(f'events {machine.name}', self._follow, machine, kind, receive)
 
+    def _warn(self, name: str, why: str) -> None:
+        """Warn of what is wrong with a machine, once."""
+        if self._warned.get(name) != why:
+            self._warned[name] = why
+            log.warning('%s', why)
+
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         """Pass on the events of one machine until it ends."""
         try:
-            with QMP(machine.run_path('events')) as qmp:
+            with QMP(machine.qemu.socket('events')) as qmp:
                 receive(GuestEvent(machine, kind, time.monotonic()))
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
