@@ -9729,6 +9729,60 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         self.assertIn('web1', self.sh('virsh -q list --all --name'))
         self.assertTrue(self.box.path('/var/lib/vmmonitor/machines/m1/machine.json').exists())
 
+    # Where no Debian is: what each distribution has of what is needed, as packages with nothing in
+    # them. There is none of apk's here: its program is not in Debian.
+    OTHERS = {
+        'dnf': 'python3 openssl curl shadow-utils util-linux libvirt-daemon-kvm libvirt-client '
+               'iproute iproute-tc qemu-kvm qemu-img',
+        'zypper': 'python3 openssl curl shadow util-linux libvirt-daemon-qemu libvirt-client '
+                  'qemu-tools iproute2 qemu-x86',
+        'pacman': 'python openssl curl shadow util-linux libvirt qemu-base iproute2'}
+    REPOSITORY = r"""set -e
+cd $(mktemp -d)
+mkdir rpm db packages p
+{ printf 'Name: x\nVersion: 1\nRelease: 1\nSummary: x\nLicense: x\nBuildArch: noarch\n'
+printf '%%description\nx\n'
+for name in NAMES; do
+    printf '%%package -n %s\nSummary: x\n%%description -n %s\nx\n%%files -n %s\n' $name $name $name
+done; } >x.spec
+rpmbuild -bb --quiet --define "_rpmdir $PWD/rpm" --define "_topdir $PWD/build" x.spec
+createrepo_c -q rpm
+mkdir -p /etc/yum.repos.d /etc/zypp/repos.d /var/lib/pacman
+printf "[x]\nname=x\nbaseurl=file://$PWD/rpm\ngpgcheck=0\n" | tee /etc/yum.repos.d/x.repo \
+    >/etc/zypp/repos.d/x.repo
+for name in NAMES; do
+    printf 'pkgname = %s\npkgver = 1-1\npkgdesc = x\narch = any\nsize = 0\n' $name >p/.PKGINFO
+    tar -C p -cf packages/$name.pkg.tar .PKGINFO
+    mkdir db/$name-1-1
+    printf '%%FILENAME%%\n%s.pkg.tar\n\n%%NAME%%\n%s\n\n%%VERSION%%\n1-1\n\n%%ARCH%%\nany\n' \
+        $name $name >db/$name-1-1/desc
+done
+(cd db; tar -czf ../packages/core.db *)
+printf "[options]\nSigLevel = Never\nArchitecture = auto\n[core]\nServer = file://$PWD/packages\n" \
+    >/etc/pacman.conf
+pacman -Sy --noconfirm
+"""
+
+    @step
+    def other_managers(self) -> None:
+        """dnf, zypper and pacman install what is missing, from packages with nothing in them"""
+        programs = 'python3 dnf zypper pacman-package-manager createrepo-c rpm'
+        self.box.download(programs)
+        self.sh('apt-get -qq -y --no-install-recommends install ' + programs, 300)
+        names = ' '.join({*' '.join(self.OTHERS.values()).split()})
+        self.sh(self.REPOSITORY.replace('NAMES', names), 120)
+        self.copy('/srv/vmmonitor')
+        hidden = 'python3 openssl curl useradd runuser libvirtd virtqemud ip tc setpriv qemu-img ' \
+                 'apt-get dnf zypper pacman'
+        for manager, packages in self.OTHERS.items():
+            self.sh('mkdir /srv/path; cd /srv/path; ln -sf /usr/bin/* /usr/sbin/* .; '
+                    f'rm -f {hidden}; ln -s /usr/bin/{manager} .')
+            shown = self.box.run('PATH=/srv/path /srv/vmmonitor/install.sh --with-machines', 120)
+            self.assertIn('still missing after that: python openssl curl users runuser libvirt '
+                          'machines', shown.stdout)
+            self.sh(f'{"pacman -Q" if manager == "pacman" else "rpm -q"} {packages}; '
+                    'rm -r /srv/path')
+
     # What a host has and systemd-nspawn does not show: a /dev in which the kernel makes nodes
     # (/dev/tapN of a macvtap), and settings of the kernel that can be changed.
     # libvirtd looks for every hugetlbfs that is mounted, and ends at one that is covered.
