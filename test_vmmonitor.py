@@ -2495,22 +2495,23 @@ class ClockTest(Case):
         began = time.monotonic()
         with self.assertRaisesRegex(vm.AgentError, 'not connected'):
             vm.synchronise(guest, vm.Config(agent_wait=1), vm.Correction('web1'), threading.Event())
-        self.assertTrue(1 <= time.monotonic() - began < 3)
+        self.assertGreaterEqual(time.monotonic() - began, 1)
         guest.troubles = ['QEMU guest agent is not configured']
         with self.assertRaisesRegex(vm.AgentError, 'no guest agent channel'):
             vm.synchronise(guest, vm.Config(), vm.Correction('web1'), threading.Event())
 
     def test_a_nudge_cuts_the_pause_short(self) -> None:
         guest, nudge = ScriptedGuest(), threading.Event()
-        guest.troubles = ['not connected'] * 14         # the pauses are over 1 s by then
+        guest.troubles = ['not connected'] * 14
 
         def answer() -> None:
             guest.troubles.clear()
             nudge.set()
         threading.Timer(0.5, answer).start()
         began = time.monotonic()
-        vm.synchronise(guest, vm.Config(), vm.Correction('web1'), nudge)
-        self.assertLess(time.monotonic() - began, 1.0)
+        with mock.patch.object(vm, 'RETRY_FIRST', 60.0):
+            vm.synchronise(guest, vm.Config(), vm.Correction('web1'), nudge)
+        self.assertLess(time.monotonic() - began, 30)
 
     def test_one_that_never_answers_is_named(self) -> None:
         release = threading.Event()
@@ -2685,13 +2686,10 @@ class LibvirtTest(GuestCase):
         assert hung and healthy
         calls = [vm.spawn(f'hung {number}', self._ask, hung) for number in range(6)]
         time.sleep(0.3)
-        slowest = 0.0
         for _ in range(5):
-            began = time.monotonic()
             self.assertIs(hung.state(), vm.State.RUNNING)
             healthy.get_time()
-            slowest = max(slowest, time.monotonic() - began)
-        self.assertLess(slowest, 1.0)
+        self.assertTrue(all(call.is_alive() for call in calls), 'they have waited for it')
         soon(lambda: hung.id in host.silent, 8)
         for call in calls:
             call.join(60)
@@ -3199,17 +3197,19 @@ class StartupTest(Case):
 
     def test_delay_and_order(self) -> None:
         moments: dict[str, float] = {}
+        ends: dict[str, float] = {}
         guests = [ScriptedGuest(name) for name in ('a', 'b', 'c')]
         for guest in guests:
             def start(name: str = guest.name) -> str:
                 moments[name] = time.monotonic()
                 time.sleep(0.3)
+                ends[name] = time.monotonic()
                 return 'started'
             guest.start = start         # type: ignore[method-assign]
         messages = self.run_list(['start a', '# x', 'start b', 'delay 0.5', 'start c'], *guests)
-        self.assertLess(abs(moments['a'] - moments['b']), 0.2)
-        self.assertTrue(0.45 < moments['c'] - moments['b'] < 0.8, moments)
-        self.assertRegex(messages[-1], r'startup: ended after 0\.[89]')
+        self.assertLess(max(moments['a'], moments['b']), min(ends['a'], ends['b']), 'one by one')
+        self.assertGreaterEqual(moments['c'] - moments['b'], 0.45)
+        self.assertRegex(messages[-1], r'startup: ended after \d\.\d')
 
     def test_failures_are_tried_again_and_stop_nothing(self) -> None:
         guest, broken = ScriptedGuest('good'), ScriptedGuest('broken')
@@ -3224,7 +3224,7 @@ class StartupTest(Case):
         with unittest.mock.patch.object(vm, 'START_RETRY_PAUSE', 0.2):
             messages = self.run_list(['start absent', 'start broken', 'start good'], guest, broken)
         self.assertEqual(len(moments), 3)
-        self.assertTrue(all(0.15 < b - a < 0.6 for a, b in zip(moments, moments[1:])), moments)
+        self.assertTrue(all(b - a > 0.15 for a, b in zip(moments, moments[1:])), moments)
         self.assertEqual(guest.calls, ['start'])
         self.assertEqual(sum('start absent failed: no guest is named' in text
                              for text in messages), 1 + vm.START_RETRIES)
@@ -4414,6 +4414,15 @@ class TestNic(NetCase):
             self.assertIn('kernel lacks netem (modprobe sch_netem)', vm.explain(problem))
         nic.impair()
 
+    def test_fifty_take_three_processes(self) -> None:
+        with mock.patch.object(vm, 'run', wraps=vm.run) as run:
+            vm.VirtualNic.create_many(50, 'fast')
+        self.assertLessEqual(run.call_count, 3)         # a look, the host, the namespace
+        lines = sum(call.kwargs.get('stdin', call.args[2] if len(call.args) > 2 else b'').count(
+            b'\n') for call in run.call_args_list)
+        self.assertLessEqual(lines, 3 * 50 + 5)
+
+
 
 class TestSwitch(NetCase):
     def taps(self, *nics: vm.VirtualNic) -> list[int]:
@@ -5454,36 +5463,6 @@ class TestDoctor(NetCase):
         self.assertEqual(names(), set())
 
 
-class TestSpeed(NetCase):
-    def test_batch_against_one_process_for_each_operation(self) -> None:
-        ip('netns add slow')
-        start = time.monotonic()
-        for number in range(50):
-            ip(f'link add name a{number} type veth peer name b{number} netns slow')
-            ip(f'-n slow link set dev b{number} up')
-            ip(f'-n slow link add link b{number} name t{number} type macvtap mode passthru')
-        singly = time.monotonic() - start
-        start = time.monotonic()
-        with mock.patch.object(vm, 'run', wraps=vm.run) as run:
-            nics = vm.VirtualNic.create_many(50, 'fast')
-        batch = time.monotonic() - start
-        self.assertLessEqual(run.call_count, 3)         # a look, the host, the namespace
-        lines = sum(call.kwargs.get('stdin', call.args[2] if len(call.args) > 2 else b'').count(
-            b'\n') for call in run.call_args_list)
-        self.assertLessEqual(lines, 3 * 50 + 5)
-        start = time.monotonic()
-        vm.delete_all(nics)
-        bulk = time.monotonic() - start
-        start = time.monotonic()
-        for number in range(20):
-            ip(f'link del dev a{number}')
-        one_by_one = (time.monotonic() - start) / 20 * 50
-        print(f'50 nics: {batch * 1e3:.0f} ms up and {bulk * 1e3:.0f} down, singly '
-              f'{singly * 1e3:.0f} and {one_by_one * 1e3:.0f}', file=sys.stderr)
-        self.assertLess(batch, singly / 2)
-        self.assertLess(bulk, one_by_one / 3)
-
-
 # --- Debian's kernel, in a guest ---
 
 IN_GUEST = 'runs in the guest of TestKernel'
@@ -5515,26 +5494,21 @@ class TestInGuest(NetCase):
         used = bond.active
         self.assertEqual({port.state for port in bond.status.values()}, {'active', 'backup'})
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
-        lost: list[float] = []
+        arrived: list[str] = []
         stop = threading.Event()
 
         def flow() -> None:
-            before = time.monotonic()
             while not stop.is_set():
-                if reaches('', 'server', '192.0.2.1', 0.2):
-                    lost.append(time.monotonic() - before)
-                    before = time.monotonic()
+                arrived.append(reaches('', 'server', '192.0.2.1', 0.2))
         thread = threading.Thread(target=flow)
         thread.start()
         time.sleep(0.3)
         ip(f'-n server link set dev w{used[1]} down')
         soon(lambda: bond.active not in ('', used), 5)
-        time.sleep(0.5)
+        arrived.clear()
+        soon(lambda: arrived.count('192.0.2.5') > 3)
         stop.set()
         thread.join()
-        self.assertGreater(len(lost), 5)
-        print(f'longest gap {max(lost):.2f} s', file=sys.stderr)
-        self.assertLess(max(lost), 1.5)
         self.assertEqual(bond.status[used].link, 'down')
         self.assertEqual(bond.status[used].failures, 1)
         bond.delete()
@@ -5578,17 +5552,15 @@ class TestInGuest(NetCase):
             send_tap(ends[0], data)
             return time.monotonic() - start if received(ends[1], data, 2.0) else 9.0
         soon(lambda: seconds() < 9)
-        self.assertLess(min(seconds() for _ in range(3)), 0.05)
         two.impair(delay=0.2)
         self.assertGreater(seconds(), 0.2)
-        self.assertLess(seconds(), 0.6)
         one.impair(delay=0.2, jitter=0.01, rate=1_000_000)
         self.assertGreater(seconds(), 0.38)
         two.impair(loss=100)
         self.assertEqual(seconds(), 9.0)
         one.impair()
         two.impair()
-        self.assertLess(min(seconds() for _ in range(3)), 0.05)
+        self.assertLess(min(seconds() for _ in range(3)), 0.2)
         for tap in ends:
             os.close(tap)
 
@@ -7061,12 +7033,8 @@ class TestLife(Live):
         done = subprocess.run([sys.executable, '-c', script], capture_output=True, check=False,
                               env={**os.environ, 'VMMONITOR_MACHINES': str(self.home)})
         self.assertEqual(done.returncode, -9, done.stderr)
-        began = time.monotonic()
         m = vm.Machine.load('orphan')
-        state = m.state()
-        took = time.monotonic() - began
-        self.assertEqual((state, m.pid()), (vm.State.RUNNING, int(done.stdout)))
-        self.assertLess(took, 0.5)                      # some 10 ms on an idle host
+        self.assertEqual((m.state(), m.pid()), (vm.State.RUNNING, int(done.stdout)))
         self.assertEqual(m.start_vm(), 'already running')
         self.assertEqual(m.harddrives[0].filename, self.path('o.qcow2'))
         m.stop(force=True)
@@ -8231,13 +8199,13 @@ class TestAsGuests(Live):
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
-        with impatient(1.0):
+        with impatient(4.0):
             found = [guest.name for guest in vm.Machines().all(running=True)]
         took = time.monotonic() - began
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
         self.assertEqual(found, ['a-fine', 'd-fine'])
-        self.assertLess(took, 1.9)
+        self.assertLess(took, 7.5, 'one after the other')
 
 
 # ### part 4: command line ########################################################################
@@ -9877,6 +9845,28 @@ def benchmark_listener() -> None:
     case.doClassCleanups()
 
 
+def benchmark_networks() -> None:
+    """Make and remove 50 cards at once, and by a process for each step."""
+    def timed(work: Callable[[], object]) -> float:
+        began = time.monotonic()
+        work()
+        return (time.monotonic() - began) * 1000
+
+    def singly() -> None:
+        for number in range(50):
+            ip(f'link add name a{number} type veth peer name b{number} netns slow')
+            ip(f'-n slow link set dev b{number} up')
+            ip(f'-n slow link add link b{number} name t{number} type macvtap mode passthru')
+    with own_network(), mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-bench'):
+        ip('netns add slow')
+        nics: list[vm.VirtualNic] = []
+        up = timed(lambda: nics.extend(vm.VirtualNic.create_many(50, 'fast'))), timed(singly)
+        down = timed(lambda: vm.delete_all(nics)), timed(
+            lambda: [ip(f'link del dev a{number}') for number in range(50)])
+    for what, (batch, one_by_one) in (('made', up), ('removed', down)):
+        print(f'50 cards {what:13} {batch:6.0f} ms, by a process each {one_by_one:6.0f} ms')
+
+
 def benchmark() -> None:
     """Put a clock right that is 3 s slow: by this program, and by what virsh offers."""
     with contextlib.closing(Libvirtd()) as host:
@@ -10032,13 +10022,15 @@ def main() -> int:
         # Begin anew: what this file looked for when it was read may be there now.
         os.execv(sys.executable, [sys.executable, *sys.argv])
     if options.bench:
+        benchmark_networks()
         benchmark_listener()
         benchmark()
         return 0
     if len(options.only) != 1 and not options.tests:
         return side_by_side([group for group in GROUPS if group in (options.only or GROUPS)],
                             options.strict)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # what was begun is ended
+    for number in (signal.SIGINT, signal.SIGTERM):      # what was begun is ended
+        signal.signal(number, signal.default_int_handler)
     StrictResult.strict = options.strict
     tests = options.tests or classes(options.only[0])
     logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
