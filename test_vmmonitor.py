@@ -3754,6 +3754,16 @@ class ListenerTest(ConfigCase):
         for other in ('198.51.100.2', '[2001:db8::1]:80', '198.51.100.1, unknown', ''):
             self.assertEqual(self.ask('key=wrong&cmd=list', *of(other)), self.WRONG, other)
 
+    def test_addresses(self) -> None:
+        for given, shown in (('::ffff:192.0.2.1', '192.0.2.1'), ('fe80::1%eth0', 'fe80::1%eth0'),
+                             ('2001:DB8:0::1', '2001:db8::1'), ('192.0.2.1', '192.0.2.1')):
+            self.assertEqual(vm.plain_address(given), shown)
+            self.assertTrue(vm.Throttle.network(shown))
+            self.assertFalse(self.listener.router.trusts(shown))
+        for bad in ('', 'unknown', '192.0.2.1:80', '_hidden'):
+            with self.assertRaises(ValueError):
+                vm.plain_address(bad)
+
     def test_throttle_forgets(self) -> None:
         throttle = vm.Throttle()
         self.assertEqual(throttle.network('2001:db8::1'), throttle.network('2001:db8::2'))
@@ -9769,7 +9779,7 @@ exec python3 -B test_vmmonitor.py --install
         self.copy(place)
         # Packages first, and by the host's network: the rest runs in the container's own.
         self.sh(f'cd {place}; python3 -B -c "import test_vmmonitor as t; t.install(); '
-                't.guest_image()"', 1200, network=False)
+                't.guest_image(); t.nginx_program()"', 1200, network=False)
         done = subprocess.run(
             self.box.command(f'cd {place}; exec unshare -m sh -c {shlex.quote(self.LIKE_A_HOST)}'),
             env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=3600, check=False)

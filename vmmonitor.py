@@ -3902,7 +3902,8 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
         self.connection = self.client.connection
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection.settimeout(HANDSHAKE_TIMEOUT)
+        deadline = Deadline(HANDSHAKE_TIMEOUT)
+        self.connection.settimeout(deadline.left())
         if self.connection.recv(1, socket.MSG_PEEK).isalpha():      # a TLS record begins with 22
             self.connection.recv(HEADER_BYTES)          # unread, it would reset the connection
             self.refuse(400, 'this port speaks https: begin the address with https://')
@@ -3910,6 +3911,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self.connection = self.server.context.wrap_socket(
             self.connection, server_side=True, do_handshake_on_connect=False)
         self.client.connection = self.connection        # wrap_socket() took the descriptor over
+        self.connection.settimeout(max(deadline.left(), 0.001))
         self.connection.do_handshake()
         self.source = RequestReader(self.connection)
         self.rfile = io.BufferedReader(self.source)
