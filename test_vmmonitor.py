@@ -1096,10 +1096,14 @@ def ip(line: str, check: bool = True) -> str:
     return done.stdout
 
 
+# What comes into every namespace with the modules of tunnels.
+TUNNELS = {'tunl0', 'sit0', 'gre0', 'gretap0', 'erspan0', 'ip_vti0', 'ip6tnl0'}
+
+
 def names(namespace: str = '') -> set[str]:
     """Return the names of all interfaces but lo."""
     rows = json.loads(ip((f'-n {namespace} ' if namespace else '') + '-json link show'))
-    return {row['ifname'] for row in rows} - {'lo', 'tunl0', 'sit0', 'ip6tnl0', 'ifb0', 'ifb1'}
+    return {row['ifname'] for row in rows} - {'lo', 'ifb0', 'ifb1', *TUNNELS}
 
 
 def namespaces() -> list[str]:
@@ -5378,7 +5382,7 @@ class TestErrors(NetCase):
             (lambda: eth1.rename(7), "7 can't be the name"),
             (lambda: eth1.move(7), "7 can't be the name"),
             (lambda: lan.delete(force=1), 'force: 1 must be true or false'),
-            (lambda: lib.delete_all([7]), 'delete: 7 must be'),
+            (lambda: lib.delete_all([7]), 'delete: 7 was not made by this program'),
             (lambda: lib.clean(force='x'), "force: 'x' must be true or false")]
         for call_, words in rows:
             with self.subTest(words), self.refused(words, kind=vm.NetworkError):
@@ -5527,10 +5531,15 @@ class TestInGuest(NetCase):
         self.assertEqual(names(), {'e0', 'e1'})
 
     def test_bond_modes(self) -> None:
+        def bond_ends() -> list[vm.Interface]:
+            return [vm.interfaces['e0'], vm.interfaces['e1']]
+        for end in bond_ends():
+            end.mtu = 1400
         for mode in ('balance-rr', '802.3ad', 'balance-alb'):
             with self.subTest(mode), vm.Bond('bond1', ['e0', 'e1'], mode=mode) as bond:
                 self.assertEqual(set(bond.status), {'e0', 'e1'})
                 self.assertEqual(bond.link().data['mode'], mode)
+                self.assertEqual({bond.mtu, *(one.mtu for one in bond_ends())}, {1400})
         with self.refused('e0: is already a port of bond1', kind=vm.InUse):
             vm.Bond('bond1', ['e0'])
             vm.Bond('bond2', ['e0'])
@@ -5574,13 +5583,38 @@ class TestInGuest(NetCase):
         for tap in ends:
             os.close(tap)
 
+    def test_tunnels_and_what_has_no_mac(self) -> None:
+        """One `modprobe ipip` made the whole library unusable."""
+        for module in TUNNEL_MODULES:
+            subprocess.run(['modprobe', module], check=True)
+        for line in ('link add name t1 type ipip local 192.0.2.1 remote 192.0.2.9',
+                     'link add name t2 type sit remote 192.0.2.9',
+                     'link add name t3 type gre remote 192.0.2.9 ttl 64', 'link add name d0 type '
+                     'dummy', 'link add name t4 type ip6tnl remote 2001:db8::9',
+                     'link add name t5 type vti remote 192.0.2.9 key 7', 'tuntap add dev t6 mode '
+                     'tun', 'link set dev t1 up', 'addr add 10.9.0.1/32 peer 10.9.0.2 dev t1'):
+            ip(line)
+        self.assertLessEqual(TUNNELS | {'t1', 't2', 't3', 't4', 't5', 't6', 'd0'},
+                             set(vm.interfaces))
+        self.assertEqual((vm.interfaces['t1'].mac, vm.interfaces['t1'].ip), ('', '10.9.0.1'))
+        with vm.Switch('lan') as lan, vm.VirtualNic(namespace='web1') as nic:
+            lan.connect(nic)
+            lan.connect('d0')
+            for name in ('t1', 't3', 't4', 't6'):
+                with self.refused(f'{name}: has no MAC', 'nat=True', kind=vm.InUse):
+                    lan.connect(name, force=True)
+                with self.refused(f'{name}: has no MAC'):
+                    vm.Router(name)
+        self.assertEqual(names(), {'e0', 'e1', 't1', 't2', 't3', 't4', 't5', 't6', 'd0'})
+
     def test_all_modules_are_found(self) -> None:
         lacking = [look.text for look in vm.check_networks() if 'kernel lacks' in look.text]
         self.assertEqual(lacking, [])
 
 
-GUEST_MODULES = ('bonding', 'sch_netem', 'veth', 'bridge', 'macvtap', 'tun', 'sch_ingress',
-                 'cls_u32', 'act_mirred', 'af_packet')
+TUNNEL_MODULES = ('ipip', 'sit', 'ip_gre', 'ip_vti', 'ip6_tunnel', 'dummy')
+GUEST_MODULES = (*TUNNEL_MODULES, 'bonding', 'sch_netem', 'veth', 'bridge', 'macvtap', 'tun',
+                 'sch_ingress', 'cls_u32', 'act_mirred', 'af_packet')
 GUEST_INIT = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin VMM_IN_GUEST=1 HOME=/root
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs t /run
@@ -5661,7 +5695,7 @@ class TestKernel(Case):
         with tempfile.TemporaryDirectory() as work:
             said = boot_guest(Path(work), 'TestInGuest', 240)
         self.assertIn('guest: status 0', said)
-        self.assertIn('Ran 5 tests', said)
+        self.assertIn('Ran 6 tests', said)
         self.assertNotIn('skipped', said)
 
 
