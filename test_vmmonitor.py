@@ -8056,6 +8056,26 @@ class TestNetwork(Live):
         for name in 'web', 'card', 'lan':
             space[name].delete()
 
+    def test_what_a_machine_uses_stays(self) -> None:
+        lan = vm.Switch('lan')
+        machine = self.guest('used', memory=112, nics=1)
+        machine.add_nic(plain := vm.VirtualNic())
+        for nic in machine.nics:
+            lan.connect(nic)                                    # type: ignore[arg-type]
+        machine.start_vm(paused=True)
+        before = vm.Registry.read().records.keys()
+        for thing in (plain, lan, *machine.nics):
+            with self.refused('machine used uses it', 'force=True', kind=vm.InUse):
+                thing.delete()                                  # type: ignore[union-attr]
+        with self.assertLogs('vmmonitor', 'WARNING') as said:
+            self.assertEqual(vm.clean(['lan', plain.name]), {})
+        self.assertIn('lan stays: machine used uses it', said.output[0])
+        self.assertEqual(vm.Registry.read().records.keys(), before)
+        machine.stop(force=True)
+        machine.delete()
+        vm.delete_all([lan, plain])
+        self.assertFalse(vm.Registry.read().records.keys() & before)
+
     def test_two_machines_reach_each_other(self) -> None:
         switch = vm.Switch('lan')
         pair = [self.guest(name, memory=112, nics=number) for name, number in (('left', 1),
