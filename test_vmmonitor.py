@@ -1819,7 +1819,8 @@ class FuzzTest(ConfigCase):
 
     def test_startup_lines(self) -> None:
         for data in mutants(b'start vm1', b'delay 5', b'wait db agent 60', b"start 'web server'",
-                            b'# nothing', b'wait "a b" running'):
+                            b'# nothing', b'wait "a b" running', b'wait db port 80 5 or stop',
+                            b'wait path /srv 5'):
             with self.only(data, vm.InvalidValue):
                 step = vm.read_step(1, data.decode('utf-8', 'surrogateescape'))
                 self.assertTrue(step is None or (
@@ -2077,6 +2078,11 @@ class ConfigTest(ConfigCase):
         ({'startup': {'vmStartupCommands': ['wait a -1']}}, 'no number of seconds'),
         ({'startup': {'vmStartupCommands': ['delay nan']}}, 'no number of seconds'),
         ({'startup': {'vmStartupCommands': ['suspend a']}}, 'line 1: \'suspend a\''),
+        ({'startup': {'vmStartupCommands': ['start a or stop']}}, '"wait NAME port PORT [SECONDS] '
+         '[or stop]"'),
+        ({'startup': {'vmStartupCommands': ['wait a or go']}}, 'is not understood'),
+        ({'startup': {'vmStartupCommands': ['wait a port 0']}}, '\'0\' is no port from 1 to'),
+        ({'startup': {'vmStartupCommands': ['wait a port']}}, '\'port\' is no number of seconds'),
     )
 
     def test_each_problem_is_named(self) -> None:
@@ -2127,9 +2133,19 @@ class ConfigTest(ConfigCase):
                            ('wait a 2.5', (1, 'wait', 'a', 2.5, 'agent')),
                            ('wait "my vm" agent 9', (1, 'wait', 'my vm', 9, 'agent')),
                            ('start \'my vm\'  # first', (1, 'start', 'my vm', 0, '')),
-                           ('delay 0.25', (1, 'delay', '', 0.25, ''))):
+                           ('delay 0.25', (1, 'delay', '', 0.25, '')),
+                           ('wait db off', (1, 'wait', 'db', vm.WAIT_DEFAULT, 'off')),
+                           ('wait db port 443',
+                            (1, 'wait', 'db', vm.WAIT_DEFAULT, 'port', '443')),
+                           ('wait db port 80 9 or stop',
+                            (1, 'wait', 'db', 9, 'port', '80', 'stop')),
+                           ('wait path "/srv/my data" 5',
+                            (1, 'wait', '', 5, 'path', '/srv/my data')),
+                           ('wait path running', (1, 'wait', 'path', vm.WAIT_DEFAULT, 'running')),
+                           ('wait db or stop',
+                            (1, 'wait', 'db', vm.WAIT_DEFAULT, 'agent', '', 'stop'))):
             with self.subTest(line=line):
-                self.assertEqual(vm.read_step(1, line), step)
+                self.assertEqual(vm.read_step(1, line), vm.Step(*step))
 
     def test_warnings(self) -> None:
         path = self.write({'listener': {'key': 'short'}})
@@ -8046,6 +8062,30 @@ class TestNetwork(Live):
         self.assertFalse([name for name in vm.Registry.read().records
                           if re.search('web|db|lan|gate', name) and 'netns' not in name])
 
+    def test_startup_waits_for_a_port(self) -> None:
+        switch = vm.Switch('lan')
+        self.addCleanup(switch.delete)
+        m = self.guest('served', memory=112, nics=1)
+        self.addCleanup(m.delete, True)
+        card = m.nics[0]
+        assert isinstance(card, vm.VirtualNic)
+        switch.connect(card)
+        subprocess.run('ip address add 10.9.7.1/24 dev lan', shell=True, check=True)
+        m.start()
+        m.wait('agent', BOOT)
+        sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
+           'ip link set eth0 up; ip address add 10.9.7.2/24 dev eth0')
+        startup = vm.Startup(vm.Guests([vm.Machines()]), vm.steps([
+            'wait served port 5432 1', 'wait served port 5432 30 or stop', 'start served']))
+        with self.assertLogs('vmmonitor', 'INFO') as logged:
+            thread = vm.spawn('startup', startup.run)
+            soon(lambda: 'going on' in str(logged.output), 20)
+            m.agent('guest-exec', {'path': 'nc', 'arg': ['-l', '-p', '5432']})
+            thread.join(60)
+        self.assertRegex(str(logged.output), 'line 1: served: not yet "port 5432" after 1')
+        self.assertRegex(str(logged.output), 'startup: served: port 5432 after')
+        self.assertIn('served already running', str(logged.output))
+
     def test_examples_of_the_help(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(os.path.dirname(self.path('x')))
@@ -8537,6 +8577,33 @@ class OneShotTest(GuestCase):
         status, out, _ = vmmonitor('--config', path, '--check')
         self.assertEqual(status, 1)
         self.assertRegex(out, '(?m)^FAIL  libvirt .*systemctl start libvirtd')
+        for uri, hint in (('qemu+ssh://nohost/system', 'install openssh-client'),
+                          ('qemu:///session', 'a session belongs to one user'),
+                          ('foo:///bar', 'set libvirt.uri to one such as qemu:///system'),
+                          ('qemu+smoke://a/system', 'set libvirt.uri to one such as qemu:')):
+            path = self.write({'libvirt': {'uri': uri}, 'listener': {'enabled': False}})
+            status, out, _ = vmmonitor('--config', path, '--check', env={
+                'PATH': str(self.directory), 'HOME': str(self.directory)})
+            self.assertEqual(status, 1)
+            self.assertRegex(out, f'(?m)^FAIL  libvirt .*{hint}')
+
+    def test_check_knows_libvirt_guests(self) -> None:
+        path = self.config({'startup': {'enabled': True, 'vmStartupCommands': []}})
+        settings = [self.directory / name for name in ('script', 'default')]
+        systemctl = self.directory / 'systemctl'
+        for enabled, script, default, told in (
+                ('0', 'ON_BOOT="start"', '', True),
+                ('0', 'ON_BOOT=start', "ON_BOOT='ignore'", False),
+                ('0', 'ON_BOOT=ignore', '#ON_BOOT=ignore\nON_BOOT=start', True),
+                ('1', 'ON_BOOT=start', '', False)):
+            for file, text in zip(settings, (script, default)):
+                file.write_text(text + '\n')
+            systemctl.write_text(f'#!/bin/sh\nexit {enabled}\n')
+            systemctl.chmod(0o755)
+            with mock.patch.object(vm, 'LIBVIRT_GUESTS', [str(file) for file in settings]), \
+                    mock.patch.dict(os.environ, PATH=f'{self.directory}:{os.environ["PATH"]}'):
+                lines = [line.text for line in vm.checks(path, ['startup']) if not line.good]
+            self.assertEqual('ON_BOOT=ignore' in str(lines), told, lines)
 
     def test_reload_that_is_answered(self) -> None:
         path = self.config({'monitor': {'toleranceMs': 7}})
@@ -8670,6 +8737,38 @@ class DaemonTest(GuestCase):
         self.assertEqual(self.answers(port, 'start&target=web1').popitem()[1],
                          (200, 'web1: already running'))
         self.assertNotIn('failed', self.answers(port, 'list')['list'][1])
+
+    def test_startup_once_per_boot(self) -> None:
+        self.only()
+        guest = self.vm('web1', running=False)
+        config = self.config({'startup': {'enabled': True, 'vmStartupCommands': ['start web1']}})
+        place = self.directory / 'run'
+        place.mkdir()
+        by_hand = ('--startup',)
+        for arguments, boot, starts in (((), '1', True), ((), '1', False), (by_hand, '1', True),
+                                        ((), '2', True), ((), '2', False)):
+            program = self.program(*arguments, config=config, env={
+                'RUNTIME_DIRECTORY': str(place), 'VMMONITOR_BOOT': boot})
+            program.wait_log('startup: ended after' if starts else
+                             'startup: was done since this host booted; --startup does it again')
+            self.assertEqual(guest.state(), 'running' if starts else 'shut off')
+            program.stop()
+            guest.destroy()
+
+    def test_startup_waits_for_a_path_and_for_off(self) -> None:
+        self.only()
+        self.vm('web1')
+        self.vm('web2', running=False)
+        program = self.program('--startup', config=self.config({'startup': {'vmStartupCommands': [
+            'wait path /etc/passwd 9', 'wait web2 off 9', 'wait web1 off 0.3', 'start web1',
+            'wait path /nonexistent/data 0.5 or stop', 'start web2']}}))
+        program.wait_log('startup: ended after', 60)
+        for text in ('host: path /etc/passwd after', 'web2: off after',
+                     'line 3: web1: not yet "off" after 0.3 s; going on', 'web1 already running',
+                     'line 5: host: not yet "path '
+                     '/nonexistent/data" after 0.5 s; the list ends here'):
+            self.assertIn(text, program.log())
+        self.assertEqual(self.vm('web2', running=False).state(), 'shut off')
 
     def test_startup_with_real_guests(self) -> None:
         self.only()

@@ -976,38 +976,86 @@ def a_network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         raise InvalidValue('must be an address or a network, such as 10.0.0.0/8') from None
 
 
+class Form(NamedTuple):
+    """A row of the list language: how one kind of line is written. Words in capitals stand for a
+    value, those in brackets may be left out."""
+
+    words: str
+    otherwise: tuple[str, ...] = ()     # what may stand behind "or" at its end
+    seconds: float = 0.0                # where SECONDS is left out
+
+    def __str__(self) -> str:
+        return self.words + (f' [or {"|".join(self.otherwise)}]' if self.otherwise else '')
+
+
+# The first row that fits counts.
+STARTUP_FORMS = (
+    Form('start NAME'),
+    Form('delay SECONDS'),
+    Form('wait path PATH [SECONDS]', ('stop',), WAIT_DEFAULT),
+    Form('wait NAME port PORT [SECONDS]', ('stop',), WAIT_DEFAULT),
+    Form('wait NAME [agent|running|off] [SECONDS]', ('stop',), WAIT_DEFAULT))
+
+
 class Step(NamedTuple):
-    """One line of startup.vmStartupCommands."""
+    """One line of a list."""
 
     number: int                 # of the line, from 1
-    verb: str                   # start, delay or wait
+    verb: str                   # the first word
     name: str = ''              # of the guest
     seconds: float = 0.0        # to sleep, or to wait at most
-    until: str = ''             # wait: agent or running
+    until: str = ''             # wait: agent, running, off, port or path
+    what: str = ''              # the port or path
+    otherwise: str = ''         # what to do when it waited in vain; '': go on
 
 
-def read_step(number: int, line: str) -> Step | None:
-    """Read one startup line; None for a comment or an empty one."""
+def _fits(token: str, word: str) -> bool:
+    """Tell whether a word of a line can be that of a Form."""
+    if token.islower():
+        return word in token.split('|')
+    return token != 'PATH' or word.startswith('/')
+
+
+def _read_form(form: Form, words: Sequence[str]) -> dict[str, str] | None:
+    """Return what stands in a line for each word of a Form; None if it is not such a line."""
+    rest, found = list(words), {}
+    if len(rest) > 2 and rest[-2] == 'or' and rest[-1] in form.otherwise:
+        found['or'] = rest[-1]
+        del rest[-2:]
+    for token in form.words.split():
+        if rest and _fits(token.strip('[]'), rest[0]):
+            found[token.strip('[]')] = rest.pop(0)
+        elif token[0] != '[':
+            return None
+    return None if rest else found
+
+
+def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> Step | None:
+    """Read one line of a list; None for a comment or an empty one."""
     try:
-        found = shlex.split(line, comments=True)
+        words = shlex.split(line, comments=True)
     except ValueError as reason:
         raise InvalidValue(f'line {number}: {line!r}: {reason}; quote names with spaces') from None
-    if not found:
+    if not words:
         return None
-    verb, *rest = found
-    if verb == 'start' and len(rest) == 1:
-        return Step(number, verb, rest[0])
-    if verb == 'delay' and len(rest) == 1:
-        return Step(number, verb, seconds=_seconds(number, line, rest[0]))
-    if verb == 'wait' and 1 <= len(rest) <= 3:
-        name, *more = rest
-        until = more.pop(0) if more and more[0] in ('agent', 'running') else 'agent'
-        if len(more) <= 1:
-            limit = _seconds(number, line, more[0]) if more else WAIT_DEFAULT
-            return Step(number, verb, name, limit, until)
-    raise InvalidValue(
-        f'line {number}: {line!r} is not understood; write "start NAME", "delay SECONDS" or "wait '
-        'NAME [agent|running] [SECONDS]", names with spaces in quotes')
+    form, found = next(((form, found) for form in forms
+                        for found in [_read_form(form, words)] if found), (forms[0], None))
+    if not found:
+        raise InvalidValue(f'line {number}: {line!r} is not understood; write {usage(forms)}, '
+                           'names with spaces in quotes')
+    port = found.get('PORT', '1')
+    if not re.fullmatch('[0-9]{1,5}', port) or not 0 < int(port) < 1 << 16:
+        raise InvalidValue(f'line {number}: {line!r}: {port!r} is no port from 1 to 65535')
+    until = [word for token, word in found.items() if token.islower() and token != 'or'][1:]
+    return Step(number, words[0], found.get('NAME', ''),
+                _seconds(number, line, found['SECONDS']) if 'SECONDS' in found else form.seconds,
+                until[0] if until else 'agent' if words[0] == 'wait' else '',
+                found.get('PORT', found.get('PATH', '')), found.get('or', ''))
+
+
+def usage(forms: Sequence[Form]) -> str:
+    """Return how the lines of a list are written."""
+    return ', '.join(f'"{form}"' for form in forms)
 
 
 def _seconds(number: int, line: str, text: str) -> float:
@@ -1019,10 +1067,10 @@ def _seconds(number: int, line: str, text: str) -> float:
     raise InvalidValue(f'line {number}: {line!r}: {text!r} is no number of seconds from 0 to 86400')
 
 
-def steps(value: Any) -> tuple[Step, ...]:
-    """Read the list of startup lines, naming every line that can't be understood."""
+def steps(value: Any, forms: Sequence[Form] = STARTUP_FORMS) -> tuple[Step, ...]:
+    """Read a list of lines, naming every line that can't be understood."""
     numbers = itertools.count(1)
-    read = a_list(lambda line: read_step(next(numbers), a_text(line)), place='')
+    read = a_list(lambda line: read_step(next(numbers), a_text(line), forms), place='')
     return tuple(filter(None, read(value)))
 
 
@@ -1168,10 +1216,10 @@ class Config:
         'listener.trustedProxies', (), a_list(a_network),
         'addresses or networks of proxies whose X-Forwarded-For says who asks')
     startup_enabled: bool = option(
-        'startup.enabled', False, a_bool, 'start guests when the program starts', restart=True)
+        'startup.enabled', False, a_bool, 'start guests when the host has booted', restart=True)
     steps: tuple[Step, ...] = option(
         'startup.vmStartupCommands', (), steps,
-        'lines: "start NAME", "delay SECONDS", "wait NAME [agent|running] [SECONDS]"', restart=True)
+        f'lines: {usage(STARTUP_FORMS)}', restart=True)
 
     path: str = ''                                      # the file it was read from
     keys: tuple[Key, ...] = ()                          # listener.key and listener.keys, read
@@ -1420,6 +1468,7 @@ ASK_TIMEOUT = 60.0             # for what is asked of all guests at once; each c
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 MOMENT = 0.3                   # after it was made to run, until a guest counts as running ...
 TROUBLED_MOMENT = 2.0          # ... one that had stopped itself: its disk may be full still
+CONNECT_TIMEOUT = 2.0          # for a connection to a port of a guest
 AWAKE_TIMEOUT = 10.0           # until a guest that sleeps is awake
 GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
 GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come to its end
@@ -1435,7 +1484,8 @@ SCHEMAS.update({
     'guest-fsfreeze-status': str,
     'guest-get-memory-blocks': [{'phys-index': int, 'online': bool}],
     'guest-get-time': int,
-    'guest-network-get-interfaces': Rows([{'name': str}])})
+    'guest-network-get-interfaces': Rows([{'name': str, 'ip-addresses?': Rows([
+        {'ip-address': str}])}])})
 
 
 class State(enum.Enum):
@@ -1675,6 +1725,28 @@ class Guest:
         with contextlib.suppress(GuestError):
             if self.agent_state() != 'disconnected':    # else libvirtd would log an error
                 self.agent('guest-ping')
+                return True
+        return False
+
+    def addresses(self) -> list[str]:
+        """Return its IP addresses that can be reached from elsewhere: those that its agent knows
+        (guest-network-get-interfaces), or without an agent those of its name in the resolver."""
+        try:
+            found = [address['ip-address'] for card in self.agent('guest-network-get-interfaces')
+                     for address in card.get('ip-addresses', [])]
+        except AgentError:
+            with contextlib.suppress(OSError, UnicodeError):
+                found = [str(row[4][0]) for row in socket.getaddrinfo(
+                    self.name, None, type=socket.SOCK_STREAM)]
+                return found
+            return []
+        return [text for text in found if not re.match(r'127\.|::1$|fe80:', text)]
+
+    def serves(self, port: int) -> bool:
+        """Tell whether it takes connections on a TCP port."""
+        for address in self.addresses():
+            with contextlib.suppress(OSError), \
+                    socket.create_connection((address, port), CONNECT_TIMEOUT):
                 return True
         return False
 
@@ -2277,11 +2349,26 @@ LIST_RUNNING = 1 << 4                                   # virConnectListAllDomai
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
 SHUTDOWN_ACPI = 1 << 0                                  # virDomainShutdownFlagValues
 
-_RIGHTS = 'run this as root or put the user in the group libvirt: usermod -aG libvirt USER'
+_RIGHTS = ('run this as root or put the user in the group libvirt: usermod -aG libvirt USER; that '
+           'counts for a shell after logging in again, for a service after its restart')
 _DAEMON = 'start it: systemctl start libvirtd, or virtqemud where that is installed'
 LIBVIRT_HINTS = {
     ERR_SYSTEM: _DAEMON, ERR_AUTH_FAILED: _RIGHTS, ERR_AUTH_CANCELLED: _RIGHTS,
     ERR_ACCESS_DENIED: _RIGHTS, ERR_AUTH_UNAVAILABLE: _RIGHTS}
+# What to do about a URI that can't be opened: the first row that fits URI and text counts; "{far}"
+# is the host in it. Others have the hint of their error.
+URI_HINTS = (
+    (r'\w+\+ssh:', r"[Cc]annot find 'ssh'|ssh'?:? .*No such file", 'install openssh-client here'),
+    (r'\w+\+(ssh|libssh2?):', '', 'this must work without a question: ssh {far} true'),
+    (r'\w+\+tls:', 'certificate|PKI', 'make libvirt\'s certificates: virt-pki-validate says which '
+     'are missing'),
+    (r'\w+\+(tls|tcp):', '', 'on {far} start what listens: systemctl start libvirtd-tls.socket, or '
+     'libvirtd-tcp.socket'),
+    (r'qemu(\+unix)?:///session', '', 'a session belongs to one user: run this as that user, who '
+     'sees it by "virsh -c qemu:///session list"; the host\'s guests are at qemu:///system'),
+    (r'(?!(qemu|test)(\+(unix|ext))?://)|.*', r'not recogni[sz]ed|unexpected .*path|no connection '
+     'driver', 'set libvirt.uri to one such as qemu:///system'),
+    (r'(?!(qemu|test)(\+(unix|ext))?://)', '', 'set libvirt.uri to one such as qemu:///system'))
 
 STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING, 5: State.OFF,
           6: State.CRASHED, 7: State.ASLEEP}            # virDomainState; 2 is "blocked on I/O"
@@ -2543,9 +2630,12 @@ class Connection:
         try:
             self.handle = Opening.connect(uri)
         except LibvirtError as problem:
-            far = re.match(r'\w+\+ssh://([^/?]*)', uri)
-            hint = f'this must work without a question: ssh {far[1]} true' if far else problem.hint
-            raise HostAway(problem.message, problem.code, problem.domain, hint) from None
+            hint = next((hint for pattern, text, hint in URI_HINTS
+                         if re.match(pattern, uri) and re.search(text, problem.message)),
+                        problem.hint)
+            far = re.sub(r'.*?//([^/?]*).*', r'\1', uri)
+            raise HostAway(problem.message, problem.code, problem.domain,
+                           hint.format(far=far)) from None
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
@@ -3312,17 +3402,61 @@ START_RETRIES = 3              # further tries of a guest that failed to start .
 START_RETRY_PAUSE = 5.0        # ... this long apart
 
 
-class Startup:
-    """Carry out startup.vmStartupCommands, once."""
+class BootMark:
+    """Says whether something was done since the host booted: a file that the host forgets when it
+    boots, with the number of the boot in case it does not.
 
-    def __init__(self, guests: Guests, lines: Sequence[Step]) -> None:
-        self.guests, self.steps = guests, lines
+    It lies where the unit's RuntimeDirectory= is, in /run for root, else in the user's own place.
+    """
+
+    def __init__(self, name: str) -> None:
+        place = os.environ.get('RUNTIME_DIRECTORY', '').partition(':')[0] or (
+            '/run' if os.geteuid() == 0 else os.environ.get('XDG_RUNTIME_DIR', '/nonexistent'))
+        self.path = os.path.join(place, f'vmmonitor-{name}')
+
+    @staticmethod
+    def _boot() -> bytes:
+        """Return the number of this boot; the unit gives it, which hides /proc/sys."""
+        return os.environ.get('VMMONITOR_BOOT', '').encode() or Path(
+            '/proc/sys/kernel/random/boot_id').read_bytes().strip().replace(b'-', b'')
+
+    def is_set(self) -> bool:
+        """Tell whether it was done."""
+        with contextlib.suppress(OSError):
+            return Path(self.path).read_bytes() == self._boot()
+        return False
+
+    def set(self) -> None:
+        """Note that it was done."""
+        try:
+            write_whole(self.path, self._boot(), replace=True)
+        except (Error, OSError) as problem:
+            log.warning('%s can\'t be written, so that it will be done again when the program '
+                        'starts: %s', self.path, explain(problem))
+
+
+class Startup:
+    """Carry out startup.vmStartupCommands: once, or with `mark` once since the host booted."""
+
+    # what a line waits for -> whether it is there
+    PROBES: dict[str, Callable[[Guests, Step], bool]] = {
+        'agent': lambda guests, step: guests.find(step.name).agent_answers(),
+        'running': lambda guests, step: guests.find(step.name).state() is State.RUNNING,
+        'off': lambda guests, step: guests.find(step.name).is_off(),
+        'port': lambda guests, step: guests.find(step.name).serves(int(step.what)),
+        'path': lambda guests, step: os.path.exists(step.what)}
+
+    def __init__(self, guests: Guests, lines: Sequence[Step], mark: BootMark | None = None) -> None:
+        self.guests, self.steps, self.mark = guests, lines, mark
         self.stopping = threading.Event()
         self._results: dict[str, str] = {}          # guest -> what was done, in words
         self._failed: dict[str, str] = {}           # guest -> why not
 
     def run(self) -> None:
         """Wait for the guests' hosts, go through the lines, wait for the last start, and sum up."""
+        if self.mark and self.mark.is_set():
+            log.info('startup: was done since this host booted; --startup does it again')
+            return
         if not self.guests.ready(self.stopping, {step.name for step in self.steps if step.name}):
             return
         began, threads = time.monotonic(), []
@@ -3333,17 +3467,20 @@ class Startup:
                 threads.append(spawn(f'start {step.name}', self._start, step.name))
             elif step.verb == 'delay':
                 self.stopping.wait(step.seconds)
-            else:
-                self._wait(step)
+            elif not self._wait(step) and step.otherwise == 'stop':
+                break
         for thread in threads:              # each start has a time limit
             while thread.is_alive() and not self.stopping.wait(STATE_POLL):
                 pass
-        if not self.stopping.is_set():
-            done = ', '.join(f'{name} {says}' for name, says in self._results.items())
-            failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
-            log.log(logging.WARNING if failed else logging.INFO,
-                    'startup: ended after %.1f s: %s%s', time.monotonic() - began,
-                    done or 'nothing started', failed and f'; failed: {failed}')
+        if self.stopping.is_set():
+            return
+        if self.mark:
+            self.mark.set()
+        done = ', '.join(f'{name} {says}' for name, says in self._results.items())
+        failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
+        log.log(logging.WARNING if failed else logging.INFO,
+                'startup: ended after %.1f s: %s%s', time.monotonic() - began,
+                done or 'nothing started', failed and f'; failed: {failed}')
 
     def _start(self, name: str) -> None:
         """Start one guest, trying again START_RETRIES times."""
@@ -3366,36 +3503,35 @@ class Startup:
                 log.info('startup: %s %s', name, says)
                 return
 
-    def _wait(self, step: Step) -> None:
-        """Wait until a guest runs, or its agent answers, but not longer than the line says.
+    def _wait(self, step: Step) -> bool:
+        """Wait until a line's guest, port or path is there, but not longer than the line says;
+        tell whether it is.
 
-        The asking has a thread of its own: an agent that hangs holds a call for seconds.
+        The asking has a thread of its own: an agent or a mount that hangs holds it for long.
         """
-        reached = threading.Event()
-        deadline = Deadline(step.seconds)
+        reached, deadline, began = threading.Event(), Deadline(step.seconds), time.monotonic()
 
         def ask() -> bool:
             with contextlib.suppress(Error):
-                guest = self.guests.find(step.name)
-                if step.until == 'running':
-                    return guest.state() is State.RUNNING
-                return guest.agent_answers()
+                return self.PROBES[step.until](self.guests, step)
             return self.stopping.is_set()
 
         def look() -> None:
             if deadline.poll(ask):
                 reached.set()
-        began = time.monotonic()
-        spawn(f'wait {step.name}', look)
+        spawn(f'wait {step.name or step.what}', look)
         while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
             if self.stopping.is_set():
-                return
+                return False
         waited = time.monotonic() - began
+        until = ' '.join(filter(None, [step.until, step.what]))
         if reached.is_set():
-            log.info('startup: %s: %s after %.1f s', step.name, step.until, waited)
+            log.info('startup: %s: %s after %.1f s', step.name or 'host', until, waited)
         else:
-            log.warning('startup: line %d: %s: not yet "%s" after %.1f s; going on', step.number,
-                        step.name, step.until, waited)
+            log.warning('startup: line %d: %s: not yet "%s" after %.1f s; %s', step.number,
+                        step.name or 'host', until, waited,
+                        'the list ends here' if step.otherwise else 'going on')
+        return reached.is_set()
 
 
 # === listener ===================================================================================
@@ -10185,6 +10321,7 @@ machines = Machines()
 # that another user owns: install.sh has refused those before it ran this.
 
 UNIT = '/etc/systemd/system/vmmonitor.service'
+UNIT_RUN = '/run/vmmonitor-service'     # its RuntimeDirectory=
 DROPIN = f'{UNIT}.d/machines.conf'
 CREATED_BY = 'vmmonitor service'    # in the account of a user that was made here
 SYSTEMCTL_TIMEOUT = 90              # seconds; of a start, stop or reload
@@ -10639,6 +10776,7 @@ class Setup:
                 os.rmdir(os.path.dirname(DROPIN))
             systemctl('daemon-reload')
             systemctl('reset-failed', '--quiet', 'vmmonitor')
+            shutil.rmtree(UNIT_RUN, ignore_errors=True)
             print(f'removed {UNIT}')
         named = []
         with contextlib.suppress(OSError, Error):
@@ -10794,6 +10932,9 @@ def curl_example(config: Config) -> Iterator[str]:
 
 # === command line ===============================================================================
 
+# libvirt-guests.service: the script, whose defaults differ between distributions, and its settings.
+LIBVIRT_GUESTS = ('/usr/lib/libvirt/libvirt-guests.sh', '/usr/libexec/libvirt-guests.sh',
+                  '/etc/default/libvirt-guests', '/etc/sysconfig/libvirt-guests')
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 EXAMPLES = """examples:
@@ -10860,14 +11001,15 @@ def notify_systemd(*lines: str) -> None:
 class Daemon:
     """The roles that were asked for, until a signal ends them."""
 
-    def __init__(self, config: Config, roles: Sequence[str]) -> None:
+    def __init__(self, config: Config, roles: Sequence[str], once: bool = False) -> None:
         self.settings = Settings(config)
         self.roles = list(roles)
         self.host = LibvirtHost(config.libvirt_uri)
         self.machines = Machines()
         self.guests = Guests([self.machines, self.host])
         self.monitor = Monitor(self.guests, self.settings)
-        self.startup = Startup(self.guests, config.steps)
+        # A restart of the service must not start what the admin has switched off meanwhile.
+        self.startup = Startup(self.guests, config.steps, BootMark('startup') if once else None)
         self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
         # Signals, and who asks for a reload and waits for the answer; put() is reentrant.
         self.signals: queue.SimpleQueue[int | socket.socket] = queue.SimpleQueue()
@@ -11084,7 +11226,27 @@ def _check_guests(config: Config, roles: Sequence[str], with_machines: bool) -> 
         elif step.verb == 'start' and guests[step.name].autostarts():
             yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
                        f'virsh autostart --disable {step.name}')
+    if 'startup' in roles and libvirt_guests('ON_BOOT') == 'start':
+        yield Check(False, 'libvirt-guests resumes all guests at once when the host boots, which '
+                    'undoes the order; set ON_BOOT=ignore in /etc/default/libvirt-guests or '
+                    '/etc/sysconfig/libvirt-guests')
     host.stop()
+
+
+def libvirt_guests(setting: str) -> str:
+    """Return a setting of libvirt's own libvirt-guests.service; '' where that is not in use."""
+    try:
+        if run(['systemctl', 'is-enabled', 'libvirt-guests'], QMP_TIMEOUT, check=False).returncode:
+            return ''
+    except CommandError:
+        return ''
+    value = ''
+    for path in LIBVIRT_GUESTS:             # the script with its defaults, then what overrides them
+        with contextlib.suppress(OSError):
+            for line in Path(path).read_text('utf-8', 'replace').splitlines():
+                found = re.match(rf'{setting}=["\']?([\w-]*)', line)
+                value = found[1] if found else value
+    return value
 
 
 def show(text: str) -> None:
@@ -11279,7 +11441,7 @@ def dispatch(options: argparse.Namespace) -> int:
     if not roles:
         raise ConfigError(path, ['nothing is enabled; set monitor.enabled, startup.enabled or '
                                  'listener.enabled, or say --monitor, --startup or --listen'])
-    return Daemon(config, roles).run()
+    return Daemon(config, roles, once=not options.startup).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
