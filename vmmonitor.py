@@ -1897,9 +1897,9 @@ class GuestHost(Protocol):
 # === clock ======================================================================================
 
 SAMPLES = 3                    # readings per measurement; the one with the shortest call counts
-SAMPLES_MAX = 8                # ... of up to so many, while it is too long to be sure
+SURE_WITHIN = 1.0              # ... of as many as fit into this, while it is too long to be sure
 SHORT_TRIP = 12 * MS           # a way to the agent and back by which one setting is exact; it is
-SHORT_WITHIN = 0.25            # ... awaited so long: the first ones after a restore take 100 ms
+SHORT_WITHIN = 0.5             # ... awaited so long: the first ones after a restore take 100 ms
 USUAL_GRAIN = 16 * MS          # Windows' clock shows up to this much less than it is ...
 GRAIN_WITHIN = 1.1             # ... and others up to a second: how long a tick is awaited
 GRAIN_READINGS = 64            # ... and by how many readings at most
@@ -1983,15 +1983,16 @@ def measure(guest: Guest, tolerance: int, behind: bool = False) -> Measurement:
     setting is exact: it shall not stay wrong for the sake of a better figure. Without a cause
     that proves it to be `behind` that takes two readings, by which a coarse clock is told.
     """
-    readings, limit = [read_clock(guest)], Deadline(SHORT_WITHIN)
+    readings = [read_clock(guest)]
+    short, sure = Deadline(SHORT_WITHIN), Deadline(SURE_WITHIN)
     while True:
         best = min(readings, key=lambda reading: reading.delay)
         off = max(best.offset, -best.offset - USUAL_GRAIN) > tolerance + 2 * best.delay
         if off and (behind or len(readings) > 1):
-            enough = best.delay <= SHORT_TRIP or limit.passed()
+            enough = best.delay <= SHORT_TRIP or short.passed()
         else:
-            enough = len(readings) >= SAMPLES_MAX or (
-                len(readings) >= SAMPLES and best.delay // 2 <= tolerance)
+            enough = len(readings) >= SAMPLES and (
+                best.delay // 2 <= tolerance or sure.passed())
         if enough:
             return Measurement(best.offset, best.delay)
         readings.append(read_clock(guest))
@@ -2124,7 +2125,7 @@ def _correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction)
         if failed.trouble.transient:       # it may work later: a rougher way would not do better
             break
     result.after = found.offset
-    result.proved, result.when = time.monotonic() - result.began, time.time()
+    result.proved, result.when = max(time.monotonic() - result.began, result.right), time.time()
     if abs(result.after) <= limit:
         result.warning = explain(problem) if problem else ''
         return result
