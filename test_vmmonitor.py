@@ -6367,6 +6367,11 @@ class TestGuest(Live):
             return m.get_time()
         return 0
 
+    def test_processor(self) -> None:
+        """Distributions of today need x86-64-v2."""
+        flags = sh(self.machine, 'grep -m1 ^flags /proc/cpuinfo').split()
+        self.assertLessEqual({'popcnt', 'sse4_1', 'sse4_2', 'ssse3', 'cx16', 'lahf_lm'}, {*flags})
+
     def test_unprivileged_and_sandboxed(self) -> None:
         m = self.machine
         status = dict(line.split(':\t', 1) for line in
@@ -7204,9 +7209,86 @@ class TestLife(Live):
             front = m._front(m.spec.devices[0])
             self.assertEqual({key: front[key] for key in place}, place)
 
+    def test_processor(self) -> None:
+        def told(machine: vm.Machine) -> str:
+            argv = Path(f'/proc/{machine.pid()}/cmdline').read_text().split('\0')
+            return argv[argv.index('-cpu') + 1]
+        disk = self.path('p.qcow2')
+        m = self.bios('cpu', harddrives=disk, cpu='Nehalem,-vme')
+        m.start_vm()
+        self.assertEqual((told(m), vm.Machine.load('cpu').spec.cpu), ('Nehalem,-vme',) * 2)
+        m.snapshot('s')
+        m.delete(force=True)
+        m = self.bios('cpu', harddrives=disk)
+        with self.refused('other devices', 'tcg Nehalem,-vme', 'tcg max'):
+            m.load_snapshot('s')
+        m.start_vm()
+        self.assertEqual(told(m), 'max')
+        m.save()
+        with mock.patch.dict(os.environ, VMMONITOR_ACCEL='kvm'), \
+                self.refused('saved with the processor tcg max', 'kvm host', 'delete_saved()'):
+            m.start()
+        self.assertEqual(m.start(), 'restored')
+        m.delete(force=True)
+        for bad in ('', 'help', '-x', 5, 'a\nb'):
+            with self.refused('cpu', 'EPYC-v4'):
+                self.bios('bad', cpu=bad)
+        with self.refused("unable to find CPU model 'nosuch'"):
+            self.bios('nosuch', cpu='nosuch').start_vm()
+
+    def test_kvm(self) -> None:
+        """Only as far as a paused machine, since what the guest then does is the host's affair."""
+        if not os.access('/dev/kvm', os.R_OK | os.W_OK):
+            with mock.patch.dict(os.environ, VMMONITOR_ACCEL='auto'):
+                self.assertEqual(vm.usable_accel('auto'), 'tcg')
+            return
+        m = self.bios('kvm', user='root', cpu='host,-arch-capabilities')
+        with mock.patch.dict(os.environ, VMMONITOR_ACCEL='kvm'):
+            m.start_vm(paused=True)
+            self.assertEqual(m.qmp('query-kvm'), {'enabled': True, 'present': True})
+            self.assertIs(m.state(), vm.State.PAUSED)
+            self.assertRegex(m.file.now().processor, r'^kvm host,-arch-capabilities \(.+\)$')
+        m.delete(force=True)
+
+    def test_longest_name(self) -> None:
+        limit = vm.name_limit()
+        self.assertLess(limit, 64)
+        m = self.bios('n' * limit, display='vnc')
+        for number in range(11):
+            m.create_chardev(f'c{number}')
+        m.start_vm()
+        m.delete(force=True)
+        for name in ('n' * (limit + 1), 'n' * 63 + 'n'):
+            with self.refused(f'at most {limit} for a machine in {self.home}'):
+                self.bios(name)
+        with mock.patch.object(vm, 'MACHINES_DIR', '/proc/absent/machines'), \
+                self.refused('/proc/absent/machines/x: can', 'be written'):
+            self.bios('x')
+
+    def test_disk_stays_where_it_is(self) -> None:
+        """A machine that can't have a disk leaves the object to the one that has it."""
+        disk = vm.Harddrive(self.path('d.qcow2'), 0.01)
+        a, b = self.bios('has', harddrives=disk), self.bios('wants')
+        for machine in (a, b):
+            machine.start_vm()
+        with self.refused('machine has (qemu'):
+            b.add_harddrive(disk)
+        with mock.patch.object(vm.Machine, '_boot_order', side_effect=vm.MachineError('no')), \
+                self.refused('no'):
+            self.bios('third', harddrives=disk)
+        disk.snapshot('live')                           # goes to QEMU, which has it open
+        self.assertEqual([row.tag for row in a.harddrives[0].snapshots], ['live'])
+        self.assertEqual(b.harddrives, [])
+
     def test_vnc(self) -> None:
         m = self.bios('screen', display='vnc')
         m.start_vm()
+        home = self.home.with_name('m,a=b')
+        with mock.patch.object(vm, 'MACHINES_DIR', str(home)):
+            odd = self.bios('comma', display='vnc')
+            odd.start_vm()
+            self.assertTrue(stat.S_ISSOCK(os.stat(odd.vnc).st_mode))
+            odd.delete(force=True)
         with socket.socket(socket.AF_UNIX) as viewer:
             viewer.settimeout(10)
             viewer.connect(m.vnc)
@@ -7710,11 +7792,12 @@ class TestLife(Live):
 
     def test_migrate(self) -> None:
         disk = vm.Harddrive(self.path('d.qcow2'), 0.01)
-        a = self.guest('here', memory=128, harddrives=disk)
-        b = self.guest('there', memory=128, harddrives=disk, incoming=True)
+        a = self.guest('here', memory=128, harddrives=disk, nics='user')
+        b = self.guest('there', memory=128, harddrives=disk, incoming=True, nics='user')
         a.start_vm()
         a.wait('agent', BOOT)
         a.write_file('/tmp/kept', b'kept')
+        mac = sh(a, 'cat /sys/class/net/eth0/address')
         with self.refused("can't migrate to 127.0.0.1:1"):
             a.migrate('127.0.0.1:1')
         with self.refused('there: there does not wait for a migration'):
@@ -7736,7 +7819,8 @@ class TestLife(Live):
                          disk.info()['virtual-size'])
         away = vm.Namespace('away')                     # it has no TCP, not even a loopback
         self.addCleanup(away.delete)
-        c = self.guest('over', memory=128, harddrives=disk, incoming=True, namespace='away')
+        c = self.guest('over', memory=128, harddrives=disk, incoming=True, namespace='away',
+                       nics='user')
         c.start_vm()
         b.freeze()
         with self.receiving(c) as port:
@@ -7748,6 +7832,10 @@ class TestLife(Live):
         self.assertEqual(c.start(), 'resumed')
         c.wait('agent', BOOT)
         self.assertEqual(c.read_file('/tmp/kept'), b'kept')
+        c.stop(force=True)
+        c.start_vm()
+        self.assertEqual(c.qmp('qom-get', path='/machine/peripheral/nic0', property='mac'),
+                         mac.strip())
         with self.refused('over does not wait for a migration'):
             c.receive(1)
 
@@ -9040,6 +9128,7 @@ ROWS = {
     'snapshot, load_snapshot, delete_snapshot': (
         'TestGuest.test_snapshots test_snapshots_of_old_qemus TestLife.test_snapshot_when_off '
         'test_snapshots_by_hmp test_load_that_fails_midway test_interrupted_snapshot '
+        'test_snapshot_that_does_not_fit test_snapshots_of_others test_disks_that_changed_places '
         'test_interrupted_load'),
     'increase_ram': 'TestGuest.test_ram',
     'resize_harddrive': 'TestGuest.test_harddrives',

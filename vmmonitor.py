@@ -7182,6 +7182,18 @@ class Harddrive:
 
 
 @contextlib.contextmanager
+def attachments_kept(drives: Sequence[Harddrive]) -> Iterator[None]:
+    """Leave disks in the places that they are in when the block, which gives them others, fails."""
+    places = [drive.attached for drive in drives]
+    try:
+        yield
+    except BaseException:
+        for drive, place in zip(drives, places):
+            drive.attached = place
+        raise
+
+
+@contextlib.contextmanager
 def put_back_on_failure(drives: Sequence[Harddrive]) -> Iterator[None]:
     """Have disks hold again what they held before when the block fails, by snapshots of them that
     are made first. A QEMU that still has them then has not touched them."""
@@ -7362,7 +7374,7 @@ SCHEMAS['machine.json'] = {
     'maxmemory': int, 'namespace': str, 'efi': bool, 'accel': str, 'kernel': str, 'initrd': str,
     'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
     'cd?': str, 'cd_boot?': int, 'saved?': str, 'incoming?': bool, 'given?': str, 'lost?': bool,
-    'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}}
+    'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}, 'cpu?': str, 'processor?': str}
 
 
 @dataclasses.dataclass
@@ -7409,12 +7421,22 @@ class MachineSpec:
     lost: bool = False          # a snapshot was loaded by half: this guest must never run
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
+    cpu: str = ''               # auto, or as QEMU takes it; '': made before it could be chosen
+    processor: str = ''         # what that was at the last start
     version: int = SPEC_VERSION
     more: dict[str, Any] = dataclasses.field(default_factory=dict)  # members that are not ours
+
+    def cpu_option(self, accel: str) -> str:
+        """Return the processor for QEMU: under TCG all that it can emulate, since distributions of
+        today need more than its default has."""
+        if self.cpu in ('', 'auto'):
+            return 'host' if accel == 'kvm' else 'max' if self.cpu else 'qemu64'
+        return self.cpu
 
     def shape(self) -> list[Any]:
         """Return all that must be the same for a memory image to fit."""
         return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
+                *([['processor', self.processor]] if self.processor else ()),
                 *sorted(device.shape() for device in self.devices)]
 
     @classmethod
@@ -7920,6 +7942,7 @@ class Qemu:
 
 
 # === machine ====================================================================================
+CPU = re.compile(r'(?!help\b)[A-Za-z0-9][ -~]{0,250}')
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
 SPARE_PORTS = 8                 # ... and at least this many are free at first
@@ -7979,7 +8002,7 @@ SCHEMAS.update({
     'query-status': {'status': str}})
 # What the destination of a migration is asked, and with what; see Machine.migrate.
 SCHEMAS.update({
-    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'disks': [
+    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'macs?': [str], 'disks': [
         {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
     'request arrived': {}, 'request run': {}})
 
@@ -8086,6 +8109,11 @@ class DriveSlot:
             return session.execute(command, **arguments)
 
 
+def name_limit() -> int:
+    """Return how long a machine's name may be, so that its sockets' paths are not too long."""
+    return max(0, min(63, HOME_LENGTH - 1 - len(os.fsencode(MACHINES_DIR))))
+
+
 def kvm_opens(uid: int) -> bool:
     """Tell whether /dev/kvm opens, for us and for QEMU as the user `uid` in the device's group."""
     try:
@@ -8106,6 +8134,17 @@ def usable_accel(wanted: str, uid: int = 0) -> str:
     if name == 'auto':
         return 'kvm' if kvm_opens(uid) else 'tcg'
     return name
+
+
+def processor_of(spec: MachineSpec) -> str:
+    """Return what tells the processor of a machine's next start from others; where that is the
+    host's own, which. '' for a machine that was made before it could be chosen."""
+    accel = usable_accel(spec.accel, spec.uid)
+    cpu = spec.cpu_option(accel)
+    own = None
+    if accel == 'kvm' and cpu.split(',')[0] in ('host', 'max'):
+        own = re.search(r'^model name\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+    return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}' if spec.cpu else ''
 
 
 def newest_type() -> str:
@@ -8272,17 +8311,20 @@ class Machine(Guest):
     `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on the socket `vnc`.
     `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
     who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
-    for a migration. A machine stays when the program ends: Machine.load(name) finds it again.
-    Raises MachineError when there is one of that name.
+    for a migration. `cpu` is the processor, as QEMU's -cpu takes it, such as 'EPYC-v4' or
+    'host,-arch-capabilities'; 'auto' is the host's ('host') under KVM, which only hosts of the same
+    kind can take over, and without KVM all that QEMU can emulate ('max'). A machine stays when the
+    program ends: Machine.load(name) finds it again. Raises MachineError when there is one of that
+    name.
     """
 
     def __init__(self, name: str = '', harddrives: Any = None, nics: Any = 0, cd: Any = None,
                  memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
                  accel: str = 'auto', kernel: str = '', initrd: str = '', cmdline: str = '',
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
-                 user: str | int | None = None, incoming: bool = False) -> None:
+                 user: str | int | None = None, incoming: bool = False, cpu: str = 'auto') -> None:
         identity = str(uuid.uuid4())
-        self._check_sizes(name, memory, cpus, maxmemory, display, monitor_port)
+        self._check_sizes(name, memory, cpus, maxmemory, display, monitor_port, cpu)
         self._check_words(name, nics, namespace, kernel, initrd, cmdline)
         for flag in (efi, incoming):
             if not isinstance(flag, bool):
@@ -8307,13 +8349,15 @@ class Machine(Guest):
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
                 kernel, initrd, cmdline, display or '', monitor_port, uid,
                 min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
-                    PORTS_MAX[kind.split('-')[1]]), disc.filename, incoming=incoming), disc)
-            for drive in drives:
-                self._plan_disk(drive)
-            for card in cards:
-                self._plan_nic(card, own=isinstance(nics, int))
-            self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
-            self.file.write()
+                    PORTS_MAX[kind.split('-')[1]]), disc.filename,
+                incoming=incoming, cpu=cpu), disc)
+            with attachments_kept(drives):
+                for drive in drives:
+                    self._plan_disk(drive)
+                for card in cards:
+                    self._plan_nic(card, own=isinstance(nics, int))
+                self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
+                self.file.write()
         except BaseException:
             for card in cards if isinstance(nics, int) else ():
                 if card:
@@ -8332,12 +8376,16 @@ class Machine(Guest):
 
     @staticmethod
     def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
-                     monitor_port: int | None) -> None:
+                     monitor_port: int | None, cpu: str) -> None:
         for good, what in (
-                (isinstance(name, str) and (not name or NAME.fullmatch(name)),
-                 'as a name use letters, digits, ".", "_", "-", at most 63'),
+                (isinstance(name, str) and (not name or NAME.fullmatch(name)
+                                            and len(name) <= name_limit()),
+                 f'as a name use letters, digits, ".", "_", "-", at most {name_limit()} for a '
+                 f'machine in {MACHINES_DIR}'),
                 (type(memory) is int and 16 <= memory <= 1 << 24, f'memory {memory!r}: use MiB'),
                 (type(cpus) is int and 1 <= cpus <= 255, f'cpus {cpus!r}: use 1 to 255'),
+                (isinstance(cpu, str) and CPU.fullmatch(cpu),
+                 f"cpu {cpu!r:.80}: use auto, or what QEMU's -cpu takes, such as EPYC-v4"),
                 (type(maxmemory) is int and (not maxmemory or maxmemory > memory),
                  f'maxmemory {maxmemory!r}: use MiB, more than memory'),
                 (display in (None, '', 'vnc'), f'display {display!r}: use None or vnc'),
@@ -8363,10 +8411,17 @@ class Machine(Guest):
     @staticmethod
     def _make_home(name: str) -> str:
         """Make the directory of a machine `name`, or of the first free machineN."""
-        for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
-            if not os.path.isdir(place):
-                os.makedirs(place)
-                os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
+        try:
+            for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
+                if not os.path.isdir(place):
+                    os.makedirs(place)
+                    os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
+            return Machine._make_place(name)
+        except OSError as problem:
+            raise write_error(os.path.join(MACHINES_DIR, name), problem) from None
+
+    @staticmethod
+    def _make_place(name: str) -> str:
         closed = [place for place in map(str, (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents))
                   if not os.stat(place).st_mode & stat.S_IXOTH]
         if closed and os.geteuid() == 0:
@@ -8375,8 +8430,9 @@ class Machine(Guest):
                                f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
-            if len(home) > HOME_LENGTH:
-                raise MachineError(f'{home}: this path is too long for sockets in it')
+            if len(chosen) > name_limit():
+                raise MachineError(f'{home}: this path is too long for sockets in it',
+                                   'say VMMONITOR_MACHINES= with a shorter one')
             with contextlib.suppress(FileExistsError):
                 os.mkdir(home)
                 os.chmod(home, 0o711)   # nosec B103  # ... here, too
@@ -8551,8 +8607,13 @@ class Machine(Guest):
                 return 'already running'
             for device in [row for row in self.spec.devices if row.pending]:
                 self._drop(device)
-            self._spawn()
             saved = self.spec.saved
+            now, then = processor_of(self.spec), self.spec.processor
+            if saved and now != then:
+                raise MachineError(
+                    f'{self.name}: was saved with the processor {then}, and would start with {now}',
+                    'start it where that is there (VMMONITOR_ACCEL=tcg or kvm), or delete_saved()')
+            self._spawn()
             try:
                 self._after_start()
                 if self.spec.incoming:
@@ -8588,6 +8649,7 @@ class Machine(Guest):
     def _spawn(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
         self.spec.lost, self.spec.given = False, ''
+        self.spec.processor = processor_of(self.spec)
         for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid)):
             os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
             if os.geteuid() == 0:
@@ -8625,7 +8687,7 @@ class Machine(Guest):
         plain: tuple[tuple[str, ...], ...] = (
                 ('-name', f'guest={spec.name}'), ('-uuid', spec.uuid), ('-no-user-config',),
                 ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
-                ('-cpu', 'host' if accel == 'kvm' else 'qemu64'), ('-smp', str(spec.cpus)),
+                ('-cpu', spec.cpu_option(accel)), ('-smp', str(spec.cpus)),
                 ('-sandbox', SANDBOX),
                 ('-incoming', 'defer') if spec.incoming or spec.saved else (), ('-S',),
                 ('-m', f'{spec.memory}M' + (f',slots={DIMM_SLOTS},maxmem={spec.maxmemory}M'
@@ -8633,7 +8695,7 @@ class Machine(Guest):
                 ('-kernel', spec.kernel) if spec.kernel else (),
                 ('-initrd', spec.initrd) if spec.initrd else (),
                 ('-append', spec.cmdline) if spec.cmdline else (),
-                ('-vnc', f'unix:{self.vnc}') if spec.display == 'vnc' else ())
+                ('-vnc', f'unix:{self.vnc}'.replace(',', ',,')) if spec.display == 'vnc' else ())
         launch.argv += itertools.chain(*plain)
         self._compose_firmware(launch)
         self._compose_sockets(launch)
@@ -8815,7 +8877,8 @@ class Machine(Guest):
         facts, back = device.facts, self._back_name(device)
         rows: dict[str, dict[str, Any]] = {
             'disk': {'driver': 'virtio-blk-pci', 'drive': back},
-            'nic': {'driver': 'virtio-net-pci', 'netdev': back, 'mac': facts.get('mac')},
+            'nic': {'driver': 'virtio-net-pci', 'netdev': back,
+                    'mac': facts.get('moved_mac') or facts.get('mac')},
             'dimm': {'driver': 'pc-dimm', 'memdev': back},
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
         told = {**rows[device.kind], 'id': device.id}
@@ -9025,7 +9088,8 @@ class Machine(Guest):
     def add_harddrive(self, drive: Harddrive | str) -> Device:
         """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
         disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
-        return self._add(lambda: self._plan_disk(disk))
+        with attachments_kept([disk]):
+            return self._add(lambda: self._plan_disk(disk))
 
     def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
         """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
@@ -9535,7 +9599,8 @@ class Machine(Guest):
                  progress: Callable[[int, int], object] | None, timeout: float) -> None:
         """Send the guest, and hear that it has arrived, where it does not run yet."""
         peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.spec.shape(), disks=self._marks(),
-                 runs=ran, seconds=round(timeout + ARRIVAL_TIMEOUT))
+                 runs=ran, seconds=round(timeout + ARRIVAL_TIMEOUT),
+                 macs=[self._front(device)['mac'] for device in self._devices('nic')])
         try:
             with self.monitor() as qmp:
                 self._transfer(qmp, os.dup(stream.fileno()), progress, timeout, stream)
@@ -9634,6 +9699,8 @@ class Machine(Guest):
                 raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
             self._check_fits(offer['shape'], 'the guest comes from another kind of machine')
             self._check_same(offer['disks'])
+            if not all(map(MAC.fullmatch, offer.get('macs', ()))):
+                raise MachineError(f'{self.name}: the guest comes with {offer["macs"]!r:.80}')
             landed = False
             try:
                 with self.monitor() as qmp:
@@ -9647,6 +9714,8 @@ class Machine(Guest):
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
                     self.spec.incoming = False
+                    for device, mac in zip(self._devices('nic'), offer.get('macs', ())):
+                        device.facts['moved_mac'] = mac     # for its next start
                     self.file.write()                   # it is this machine's from here on
                     if offer['runs']:
                         self.qmp('cont')
@@ -9868,6 +9937,8 @@ class Machine(Guest):
                                  + ('its memory would not fit the disks' if found.ram else
                                     f'snapshot {tag} has no memory in it'), 'stop it first')
             if memory:
+                if started:
+                    self.spec.processor = processor_of(self.spec)
                 self._check_memory(tag, layers)
                 return f'put back to {tag}{self._load_whole(tag, layers, started)}'
             with put_back_on_failure([drive for _, drive in layers]):
