@@ -6265,6 +6265,11 @@ class TestCD(Case):
         with self.refused('exists'):
             vm.CD.seed('', '', self.path('seed.iso'))
 
+    def test_seed_without_space(self) -> None:
+        with mock.patch.object(tempfile, 'tempdir', '/proc/absent'), \
+                self.refused(self.path('seed.iso'), '/proc/absent', 'set TMPDIR'):
+            vm.CD.seed('', '', self.path('seed.iso'))
+
     def test_seed_without_a_maker(self) -> None:
         with mock.patch('shutil.which', return_value=None), self.refused('install xorriso'):
             vm.CD.seed('', '', self.path('seed.iso'))
@@ -7076,7 +7081,7 @@ class TestLife(Live):
         with self.refused(disk, f'machine own-a (qemu-system-x86_64, process {a.pid()}) has it'):
             b.start_vm()
         with mock.patch.object(vm.Harddrive, 'in_use', lambda _: False), \
-                self.refused('did not start', 'lock'):      # QEMU's own lock, too
+                self.refused('did not start', 'lock', 'machine own-a (qemu'):   # QEMU's own, too
             b.start_vm()
         self.assertEqual(a.start_vm(), 'already running')
         answers = []

@@ -6853,13 +6853,13 @@ def warn_of_foreign(path: str, use: str) -> None:
                     'not the disk in it; %s', path, what, use, remedy)
 
 
-def holder_of(path: str) -> str:
+def holder_of(path: str, but: int = 0) -> str:
     """Return who has locked a file, by its machine, program and process, or '' where this process
-    may not see it (/proc/PID/fdinfo)."""
+    may not see it (/proc/PID/fdinfo); other than this process and the one `but`."""
     for process in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(OSError):
             mine = [fd.name for fd in (process / 'fd').iterdir() if _is_file(str(fd), path)]
-            if process.name != str(os.getpid()) and any(
+            if int(process.name) not in (os.getpid(), but) and any(
                     'lock:' in (process / 'fdinfo' / fd).read_text() for fd in mine):
                 line = (process / 'cmdline').read_text(errors='replace')
                 guest = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', line)
@@ -7334,9 +7334,14 @@ class CD:
         maker = next((maker for maker in ISO_MAKERS if which(maker[0])), None)
         if not maker:
             raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
-        with tempfile.TemporaryDirectory(prefix='vmmonitor-') as place:
-            for name, data in files.items():
-                Path(place, name).write_bytes(data)
+        with contextlib.ExitStack() as kept:
+            try:
+                place = kept.enter_context(tempfile.TemporaryDirectory(prefix='vmmonitor-'))
+                for name, data in files.items():
+                    Path(place, name).write_bytes(data)
+            except OSError as problem:
+                raise DiskError(f'{path}: can\'t be made: {explain(problem)}',
+                                'make space there, or set TMPDIR to another directory') from None
             made = run([*maker, '-quiet', '-volid', 'cidata', '-joliet', '-rock', place],
                        IMAGE_TIMEOUT)
         write_whole(path, made.stdout)
@@ -7841,11 +7846,25 @@ class Qemu:
     def _error(self, problem: ProtocolError) -> GuestError:
         """Return the machine's error for one of its QMP."""
         if isinstance(problem, ReplyError):
-            return QemuRefused(self.name, problem.code, problem.text)
+            refused = QemuRefused(self.name, problem.code, problem.text)
+            refused.hint = self._who_has(problem.text) or refused.hint
+            return refused
         if not self.is_alive():
             return WrongState(f'{self.name} is off{self.last_words()}', 'start it first')
         return MachineError(f'{self.name}: QEMU: {problem.message}', 'QEMU is stopped or overloaded'
                             if isinstance(problem, PeerSilent) else problem.hint)
+
+    def _who_has(self, text: str) -> str:
+        """Return what to do about a disk that QEMU can't have ('Failed to get "write" lock'), and
+        who has it; '' for another text."""
+        if '" lock' not in text:
+            return ''
+        for path in (path for row in self.file.spec.devices
+                     for path, _ in row.facts.get('chain', ())):
+            holder = holder_of(path, self.pid())
+            if holder:
+                return f'{path}: {holder} has it open; stop that first'
+        return 'another program has one of its disks open; stop that first'
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
@@ -7894,9 +7913,9 @@ class Qemu:
             reaper.join(QMP_TIMEOUT)
             if not isinstance(problem, ProtocolError):
                 raise
-            raise MachineError(
-                f'{self.name}: QEMU did not start{self.last_words() or ": " + problem.message}',
-                f'see {self.file.path("qemu.log")}') from None
+            why = self.last_words() or f': {problem.message}'
+            raise MachineError(f'{self.name}: QEMU did not start{why}', self._who_has(why)
+                               or f'see {self.file.path("qemu.log")}') from None
 
     def end(self, *ways: tuple[str, float, Callable[[], bool]], patience: int = 2) -> str:
         """End it in one of these ways, (name, seconds, what to do), then by quit, SIGTERM and
