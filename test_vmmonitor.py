@@ -3981,6 +3981,11 @@ class ListenerTest(ConfigCase):
             stop.set()
             thread.join()
 
+    def test_who_is_still_sending_reads_the_refusal(self) -> None:
+        for head in (b'Content-Length: 500000\r\n\r\n', b'Content-Length: x\r\n\r\n', b'X: '):
+            answer = self.raw(b'POST / HTTP/1.1\r\n' + head + b'x' * 500_000)
+            self.assertRegex(answer, rb'^HTTP/1.1 4\d\d ')
+
     def test_idle_means_idle(self) -> None:
         """The thread that accepts sleeps until somebody connects, and ends at once."""
         def switches() -> str:

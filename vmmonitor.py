@@ -3542,6 +3542,8 @@ HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
 REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
 IDLE_TIMEOUT = 15.0            # between two requests of one connection
 SEND_TIMEOUT = 10.0            # for one response
+LINGER_TIMEOUT = 1.0           # for what a client sends on after it was refused, and for ...
+LINGER_BYTES = 1 << 20         # ... so many of it: a connection reset would take our answer away
 CONNECTIONS_MAX = 256          # threads that serve clients
 CONNECTIONS_PER_PEER = 100     # of them for one address
 HEADER_BYTES = 16 * 1024       # request line and headers together
@@ -4030,6 +4032,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     server: Server                          # type: ignore[assignment]
     command = ''                            # the method; parse_request() may leave it unset
     close_connection = True
+    refused = False                         # it may be sending still
 
     def __init__(self, client: Client, server: Server) -> None:
         self.client = client
@@ -4058,7 +4061,19 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError, ValueError):
             self.connection.settimeout(0)
             self.connection.unwrap()
+        with contextlib.suppress(OSError):
+            if self.refused:
+                self._linger()
         self.rfile.close()
+
+    def _linger(self) -> None:
+        """Read what the client still sends, so that it reads the answer."""
+        plain, deadline, left = socket.socket, Deadline(LINGER_TIMEOUT), LINGER_BYTES
+        plain.shutdown(self.connection, socket.SHUT_WR)
+        while left > 0 and not deadline.passed():
+            self.connection.settimeout(max(deadline.left(), 0.001))
+            data = plain.recv(self.connection, 65536)
+            left = left - len(data) if data else 0
 
     def handle_one_request(self) -> None:
         """Read one request, have the Dispatcher answer it."""
@@ -4155,7 +4170,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, status: int, text: str) -> None:
         """Answer a request that can't be read, and end the connection."""
-        self.close_connection = True
+        self.close_connection = self.refused = True
         Audit(self.client.address).write(status)
         self.respond(Reply(status, text))
 
