@@ -3538,6 +3538,14 @@ class ListenerTest(ConfigCase):
             self.assertEqual(self.curl('-d', f'key={secret}&cmd=start&target={simple}'),
                              (200, f'{simple}: started'))
 
+    def test_keys_of_base64(self) -> None:
+        secret = 'a+b/c+' + 'k' * 16 + '=='
+        self.changes['listener']['keys'] += [{'name': 'base64', 'key': secret}]
+        self.settings.config = vm.load(self.write(self.changes))
+        for key in (secret, urllib.parse.quote(secret, safe='')):
+            self.assertEqual(self.ask(f'key={key}&cmd=list')[0], 200)
+            self.assertEqual(self.curl('-d', f'key={key}', '-d', 'cmd=list')[0], 200)
+
     def test_odd_but_good(self) -> None:
         """What clients send that is no mistake."""
         done = b'web1: started\n'
