@@ -8267,9 +8267,12 @@ class TestNetwork(Live):
         lan = vm.Switch('lan')
         machine = self.guest('used', memory=112, nics=1)
         machine.add_nic(plain := vm.VirtualNic())
-        for nic in machine.nics:
-            lan.connect(nic)                                    # type: ignore[arg-type]
+        lan.connect(machine.nics[0])                            # type: ignore[arg-type]
+        lan.mtu = 1400
         machine.start_vm(paused=True)
+        for number, mtu in enumerate((1400, 0)):                # 0: it is told nothing
+            self.assertEqual(machine.qmp('qom-get', path=f'/machine/peripheral/nic{number}',
+                                         property='host_mtu'), mtu)
         before = vm.Registry.read().records.keys()
         for thing in (plain, lan, *machine.nics):
             with self.refused('machine used uses it', 'force=True', kind=vm.InUse):
@@ -8285,8 +8288,10 @@ class TestNetwork(Live):
 
     def test_two_machines_reach_each_other(self) -> None:
         switch = vm.Switch('lan')
+        switch.mtu = 1400
         pair = [self.guest(name, memory=112, nics=number) for name, number in (('left', 1),
                                                                                ('right', 0))]
+        pair[0].nics[0].connect(switch)         # type: ignore[union-attr]
         for machine in pair:
             machine.start_vm()
         for machine, address in zip(pair, ('10.9.0.1', '10.9.0.2')):
@@ -8298,6 +8303,7 @@ class TestNetwork(Live):
             soon(functools.partial(sh, machine, 'ls -d /sys/class/net/e*; true'))
             sh(machine, f'ip link set eth0 up; ip addr add {address}/24 dev eth0')
         left, right = pair
+        self.assertEqual(sh(left, 'cat /sys/class/net/eth0/mtu'), '1400\n')
         ping = ['ping', '-c', '1', '-W', '1', '10.9.0.2']
         soon(lambda: left.exec(ping).status == 0)
         right.nic_state(0, False)

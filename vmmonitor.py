@@ -7388,7 +7388,8 @@ HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes 
 
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
     'disk': {'chain': [[str]]}, 'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
-    'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool}}
+    'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool,
+            'mtu?': int}}       # that the guest is told; 0: nothing, it takes 1500
 SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
                      'facts': dict}
 SCHEMAS['machine.json'] = {
@@ -7412,7 +7413,7 @@ class Device:
 
     def shape(self) -> list[Any]:
         """Return what a snapshot's guest would miss, if it were different."""
-        return [self.id, self.kind, self.bus, self.facts.get('mib', 0)]
+        return [self.id, self.kind, self.bus, self.facts.get('mib', self.facts.get('mtu', 0))]
 
 
 @dataclasses.dataclass
@@ -8079,11 +8080,20 @@ class Nic(Protocol):
     def mac(self) -> str:
         """The MAC that the machine shall use."""
 
+    @property
+    def mtu(self) -> int:
+        """The MTU of its cable."""
+
     def open(self) -> int:
         """Return a new descriptor of its tap."""
 
     def delete(self) -> None:
         """Remove its interfaces."""
+
+
+def told_mtu(nic: Nic | None) -> int:
+    """Return the MTU that a guest is told of a card; 0 when it need not be told."""
+    return nic.mtu if nic and nic.mtu != 1500 else 0
 
 
 def chain_of(drive: Harddrive) -> list[list[str]]:
@@ -8649,6 +8659,9 @@ class Machine(Guest):
                 raise MachineError(
                     f'{self.name}: was saved with the processor {then}, and would start with {now}',
                     'start it where that is there (VMMONITOR_ACCEL=tcg or kvm), or delete_saved()')
+            if not saved:                       # else it is told what it was told before
+                for device in self._devices('nic'):
+                    device.facts['mtu'] = told_mtu(self._thing(device))
             self._spawn()
             try:
                 self._after_start()
@@ -8902,7 +8915,7 @@ class Machine(Guest):
             raise MachineError(f'{self.name}: has {nic.name} already')
         return self._plan(Device(id, 'nic', self._free_port(), facts={
             'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
-            'mac': mac, 'up': True, 'own': own}), nic)
+            'mac': mac, 'up': True, 'own': own, 'mtu': told_mtu(nic)}), nic)
 
     @staticmethod
     def _back_name(device: Device) -> str:
@@ -8914,7 +8927,8 @@ class Machine(Guest):
         rows: dict[str, dict[str, Any]] = {
             'disk': {'driver': 'virtio-blk-pci', 'drive': back},
             'nic': {'driver': 'virtio-net-pci', 'netdev': back,
-                    'mac': facts.get('moved_mac') or facts.get('mac')},
+                    'mac': facts.get('moved_mac') or facts.get('mac'),
+                    **({'host_mtu': facts['mtu']} if facts.get('mtu') else {})},
             'dimm': {'driver': 'pc-dimm', 'memdev': back},
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
         told = {**rows[device.kind], 'id': device.id}
