@@ -3035,7 +3035,7 @@ class DebianTest(GuestCase):
         took: list[float] = []
         while not nine_of_ten(took, bar) and len(took) < self.MOST:
             self.guest.virsh(stop)
-            time.sleep(away)
+            time.sleep(1 if took and start == 'start' else away)
             self.guest.virsh(start)
             took.append(self.guest.right_after(time.monotonic(), 10))
             self.settled()
@@ -6465,6 +6465,19 @@ class TestGuest(Live):
             m.unfreeze()
             self.assertIs(m.state(), vm.State.RUNNING)
 
+    def test_the_clock_is_right_after_a_pause(self) -> None:
+        m = self.machine
+        m.freeze()
+        time.sleep(2)
+        self.assertEqual(m.unfreeze(), 'resumed, clock set')
+        self.assertLess(abs(m.get_time() - time.time_ns()), vm.SECOND // 5)
+        m.freeze()
+        time.sleep(2)
+        self.assertEqual(m.unfreeze(clock=False), 'resumed')
+        self.assertLess(m.get_time() - time.time_ns(), -vm.SECOND)
+        self.assertRegex(str(m.sync_time()), r'clock corrected, cause=sync before=-\d{4}\.\dms '
+                         r'after=\S+ right_after=\d{1,4}ms proved_after=\d{1,5}ms')
+
     def test_descriptors_of_failed_commands_are_closed(self) -> None:
         sets = len(self.machine.qmp('query-fdsets'))
         with self.refused('no-such-type'), self.machine.monitor() as qmp:
@@ -7382,7 +7395,7 @@ class TestLife(Live):
         self.assertEqual(m.save(), 'saved')
         self.assertIs(m.state(), vm.State.SAVED)
         self.assertEqual(m.save(), 'already saved')
-        self.assertEqual(vm.Machine.load('saves').wake(), 'restored')
+        self.assertEqual(vm.Machine.load('saves').wake(), 'restored, clock set')
         m = vm.Machine.load('saves')
         m.wait('agent', BOOT)
         self.assertEqual(m.read_file('/tmp/kept'), b'kept')
@@ -7396,7 +7409,8 @@ class TestLife(Live):
         m = vm.Machine.load('saves')
         with self.refused('saved or restored', 'use start'):
             m.unfreeze()
-        self.assertEqual(m.start(), 'restored')         # from the file: it may have run meanwhile
+        # From the file: it may have run meanwhile.
+        self.assertEqual(m.start(), 'restored, clock set')
         self.assertEqual(m.spec.saved, '')
         m.wait('agent', BOOT)
         self.assertFalse({'memory', '.vmmonitor-left'} & set(os.listdir(m.home)))
@@ -7464,7 +7478,7 @@ class TestLife(Live):
         name = 'cat /sys/class/virtio-ports/vport*p3/name'
         self.assertEqual(sh(m, name).strip(), 'second')
         m.save()                                        # QEMU itself would count anew
-        self.assertEqual(m.start(), 'restored')
+        self.assertEqual(m.start(), 'restored, clock set')
         m.wait('agent', BOOT)
         self.assertEqual(sh(m, name).strip(), 'second')
         m.create_chardev('third')
@@ -7532,7 +7546,7 @@ class TestLife(Live):
             m.save(f'{place}/memory')
         self.assertEqual(os.listdir(place), ['a.raw'])
         subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
-        self.assertEqual(m.start(), 'resumed')
+        self.assertEqual(m.start(), 'resumed, clock set')
         soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20)
 
     def test_killed_while_it_writes_its_memory(self) -> None:
@@ -7825,7 +7839,8 @@ class TestLife(Live):
             with self.refused('there waits for a migration', 'migrate()'):
                 call()
         seen: list[tuple[int, int]] = []
-        self.assertEqual(a.migrate(b, lambda *row: seen.append(row)), 'migrated to there')
+        self.assertEqual(a.migrate(b, lambda *row: seen.append(row)),
+                         'migrated to there, clock set')
         self.assertEqual((a.state(), b.state()), (vm.State.OFF, vm.State.RUNNING))
         self.assertEqual(b.read_file('/tmp/kept'), b'kept')
         self.assertGreater(seen[-1][1], 128 << 20)
@@ -7847,7 +7862,7 @@ class TestLife(Live):
                     stranger.sendall(junk)
             self.assertIn('migrated to', b.migrate(f'127.0.0.1:{port}'))
         self.assertIs(c.state(), vm.State.PAUSED)       # as it was
-        self.assertEqual(c.start(), 'resumed')
+        self.assertEqual(c.start(), 'resumed, clock set')
         c.wait('agent', BOOT)
         self.assertEqual(c.read_file('/tmp/kept'), b'kept')
         c.stop(force=True)
@@ -7905,7 +7920,7 @@ class TestLife(Live):
                     with self.refused('from was told to run on to'):
                         a.start()
                 if step in ('send cont', 'send quit'):
-                    self.assertEqual(b.start(), 'resumed' if there == 'paused' else
+                    self.assertEqual(b.start(clock=False), 'resumed' if there == 'paused' else
                                      'already running')
                     b.agent('guest-ping')
                     self.assertEqual(a.stop(), 'stopped by quit')       # not by its guest
@@ -7915,7 +7930,7 @@ class TestLife(Live):
                             b.start()
                     if step in told:
                         a.unfreeze(force=True)
-                    self.assertIn(a.start(), ('resumed', 'already running'))
+                    self.assertIn(a.start(clock=False), ('resumed', 'already running'))
                     a.agent('guest-ping')
             b.delete(force=True)
 
@@ -8347,9 +8362,13 @@ class TestAsGuests(Live):
         sh(m, 'date -s @1000000000')
         with self.assertLogs('vmmonitor', 'INFO') as logged:
             self.assertEqual(guests.act('save', guests.find('daemon')), 'saved')
-            self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored')
-            soon(lambda: abs(self.offset(m)) < 0.2e9, 20)
-            soon(lambda: 'daemon: clock corrected' in str(logged.output))
+            self.assertEqual(guests.act('wake', guests.find('daemon')), 'restored, clock set')
+            self.assertLess(abs(self.offset(m)), 0.2e9)
+            m.freeze()
+            time.sleep(1)
+            m.unfreeze(clock=False)
+            soon(lambda: 'daemon: clock corrected, cause=resumed' in str(logged.output))
+            self.assertLess(abs(self.offset(m)), 0.4e9)
         m.save()
         with open(os.path.join(m.home, 'memory'), 'r+b') as memory:
             memory.truncate(100000)

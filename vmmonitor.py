@@ -8643,8 +8643,9 @@ class Machine(Guest):
 
     # Start
 
-    def start_vm(self, paused: bool = False) -> str:
-        """Start QEMU, from the saved state if there is one; return what was done, in words.
+    def start_vm(self, paused: bool = False, clock: bool = True) -> str:
+        """Start QEMU, from the saved state if there is one; return what was done, in words. The
+        clock of a guest that was saved is set, where an agent answers, unless `clock` is false.
 
         Raises MachineError with QEMU's own last words, DiskError for a disk that is in use.
         """
@@ -8677,7 +8678,7 @@ class Machine(Guest):
                 raise
             if saved == os.path.join(self.home, 'memory'):
                 os.unlink(saved)
-        return says
+        return says + self._clock_set('restored', clock and bool(saved))
 
     def _set_saved(self, path: str) -> None:
         self.spec.saved = path
@@ -9353,7 +9354,7 @@ class Machine(Guest):
         with contextlib.suppress(GuestError):       # it may end before it answers
             if not self.is_alive():
                 return False
-            self._go_on(self.state())               # else it would not hear the button
+            self._go_on(self.state(), clock=False)  # else it would not hear the button
             self.power_button()
             return True
         return False
@@ -9369,24 +9370,24 @@ class Machine(Guest):
             return False
         return True
 
-    def start(self) -> str:
-        """Make it run, from whatever state: start_vm, cont or system_wakeup."""
+    def start(self, clock: bool = True) -> str:
+        """Make it run, from whatever state: start_vm, cont or system_wakeup. Then set its clock,
+        where an agent answers, unless `clock` is false."""
         before = self.status()
         if before.state in (State.OFF, State.SAVED):
-            says = self.start_vm()
+            says = self.start_vm(clock=clock)
         elif before.state is State.PAUSED and self.spec.saved:
             self.stop(force=True)               # a save or restore that was killed midway
-            says = self.start_vm()
+            says = self.start_vm(clock=clock)
         else:
-            says = self._go_on(before.state)
+            says = self._go_on(before.state, clock)
         waits = self.spec.incoming or before.state is State.RUNNING
         return says if waits else self._settled(says, before)
 
-    def _go_on(self, state: State) -> str:
+    def _go_on(self, state: State, clock: bool = True) -> str:
         """Make a guest that is there run."""
         if state in (State.PAUSED, State.CRASHED):
-            self.unfreeze()
-            return 'resumed'
+            return self.unfreeze(clock=clock)
         if state is State.ASLEEP:
             self.qmp('system_wakeup')
             Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
@@ -9409,8 +9410,9 @@ class Machine(Guest):
         """Stop its processors; twice is fine (QMP stop)."""
         self.qmp('stop')
 
-    def unfreeze(self, force: bool = False) -> None:
-        """Let its processors go on; twice is fine (QMP cont).
+    def unfreeze(self, force: bool = False, clock: bool = True) -> str:
+        """Let its processors go on; twice is fine (QMP cont). Then set its clock, where an agent
+        answers, unless `clock` is false. Return what was done, in words.
 
         WrongState for a guest that has crashed, or is not whole, Busy while it is being saved or
         migrated. `force` is for one of which a migration that failed at the very end could not
@@ -9429,6 +9431,7 @@ class Machine(Guest):
                 self.file.write()
             self._not_given()
             self.qmp('cont')
+        return 'resumed' + self._clock_set('resumed', clock)
 
     def reset(self) -> None:
         """Press the reset button; devices that the guest would not let go are gone with it
@@ -9596,15 +9599,16 @@ class Machine(Guest):
     # while it has not said "run", and the destination lets it run only when it has heard that.
 
     def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
-                timeout: float = JOB_TIMEOUT) -> str:
+                timeout: float = JOB_TIMEOUT, clock: bool = True) -> str:
         """Move the guest to another Machine(..., incoming=True), or to "host:port" of one that
         waits in receive().
 
         Both must have the same devices and the same disks: on one host the same files, over TCP
         of the same format and size. `progress` is called with bytes done and in all; cancel()
-        ends it from another thread. After a failure the guest goes on here, and MachineError has
-        the destination's own words; only when contact is lost at the very last step it stays
-        paused, and the error says what to do (getfd, migrate).
+        ends it from another thread. Its clock is set there, where an agent answers, unless `clock`
+        is false; over TCP receive() does that. After a failure the guest goes on here, and
+        MachineError has the destination's own words; only when contact is lost at the very last
+        step it stays paused, and the error says what to do (getfd, migrate).
         """
         name = to.name if isinstance(to, Machine) else str(to)
         if name == self.name:
@@ -9621,7 +9625,8 @@ class Machine(Guest):
                 self.spec.given = ''
         except ProtocolError as problem:
             raise MachineError(f'{self.name}: {problem}') from None
-        return f'migrated to {name}'
+        return f'migrated to {name}' + (
+            to._clock_set('migrated', clock) if isinstance(to, Machine) else '')
 
     def _meet(self, to: Machine | str, ends: contextlib.ExitStack
               ) -> tuple[LineSocket, socket.socket]:
@@ -9682,9 +9687,10 @@ class Machine(Guest):
                 'look whether it runs there: if so, stop(force=True) this one, else '
                 'unfreeze(force=True) it') from None
 
-    def receive(self, port: int, timeout: float = 60.0, address: str = '') -> None:
+    def receive(self, port: int, timeout: float = 60.0, address: str = '', clock: bool = True
+                ) -> str:
         """Wait on a TCP port for migrate('host:port') to this machine, which was started with
-        incoming=True; return when the guest runs here.
+        incoming=True; return when the guest runs here, its clock set as by migrate().
 
         Raises MachineError when nobody came within `timeout` seconds, or the guest did not
         arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
@@ -9704,6 +9710,7 @@ class Machine(Guest):
         if self.spec.incoming:
             raise MachineError(f'{self.name}: the guest did not arrive: '
                                f'{why or f"nobody came to port {port}"}')
+        return 'arrived' + self._clock_set('migrated', clock)
 
     def cancel(self) -> None:
         """End a migration that another thread carries out (migrate_cancel)."""
@@ -9962,12 +9969,13 @@ class Machine(Guest):
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
         self._job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
 
-    def load_snapshot(self, tag: str, disks_only: bool = False) -> str:
+    def load_snapshot(self, tag: str, disks_only: bool = False, clock: bool = True) -> str:
         """Put memory and disks back to a snapshot, starting the machine if it is off; with
         `disks_only`, or a snapshot of the disks alone, the disks of a machine that is off.
 
         Memory that is not known to fit this machine is refused before anything is touched; when it
-        fails none the less, the disks are put back. Then the clock is set (snapshot-load).
+        fails none the less, the disks are put back. Then the clock is set, where an agent answers,
+        unless `clock` is false (snapshot-load).
         """
         with self._changing():
             found = self._snapshot(tag)
@@ -9990,14 +9998,15 @@ class Machine(Guest):
                 if started:
                     self.spec.processor = processor_of(self.spec)
                 self._check_memory(tag, layers)
-                return f'put back to {tag}{self._load_whole(tag, layers, started)}'
+                self._load_whole(tag, layers, started)
+                return f'put back to {tag}{self._clock_set("reverted", clock)}'
             with put_back_on_failure([drive for _, drive in layers]):
                 for _, drive in layers:
                     drive.load_snapshot(tag)
             return f'disks put back to {tag}'
 
-    def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> str:
-        """Load memory and disks; return what is to be said of it."""
+    def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
+        """Load memory and disks."""
         with unbroken():
             if started:
                 self._spawn()
@@ -10009,7 +10018,7 @@ class Machine(Guest):
                 if started:
                     self.qemu.end()
                 raise
-            return self._settle()
+            self._links()
 
     def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
         """Carry out snapshot-load, and leave the run state as it was."""
@@ -10051,15 +10060,15 @@ class Machine(Guest):
             raise MachineError(f'{problem.message}; its guest is lost',
                                'start() boots it, as after a power failure') from None
 
-    def _settle(self) -> str:
-        """Set links and clock right after a load; return what is to be said of it."""
-        self._links()
-        if self._status() != 'running' or self.agent_state() != 'connected':
+    def _clock_set(self, cause: str, wanted: bool = True) -> str:
+        """Set the clock of a guest that has stood still, where an agent answers; return what is to
+        be said of it."""
+        if not wanted or self._status() != 'running' or self.agent_state() != 'connected':
             return ''
         try:
-            self.sync_time()
+            self._sync(cause)
         except (AgentError, ClockError, Busy) as problem:
-            log.warning('%s: its clock is that of the snapshot: %s', self.name, explain(problem))
+            log.warning('%s: its clock is wrong: %s', self.name, explain(problem))
             return ', but its clock is wrong'
         return ', clock set'
 
@@ -10266,16 +10275,16 @@ class Machine(Guest):
         call goes out, or with None from its hardware clock (guest-set-time)."""
         super().set_time(when if when is None or callable(when) else lambda: when)
 
-    def sync_time(self, tolerance: float = 0.1, timeout: float = AGENT_TIMEOUT) -> Correction:
+    def sync_time(self, tolerance: float = 0.005, timeout: float = AGENT_TIMEOUT) -> Correction:
         """Set the guest's clock if it is off by more than `tolerance` seconds, and prove it."""
-        deadline = Deadline(timeout)
-        while True:
-            try:
-                return correct(self, round(tolerance * SECOND), allow_exec=True)
-            except AgentError as problem:
-                if not problem.trouble.transient or deadline.passed():
-                    raise
-            time.sleep(STATE_POLL)
+        return self._sync('sync', tolerance, timeout)
+
+    def _sync(self, cause: str, tolerance: float = 0.005, timeout: float = AGENT_TIMEOUT
+              ) -> Correction:
+        result = Correction(self.name, cause)
+        synchronise(self, Config(tolerance=tolerance * 1000, agent_wait=timeout, allow_exec=True),
+                    result, threading.Event())
+        return result
 
     def interfaces(self) -> list[dict[str, Any]]:
         """Return the guest's own view of its network (guest-network-get-interfaces)."""
