@@ -7847,12 +7847,13 @@ class Qemu:
     # Sessions
 
     @contextlib.contextmanager
-    def session(self, timeout: float = QMP_TIMEOUT) -> Iterator[QmpSession]:
-        """Lend a QMP session with no event from before.
+    def session(self, timeout: float = 0) -> Iterator[QmpSession]:
+        """Lend a QMP session with no event from before; it is waited for, for QMP_TIMEOUT if
+        nothing else is said.
 
         Raises WrongState when the machine is off, Busy, MachineError with QEMU's words.
         """
-        deadline = Deadline(timeout)
+        deadline = Deadline(timeout or QMP_TIMEOUT)
         with self.file.one_of('qmp', SESSIONS, deadline) as number:
             try:
                 qmp = QMP(self.socket(f'qmp{number}'), max(deadline.left(), 0.1))
@@ -8581,7 +8582,7 @@ class Machine(Guest):
 
     # Monitors
 
-    def monitor(self, timeout: float = QMP_TIMEOUT
+    def monitor(self, timeout: float = 0
                 ) -> contextlib.AbstractContextManager[QmpSession]:
         """Lend a QMP session with no event from before, for `with`.
 
