@@ -6979,6 +6979,9 @@ class Harddrive:
                 old = os.stat(self.filename)
                 os.fchown(file, old.st_uid, old.st_gid)
                 os.fchmod(file, stat.S_IMODE(old.st_mode))
+                for key in {*os.listxattr(self.filename)} - {NOTES}:    # such as an ACL, a label
+                    with contextlib.suppress(OSError):
+                        os.setxattr(file, key, os.getxattr(self.filename, key))
 
     def _img(self, *arguments: str, keep: Sequence[int] = ()) -> bytes:
         """Run qemu-img; DiskError with its words."""
@@ -7135,8 +7138,8 @@ class Harddrive:
     def wipe(self, snapshots_only: bool = False) -> None:
         """Make it empty (or what its backing image is), or only delete its snapshots.
 
-        Its size, version, cluster size and the like stay. A new image takes the place of the old
-        one in one step. DiskError while it is in use.
+        Its size, version, cluster size, rights and the like stay. A new image takes the place of
+        the old one in one step. DiskError while it is in use.
         """
         self.check()
         if snapshots_only:
