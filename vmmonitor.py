@@ -7784,6 +7784,22 @@ class QmpSession:
             os.close(fd)
         return f'/dev/fdset/{self._sets[-1]}'
 
+    def stream(self, fd: int, access: int) -> str:
+        """Return the URI by which QEMU migrates to or from a descriptor (`access`, as of open(2)).
+
+        QEMU 11 takes no file by `fd:`, and 8.2 is the first to take one by `file:`; an fdset gives
+        it a file only with just the access that it asks for.
+        """
+        told = self.qmp.greeting['QMP'].get('version', {}).get('qemu', {})
+        version = (told.get('major', 0), told.get('minor', 0))
+        if version < (8, 2) or not stat.S_ISREG(os.fstat(fd).st_mode):
+            return f'fd:{self.named_fd(fd)}'
+        try:
+            again = os.open(fd_path(fd), access | os.O_CLOEXEC)
+        finally:
+            os.close(fd)
+        return f'file:{self.fdset(again)}'
+
 
 class Qemu:
     """The QEMU process of a machine, if it runs one: what is known of it, and how to speak to it.
@@ -9566,13 +9582,13 @@ class Machine(Guest):
         qmp.execute('migrate-set-capabilities', capabilities=[
             {'capability': 'events', 'state': True},
             {'capability': 'late-block-activate', 'state': late}])
-        qmp.execute('migrate-incoming', uri=f'fd:{qmp.named_fd(fd)}')
+        qmp.execute('migrate-incoming', uri=qmp.stream(fd, os.O_RDONLY))
 
     def _transfer(self, qmp: QmpSession, fd: int, progress: Callable[[int, int], object] | None,
                   timeout: float, stream: socket.socket | None = None) -> None:
         """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
         qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
-        qmp.execute('migrate', uri=f'fd:{qmp.named_fd(fd)}')
+        qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
         deadline = Deadline(timeout)
         try:
             while True:
