@@ -635,7 +635,6 @@ DOMAIN = """<domain type='qemu'>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
-    <video><model type='none'/></video>
     <serial type='file'><source path='{dir}/{name}.serial'/></serial>
     {devices}
   </devices>
@@ -659,10 +658,10 @@ class Vm:
 
     def __init__(self, host: Libvirtd, name: str, *, cmdline: str = '', channel: bool = True,
                  memory: int = 112, uuid: str | None = None, disk: bool = False,
-                 clock: str = "<clock offset='utc'/>") -> None:
+                 clock: str = "<clock offset='utc'/>", video: bool = False) -> None:
         self.host, self.name, self.memory, self.uuid = host, name, memory, uuid
         self.cmdline, self.channel = f'{CMDLINE} {cmdline}', channel
-        self.clock = clock
+        self.clock, self.video = clock, video
         self.disk = host.dir / f'{name}.qcow2' if disk else None
 
     def xml(self) -> str:
@@ -679,7 +678,8 @@ class Vm:
 
     def devices(self) -> list[str]:
         """Return the XML of its devices, beyond those of DOMAIN."""
-        return [CHANNEL] * self.channel + [DISK.format(path=self.disk)] * bool(self.disk)
+        return [CHANNEL] * self.channel + [DISK.format(path=self.disk)] * bool(self.disk) + [
+            f"<video><model type='{'vga' if self.video else 'none'}'/></video>"]
 
     def make_disk(self) -> None:
         """Make a new disk."""
@@ -2034,8 +2034,8 @@ class FuzzTest(ConfigCase):
             os.setxattr(drive.filename, vm.NOTES, data[:2000])
             self.assertIsInstance(drive.notes(), dict)
         for data in mutants(b'P6\n2 2\n255\n' + bytes(12)):
-            with self.only(data, vm.MachineError):
-                self.assertEqual(vm.png(data)[:4], b'\x89PNG')
+            with self.only(data, vm.GuestError):
+                self.assertEqual(vm.png(data, 'web')[:4], b'\x89PNG')
 
     def test_machine_files(self) -> None:
         device = dataclasses.asdict(vm.Device('disk0', 'disk', facts={'chain': [['/x', 'raw']]}))
@@ -8416,6 +8416,14 @@ class TestAsGuests(Live):
         self.assertEqual(guests.act('start anew', guests.find('daemon')),
                          'saved state discarded, started')
         m.wait('agent', BOOT)
+        for verb, says in (('pause', 'paused'), ('pause', 'already paused'), ('resume', 'resumed'),
+                           ('resume', 'already running'), ('reset', 'reset')):
+            self.assertEqual(guests.act(verb, guests.find('daemon')), says)
+        m.wait('agent', BOOT)
+        sh(m, 'touch /before')
+        self.assertEqual(guests.act('reboot', guests.find('daemon')), 'asked to reboot')
+        soon(lambda: m.agent_answers() and sh(m, 'ls /').find('before') < 0, BOOT)
+        self.assertEqual(guests.find('daemon').picture()[:4], b'\x89PNG')
         self.assertEqual(guests.act('stop', guests.find('daemon')), 'asked to shut down')
         m.wait('off', 30)
         self.assertEqual(guests.act('stop', guests.find('daemon')), 'already off')
@@ -9142,6 +9150,47 @@ class DaemonTest(GuestCase):
         program.wait_log('connected after', count=2)
         self.assertEqual(ask('start')[0], 200)
 
+    def test_further_verbs_over_https(self) -> None:
+        guest, port = self.vm('seen', video=True), free_port()
+        self.only('seen')
+        verbs = ('pause', 'resume', 'reset', 'reboot', 'off', 'screenshot')
+        self.program('--listen', config=self.config({'listener': {
+            'enabled': True, 'port': port, 'commandsEnabled': dict.fromkeys(verbs, True)}})
+        ).wait_log('connected after')
+
+        def ask(verb: str) -> tuple[str, bytes]:
+            done = subprocess.run(
+                ['curl', '-sS', '--cacert', str(self.directory / 'cert.pem'), '-w', '%{http_code}',
+                 '-H', f'Authorization: Bearer {KEY}',
+                 f'https://localhost:{port}/?cmd={verb}&target=seen'],
+                timeout=60, stdout=subprocess.PIPE, check=True)
+            return done.stdout[-3:].decode(), done.stdout[:-3].strip()
+        guest.wait_agent()
+        for verb, status, says, state in (
+                ('resume', '200', b'seen: already running', 'running'),
+                ('pause', '200', b'seen: paused', 'paused'),
+                ('pause', '200', b'seen: already paused', 'paused'),
+                ('reboot', '409', b"seen is paused: it can't reboot; use start", 'paused'),
+                ('resume', '200', b'seen: resumed', 'running'),
+                ('reset', '200', b'seen: reset', 'running')):
+            with self.subTest(verb=verb, state=state):
+                self.assertEqual((ask(verb), guest.state()), ((status, says), state))
+        status, picture = ask('screenshot')
+        self.assertEqual((status, picture[:8]), ('200', b'\x89PNG\r\n\x1a\n'))
+        guest.wait_agent()
+        guest.exec(['touch', '/before'])
+        self.assertEqual(ask('reboot'), ('200', b'seen: asked to reboot'))
+
+        def anew() -> bool:
+            with contextlib.suppress(RigError):
+                return guest.exec(['test', '-e', '/before'])[0] == 1
+            return False
+        soon(anew, 60)
+        self.assertEqual((ask('off'), guest.state()), (('200', b'seen: powered off'), 'shut off'))
+        self.assertEqual(ask('off'), ('200', b'seen: already off'))
+        self.assertEqual(ask('screenshot'), ('409', b'seen is off: it shows nothing; start it '
+                                                    b'first'))
+
     NAMELESS = ('<domain type="qemu"><name>%s</name><memory unit="MiB">64</memory><os>'
                 '<type arch="x86_64" machine="q35">hvm</type></os></domain>')
 
@@ -9738,7 +9787,7 @@ class Fresh(unittest.TestCase):
         xml = DOMAIN.format(
             name='web1', uuid='', memory=112, kernel='/srv/vmlinuz', initramfs='/srv/initramfs',
             cmdline=CMDLINE, dir='/var/lib/libvirt', clock="<clock offset='utc'/>",
-            devices=CHANNEL)
+            devices=CHANNEL + "<video><model type='none'/></video>")
         self.box.path('/root/web1.xml').write_text(xml)
         self.sh('virsh -q define /root/web1.xml; virsh -q start web1')
         soon(self._ping, 60, 'the agent of web1', 0.5)

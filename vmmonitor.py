@@ -1087,7 +1087,13 @@ VERBS = {
     'stop': Verb('ask it to shut down', enabled=True),
     'save': Verb('save its memory to disk and end it', enabled=True),
     'wake': Verb('make it run, from saved, paused, asleep or off', enabled=True),
+    'off': Verb('cut its power: what it has not written is lost'),
+    'reboot': Verb('ask it to boot anew'),
+    'reset': Verb('press its reset button'),
+    'pause': Verb('stop its processors'),
+    'resume': Verb('let them go on'),
     'status': Verb('what it is doing', enabled=True, act=False),
+    'screenshot': Verb('a PNG of what its screen shows', act=False),
     'list': Verb('all guests, and what they are doing', enabled=True, act=False)}
 COMMANDS = tuple(VERBS)
 
@@ -1465,6 +1471,7 @@ AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for 
 AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
 ANSWER_TIMEOUT = 22.0          # for find, list and status: libvirt's keepalive has ended by then
 ASK_TIMEOUT = 60.0             # for what is asked of all guests at once; each call has its own
+PICTURE_BYTES = 1 << 28        # of the largest screen; what is behind it makes no picture
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 MOMENT = 0.3                   # after it was made to run, until a guest counts as running ...
 TROUBLED_MOMENT = 2.0          # ... one that had stopped itself: its disk may be full still
@@ -1611,6 +1618,26 @@ class ExecResult(NamedTuple):
     err: bytes
 
 
+def png(picture: bytes, guest: str) -> bytes:
+    """Return the PNG of a PPM picture (P6 with 8 bits); a PNG as it is."""
+    if re.match(rb'\x89PNG\r\n\x1a\n.{4}IHDR.{8}', picture[:40], re.DOTALL):
+        return picture
+    header = re.match(rb'P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s', picture)
+    width, height = map(int, header.groups()) if header else (0, 0)
+    rows = picture[header.end():] if header else b''
+    if not rows or len(rows) != width * height * 3:
+        raise GuestError(f'{guest}: QEMU made no picture: {picture[:40]!r}')
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (struct.pack('>I', len(data)) + kind + data
+                + struct.pack('>I', zlib.crc32(kind + data)))
+    lines = b''.join(b'\0' + rows[line * width * 3:(line + 1) * width * 3]
+                     for line in range(height))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0,
+                                                              0, 0))
+            + chunk(b'IDAT', zlib.compress(lines, 6)) + chunk(b'IEND', b''))
+
+
 class Guest:
     """A machine, wherever it lives: the few calls that monitor, startup and listener know.
 
@@ -1665,19 +1692,45 @@ class Guest:
             self.power_button()
         return 'asked to shut down'
 
-    def _shut_down_by_agent(self) -> bool:
+    def _shut_down_by_agent(self, mode: str = 'powerdown') -> bool:
         """Tell whether the agent took guest-shutdown, which has no answer when it works."""
         try:
             self.agent('guest-ping')
         except AgentError:
             return False
         try:
-            self.agent('guest-shutdown', {'mode': 'powerdown'})
+            self.agent('guest-shutdown', {'mode': mode})
         except AgentError as problem:
             return problem.trouble.name in ('silent', 'not connected')
         except WrongState:
             pass                                        # off already
         return True
+
+    # verb -> (the states that it is for, the one that makes it superfluous, what was done)
+    CHANGES: Mapping[str, tuple[tuple[State, ...], State | None, str]] = {
+        'pause': ((State.RUNNING,), State.PAUSED, 'paused'),
+        'resume': ((State.PAUSED,), State.RUNNING, 'resumed'),
+        'reset': ((State.RUNNING, State.PAUSED, State.CRASHED), None, 'reset'),
+        'reboot': ((State.RUNNING,), None, 'asked to reboot')}
+
+    def change(self, verb: str) -> str:
+        """Pause, resume, reset or reboot it (a row of CHANGES); return what was done, in words."""
+        states, there, says = self.CHANGES[verb]
+        before = self.status()
+        if before.state is there:
+            return f'already {there.value}'
+        if before.state not in states:
+            raise WrongState(f'{self.name} is {before}: it can\'t {verb}', 'use start')
+        self._change(verb)
+        return self._settled(says, before) if verb == 'resume' else says
+
+    def _change(self, verb: str) -> None:
+        """Carry out a row of CHANGES."""
+        raise NotImplementedError
+
+    def picture(self) -> bytes:
+        """Return a PNG of what its screen shows."""
+        raise NotImplementedError
 
     def power_button(self) -> None:
         """Press the ACPI power button."""
@@ -2333,6 +2386,15 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'virDomainPMWakeup': (_INT, (_PTR, _UINT)),
     'virDomainShutdownFlags': (_INT, (_PTR, _UINT)),
     'virDomainDestroyFlags': (_INT, (_PTR, _UINT)),
+    'virDomainSuspend': (_INT, (_PTR,)),
+    'virDomainReset': (_INT, (_PTR, _UINT)),
+    'virDomainReboot': (_INT, (_PTR, _UINT)),
+    'virDomainScreenshot': (_PTR, (_PTR, _PTR, _UINT, _UINT)),
+    'virStreamNew': (_PTR, (_PTR, _UINT)),
+    'virStreamRecv': (_INT, (_PTR, _STR, ctypes.c_size_t)),
+    'virStreamFinish': (_INT, (_PTR,)),
+    'virStreamAbort': (_INT, (_PTR,)),
+    'virStreamFree': (_INT, (_PTR,)),
     'virDomainManagedSave': (_INT, (_PTR, _UINT)),
     'virDomainManagedSaveRemove': (_INT, (_PTR, _UINT)),
     'virDomainHasManagedSaveImage': (_INT, (_PTR, _UINT)),
@@ -2349,6 +2411,7 @@ FROM_RPC = 7                                            # virErrorDomain of a lo
 LIST_RUNNING = 1 << 4                                   # virConnectListAllDomainsFlags
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
 SHUTDOWN_ACPI = 1 << 0                                  # virDomainShutdownFlagValues
+REBOOT_ACPI = 1 << 0                                    # virDomainRebootFlagValues
 
 _RIGHTS = ('run this as root or put the user in the group libvirt: usermod -aG libvirt USER; that '
            'counts for a shell after logging in again, for a service after its restart')
@@ -2701,6 +2764,23 @@ class Connection:
                 self.library.functions['virDomainFree'](array[index])
             self.library.libc.free(array)
 
+    def screenshot(self, domain: int) -> bytes:
+        """Return the picture of a domain's first screen, in the format that its QEMU gives."""
+        stream = self.call('virStreamNew', self.handle, 0)
+        buffer, picture = ctypes.create_string_buffer(1 << 16), bytearray()
+        try:
+            self.library.libc.free(self.call('virDomainScreenshot', domain, stream, 0, 0))
+            while len(picture) < PICTURE_BYTES:
+                count = self.call('virStreamRecv', stream, buffer, len(buffer))
+                if not count:
+                    self.call('virStreamFinish', stream)
+                    return bytes(picture)
+                picture += buffer.raw[:count]
+            self.call('virStreamAbort', stream)
+            raise LibvirtError(f'the screen has more than {PICTURE_BYTES} bytes')
+        finally:
+            self.library.functions['virStreamFree'](stream)
+
     def version(self) -> str:
         """Return the version of the daemon's libvirt."""
         number = ctypes.c_ulong()
@@ -2986,8 +3066,8 @@ class Domain(Guest):
     def _await_waking(self) -> None:
         Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
 
-    def _shut_down_by_agent(self) -> bool:
-        asked = super()._shut_down_by_agent()
+    def _shut_down_by_agent(self, mode: str = 'powerdown') -> bool:
+        asked = super()._shut_down_by_agent(mode)
         if asked:
             self.host.silent.pop(self.id, None)         # it was asked to go, it is not hung
         return asked
@@ -2995,6 +3075,26 @@ class Domain(Guest):
     def power_button(self) -> None:
         """Press the ACPI power button (virDomainShutdownFlags)."""
         self._act('virDomainShutdownFlags', SHUTDOWN_ACPI)
+
+    # verb -> the function that does it, and its flags
+    CHANGERS: Mapping[str, tuple[Any, ...]] = {
+        'pause': ('virDomainSuspend',), 'resume': ('virDomainResume',),
+        'reset': ('virDomainReset', 0), 'reboot': ('virDomainReboot', REBOOT_ACPI)}
+
+    def _change(self, verb: str) -> None:
+        if verb != 'reboot' or not self._shut_down_by_agent('reboot'):
+            self._act(*self.CHANGERS[verb])
+
+    def picture(self) -> bytes:
+        """Return a PNG of what its screen shows (virDomainScreenshot)."""
+        if self.is_off():
+            raise WrongState(f'{self.name} is off: it shows nothing', 'start it first')
+        with self._on(self.host.actions) as (connection, handle):
+            try:
+                return png(connection.screenshot(handle), self.name)
+            except LibvirtError as problem:
+                problem.hint = problem.hint or 'it needs a <video> device'
+                raise
 
     def power_off(self) -> str:
         """End it at once (virDomainDestroyFlags)."""
@@ -3132,6 +3232,10 @@ class Guests:
         'start': lambda guest: guest.start(), 'stop': lambda guest: guest.shut_down(),
         'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake(),
         'off': lambda guest: guest.power_off(),
+        'reboot': lambda guest: guest.change('reboot'),
+        'reset': lambda guest: guest.change('reset'),
+        'pause': lambda guest: guest.change('pause'),
+        'resume': lambda guest: guest.change('resume'),
         'start anew': lambda guest: (guest.discard() and 'saved state discarded, ' or '')
         + guest.start()}
 
@@ -3679,6 +3783,7 @@ class Reply(NamedTuple):
     text: str
     data: Mapping[str, Any] = {}
     headers: tuple[tuple[str, str], ...] = ()
+    content: tuple[str, bytes] | None = None    # type and bytes of what is neither
 
 
 class Audit:
@@ -3832,6 +3937,9 @@ class Dispatcher:
         if command == 'status':
             known = within(deadline, guest.name, self._describe, guest)
             return Reply(200, self._line(known), known)
+        if command == 'screenshot':
+            picture = within(deadline, guest.name, guest.picture)
+            return Reply(200, '', content=('image/png', picture))
         return self._act(order, guest)
 
     def trusts(self, address: str) -> bool:
@@ -4190,13 +4298,15 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         """Send an answer in one write, as JSON to those who accept that."""
         headers = getattr(self, 'headers', None)
         as_json = headers is not None and 'application/json' in headers.get('Accept', '')
-        if as_json:
+        form = 'application/json' if as_json else 'text/plain; charset=utf-8'
+        if reply.content:
+            form, body = reply.content
+        elif as_json:
             data = reply.data or ({'error': reply.text} if reply.status >= 400 else {})
-            text = json.dumps(data)
+            body = json.dumps(data).encode() + b'\n'
         else:
             text = '\n'.join(map(printable, reply.text.split('\n')))
-        body = text.encode('utf-8', 'replace') + b'\n'
-        form = 'application/json' if as_json else 'text/plain; charset=utf-8'
+            body = text.encode('utf-8', 'replace') + b'\n'
         lines = [f'HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}',
                  'Server: vmmonitor', f'Date: {self.date_time_string()}',
                  f'Content-Type: {form}', f'Content-Length: {len(body)}',
@@ -8023,7 +8133,6 @@ MACHINES_POLL = 1.0             # s between two looks for machines that others s
 CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
 CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
 ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word that it has arrived
-PICTURE_BYTES = 256 * MIB       # of the largest screen; what is behind it makes no picture
 POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
 
 OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
@@ -8225,24 +8334,6 @@ def newest_type() -> str:
         raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
     kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
     return f'pc-{kind}-{found[kind]}'
-
-
-def png(picture: bytes) -> bytes:
-    """Return the PNG of a PPM picture (P6 with 8 bits), for QEMU before 7.1."""
-    header = re.match(rb'P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s', picture)
-    width, height = map(int, header.groups()) if header else (0, 0)
-    rows = picture[header.end():] if header else b''
-    if not rows or len(rows) != width * height * 3:
-        raise MachineError(f'QEMU made no picture: {picture[:40]!r}')
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (struct.pack('>I', len(data)) + kind + data
-                + struct.pack('>I', zlib.crc32(kind + data)))
-    lines = b''.join(b'\0' + rows[line * width * 3:(line + 1) * width * 3]
-                     for line in range(height))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0,
-                                                              0, 0))
-            + chunk(b'IDAT', zlib.compress(lines, 6)) + chunk(b'IEND', b''))
 
 
 class Console:
@@ -9453,6 +9544,19 @@ class Machine(Guest):
             self.qmp('cont')
         return 'resumed' + self._clock_set('resumed', clock)
 
+    def _change(self, verb: str) -> None:
+        if verb == 'reboot':
+            if not self._shut_down_by_agent('reboot'):
+                self.send_key('ctrl-alt-del')       # there is no ACPI button for it
+            return
+        does: dict[str, Callable[[], object]] = {
+            'pause': self.freeze, 'resume': self.unfreeze, 'reset': self.reset}
+        does[verb]()
+
+    def picture(self) -> bytes:
+        """Return a PNG of what its screen shows (screendump)."""
+        return self._screen()
+
     def reset(self) -> None:
         """Press the reset button; devices that the guest would not let go are gone with it
         (system_reset)."""
@@ -10128,12 +10232,9 @@ class Machine(Guest):
     def _screen(self) -> bytes:
         """Return a PNG of the screen."""
         try:
-            picture = self._picture(format='png')
+            return png(self._picture(format='png'), self.name)
         except QemuRefused:                     # before 7.1, or built without libpng
-            picture = png(self._picture())
-        if not re.match(rb'\x89PNG\r\n\x1a\n.{4}IHDR.{8}', picture[:40], re.DOTALL):
-            raise MachineError(f'{self.name}: QEMU made no picture: {picture[:40]!r}')
-        return picture
+            return png(self._picture(), self.name)
 
     def screenshot(self, filename: str | os.PathLike[str]) -> str:
         """Write what the screen shows to a PNG file, and return its path (screendump)."""
@@ -10334,6 +10435,7 @@ class DamagedMachine(Guest):
         raise self.problem
 
     status = start = save = discard = agent = agent_state = power_button = _refuse
+    _change = picture = _refuse
 
     def stop(self) -> str:
         """End its QEMU (quit, SIGTERM, SIGKILL), and say what did it."""
