@@ -360,6 +360,7 @@ def stage_modules(stage: Path, root: Path, version: str) -> None:
 
 
 # === a guest as people have it ==================================================================
+
 # Debian 13 with its own systemd, kernel, agent, hwclock and chrony. `hwclock -w`, by which its
 # guest-set-time ends, waits for the next second, and until then the agent is deaf; the tiny
 # guest's ends at once. It writes its clock to a second serial port, on which nobody waits.
@@ -1193,6 +1194,79 @@ def reaches(source: str, target: str, address: str, timeout: float = 2.0) -> str
     return ''
 
 
+def open_files(prefix: str) -> list[str]:
+    """Return the files of this process below a path."""
+    found = []
+    for number in os.listdir('/proc/self/fd'):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f'/proc/self/fd/{number}'))
+    return [path for path in found if path.startswith(prefix)]
+
+
+# A program in the place of `ip`: it passes on only so many lines of a batch, and then kills
+# whoever started it, or fails at a line as it is told.
+FAKE_IP = """#!{python}
+import os, signal, subprocess, sys
+real, mode, word = {real!r}, {mode!r}, {word!r}
+if '-json' in sys.argv or '-batch' not in sys.argv:
+    os.execv(real, ['ip', *sys.argv[1:]])
+lines = sys.stdin.read().splitlines(True)
+force = '-force' in sys.argv
+if mode == 'crash' and not force:
+    flag = {flag!r}
+    seen = int(open(flag).read()) if os.path.exists(flag) else 0
+    room = max(0, int(word) - seen)
+    open(flag, 'w').write(str(seen + len(lines)))
+    if room < len(lines) or int(word) >= 99:
+        os.kill(os.getppid(), signal.SIGKILL)
+        import time; time.sleep(0.2)        # an orphan that goes on
+        lines = lines[:room]
+    done = subprocess.run([real, *sys.argv[1:]], input=''.join(lines), text=True)
+    sys.exit(done.returncode)
+bad = next((n for n, line in enumerate(lines) if word in line), None)
+if mode == 'fail' and bad is not None and not force:
+    subprocess.run([real, *sys.argv[1:]], input=''.join(lines[:bad]), text=True, check=True)
+    print('RTNETLINK answers: as told\\nCommand failed -:%d' % (bad + 1), file=sys.stderr)
+    sys.exit(1)
+done = subprocess.run([real, *sys.argv[1:]], input=''.join(lines), text=True)
+sys.exit(done.returncode)
+"""
+
+
+@contextlib.contextmanager
+def fake_ip(mode: str, word: str) -> Iterator[str]:
+    """Put a treacherous `ip` first in PATH."""
+    with tempfile.TemporaryDirectory() as directory:
+        fake = Path(directory, 'ip')
+        fake.write_text(FAKE_IP.format(
+            python=sys.executable, real=shutil.which('ip'), mode=mode, word=word,
+            flag=f'{directory}/seen'))
+        fake.chmod(0o755)
+        path = f'{directory}:{os.environ["PATH"]}'
+        with mock.patch.dict(os.environ, {'PATH': path}):
+            yield path
+
+
+def ip_fails_at(word: str) -> Any:
+    """Let the first batch line that has `word` in it fail."""
+    return fake_ip('fail', word)
+
+
+def python(code: str) -> int:
+    """Run code in a process of its own, and return how it ended."""
+    return subprocess.run([sys.executable, '-c', f'import vmmonitor as vm; {code}'],
+                          cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR},
+                          capture_output=True, timeout=60).returncode
+
+
+def crash(code: str, lines: int) -> None:
+    """Run code in a process that gets SIGKILL after so many batch lines were carried out."""
+    with fake_ip('crash', str(lines)):
+        status = python(code)
+    if status != -signal.SIGKILL:
+        raise AssertionError(f'it did not crash but ended with {status}')
+
+
 # === what tests have in common ==================================================================
 
 CERT_ARGS = ('openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256',
@@ -1287,8 +1361,6 @@ class ConfigCase(Case):
         path.write_text(text)
         path.chmod(0o600)
         return str(path)
-
-
 
 
 class GuestCase(ConfigCase):
@@ -1739,67 +1811,6 @@ class JsonTest(Case):
         self.assertEqual(sorted(set(used) - set(vm.SCHEMAS)), [])
 
 
-class FilesTest(ConfigCase):
-    """Files that are there whole or not, and locks with an end."""
-
-    def test_whole_files(self) -> None:
-        path = str(self.directory / 'a')
-        vm.write_whole(path, b'one')
-        with self.assertRaisesRegex(vm.FileError, f'{path} exists'):
-            vm.write_whole(path, b'two')
-        vm.write_whole(path, b'three', replace=True)
-        self.assertEqual(Path(path).read_bytes(), b'three')
-        with self.assertRaisesRegex(vm.FileError, "/absent/a: can't be written: No such file"):
-            vm.write_whole('/absent/a', b'')
-        for problem in (FileExistsError('of the block'), BlockingIOError('too')):
-            with self.assertRaises(type(problem)) as caught, vm.whole_file(path, replace=True):
-                raise problem                       # it is no fault of the file
-            self.assertIs(caught.exception, problem)
-        self.assertFalse([*self.directory.glob(f'{vm.DRAFT}*')])
-
-    def test_a_killed_program_leaves_nothing(self) -> None:
-        """Where the file system can make files without a name."""
-        place = self.directory / 'killed'
-        place.mkdir()
-        real, path = os.open, str(place / 'a')
-        killed_at(f'write {path}', f'vm.write_whole({path!r}, b"x")')
-        self.assertEqual(os.listdir(place), [])
-
-        def without(name: str, flags: int, *more: Any, **data: Any) -> int:
-            if flags & os.O_TMPFILE == os.O_TMPFILE:
-                raise OSError(errno.EOPNOTSUPP, 'Operation not supported')
-            return real(name, flags, *more, **data)
-        with mock.patch('os.open', without):
-            for replace in (False, True):
-                vm.write_whole(path, b'x%d' % replace, replace)
-                self.assertEqual(Path(path).read_bytes(), b'x%d' % replace)
-                self.assertEqual(os.listdir(place), ['a'])
-
-    def test_a_directory_that_is_swapped(self) -> None:
-        """What is written lands in the directory that was there at first."""
-        place, away = self.directory / 'place', self.directory / 'away'
-        place.mkdir()
-        (self.directory / 'target').mkdir()
-        with vm.whole_file(str(place / 'a')) as file:
-            os.write(file, b'x')
-            place.rename(away)
-            place.symlink_to('target')
-        self.assertEqual((os.listdir(away), os.listdir(self.directory / 'target')), (['a'], []))
-
-    def test_locks(self) -> None:
-        path = self.directory / 'lock'
-        path.write_bytes(bytes(300))
-        with open(path, 'r+b') as one, open(path, 'r+b') as two:
-            self.assertEqual(vm.lock_one([one.fileno()], vm.Deadline(0)), 0)
-            self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(0.02)), -1)
-            self.assertTrue(vm.lock_bytes(one.fileno(), 100, 200, vm.Deadline(0)))
-            self.assertFalse(vm.lock_bytes(two.fileno(), 250, 1, vm.Deadline(0.02)))
-            self.assertTrue(vm.bytes_locked(two.fileno(), 100, 1))
-            self.assertFalse(vm.bytes_locked(one.fileno(), 100, 1))
-            threading.Timer(0.05, one.close).start()
-            self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(10)), 0)
-
-
 def paper(**more: Any) -> vm.Machine:
     """Return a machine that was never made."""
     machine = vm.Machine.__new__(vm.Machine)
@@ -2050,6 +2061,69 @@ class FuzzTest(ConfigCase):
             path.write_bytes(data)
             with self.only(data, vm.MachineError):
                 vm.MachineFile.read(str(path.parent))
+
+
+# === files and locks ============================================================================
+
+class FilesTest(ConfigCase):
+    """Files that are there whole or not, and locks with an end."""
+
+    def test_whole_files(self) -> None:
+        path = str(self.directory / 'a')
+        vm.write_whole(path, b'one')
+        with self.assertRaisesRegex(vm.FileError, f'{path} exists'):
+            vm.write_whole(path, b'two')
+        vm.write_whole(path, b'three', replace=True)
+        self.assertEqual(Path(path).read_bytes(), b'three')
+        with self.assertRaisesRegex(vm.FileError, "/absent/a: can't be written: No such file"):
+            vm.write_whole('/absent/a', b'')
+        for problem in (FileExistsError('of the block'), BlockingIOError('too')):
+            with self.assertRaises(type(problem)) as caught, vm.whole_file(path, replace=True):
+                raise problem                       # it is no fault of the file
+            self.assertIs(caught.exception, problem)
+        self.assertFalse([*self.directory.glob(f'{vm.DRAFT}*')])
+
+    def test_a_killed_program_leaves_nothing(self) -> None:
+        """Where the file system can make files without a name."""
+        place = self.directory / 'killed'
+        place.mkdir()
+        real, path = os.open, str(place / 'a')
+        killed_at(f'write {path}', f'vm.write_whole({path!r}, b"x")')
+        self.assertEqual(os.listdir(place), [])
+
+        def without(name: str, flags: int, *more: Any, **data: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, 'Operation not supported')
+            return real(name, flags, *more, **data)
+        with mock.patch('os.open', without):
+            for replace in (False, True):
+                vm.write_whole(path, b'x%d' % replace, replace)
+                self.assertEqual(Path(path).read_bytes(), b'x%d' % replace)
+                self.assertEqual(os.listdir(place), ['a'])
+
+    def test_a_directory_that_is_swapped(self) -> None:
+        """What is written lands in the directory that was there at first."""
+        place, away = self.directory / 'place', self.directory / 'away'
+        place.mkdir()
+        (self.directory / 'target').mkdir()
+        with vm.whole_file(str(place / 'a')) as file:
+            os.write(file, b'x')
+            place.rename(away)
+            place.symlink_to('target')
+        self.assertEqual((os.listdir(away), os.listdir(self.directory / 'target')), (['a'], []))
+
+    def test_locks(self) -> None:
+        path = self.directory / 'lock'
+        path.write_bytes(bytes(300))
+        with open(path, 'r+b') as one, open(path, 'r+b') as two:
+            self.assertEqual(vm.lock_one([one.fileno()], vm.Deadline(0)), 0)
+            self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(0.02)), -1)
+            self.assertTrue(vm.lock_bytes(one.fileno(), 100, 200, vm.Deadline(0)))
+            self.assertFalse(vm.lock_bytes(two.fileno(), 250, 1, vm.Deadline(0.02)))
+            self.assertTrue(vm.bytes_locked(two.fileno(), 100, 1))
+            self.assertFalse(vm.bytes_locked(one.fileno(), 100, 1))
+            threading.Timer(0.05, one.close).start()
+            self.assertEqual(vm.lock_one([two.fileno()], vm.Deadline(10)), 0)
 
 
 # === configuration ==============================================================================
@@ -4070,7 +4144,7 @@ class ListenerTest(ConfigCase):
 
 # ### part 2: networks ############################################################################
 
-# === host network ===============================================================================
+# === ip =========================================================================================
 
 class TestParsing(Case):
     """Pure functions, with what other versions of iproute2 and odd networks print."""
@@ -4152,6 +4226,417 @@ class TestParsing(Case):
         lines = [route.line({'x': 'y'}) for route in parsed]
         self.assertEqual(lines, [line for _, line in rows if line])
 
+
+class TestErrors(NetCase):
+    def test_without_rights(self) -> None:
+        code = ('import os, sys; sys.path.insert(0, "."); import vmmonitor as v\n'
+                'os.makedirs(v.STATE_DIR, exist_ok=True); os.chmod(v.STATE_DIR, 0o777)\n'
+                'os.setuid(65534)\n'
+                'for make in (v.Switch, v.VirtualNic, v.interfaces["lo"].down,\n'
+                '             lambda: v.VirtualNic(namespace="n")):\n'
+                '    try: make()\n'
+                '    except v.MissingFeature as problem: print(v.explain(problem))\n'
+                'print(len(v.interfaces) > 0, next(v.check_networks()))\n')
+        done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True,
+                              text=True, env={**os.environ, 'VMMONITOR_STATE': '/run/open'})
+        lines = done.stdout.splitlines()
+        self.assertEqual(len(lines), 5, done)
+        for line in lines[:4]:
+            self.assertIn('needs root or CAP_NET_ADMIN', line)
+        self.assertIn('True', lines[4])
+        self.assertIn('good=False', lines[4])
+        shut = subprocess.run(
+            [sys.executable, '-c', code.replace('os.chmod(v.STATE_DIR, 0o777)', 'pass')], cwd=HERE,
+            capture_output=True, text=True, env={**os.environ, 'VMMONITOR_STATE': '/run/shut'})
+        self.assertIn('needs root or CAP_NET_ADMIN', shut.stdout)
+
+    def test_connecting(self) -> None:
+        one, two, nic = vm.Switch('one'), vm.Switch('two'), vm.VirtualNic()
+        nic.connect(one)
+        with self.refused('nic-p0: is already a port of one', 'disconnect it', kind=vm.InUse):
+            nic.connect(two)
+        with self.refused('onee: no such interface', 'did you mean one?', kind=vm.NoInterface):
+            nic.connect('onee')
+        with self.refused('theirs: no such interface', kind=vm.NoInterface):
+            one.connect('theirs')
+        other, third = vm.VirtualNic(), vm.VirtualNic()
+        with self.refused('nic-p0: is already connected to one', kind=vm.InUse):
+            nic.connect(other)
+        with self.refused('is already connected to itself', kind=vm.InUse):
+            other.connect(other)
+        other.connect(third)
+        with self.refused('nic-p1: is already connected to nic-p2', kind=vm.InUse):
+            other.connect(one)
+        third.delete()
+        self.assertEqual(other.peer, '')
+        other.connect(one)
+        with self.refused('nic-p2: no such interface', 'did you mean nic-p', kind=vm.NoInterface):
+            third.connect(one)
+        with self.refused('no such namespace', kind=vm.NoInterface):
+            len(vm.Interfaces('far'))
+
+    def test_connecting_what_is_gone(self) -> None:
+        one, two, lan = vm.VirtualNic(), vm.VirtualNic(), vm.Switch('lan')
+        one.connect(two)
+        ip('link del dev nic-p1')
+        for end in (one, two):
+            with self.refused('nic-p1: no such interface', kind=vm.NoInterface):
+                end.connect(two if end is one else one)
+        with self.refused('nic-p1: no such interface'):
+            lan.connect(two)
+        ip('link del dev lan')
+        with self.refused('lan: no such interface'):
+            vm.VirtualNic().connect(lan)
+
+    def test_arguments_are_checked_in_words(self) -> None:
+        """Each call with what people try; never a TypeError, and nothing is made."""
+        lib: Any = vm                                       # as a user's editor sees it
+        lan, nic = lib.Switch('lan'), lib.VirtualNic()
+        physical('eth1', 'server')
+        eth1: Any = vm.interfaces['eth1']
+        wrong: Any = mock.Mock(spec=vm.Machine)
+        wrong.__repr__ = lambda _: "Machine('web')"
+        some: Any = ['x']
+        one, makers = lib.interfaces, lib.VirtualNic
+        rows: list[tuple[Callable[[], object], str]] = [
+            (lambda: nic.impair(delay='100ms'), "delay: '100ms' must be a number from 0 to 3600 s"),
+            (lambda: nic.impair(rate=None), 'rate: None must be a number'),
+            (lambda: lan.connect(wrong), "Machine('web') must be an interface, a switch, a nic or"),
+            (lambda: lan.connect(wrong), 'of a machine these are its .nics'),
+            (lambda: lan.connect(None), 'connect: None must be'),
+            (lambda: lan.connect(nic, force='yes'), "force: 'yes' must be true or false"),
+            (lambda: lan.disconnect(7), 'disconnect: 7 must be'),
+            (lambda: nic.connect(some), "connect: ['x'] must be"),
+            (lambda: lib.Switch(7), "7 can't be the name of an interface"),
+            (lambda: lib.Switch(None), "None can't be the name"),
+            (lambda: makers(mac=7), '7 is no MAC'), (lambda: makers(7), "7 can't be the name"),
+            (lambda: makers(namespace=some), "['x'] can't be the name of a namespace"),
+            (lambda: makers(sink=some), "['x'] can't be the name"),
+            (lambda: makers.create_many('2'), "count: '2' must be a whole number from 0 to 1000"),
+            (lambda: makers.create_many(-1), 'count: -1 must be'),
+            (lambda: makers.create_many(1, switch=7), 'switch: 7 must be an interface'),
+            (lambda: lib.Router(None), 'trunk: None must be'),
+            (lambda: lib.Router('eth1', nat='yes'), "nat: 'yes' must be true or false"),
+            (lambda: lib.Router('eth1', subnet=7), '7 is no IP address'),
+            (lambda: lib.Router('eth1', name=7), "7 can't be the name"),
+            (lambda: lib.Bond('bond0', 'eth1', miimon='1'), "miimon: '1' must be a whole number"),
+            (lambda: lib.Bond('bond0', [wrong]), 'interfaces: Machine'),
+            (lambda: lib.Bond('bond0', []), 'has no interfaces'),
+            (lambda: lib.Namespace(7), "7 can't be the name of a namespace"),
+            (lambda: lib.Interface(7), 'Interface: 7 must be an interface'),
+            (lambda: one[7], 'Interface: 7 must be'), (lambda: one['-x'], "'-x' must be"),
+            (lambda: lib.Interfaces(7), "7 can't be the name"),
+            (lambda: lib.Routes('a/b'), "'a/b' can't be the name"),
+            (lambda: setattr(eth1, 'mtu', '9000'), "mtu: '9000' must be a whole number from 68"),
+            (lambda: setattr(eth1, 'mtu', 20), 'mtu: 20 must be'),
+            (lambda: eth1.add_address(7), '7 is no IP address'),
+            (lambda: eth1.rename(7), "7 can't be the name"),
+            (lambda: eth1.move(7), "7 can't be the name"),
+            (lambda: lan.delete(force=1), 'force: 1 must be true or false'),
+            (lambda: lib.delete_all([7]), 'delete: 7 was not made by this program'),
+            (lambda: lib.clean(force='x'), "force: 'x' must be true or false")]
+        for call_, words in rows:
+            with self.subTest(words), self.refused(words, kind=vm.NetworkError):
+                call_()
+        self.assertEqual((set(self.records()), names()), ({'lan', 'nic-p0'},
+                                                          {'lan', 'nic-p0', 'eth1'}))
+
+    def test_what_ip_says(self) -> None:
+        """The first row that fits, for the texts of iproute2 5.10 to 6.15."""
+        for said, line, kind, hint in (
+                ('RTNETLINK answers: Operation not permitted', 'link add name x type bridge',
+                 vm.MissingFeature, 'needs root or CAP_NET_ADMIN'),
+                ('Error: Unknown device type.', 'link add name b type bond mode 802.3ad',
+                 vm.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
+                ('RTNETLINK answers: Operation not supported', 'link add name b type bond',
+                 vm.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
+                ('Error: Unknown device type.', 'link add name b type macvtap mode passthru',
+                 vm.MissingFeature, 'kernel lacks macvtap (modprobe macvtap)'),
+                ('Error: Specified qdisc kind is unknown.', 'qdisc replace dev x root netem',
+                 vm.MissingFeature, 'kernel lacks netem (modprobe sch_netem)'),
+                ('RTNETLINK answers: File exists', 'link add name x', vm.NameTaken, 'ip'),
+                ('Cannot find device "x"', 'link set dev x up', vm.NoInterface, 'went away'),
+                ('Error: argument "n" is wrong: Invalid "netns" value', 'link set dev x netns n',
+                 vm.NoInterface, 'no such namespace'),
+                ('something new', 'link set', vm.NetworkError, '')):
+            with self.subTest(said):
+                problem = vm.net_error(vm.Op('do it', line, 'ns'), said)
+                self.assertIs(type(problem), kind)
+                self.assertIn(hint, problem.hint)
+                self.assertIn('can\'t do it in namespace ns: ', str(problem))
+                self.assertNotIn('RTNETLINK', str(problem))
+
+    def test_batch_that_ends_without_a_line_number(self) -> None:
+        ops = [vm.Op('first', 'link set dev lo up'),
+               vm.Op('second', 'link set dev lo master nothing'),
+               vm.Op('third', 'link add name x3 type bridge')]
+        with self.refused('can\'t second: argument "nothing" is wrong', kind=vm.NoInterface):
+            vm.carry_out(ops)
+        self.assertEqual(names(), set())
+        self.assertEqual(len(vm.carry_out(ops, force=True)), 1)
+        self.assertEqual(names(), {'x3'})
+
+    def test_bond_that_the_kernel_lacks(self) -> None:
+        physical('eth1', 'server')
+        with self.refused('mode: \'fast\'', 'active-backup'):
+            vm.Bond('bond7', ['eth1'], mode='fast')
+        with self.refused('eth2: no such interface', 'eth1', kind=vm.NoInterface):
+            vm.Bond('bond7', ['eth2'])
+        try:
+            vm.Bond('bond7', ['eth1']).delete()
+        except vm.MissingFeature as problem:
+            self.assertIn('kernel lacks bonding (modprobe bonding)', vm.explain(problem))
+        self.assertEqual((names(), self.records()), ({'eth1'}, {}))
+
+
+# === registry ===================================================================================
+
+class TestCrash(NetCase):
+    FIFTY = 'vm.VirtualNic.create_many(50, "web1", vm.Switch("lan"))'
+
+    def test_kill_in_the_middle_of_fifty(self) -> None:
+        ip('link add name theirs type bridge')
+        for lines in (30, 80):
+            with self.subTest(f'killed after {lines} lines'):
+                crash(self.FIFTY, lines)
+                would = vm.clean(dry_run=True)
+                if lines == 30:
+                    self.assertGreater(len(names()), 20)
+                    self.assertIn('interrupted while creating', would['web1-p7'])
+                self.assertEqual(vm.clean(), would)
+                vm.clean(everything=True)         # the switch, which was whole
+                self.assertEqual(names(), {'theirs'})
+                self.assertEqual(namespaces(), [])
+                self.assertEqual(self.records(), {})
+        self.assertEqual(len(vm.VirtualNic.create_many(50, 'web1')), 50)
+
+    def test_kill_before_the_marks_are_whole(self) -> None:
+        crash('vm.Switch("lan")', 1)
+        self.assertEqual(set(vm.leaks()), {'lan'})        # waits for the orphan
+        self.assertFalse(vm.Interface('lan').link().ours())
+        vm.clean()
+        self.assertEqual((names(), self.records()), (set(), {}))
+
+    def test_kill_in_the_middle_of_deleting(self) -> None:
+        python(self.FIFTY)
+        crash('vm.Namespace("web1").delete()', 20)
+        self.assertIn('interrupted while deleting', vm.leaks()['web1-p0'])
+        vm.clean()
+        self.assertEqual((names(), namespaces()), ({'lan'}, []))
+
+    def test_failure_in_the_middle_rolls_back_and_names_the_line(self) -> None:
+        with ip_fails_at('name web1-p33 '), self.refused(
+                'can\'t create port web1-p33 and sink web1-p33-sink: as '
+                'told', 'link add name web1-p33'):
+            vm.VirtualNic.create_many(50, 'web1')
+        with ip_fails_at('name web1-p9-tap '), self.refused(
+                'can\'t create macvtap web1-p9-tap in namespace web1'):
+            vm.VirtualNic.create_many(50, 'web1')
+        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
+
+    def test_interrupt_rolls_back(self) -> None:
+        with mock.patch.object(vm, 'tap_open', side_effect=[
+                vm.tap_open('nic-p0'), KeyboardInterrupt]), \
+                self.assertRaises(KeyboardInterrupt):
+            vm.VirtualNic.create_many(2)
+        self.assertEqual((names(), self.records()), (set(), {}))
+
+        def interrupted(step: str) -> None:
+            if step.startswith('run ip -n web1 -batch'):        # what is on the host was made
+                raise KeyboardInterrupt
+        with mock.patch.object(vm, 'TRACE', interrupted), contextlib.ExitStack() as stack:
+            stack.enter_context(self.assertRaises(KeyboardInterrupt))
+            with mock.patch.object(vm.Transaction, 'remove', autospec=True,
+                                   side_effect=lambda *args: None):
+                vm.VirtualNic.create_many(5, 'web1')
+        vm.clean()
+        self.assertEqual((names(), self.records()), (set(), {}))
+
+    def test_two_processes_at_once(self) -> None:
+        children = [subprocess.Popen(
+            [sys.executable, '-c', 'import vmmonitor as v; v.VirtualNic.create_many(10, "web1")'],
+            cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR}) for _ in range(3)]
+        threads = [threading.Thread(target=vm.VirtualNic.create_many, args=(5,))
+                   for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([child.wait(30) for child in children], [0, 0, 0])
+        self.assertEqual(len(self.records()), 30 + 15 + 1)
+        self.assertEqual(len({row.facts['mac'] for row in self.records().values()
+                              if row.kind == 'nic'}), 45)
+
+
+class TestOwnership(NetCase):
+    def test_names_taken_by_others(self) -> None:
+        ip('link add name lan type bridge')
+        ip('link property add dev lan altname other-lan')
+        for make in (vm.Switch, vm.VirtualNic):
+            for name in ('lan', 'other-lan'):
+                with self.refused(f'{name}: a bridge interface of that name exists that is not '
+                                  'ours', 'choose another name', kind=vm.NameTaken):
+                    make(name)
+        with self.refused('s1'):
+            ip('link add name s1 type bridge')
+            vm.VirtualNic('p1', sink='s1')
+        self.assertEqual(names(), {'lan', 's1'})
+
+    def test_only_what_is_marked_as_ours_is_removed(self) -> None:
+        switch = vm.Switch('lan')
+        for spoil in ('alias theirs', 'group 7'):
+            with self.subTest(spoil):
+                ip(f'link set dev lan {spoil}')
+                switch.delete()
+                self.assertEqual(names(), {'lan'})
+                ip('link del dev lan')
+                switch = vm.Switch('lan')
+        ip('link del dev lan')
+        ip('link add name lan type bridge')             # another of the same name
+        self.assertEqual(vm.clean(), {'lan': 'switch, of which a part is gone'})
+        switch.delete()
+        self.assertEqual((names(), self.records()), ({'lan'}, {}))
+
+    def test_namespace_of_the_same_name(self) -> None:
+        nic = vm.VirtualNic(namespace='web1')
+        ip('netns del web1')
+        ip('netns add keep')
+        ip('netns add web1')
+        soon(lambda: not nic.exists)
+        self.assertEqual(set(vm.leaks()), {'web1-p0', 'netns/web1'})
+        vm.clean()
+        self.assertEqual(set(namespaces()), {'keep', 'web1'})
+        nic.delete()
+
+    def test_marks_without_a_registry(self) -> None:
+        vm.Switch('lan')
+        vm.VirtualNic(namespace='web1')
+        ip('link add name theirs type bridge')
+        ip('link set dev theirs alias vmmonitor:40000000')
+        vm.Registry().path.unlink()
+        self.assertEqual(set(vm.leaks()), {'lan', 'web1-p0'})
+        vm.clean()
+        self.assertEqual(names(), {'theirs'})
+
+    def test_state_is_private_and_written_first(self) -> None:
+        seen = []
+        real = vm.carry_out
+
+        def spy(ops: Any, *args: Any, **more: Any) -> Any:
+            seen.append({name: row['stage'] for name, row in json.loads(
+                vm.Registry().path.read_text())['things'].items()})
+            return real(ops, *args, **more)
+        with mock.patch.object(vm, 'carry_out', spy):
+            vm.Switch('lan').delete()
+        self.assertEqual(seen[0], {'lan': 'creating'})
+        self.assertEqual(seen[-1], {'lan': 'deleting'})
+        path = vm.Registry().path
+        self.assertEqual((path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777),
+                         (0o600, 0o700))
+        path.write_text('{broken')
+        with self.refused('can\'t be read', 'move the file away'):
+            vm.Switch('lan')
+
+    def test_file_of_another_version(self) -> None:
+        switch = vm.Switch('lan')
+        vm.VirtualNic(namespace='web1').connect(switch)
+        path = vm.Registry().path
+        tree = json.loads(path.read_text())
+        self.assertEqual(tree['version'], 1)
+        tree['later'] = tree['things']['lan']['later'] = {'x': [1]}
+        path.write_text(json.dumps(tree))
+        vm.Switch('dmz').delete()
+        kept = json.loads(path.read_text())
+        self.assertEqual((kept['later'], kept['things']['lan']['later']), ({'x': [1]}, {'x': [1]}))
+        path.write_text(json.dumps({**tree, 'version': 2}))
+        with self.refused('is of version 2, and this program knows 1', 'newer'):
+            vm.Switch('dmz')
+        old = tree['things']                        # as it was before it had a version
+        old['web1-p0']['facts']['shape'] = old['web1-p0']['facts'].pop('layout')
+        path.write_text(json.dumps(old))
+        self.assertEqual(vm.VirtualNic.known('web1-p0').layout, 'macvtap')
+        vm.clean(['web1-p0', 'lan'])
+        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
+
+    def test_damaged_rows_are_in_nobodys_way(self) -> None:
+        vm.Switch('lan')
+        vm.Switch('dmz')
+        path = vm.Registry().path
+        tree = json.loads(path.read_text())
+        tree['things']['lan']['undo'] = [['what']]
+        tree['things']['odd'] = None
+        path.write_text(json.dumps(tree))
+        nic = vm.VirtualNic()
+        nic.connect('dmz')
+        with self.refused('lan: its row in', 'is damaged', '--clean lan', kind=vm.NameTaken):
+            vm.Switch('lan')
+        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
+        self.assertIn(f'lan: its row in {path} is damaged', lines)
+        self.assertIn('odd: its row', lines)
+        self.assertEqual(vm.clean(['odd'], dry_run=True).keys(), {'odd'})
+        self.assertEqual(set(vm.clean()), {'lan', 'odd'})
+        self.assertEqual(names(), {'dmz', nic.name})
+        vm.Switch('lan')
+        path.write_text('{broken')
+        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
+        self.assertIn(f'{path}: what was made of networks can\'t be read', lines)
+        self.assertIn('kernel: bridge', '\n'.join(one.text for one in vm.check_networks()))
+
+    def test_one_thing_by_its_name(self) -> None:
+        lan, nic = vm.Switch('lan'), vm.VirtualNic(namespace='web1')
+        nic.connect(lan)
+        with self.refused('web1: nothing that this program made has that name', '--all --dry-run',
+                          kind=vm.NoInterface):
+            vm.clean(['web1'])
+        self.assertEqual(vm.clean(['web1-p0'], dry_run=True), {'web1-p0': 'nic'})
+        self.assertEqual(set(self.records()), {'lan', 'netns/web1', 'web1-p0'})
+        vm.clean(['web1-p0'])
+        self.assertEqual(set(self.records()), {'lan'})
+
+    def test_what_a_running_machine_uses_stays(self) -> None:
+        lan, dmz, spare = vm.Switch('lan'), vm.Switch('dmz'), vm.Switch('spare')
+        used, idle = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web1')
+        plain, far, near = (vm.VirtualNic() for _ in range(3))
+        used.connect(lan)
+        lan.connect(dmz)
+        plain.connect(dmz)
+        near.connect(far)
+        fds = [used.open(), far.open()]
+        qemu = subprocess.Popen(['sh', '-c', 'read x', '-name', 'guest=web,debug-threads=on'],
+                                pass_fds=fds, stdin=subprocess.PIPE)
+        self.addCleanup(qemu.communicate)
+        for fd in fds:
+            os.close(fd)
+        before = self.records().keys()
+        for thing in (used, lan, dmz, far, near, vm.Namespace('web1')):
+            with self.subTest(thing), self.refused('machine web uses it', 'stop that first',
+                                                   'force=True', kind=vm.InUse):
+                thing.delete()
+        ip('link set dev lan down')                         # the truth is not what a link says
+        with self.refused('web1-p0: machine web uses it'):
+            vm.delete_all([spare, used])
+        self.assertEqual(self.records().keys(), before)
+        with self.assertLogs('vmmonitor', 'WARNING') as said, \
+                mock.patch.object(vm, 'process_start', return_value='ended'):
+            gone = vm.clean(everything=True)
+        self.assertEqual(set(gone), {idle.name, plain.name, 'spare'})
+        self.assertIn(f'{used.name} stays: machine web uses it', '\n'.join(said.output))
+        with self.assertLogs('vmmonitor', 'WARNING'):
+            self.assertEqual(vm.clean(['lan']), {})
+        used.delete(force=True)
+        dmz.delete()
+        vm.clean(['lan', far.name], force=True)
+        self.assertEqual(set(self.records()), {near.name, 'netns/web1'})
+
+    def test_made_things_keep_their_names(self) -> None:
+        switch = vm.Switch('lan')
+        with self.refused('made by this program and can\'t be renamed', kind=vm.InUse):
+            switch.rename('wan')
+        with self.refused('can\'t be moved', kind=vm.InUse):
+            switch.move('far')
+
+
+# === interfaces =================================================================================
 
 class TestReading(NetCase):
     def test_interfaces_and_routes(self) -> None:
@@ -4291,6 +4776,8 @@ class TestReading(NetCase):
             self.assertIn(b'sbin', vm.sys_command(['sh', '-c', 'command -v iptables']))
             vm.run(['tc', '-V'], 10)
 
+
+# === switches and nics ==========================================================================
 
 class TestNames(NetCase):
     def test_bad_addresses(self) -> None:
@@ -4544,7 +5031,6 @@ class TestNic(NetCase):
         lines = sum(call.kwargs.get('stdin', call.args[2] if len(call.args) > 2 else b'').count(
             b'\n') for call in run.call_args_list)
         self.assertLessEqual(lines, 3 * 50 + 5)
-
 
 
 class TestSwitch(NetCase):
@@ -5067,525 +5553,6 @@ class TestRouter(NetCase):
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
 
-def open_files(prefix: str) -> list[str]:
-    """Return the files of this process below a path."""
-    found = []
-    for number in os.listdir('/proc/self/fd'):
-        with contextlib.suppress(OSError):
-            found.append(os.readlink(f'/proc/self/fd/{number}'))
-    return [path for path in found if path.startswith(prefix)]
-
-
-# A program in the place of `ip`: it passes on only so many lines of a batch, and then kills
-# whoever started it, or fails at a line as it is told.
-FAKE_IP = """#!{python}
-import os, signal, subprocess, sys
-real, mode, word = {real!r}, {mode!r}, {word!r}
-if '-json' in sys.argv or '-batch' not in sys.argv:
-    os.execv(real, ['ip', *sys.argv[1:]])
-lines = sys.stdin.read().splitlines(True)
-force = '-force' in sys.argv
-if mode == 'crash' and not force:
-    flag = {flag!r}
-    seen = int(open(flag).read()) if os.path.exists(flag) else 0
-    room = max(0, int(word) - seen)
-    open(flag, 'w').write(str(seen + len(lines)))
-    if room < len(lines) or int(word) >= 99:
-        os.kill(os.getppid(), signal.SIGKILL)
-        import time; time.sleep(0.2)        # an orphan that goes on
-        lines = lines[:room]
-    done = subprocess.run([real, *sys.argv[1:]], input=''.join(lines), text=True)
-    sys.exit(done.returncode)
-bad = next((n for n, line in enumerate(lines) if word in line), None)
-if mode == 'fail' and bad is not None and not force:
-    subprocess.run([real, *sys.argv[1:]], input=''.join(lines[:bad]), text=True, check=True)
-    print('RTNETLINK answers: as told\\nCommand failed -:%d' % (bad + 1), file=sys.stderr)
-    sys.exit(1)
-done = subprocess.run([real, *sys.argv[1:]], input=''.join(lines), text=True)
-sys.exit(done.returncode)
-"""
-
-
-@contextlib.contextmanager
-def fake_ip(mode: str, word: str) -> Iterator[str]:
-    """Put a treacherous `ip` first in PATH."""
-    with tempfile.TemporaryDirectory() as directory:
-        fake = Path(directory, 'ip')
-        fake.write_text(FAKE_IP.format(
-            python=sys.executable, real=shutil.which('ip'), mode=mode, word=word,
-            flag=f'{directory}/seen'))
-        fake.chmod(0o755)
-        path = f'{directory}:{os.environ["PATH"]}'
-        with mock.patch.dict(os.environ, {'PATH': path}):
-            yield path
-
-
-def ip_fails_at(word: str) -> Any:
-    """Let the first batch line that has `word` in it fail."""
-    return fake_ip('fail', word)
-
-
-def python(code: str) -> int:
-    """Run code in a process of its own, and return how it ended."""
-    return subprocess.run([sys.executable, '-c', f'import vmmonitor as vm; {code}'],
-                          cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR},
-                          capture_output=True, timeout=60).returncode
-
-
-def crash(code: str, lines: int) -> None:
-    """Run code in a process that gets SIGKILL after so many batch lines were carried out."""
-    with fake_ip('crash', str(lines)):
-        status = python(code)
-    if status != -signal.SIGKILL:
-        raise AssertionError(f'it did not crash but ended with {status}')
-
-
-class TestCrash(NetCase):
-    FIFTY = 'vm.VirtualNic.create_many(50, "web1", vm.Switch("lan"))'
-
-    def test_kill_in_the_middle_of_fifty(self) -> None:
-        ip('link add name theirs type bridge')
-        for lines in (30, 80):
-            with self.subTest(f'killed after {lines} lines'):
-                crash(self.FIFTY, lines)
-                would = vm.clean(dry_run=True)
-                if lines == 30:
-                    self.assertGreater(len(names()), 20)
-                    self.assertIn('interrupted while creating', would['web1-p7'])
-                self.assertEqual(vm.clean(), would)
-                vm.clean(everything=True)         # the switch, which was whole
-                self.assertEqual(names(), {'theirs'})
-                self.assertEqual(namespaces(), [])
-                self.assertEqual(self.records(), {})
-        self.assertEqual(len(vm.VirtualNic.create_many(50, 'web1')), 50)
-
-    def test_kill_before_the_marks_are_whole(self) -> None:
-        crash('vm.Switch("lan")', 1)
-        self.assertEqual(set(vm.leaks()), {'lan'})        # waits for the orphan
-        self.assertFalse(vm.Interface('lan').link().ours())
-        vm.clean()
-        self.assertEqual((names(), self.records()), (set(), {}))
-
-    def test_kill_in_the_middle_of_deleting(self) -> None:
-        python(self.FIFTY)
-        crash('vm.Namespace("web1").delete()', 20)
-        self.assertIn('interrupted while deleting', vm.leaks()['web1-p0'])
-        vm.clean()
-        self.assertEqual((names(), namespaces()), ({'lan'}, []))
-
-    def test_failure_in_the_middle_rolls_back_and_names_the_line(self) -> None:
-        with ip_fails_at('name web1-p33 '), self.refused(
-                'can\'t create port web1-p33 and sink web1-p33-sink: as '
-                'told', 'link add name web1-p33'):
-            vm.VirtualNic.create_many(50, 'web1')
-        with ip_fails_at('name web1-p9-tap '), self.refused(
-                'can\'t create macvtap web1-p9-tap in namespace web1'):
-            vm.VirtualNic.create_many(50, 'web1')
-        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
-
-    def test_interrupt_rolls_back(self) -> None:
-        with mock.patch.object(vm, 'tap_open', side_effect=[
-                vm.tap_open('nic-p0'), KeyboardInterrupt]), \
-                self.assertRaises(KeyboardInterrupt):
-            vm.VirtualNic.create_many(2)
-        self.assertEqual((names(), self.records()), (set(), {}))
-
-        def interrupted(step: str) -> None:
-            if step.startswith('run ip -n web1 -batch'):        # what is on the host was made
-                raise KeyboardInterrupt
-        with mock.patch.object(vm, 'TRACE', interrupted), contextlib.ExitStack() as stack:
-            stack.enter_context(self.assertRaises(KeyboardInterrupt))
-            with mock.patch.object(vm.Transaction, 'remove', autospec=True,
-                                   side_effect=lambda *args: None):
-                vm.VirtualNic.create_many(5, 'web1')
-        vm.clean()
-        self.assertEqual((names(), self.records()), (set(), {}))
-
-    def test_two_processes_at_once(self) -> None:
-        children = [subprocess.Popen(
-            [sys.executable, '-c', 'import vmmonitor as v; v.VirtualNic.create_many(10, "web1")'],
-            cwd=HERE, env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR}) for _ in range(3)]
-        threads = [threading.Thread(target=vm.VirtualNic.create_many, args=(5,))
-                   for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual([child.wait(30) for child in children], [0, 0, 0])
-        self.assertEqual(len(self.records()), 30 + 15 + 1)
-        self.assertEqual(len({row.facts['mac'] for row in self.records().values()
-                              if row.kind == 'nic'}), 45)
-
-
-class TestOwnership(NetCase):
-    def test_names_taken_by_others(self) -> None:
-        ip('link add name lan type bridge')
-        ip('link property add dev lan altname other-lan')
-        for make in (vm.Switch, vm.VirtualNic):
-            for name in ('lan', 'other-lan'):
-                with self.refused(f'{name}: a bridge interface of that name exists that is not '
-                                  'ours', 'choose another name', kind=vm.NameTaken):
-                    make(name)
-        with self.refused('s1'):
-            ip('link add name s1 type bridge')
-            vm.VirtualNic('p1', sink='s1')
-        self.assertEqual(names(), {'lan', 's1'})
-
-    def test_only_what_is_marked_as_ours_is_removed(self) -> None:
-        switch = vm.Switch('lan')
-        for spoil in ('alias theirs', 'group 7'):
-            with self.subTest(spoil):
-                ip(f'link set dev lan {spoil}')
-                switch.delete()
-                self.assertEqual(names(), {'lan'})
-                ip('link del dev lan')
-                switch = vm.Switch('lan')
-        ip('link del dev lan')
-        ip('link add name lan type bridge')             # another of the same name
-        self.assertEqual(vm.clean(), {'lan': 'switch, of which a part is gone'})
-        switch.delete()
-        self.assertEqual((names(), self.records()), ({'lan'}, {}))
-
-    def test_namespace_of_the_same_name(self) -> None:
-        nic = vm.VirtualNic(namespace='web1')
-        ip('netns del web1')
-        ip('netns add keep')
-        ip('netns add web1')
-        soon(lambda: not nic.exists)
-        self.assertEqual(set(vm.leaks()), {'web1-p0', 'netns/web1'})
-        vm.clean()
-        self.assertEqual(set(namespaces()), {'keep', 'web1'})
-        nic.delete()
-
-    def test_marks_without_a_registry(self) -> None:
-        vm.Switch('lan')
-        vm.VirtualNic(namespace='web1')
-        ip('link add name theirs type bridge')
-        ip('link set dev theirs alias vmmonitor:40000000')
-        vm.Registry().path.unlink()
-        self.assertEqual(set(vm.leaks()), {'lan', 'web1-p0'})
-        vm.clean()
-        self.assertEqual(names(), {'theirs'})
-
-    def test_state_is_private_and_written_first(self) -> None:
-        seen = []
-        real = vm.carry_out
-
-        def spy(ops: Any, *args: Any, **more: Any) -> Any:
-            seen.append({name: row['stage'] for name, row in json.loads(
-                vm.Registry().path.read_text())['things'].items()})
-            return real(ops, *args, **more)
-        with mock.patch.object(vm, 'carry_out', spy):
-            vm.Switch('lan').delete()
-        self.assertEqual(seen[0], {'lan': 'creating'})
-        self.assertEqual(seen[-1], {'lan': 'deleting'})
-        path = vm.Registry().path
-        self.assertEqual((path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777),
-                         (0o600, 0o700))
-        path.write_text('{broken')
-        with self.refused('can\'t be read', 'move the file away'):
-            vm.Switch('lan')
-
-    def test_file_of_another_version(self) -> None:
-        switch = vm.Switch('lan')
-        vm.VirtualNic(namespace='web1').connect(switch)
-        path = vm.Registry().path
-        tree = json.loads(path.read_text())
-        self.assertEqual(tree['version'], 1)
-        tree['later'] = tree['things']['lan']['later'] = {'x': [1]}
-        path.write_text(json.dumps(tree))
-        vm.Switch('dmz').delete()
-        kept = json.loads(path.read_text())
-        self.assertEqual((kept['later'], kept['things']['lan']['later']), ({'x': [1]}, {'x': [1]}))
-        path.write_text(json.dumps({**tree, 'version': 2}))
-        with self.refused('is of version 2, and this program knows 1', 'newer'):
-            vm.Switch('dmz')
-        old = tree['things']                        # as it was before it had a version
-        old['web1-p0']['facts']['shape'] = old['web1-p0']['facts'].pop('layout')
-        path.write_text(json.dumps(old))
-        self.assertEqual(vm.VirtualNic.known('web1-p0').layout, 'macvtap')
-        vm.clean(['web1-p0', 'lan'])
-        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
-
-    def test_damaged_rows_are_in_nobodys_way(self) -> None:
-        vm.Switch('lan')
-        vm.Switch('dmz')
-        path = vm.Registry().path
-        tree = json.loads(path.read_text())
-        tree['things']['lan']['undo'] = [['what']]
-        tree['things']['odd'] = None
-        path.write_text(json.dumps(tree))
-        nic = vm.VirtualNic()
-        nic.connect('dmz')
-        with self.refused('lan: its row in', 'is damaged', '--clean lan', kind=vm.NameTaken):
-            vm.Switch('lan')
-        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
-        self.assertIn(f'lan: its row in {path} is damaged', lines)
-        self.assertIn('odd: its row', lines)
-        self.assertEqual(vm.clean(['odd'], dry_run=True).keys(), {'odd'})
-        self.assertEqual(set(vm.clean()), {'lan', 'odd'})
-        self.assertEqual(names(), {'dmz', nic.name})
-        vm.Switch('lan')
-        path.write_text('{broken')
-        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
-        self.assertIn(f'{path}: what was made of networks can\'t be read', lines)
-        self.assertIn('kernel: bridge', '\n'.join(one.text for one in vm.check_networks()))
-
-    def test_one_thing_by_its_name(self) -> None:
-        lan, nic = vm.Switch('lan'), vm.VirtualNic(namespace='web1')
-        nic.connect(lan)
-        with self.refused('web1: nothing that this program made has that name', '--all --dry-run',
-                          kind=vm.NoInterface):
-            vm.clean(['web1'])
-        self.assertEqual(vm.clean(['web1-p0'], dry_run=True), {'web1-p0': 'nic'})
-        self.assertEqual(set(self.records()), {'lan', 'netns/web1', 'web1-p0'})
-        vm.clean(['web1-p0'])
-        self.assertEqual(set(self.records()), {'lan'})
-
-    def test_what_a_running_machine_uses_stays(self) -> None:
-        lan, dmz, spare = vm.Switch('lan'), vm.Switch('dmz'), vm.Switch('spare')
-        used, idle = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web1')
-        plain, far, near = (vm.VirtualNic() for _ in range(3))
-        used.connect(lan)
-        lan.connect(dmz)
-        plain.connect(dmz)
-        near.connect(far)
-        fds = [used.open(), far.open()]
-        qemu = subprocess.Popen(['sh', '-c', 'read x', '-name', 'guest=web,debug-threads=on'],
-                                pass_fds=fds, stdin=subprocess.PIPE)
-        self.addCleanup(qemu.communicate)
-        for fd in fds:
-            os.close(fd)
-        before = self.records().keys()
-        for thing in (used, lan, dmz, far, near, vm.Namespace('web1')):
-            with self.subTest(thing), self.refused('machine web uses it', 'stop that first',
-                                                   'force=True', kind=vm.InUse):
-                thing.delete()
-        ip('link set dev lan down')                         # the truth is not what a link says
-        with self.refused('web1-p0: machine web uses it'):
-            vm.delete_all([spare, used])
-        self.assertEqual(self.records().keys(), before)
-        with self.assertLogs('vmmonitor', 'WARNING') as said, \
-                mock.patch.object(vm, 'process_start', return_value='ended'):
-            gone = vm.clean(everything=True)
-        self.assertEqual(set(gone), {idle.name, plain.name, 'spare'})
-        self.assertIn(f'{used.name} stays: machine web uses it', '\n'.join(said.output))
-        with self.assertLogs('vmmonitor', 'WARNING'):
-            self.assertEqual(vm.clean(['lan']), {})
-        used.delete(force=True)
-        dmz.delete()
-        vm.clean(['lan', far.name], force=True)
-        self.assertEqual(set(self.records()), {near.name, 'netns/web1'})
-
-    def test_made_things_keep_their_names(self) -> None:
-        switch = vm.Switch('lan')
-        with self.refused('made by this program and can\'t be renamed', kind=vm.InUse):
-            switch.rename('wan')
-        with self.refused('can\'t be moved', kind=vm.InUse):
-            switch.move('far')
-
-
-class TestErrors(NetCase):
-    def test_without_rights(self) -> None:
-        code = ('import os, sys; sys.path.insert(0, "."); import vmmonitor as v\n'
-                'os.makedirs(v.STATE_DIR, exist_ok=True); os.chmod(v.STATE_DIR, 0o777)\n'
-                'os.setuid(65534)\n'
-                'for make in (v.Switch, v.VirtualNic, v.interfaces["lo"].down,\n'
-                '             lambda: v.VirtualNic(namespace="n")):\n'
-                '    try: make()\n'
-                '    except v.MissingFeature as problem: print(v.explain(problem))\n'
-                'print(len(v.interfaces) > 0, next(v.check_networks()))\n')
-        done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True,
-                              text=True, env={**os.environ, 'VMMONITOR_STATE': '/run/open'})
-        lines = done.stdout.splitlines()
-        self.assertEqual(len(lines), 5, done)
-        for line in lines[:4]:
-            self.assertIn('needs root or CAP_NET_ADMIN', line)
-        self.assertIn('True', lines[4])
-        self.assertIn('good=False', lines[4])
-        shut = subprocess.run(
-            [sys.executable, '-c', code.replace('os.chmod(v.STATE_DIR, 0o777)', 'pass')], cwd=HERE,
-            capture_output=True, text=True, env={**os.environ, 'VMMONITOR_STATE': '/run/shut'})
-        self.assertIn('needs root or CAP_NET_ADMIN', shut.stdout)
-
-    def test_connecting(self) -> None:
-        one, two, nic = vm.Switch('one'), vm.Switch('two'), vm.VirtualNic()
-        nic.connect(one)
-        with self.refused('nic-p0: is already a port of one', 'disconnect it', kind=vm.InUse):
-            nic.connect(two)
-        with self.refused('onee: no such interface', 'did you mean one?', kind=vm.NoInterface):
-            nic.connect('onee')
-        with self.refused('theirs: no such interface', kind=vm.NoInterface):
-            one.connect('theirs')
-        other, third = vm.VirtualNic(), vm.VirtualNic()
-        with self.refused('nic-p0: is already connected to one', kind=vm.InUse):
-            nic.connect(other)
-        with self.refused('is already connected to itself', kind=vm.InUse):
-            other.connect(other)
-        other.connect(third)
-        with self.refused('nic-p1: is already connected to nic-p2', kind=vm.InUse):
-            other.connect(one)
-        third.delete()
-        self.assertEqual(other.peer, '')
-        other.connect(one)
-        with self.refused('nic-p2: no such interface', 'did you mean nic-p', kind=vm.NoInterface):
-            third.connect(one)
-        with self.refused('no such namespace', kind=vm.NoInterface):
-            len(vm.Interfaces('far'))
-
-    def test_connecting_what_is_gone(self) -> None:
-        one, two, lan = vm.VirtualNic(), vm.VirtualNic(), vm.Switch('lan')
-        one.connect(two)
-        ip('link del dev nic-p1')
-        for end in (one, two):
-            with self.refused('nic-p1: no such interface', kind=vm.NoInterface):
-                end.connect(two if end is one else one)
-        with self.refused('nic-p1: no such interface'):
-            lan.connect(two)
-        ip('link del dev lan')
-        with self.refused('lan: no such interface'):
-            vm.VirtualNic().connect(lan)
-
-    def test_arguments_are_checked_in_words(self) -> None:
-        """Each call with what people try; never a TypeError, and nothing is made."""
-        lib: Any = vm                                       # as a user's editor sees it
-        lan, nic = lib.Switch('lan'), lib.VirtualNic()
-        physical('eth1', 'server')
-        eth1: Any = vm.interfaces['eth1']
-        wrong: Any = mock.Mock(spec=vm.Machine)
-        wrong.__repr__ = lambda _: "Machine('web')"
-        some: Any = ['x']
-        one, makers = lib.interfaces, lib.VirtualNic
-        rows: list[tuple[Callable[[], object], str]] = [
-            (lambda: nic.impair(delay='100ms'), "delay: '100ms' must be a number from 0 to 3600 s"),
-            (lambda: nic.impair(rate=None), 'rate: None must be a number'),
-            (lambda: lan.connect(wrong), "Machine('web') must be an interface, a switch, a nic or"),
-            (lambda: lan.connect(wrong), 'of a machine these are its .nics'),
-            (lambda: lan.connect(None), 'connect: None must be'),
-            (lambda: lan.connect(nic, force='yes'), "force: 'yes' must be true or false"),
-            (lambda: lan.disconnect(7), 'disconnect: 7 must be'),
-            (lambda: nic.connect(some), "connect: ['x'] must be"),
-            (lambda: lib.Switch(7), "7 can't be the name of an interface"),
-            (lambda: lib.Switch(None), "None can't be the name"),
-            (lambda: makers(mac=7), '7 is no MAC'), (lambda: makers(7), "7 can't be the name"),
-            (lambda: makers(namespace=some), "['x'] can't be the name of a namespace"),
-            (lambda: makers(sink=some), "['x'] can't be the name"),
-            (lambda: makers.create_many('2'), "count: '2' must be a whole number from 0 to 1000"),
-            (lambda: makers.create_many(-1), 'count: -1 must be'),
-            (lambda: makers.create_many(1, switch=7), 'switch: 7 must be an interface'),
-            (lambda: lib.Router(None), 'trunk: None must be'),
-            (lambda: lib.Router('eth1', nat='yes'), "nat: 'yes' must be true or false"),
-            (lambda: lib.Router('eth1', subnet=7), '7 is no IP address'),
-            (lambda: lib.Router('eth1', name=7), "7 can't be the name"),
-            (lambda: lib.Bond('bond0', 'eth1', miimon='1'), "miimon: '1' must be a whole number"),
-            (lambda: lib.Bond('bond0', [wrong]), 'interfaces: Machine'),
-            (lambda: lib.Bond('bond0', []), 'has no interfaces'),
-            (lambda: lib.Namespace(7), "7 can't be the name of a namespace"),
-            (lambda: lib.Interface(7), 'Interface: 7 must be an interface'),
-            (lambda: one[7], 'Interface: 7 must be'), (lambda: one['-x'], "'-x' must be"),
-            (lambda: lib.Interfaces(7), "7 can't be the name"),
-            (lambda: lib.Routes('a/b'), "'a/b' can't be the name"),
-            (lambda: setattr(eth1, 'mtu', '9000'), "mtu: '9000' must be a whole number from 68"),
-            (lambda: setattr(eth1, 'mtu', 20), 'mtu: 20 must be'),
-            (lambda: eth1.add_address(7), '7 is no IP address'),
-            (lambda: eth1.rename(7), "7 can't be the name"),
-            (lambda: eth1.move(7), "7 can't be the name"),
-            (lambda: lan.delete(force=1), 'force: 1 must be true or false'),
-            (lambda: lib.delete_all([7]), 'delete: 7 was not made by this program'),
-            (lambda: lib.clean(force='x'), "force: 'x' must be true or false")]
-        for call_, words in rows:
-            with self.subTest(words), self.refused(words, kind=vm.NetworkError):
-                call_()
-        self.assertEqual((set(self.records()), names()), ({'lan', 'nic-p0'},
-                                                          {'lan', 'nic-p0', 'eth1'}))
-
-    def test_what_ip_says(self) -> None:
-        """The first row that fits, for the texts of iproute2 5.10 to 6.15."""
-        for said, line, kind, hint in (
-                ('RTNETLINK answers: Operation not permitted', 'link add name x type bridge',
-                 vm.MissingFeature, 'needs root or CAP_NET_ADMIN'),
-                ('Error: Unknown device type.', 'link add name b type bond mode 802.3ad',
-                 vm.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
-                ('RTNETLINK answers: Operation not supported', 'link add name b type bond',
-                 vm.MissingFeature, 'kernel lacks bonding (modprobe bonding)'),
-                ('Error: Unknown device type.', 'link add name b type macvtap mode passthru',
-                 vm.MissingFeature, 'kernel lacks macvtap (modprobe macvtap)'),
-                ('Error: Specified qdisc kind is unknown.', 'qdisc replace dev x root netem',
-                 vm.MissingFeature, 'kernel lacks netem (modprobe sch_netem)'),
-                ('RTNETLINK answers: File exists', 'link add name x', vm.NameTaken, 'ip'),
-                ('Cannot find device "x"', 'link set dev x up', vm.NoInterface, 'went away'),
-                ('Error: argument "n" is wrong: Invalid "netns" value', 'link set dev x netns n',
-                 vm.NoInterface, 'no such namespace'),
-                ('something new', 'link set', vm.NetworkError, '')):
-            with self.subTest(said):
-                problem = vm.net_error(vm.Op('do it', line, 'ns'), said)
-                self.assertIs(type(problem), kind)
-                self.assertIn(hint, problem.hint)
-                self.assertIn('can\'t do it in namespace ns: ', str(problem))
-                self.assertNotIn('RTNETLINK', str(problem))
-
-    def test_batch_that_ends_without_a_line_number(self) -> None:
-        ops = [vm.Op('first', 'link set dev lo up'),
-               vm.Op('second', 'link set dev lo master nothing'),
-               vm.Op('third', 'link add name x3 type bridge')]
-        with self.refused('can\'t second: argument "nothing" is wrong', kind=vm.NoInterface):
-            vm.carry_out(ops)
-        self.assertEqual(names(), set())
-        self.assertEqual(len(vm.carry_out(ops, force=True)), 1)
-        self.assertEqual(names(), {'x3'})
-
-    def test_bond_that_the_kernel_lacks(self) -> None:
-        physical('eth1', 'server')
-        with self.refused('mode: \'fast\'', 'active-backup'):
-            vm.Bond('bond7', ['eth1'], mode='fast')
-        with self.refused('eth2: no such interface', 'eth1', kind=vm.NoInterface):
-            vm.Bond('bond7', ['eth2'])
-        try:
-            vm.Bond('bond7', ['eth1']).delete()
-        except vm.MissingFeature as problem:
-            self.assertIn('kernel lacks bonding (modprobe bonding)', vm.explain(problem))
-        self.assertEqual((names(), self.records()), ({'eth1'}, {}))
-
-
-class TestDoctor(NetCase):
-    def test_check_and_clean_on_the_command_line(self) -> None:
-        self.assertEqual(self.program('--clean'), (0, 'nothing to clean up\n'))
-        crash(TestCrash.FIFTY, 30)
-        vm.leaks()                        # waits for the orphan
-        before = names()
-        status, text = self.program('--check')
-        self.assertEqual(status, 1)
-        self.assertIn('rights: CAP_NET_ADMIN', text)
-        self.assertIn('FAIL  web1-p7: nic, interrupted while creating', text)
-        self.assertEqual(self.program('--clean', '--dry-run')[0], 0)
-        self.assertEqual(names(), before)
-        self.assertIn('web1-p7', self.program('--clean')[1])
-        self.assertEqual(names(), {'lan'})
-        self.assertIn('lan', self.program('--clean', '--all')[1])
-        self.assertEqual(names(), set())
-        self.assertNotIn('FAIL  web1', self.program('--check')[1])
-
-    def program(self, *args: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, HERE / 'vmmonitor.py', *args], text=True, timeout=30,
-                              capture_output=True,
-                              env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR})
-        self.assertEqual(done.stderr, '')
-        return done.returncode, done.stdout
-
-    def test_what_is_missing(self) -> None:
-        with mock.patch.object(shutil, 'which', return_value=None):
-            lines = [look.text for look in vm.check_networks() if not look.good]
-        self.assertIn('program ip: missing, for all of it; install iproute2', lines)
-        self.assertTrue(any('iptables or nft: missing' in line for line in lines))
-        with mock.patch.object(vm, 'FEATURES', (*vm.FEATURES, vm.Feature(
-                'nothing', 'nothing', 'type nothing', 'Unknown', 'ip link add name x9 type nothing',
-                'a test'))):
-            lines = [look.text for look in vm.check_networks()]
-        self.assertIn('kernel lacks nothing (modprobe nothing), for a test', lines)
-        self.assertIn('kernel: bridge', lines)
-        self.assertEqual(names(), set())
-
-
 # --- Debian's kernel, in a guest ---
 
 IN_GUEST = 'runs in the guest of TestKernel'
@@ -5806,6 +5773,47 @@ class TestKernel(Case):
         self.assertIn('guest: status 0', said)
         self.assertIn('Ran 6 tests', said)
         self.assertNotIn('skipped', said)
+
+
+# === network checks =============================================================================
+
+class TestDoctor(NetCase):
+    def test_check_and_clean_on_the_command_line(self) -> None:
+        self.assertEqual(self.program('--clean'), (0, 'nothing to clean up\n'))
+        crash(TestCrash.FIFTY, 30)
+        vm.leaks()                        # waits for the orphan
+        before = names()
+        status, text = self.program('--check')
+        self.assertEqual(status, 1)
+        self.assertIn('rights: CAP_NET_ADMIN', text)
+        self.assertIn('FAIL  web1-p7: nic, interrupted while creating', text)
+        self.assertEqual(self.program('--clean', '--dry-run')[0], 0)
+        self.assertEqual(names(), before)
+        self.assertIn('web1-p7', self.program('--clean')[1])
+        self.assertEqual(names(), {'lan'})
+        self.assertIn('lan', self.program('--clean', '--all')[1])
+        self.assertEqual(names(), set())
+        self.assertNotIn('FAIL  web1', self.program('--check')[1])
+
+    def program(self, *args: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, HERE / 'vmmonitor.py', *args], text=True, timeout=30,
+                              capture_output=True,
+                              env={**os.environ, 'VMMONITOR_STATE': vm.STATE_DIR})
+        self.assertEqual(done.stderr, '')
+        return done.returncode, done.stdout
+
+    def test_what_is_missing(self) -> None:
+        with mock.patch.object(shutil, 'which', return_value=None):
+            lines = [look.text for look in vm.check_networks() if not look.good]
+        self.assertIn('program ip: missing, for all of it; install iproute2', lines)
+        self.assertTrue(any('iptables or nft: missing' in line for line in lines))
+        with mock.patch.object(vm, 'FEATURES', (*vm.FEATURES, vm.Feature(
+                'nothing', 'nothing', 'type nothing', 'Unknown', 'ip link add name x9 type nothing',
+                'a test'))):
+            lines = [look.text for look in vm.check_networks()]
+        self.assertIn('kernel lacks nothing (modprobe nothing), for a test', lines)
+        self.assertIn('kernel: bridge', lines)
+        self.assertEqual(names(), set())
 
 
 # ### part 3: machines ############################################################################
@@ -8134,7 +8142,6 @@ router.delete()
 lan.delete()
 '''
 
-
 # Done as the machine's own user, without a capability: whatever is not forbidden, to every path.
 ATTACK = '''
 import os, sys
@@ -9228,7 +9235,7 @@ class DaemonTest(GuestCase):
 
 # ### the repository ##############################################################################
 
-# === packaging and README =======================================================================
+# === packaging ==================================================================================
 
 # The rows of the requirement's tables, and the tests that show them.
 ROWS = {
@@ -9295,13 +9302,21 @@ class PackagingTest(Case):
             'vmmonitor.py', 'test_vmmonitor.py', 'config.json.sample', 'install.sh',
             'vmmonitor.service', 'README.md'})
 
+    @staticmethod
+    def sections(name: str) -> list[str]:
+        """Return the banners of a file, in their order."""
+        return [part or section for part, section in re.findall(
+            r'(?m)^# (?:### ([a-z]+ \d: [a-z ]+) #|=== ([a-z ]+) =)', (HERE / name).read_text())]
+
     def test_sections_are_those_of_the_map(self) -> None:
-        text = (HERE / 'vmmonitor.py').read_text()
-        sections = [part or section for part, section in re.findall(
-            r'(?m)^# (?:### (part \d: [a-z ]+) #|=== ([a-z ]+) =)', text)]
         table = (vm.__doc__ or '').partition('Four parts')[2].partition('Rules')[0]
         self.assertEqual(re.findall(r'(?m)^ {2,4}(part \d: .*|[a-z]+(?: [a-z]+)*(?=  ))', table),
-                         sections)
+                         self.sections('vmmonitor.py'))
+
+    def test_the_tests_are_in_the_order_of_the_program(self) -> None:
+        ours, theirs = self.sections('test_vmmonitor.py'), self.sections('vmmonitor.py')
+        ours = ours[ours.index('part 1: daemon'):ours.index('packaging')]
+        self.assertEqual(ours, [section for section in theirs if section in ours])
 
     def test_the_face_is_what_help_begins_with(self) -> None:
         listed = (vm.__doc__ or '').partition('What there is')[2].partition('For who')[0]
