@@ -6227,7 +6227,7 @@ class TestHarddrive(Case):
             for what in (drive.wipe, lambda: drive.wipe(True), lambda: drive.snapshot('two'),
                          lambda: drive.load_snapshot('one'), lambda: drive.resize(1)):
                 with self.refused('stop the machine', drive.filename,
-                                  f'(qemu-system-x86_64, process {user}) has it open'):
+                                  f'qemu-system-x86_64 (process {user}) has it open'):
                     what()
             with mock.patch.dict(os.environ, {'PATH': '/absent'}), self.refused('qemu-utils'):
                 drive.info()

@@ -6990,8 +6990,9 @@ def holder_of(path: str, but: int = 0) -> str:
                     'lock:' in (process / 'fdinfo' / fd).read_text() for fd in mine):
                 line = (process / 'cmdline').read_text(errors='replace')
                 guest = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', line)
-                return (f'machine {guest[1]} (' if guest else '(') + os.path.basename(
-                    line.split('\0')[0]) + f', process {process.name})'
+                program = os.path.basename(line.split('\0')[0])
+                return f'machine {guest[1]} ({program}, process {process.name})' if guest else \
+                    f'{program} (process {process.name})'
     return ''
 
 
