@@ -5997,9 +5997,7 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     sink = sink or short_name(f'{long}-sink')
     own = plan.free_mac(HOST_MACS['tap' if layout == 'tap' else 'port'], name)
     guest = plan.free_mac(HOST_MACS['join'] if inner else GUEST_MAC, long, mac)
-    index = random.choice(TAP_INDEX)
-    while os.path.exists(f'/dev/tap{index}'):
-        index = random.choice(TAP_INDEX)
+    index = free_tap_index()
     row.facts.update(sink=sink, mac=guest, tap=name if layout == 'tap' else tap, index=index)
     mtu = mtu or (plan.network.links[master].mtu if master in plan.network.links else 0)
     size, plug = f'mtu {mtu}' if mtu else '', f'up master {master}' if master else ''
@@ -6021,6 +6019,14 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     if inner:
         plan.plan_after(f'connect {sink} to {inner}', f'link set dev {sink} master {inner} up')
     return name
+
+
+def free_tap_index() -> int:
+    """Return a number for a macvtap that no /dev/tapN has."""
+    while True:
+        index = random.choice(TAP_INDEX)
+        if not os.path.exists(f'/dev/tap{index}'):
+            return index
 
 
 def tap_open(name: str) -> int:
