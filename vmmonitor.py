@@ -4952,11 +4952,19 @@ class Record:
         self.undo += [Op(what, line, tool=tool) for line in lines]
 
 
-def namespace_inode(name: str) -> int:
-    """Return what tells a namespace from a later one of the same name; 0 when there is none."""
+def namespace_id(name: str) -> str:
+    """Return what tells a namespace from a later one of the same name, which may even get the same
+    inode number; '' when there is none."""
     with contextlib.suppress(OSError):
-        return os.stat(os.path.join(NETNS_DIR, name)).st_ino
-    return 0
+        info = os.stat(os.path.join(NETNS_DIR, name))
+        return f'{info.st_ino} {info.st_ctime_ns}'
+    return ''
+
+
+def same_namespace(row: Record) -> bool:
+    """Tell whether the namespace of a Record is there, and not a later one of that name."""
+    now, made = namespace_id(row.facts['space']), str(row.facts['inode'])
+    return bool(now) and made in (now, now.partition(' ')[0])       # the latter by old versions
 
 
 def closure(start: Iterable[str], follow: Callable[[set[str]], Iterable[str]]) -> set[str]:
@@ -5227,11 +5235,11 @@ class Transaction:
         key = f'netns/{valid_name(name, "namespace")}'
         if key in self.claimed or self.standing(key):
             return [key]
-        if namespace_inode(name):
+        if namespace_id(name):
             if automatic:
                 return []
             raise NameTaken(f'namespace {name}: exists and is not ours', 'choose another name')
-        self.claim(key, 'namespace', space=name, inode=0, automatic=automatic)
+        self.claim(key, 'namespace', space=name, inode='', automatic=automatic)
         self.ops.append(Op(f'create namespace {name}', f'netns add {name}'))
         return [key]
 
@@ -5256,7 +5264,7 @@ class Transaction:
         for row in map(self.records.__getitem__, self.claimed):
             row.stage = 'ready'
             if row.kind == 'namespace':
-                row.facts['inode'] = namespace_inode(row.facts['space'])
+                row.facts['inode'] = namespace_id(row.facts['space'])
         if self.claimed:
             self.registry.save()
 
@@ -5270,11 +5278,11 @@ class Transaction:
         """Tell whether what a Record stands for is there."""
         row, links = self.records[name], self.network.links
         if row.kind == 'namespace':
-            return namespace_inode(row.facts['space']) == int(row.facts['inode'])
+            return same_namespace(row)
         if row.kind == 'cable':
             return links.keys() >= set(row.parents)
         space = row.facts.get('namespace')
-        return name in links and links[name].ours() and (not space or namespace_inode(space) > 0)
+        return name in links and links[name].ours() and not (space and not namespace_id(space))
 
     def joined(self, bridges: Iterable[str]) -> set[str]:
         """Return these bridges and those that veth pairs join to them."""
@@ -5342,11 +5350,10 @@ class Transaction:
                    for name in doomed]
         if doomed:
             removal.append(Op(f'delete {", ".join(doomed)}', f'link delete group {self.group}'))
-        spaces = {row.facts['space']: row.facts['inode'] for row in going.values()
-                  if row.kind == 'namespace'}
-        removal += [Op(f'delete namespace {space}', f'netns del {space}')
-                    for space, inode in spaces.items()
-                    if namespace_inode(space) and inode in (0, namespace_inode(space))]
+        removal += [Op(f'delete namespace {row.facts["space"]}', f'netns del {row.facts["space"]}')
+                    for row in going.values() if row.kind == 'namespace' and (
+                        same_namespace(row) if row.facts['inode'] else
+                        namespace_id(row.facts['space']))]
         carry_out(removal, keep=[self.lock])
         for name in going:
             del self.records[name]
@@ -8840,7 +8847,7 @@ class Machine(Guest):
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
         # One that was made for its cards goes with the last of them.
         space, cards = self.spec.namespace, self._devices('nic')
-        argv = ['ip', 'netns', 'exec', space] if space and (cards or namespace_inode(space)) \
+        argv = ['ip', 'netns', 'exec', space] if space and (cards or namespace_id(space)) \
             else []
         uid = self.spec.uid
         if os.geteuid() == 0 and uid:
