@@ -7346,9 +7346,13 @@ class TestLife(Live):
             machine.start_vm()
         with self.refused('machine has (qemu'):
             b.add_harddrive(disk)
+        Path(self.path('c.iso')).write_bytes(bytes(2048))
+        disc = vm.CD(self.path('c.iso'))
         with mock.patch.object(vm.Machine, '_boot_order', side_effect=vm.MachineError('no')), \
                 self.refused('no'):
-            self.bios('third', harddrives=disk)
+            self.bios('third', harddrives=disk, cd=disc)
+        disc.eject()
+        self.assertFalse(disc.tray.medium)
         disk.snapshot('live')                           # goes to QEMU, which has it open
         self.assertEqual([row.tag for row in a.harddrives[0].snapshots], ['live'])
         self.assertEqual(b.harddrives, [])
@@ -7784,6 +7788,15 @@ class TestLife(Live):
         m = self.bios('fits', harddrives=disk, memory=64)
         self.assertEqual(m.load_snapshot('clean', disks_only=True), 'disks put back to clean')
         self.io(disk, 'read -P 0 0 64k')
+        m.start_vm()
+        m.snapshot('old')
+        m.stop(force=True)
+        with m.file.change() as spec:       # a machine and a snapshot of an earlier version
+            spec.snapshots['old'] = [row for row in spec.shape() if row[0] != 'processor']
+            spec.cpu = spec.processor = ''
+        os.removexattr(disk, vm.NOTES)
+        self.assertIn('put back to old', vm.Machine.load('fits').load_snapshot('old'))
+        m.stop(force=True)
         shutil.copyfile(disk, self.path('copy.qcow2'))          # without what is noted with it
         with self.refused('what machine', 'is not known'):
             self.bios('fits2', harddrives=self.path('copy.qcow2'), memory=48).load_snapshot('clean')

@@ -7326,18 +7326,6 @@ class Harddrive:
 
 
 @contextlib.contextmanager
-def attachments_kept(drives: Sequence[Harddrive]) -> Iterator[None]:
-    """Leave disks in the places that they are in when the block, which gives them others, fails."""
-    places = [drive.attached for drive in drives]
-    try:
-        yield
-    except BaseException:
-        for drive, place in zip(drives, places):
-            drive.attached = place
-        raise
-
-
-@contextlib.contextmanager
 def put_back_on_failure(drives: Sequence[Harddrive]) -> Iterator[None]:
     """Have disks hold again what they held before when the block fails, by snapshots of them that
     are made first. A QEMU that still has them then has not touched them."""
@@ -8511,6 +8499,8 @@ class Machine(Guest):
             cd.filename if isinstance(cd, CD) else cd)
         home = self._make_home(name)
         cards: list[Nic | None] = []
+        things: list[Harddrive | CD] = [*drives, disc]
+        places = [thing.attached for thing in things]
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
             kind = newest_type()
@@ -8522,14 +8512,15 @@ class Machine(Guest):
                 min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
                     PORTS_MAX[kind.split('-')[1]]), disc.filename,
                 incoming=incoming, cpu=cpu), disc)
-            with attachments_kept(drives):
-                for drive in drives:
-                    self._plan_disk(drive)
-                for card in cards:
-                    self._plan_nic(card, own=isinstance(nics, int))
-                self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
-                self.file.write()
+            for drive in drives:
+                self._plan_disk(drive)
+            for card in cards:
+                self._plan_nic(card, own=isinstance(nics, int))
+            self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
+            self.file.write()
         except BaseException:
+            for thing, place in zip(things, places):
+                thing.attached = place
             for card in cards if isinstance(nics, int) else ():
                 if card:
                     card.delete()
@@ -9264,8 +9255,12 @@ class Machine(Guest):
     def add_harddrive(self, drive: Harddrive | str) -> Device:
         """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
         disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
-        with attachments_kept([disk]):
+        place = disk.attached
+        try:
             return self._add(lambda: self._plan_disk(disk))
+        except BaseException:
+            disk.attached = place               # in the machine that has it
+            raise
 
     def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
         """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
@@ -10072,10 +10067,14 @@ class Machine(Guest):
             raise MachineError(f'{self.name}: {others[0]} has another snapshot whose id is {tag}',
                                hint)
         for rows in (self.spec.snapshots.get(tag), layers[0][1].notes().get(tag)):
+            mine = self._saved_shape(layers)
+            if rows and not self.spec.cpu and not any(row[0] == 'made' for row in rows):
+                # By a version that did not note which it is; a machine made since never lacks it.
+                rows = [*rows, ['made', made.id, made.when, made.ram]]
+                mine = self.spec.shape()
             if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
                 self._check_fits([row for row in rows if row[0] != 'made'],
-                                 f'snapshot {tag} is of other devices', hint,
-                                 self._saved_shape(layers))
+                                 f'snapshot {tag} is of other devices', hint, mine)
                 return
         raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
                            'known', hint)
