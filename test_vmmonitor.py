@@ -6952,7 +6952,7 @@ class TestLife(Live):
 
     def test_bad_arguments(self) -> None:
         before = sorted(os.listdir(self.home)) if self.home.exists() else []
-        many, one = (types.SimpleNamespace(name='n', namespace='', mac=mac)
+        many, one = (types.SimpleNamespace(name='n', namespace='', mac=mac, mtu=1500)
                      for mac in ('01:00:5e:00:00:01', '52:54:00:00:00:01'))
         for options, why in (
                 ({'name': '../x'}, 'name'), ({'name': 'a,b=c'}, 'name'), ({'name': '-x'}, 'name'),
