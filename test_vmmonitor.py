@@ -1814,7 +1814,7 @@ class JsonTest(Case):
 def paper(**more: Any) -> vm.Machine:
     """Return a machine that was never made."""
     machine = vm.Machine.__new__(vm.Machine)
-    machine._take(vm.MachineFile('/nonexistent/web1', vm.MachineSpec(
+    machine._compose_parts(vm.MachineFile('/nonexistent/web1', vm.MachineSpec(
         'web1', 'u', 'pc', 64, 1, 0, '', False, 'tcg', '', '', '', '', None, 1, 16, **more)),
         vm.CD())
     return machine
@@ -1967,7 +1967,7 @@ class FuzzTest(ConfigCase):
         asks: list[Callable[[], object]] = [
             lambda: machine.exec(['true'], timeout=0.01), lambda: machine.read_file('/x', 99),
             lambda: machine.write_file('/x', b'abc'), machine.interfaces, machine.get_time,
-            machine._memory_blocks, lambda: vm._set_by_date(machine, vm.SECOND),
+            machine.devices._memory_blocks, lambda: vm._set_by_date(machine, vm.SECOND),
             lambda: vm.measure(machine, vm.MS)]
         with mock.patch.multiple(
                 vm.Qemu, is_alive=lambda *_: True, socket=lambda *_: path), mock.patch.object(
@@ -1985,20 +1985,24 @@ class FuzzTest(ConfigCase):
         mark = {'format': 'raw', 'size': 5, 'host': 'h', 'name': '/x', 'file': [1, 2]}
         offer = {'execute': 'receive', 'arguments': {
             'shape': machine.spec.shape(), 'disks': [mark], 'runs': True, 'seconds': 60}}
-        nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext())
-        with mock.patch.multiple(
-                vm.MachineFile, now=lambda _: machine.spec, write=mock.Mock()), mock.patch.multiple(
-                vm.Qemu, is_alive=lambda _: True, status=lambda _: 'inmigrate', end=mock.Mock()), \
-                mock.patch.multiple(
-                vm.Machine, _changing=nothing, monitor=nothing, _marks=lambda _: [mark],
-                _receive=mock.Mock(side_effect=vm.MachineError('enough'))):
+        nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext(machine.spec))
+        with contextlib.ExitStack() as patches:
+            for part, changes in (
+                    (vm.MachineFile, {'now': lambda _: machine.spec, 'write': mock.Mock(),
+                                      'held': nothing}),
+                    (vm.Qemu, {'is_alive': lambda _: True, 'run_state': lambda _: 'inmigrate',
+                               'end': mock.Mock(), 'session': nothing}),
+                    (vm.Devices, {'disk_identities': lambda _: [mark]}),
+                    (vm.MemoryStream, {
+                        'receive': mock.Mock(side_effect=vm.MachineError('enough'))})):
+                patches.enter_context(mock.patch.multiple(part, **changes))
             for data in (pair for pairs in zip(warps(offer), mutants(json.dumps(offer).encode()))
                          for pair in pairs):
                 near, far = socket.socketpair()
                 with near, far, self.only(data):
                     near.sendall(data + b'\n')
                     near.shutdown(socket.SHUT_WR)
-                    why = machine.take(far, mock.MagicMock())
+                    why = machine._migration.accept(far, mock.MagicMock())
                     self.assertTrue(why)
                     answer = json.loads(near.makefile('rb').read())
                     self.assertEqual(answer, {'error': {'desc': why}})
@@ -6724,7 +6728,7 @@ class TestGuest(Live):
         soon(lambda: sh(m, carrier) == '1\n')
         m.nic_state(nic, False)
         soon(lambda: sh(m, carrier) == '0\n')
-        self.assertFalse(vm.Machine.load('web')._find('nic', nic.name).facts['up'])
+        self.assertFalse(vm.Machine.load('web').devices.find('nic', nic.name).facts['up'])
         m.nic_state(device.id, True)
         soon(lambda: sh(m, carrier) == '1\n')
         m.freeze()                                      # a guest that does not let go
@@ -7279,7 +7283,7 @@ class TestLife(Live):
         for kind, place in (('pc-q35-7.2', {'bus': 'rp0'}),
                             ('pc-i440fx-5.2', {'bus': 'pci.0', 'addr': '0x8'})):
             m.spec.type = kind
-            front = m._front(m.spec.devices[0])
+            front = m.devices.front(m.spec.devices[0])
             self.assertEqual({key: front[key] for key in place}, place)
 
     def test_processor(self) -> None:
@@ -7348,7 +7352,7 @@ class TestLife(Live):
             b.add_harddrive(disk)
         Path(self.path('c.iso')).write_bytes(bytes(2048))
         disc = vm.CD(self.path('c.iso'))
-        with mock.patch.object(vm.Machine, '_boot_order', side_effect=vm.MachineError('no')), \
+        with mock.patch.object(vm.Devices, 'set_boot_order', side_effect=vm.MachineError('no')), \
                 self.refused('no'):
             self.bios('third', harddrives=disk, cd=disc)
         disc.eject()
@@ -7408,11 +7412,11 @@ class TestLife(Live):
             m = vm.Machine.load('restart')
         self.assertFalse(m.spec.devices[0].facts['up'])
         m.start_vm()
-        real = vm.Machine.agent
+        real = vm.Qemu.agent
 
-        def hasty(m: vm.Machine, command: str, arguments: Any = None, timeout: float = 0) -> Any:
+        def hasty(m: vm.Qemu, command: str, arguments: Any = None, timeout: float = 0) -> Any:
             return real(m, command, arguments, 0.3)
-        with mock.patch.object(vm.Machine, 'agent', hasty):
+        with mock.patch.object(vm.Qemu, 'agent', hasty):
             self.assertIn('not confirmed: the guest agent does not', m.increase_ram(128))
         with self.refused('room for 0 MiB'):
             self.bios('small').increase_ram(128)
@@ -7865,7 +7869,7 @@ class TestLife(Live):
         for off in (False, True):               # it is found out midway only
             if not off:
                 m.start_vm()
-            with mock.patch.object(vm.Machine, '_check_memory'), self.refused(
+            with mock.patch.object(vm.Snapshots, '_check_memory'), self.refused(
                     'its guest is lost', 'the disks were put back to what they held before'):
                 m.load_snapshot('s')
             self.assertIs(m.state(), vm.State.OFF)
@@ -7873,7 +7877,7 @@ class TestLife(Live):
             self.assertEqual([row.tag for row in m.snapshots], ['s'])
         full = vm.DiskError('no space')
         m.start_vm()
-        with mock.patch.object(vm.Machine, '_check_memory'), mock.patch.object(
+        with mock.patch.object(vm.Snapshots, '_check_memory'), mock.patch.object(
                 vm.Harddrive, 'load_snapshot', side_effect=full), self.refused(
                     'no space', f'what {disk} held before is in its snapshot before-load-'):
             m.load_snapshot('s')
@@ -8095,7 +8099,7 @@ class TestLife(Live):
 
         def progress(done: int, _total: int) -> None:
             if not cancelled:
-                threading.Timer(0.3, a.cancel).start()
+                threading.Timer(0.3, a.cancel_migration).start()
             cancelled.append(done)
         cancelled: list[int] = []
 

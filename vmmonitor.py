@@ -71,7 +71,13 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     disks                  CD, Harddrive over qemu-img
     spec                   machine.json: what a machine is, read and changed under one lock
     qemu                   one QEMU: its process, sessions with it, descriptors for it
-    machine                Machine: QEMU by QMP; Machines: those of this host
+    devices                disks, nics, memory, chardevs: on the command line, or hot-plugged
+    memory stream          a machine's memory to a file, from one, to another machine; dumps
+    snapshots              memory and disks as they were
+    migration              the two programs that move a guest between them
+    input                  screen, keyboard, mouse
+    console                the serial port
+    machine                Machine, a face over these; Machines: those of this host
   part 4: command line
     installation           what install.sh leaves to this file: Setup, and what --check asks of it
     command line           options, roles, signals, systemd, main()
@@ -7571,6 +7577,14 @@ class MachineSpec:
             return 'host' if accel == 'kvm' else 'max' if self.cpu else 'qemu64'
         return self.cpu
 
+    def of_kind(self, kind: str) -> list[Device]:
+        """Return its devices of a kind."""
+        return [device for device in self.devices if device.kind == kind]
+
+    def ram(self) -> int:
+        """Return the MiB of memory that it has, with what was plugged in."""
+        return self.memory + int(sum(row.facts['mib'] for row in self.of_kind('dimm')))
+
     def shape(self) -> list[Any]:
         """Return all that must be the same for a memory image to fit."""
         return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
@@ -7769,7 +7783,29 @@ NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all'
 STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SIGTERM', 5.0),
               ('SIGKILL', 5.0))
 
+JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
+DIMM_SLOTS = 16
+OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
+        ('/usr/share/OVMF/OVMF_CODE.fd', '/usr/share/OVMF/OVMF_VARS.fd'),
+        ('/usr/share/edk2/ovmf/OVMF_CODE.fd', '/usr/share/edk2/ovmf/OVMF_VARS.fd'),
+        ('/usr/share/edk2/x64/OVMF_CODE.4m.fd', '/usr/share/edk2/x64/OVMF_VARS.4m.fd'))
+# QEMU's RunState -> what people call it; what is not here is running
+QEMU_STATES = {
+    'paused': State.PAUSED, 'prelaunch': State.PAUSED, 'inmigrate': State.PAUSED,
+    'postmigrate': State.PAUSED, 'finish-migrate': State.PAUSED, 'save-vm': State.PAUSED,
+    'io-error': State.PAUSED, 'watchdog': State.PAUSED, 'suspended': State.ASLEEP,
+    'shutdown': State.STOPPING, 'guest-panicked': State.CRASHED,
+    'internal-error': State.CRASHED, 'restore-vm': State.CRASHED}
+QEMU_REASONS = {'io-error': IO_ERROR, 'watchdog': WATCHDOG, 'guest-panicked': PANICKED,
+                'internal-error': FAILED}
+
 SCHEMAS['add-fd'] = {'fdset-id': int}
+SCHEMAS.update({
+    'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
+    'query-commands': [{'name': str}],
+    'query-jobs': [{'id': str, 'status': str, 'error?': str}],
+    'query-status': {'status': str}})
+SCHEMAS['human-monitor-command'] = DATA
 SCHEMAS['process.json'] = {'machine': str, 'boot': str, 'pid': int, 'started': str, 'sockets': str}
 
 
@@ -7798,6 +7834,39 @@ def listener(path: str) -> int:
 def appended(path: str) -> int:
     """Return a descriptor by which QEMU can only add to a file in a directory of root's."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def kvm_opens(uid: int) -> bool:
+    """Tell whether /dev/kvm opens, for us and for QEMU as the user `uid` in the device's group."""
+    try:
+        info = os.stat('/dev/kvm')
+        os.close(os.open('/dev/kvm', os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return uid in (0, os.geteuid()) or info.st_mode & 0o006 == 0o006 or (
+        info.st_mode & 0o060 == 0o060 and info.st_gid != 0)
+
+
+def usable_accel(wanted: str, uid: int = 0) -> str:
+    """Return kvm if it is wanted, or 'auto', and /dev/kvm opens; else tcg. VMMONITOR_ACCEL
+    overrides both."""
+    for name in (wanted, os.environ.get('VMMONITOR_ACCEL') or wanted):
+        if name not in ('auto', 'kvm', 'tcg'):
+            raise MachineError(f'accelerator {name!r:.80}', 'use auto, kvm or tcg')
+    if name == 'auto':
+        return 'kvm' if kvm_opens(uid) else 'tcg'
+    return name
+
+
+def processor_of(spec: MachineSpec) -> str:
+    """Return what tells the processor of a machine's next start from others; where that is the
+    host's own, which. '' for a machine that was made before it could be chosen."""
+    accel = usable_accel(spec.accel, spec.uid)
+    cpu = spec.cpu_option(accel)
+    own = None
+    if accel == 'kvm' and cpu.split(',')[0] in ('host', 'max'):
+        own = re.search(r'^model name\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+    return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}' if spec.cpu else ''
 
 
 class FdGiver(Protocol):
@@ -7924,6 +7993,11 @@ class Qemu:
     def __init__(self, file: MachineFile) -> None:
         self.file, self.name = file, file.name
 
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
     def _record(self, pid: int, sockets: str = 'sockets') -> dict[str, Any]:
         known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid),
                  'sockets': sockets}
@@ -8021,7 +8095,7 @@ class Qemu:
         with self.session() as session:
             return session.execute(command, **arguments)
 
-    def status(self) -> str:
+    def run_state(self) -> str:
         """Return QEMU's RunState (query-status)."""
         return str(self.qmp('query-status')['status'])
 
@@ -8099,6 +8173,208 @@ class Qemu:
                 signal.pidfd_send_signal(process, getattr(signal, way))
         return True
 
+    def status(self) -> Status:
+        """Return what the machine is doing, and why (query-status)."""
+        self.file.refresh()
+        if not self.is_alive():
+            return Status(State.SAVED if self.spec.saved else State.OFF)
+        try:
+            told = self.run_state()
+        except WrongState:                      # it ended meanwhile
+            return Status(State.OFF)
+        state = State.CRASHED if self.spec.lost else QEMU_STATES.get(told, State.RUNNING)
+        plain = state not in (State.PAUSED, State.CRASHED) or told in ('paused', 'running')
+        return Status(state, '' if plain else QEMU_REASONS.get(told, told))
+
+
+    def events(self, timeout: float) -> Iterator[dict[str, Any]]:
+        """Yield QEMU's events as they come, until none came for `timeout` seconds."""
+        with self.session() as session:
+            while True:
+                event = session.event((), timeout)
+                if not event:
+                    return
+                yield event
+
+    def job(self, qmp: QmpSession, command: str, **arguments: Any) -> None:
+        """Carry out a command that is a job, whose answer says nothing of its end."""
+        job = f'vmmonitor-{os.urandom(6).hex()}'
+        deadline = Deadline(JOB_TIMEOUT)
+        for row in qmp.execute('query-jobs'):           # of a program that was killed
+            if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
+                qmp.execute('job-dismiss', id=row['id'])
+        qmp.execute(command, job_id=job, **arguments)
+        try:
+            qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
+        finally:                        # after Ctrl-C, too: it goes on by itself, and would stay
+            deadline.poll(lambda: bool(self._job_row(qmp, job)['status'] == 'concluded'))
+            row = self._job_row(qmp, job)
+            with contextlib.suppress(QemuRefused):
+                qmp.execute('job-dismiss', id=job)
+        if row.get('error'):
+            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {row["error"]}')
+
+    @staticmethod
+    def _job_row(qmp: QmpSession, job: str) -> dict[str, Any]:
+        return next((row for row in qmp.execute('query-jobs') if row['id'] == job),
+                    {'status': 'concluded', 'error': 'somebody has dismissed it'})
+
+    def _hmp_job(self, qmp: QmpSession, line: str) -> None:
+        """Carry out an HMP command that prints nothing when it works."""
+        text = qmp.execute('human-monitor-command', JOB_TIMEOUT, command_line=line).strip()
+        if text:
+            raise MachineError(f'{self.name}: {line}: {text}')
+
+    def wrapper(self) -> list[str]:
+        """Return what runs QEMU in its namespace and as its user, with no rights at all."""
+        # One that was made for its cards goes with the last of them.
+        space, cards = self.spec.namespace, self.spec.of_kind('nic')
+        argv = ['ip', 'netns', 'exec', space] if space and (cards or namespace_id(space)) \
+            else []
+        uid = self.spec.uid
+        if os.geteuid() == 0 and uid:
+            kvm = usable_accel(self.spec.accel, uid) == 'kvm' and os.stat('/dev/kvm').st_gid
+            argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *NO_PRIVILEGES,
+                     f'--groups={kvm}' if kvm else '--clear-groups', '--']
+        return argv
+
+    def compose(self, launch: QemuCommand) -> None:
+        """Put together what the command line says of all but its devices."""
+        spec, accel = self.spec, usable_accel(self.spec.accel, self.spec.uid)
+        plain: tuple[tuple[str, ...], ...] = (
+                ('-name', f'guest={spec.name}'), ('-uuid', spec.uuid), ('-no-user-config',),
+                ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
+                ('-cpu', spec.cpu_option(accel)), ('-smp', str(spec.cpus)),
+                ('-sandbox', SANDBOX),
+                ('-incoming', 'defer') if spec.incoming or spec.saved else (), ('-S',),
+                ('-m', f'{spec.memory}M' + (f',slots={DIMM_SLOTS},maxmem={spec.maxmemory}M'
+                                            if spec.maxmemory else '')),
+                ('-kernel', spec.kernel) if spec.kernel else (),
+                ('-initrd', spec.initrd) if spec.initrd else (),
+                ('-append', spec.cmdline) if spec.cmdline else (),
+                ('-vnc', f'unix:{self.file.path("vnc/vnc")}'.replace(',', ',,'))
+                if spec.display == 'vnc' else ())
+        launch.argv += itertools.chain(*plain)
+        self._compose_firmware(launch)
+        self._compose_sockets(launch)
+
+    def _compose_firmware(self, launch: QemuCommand) -> None:
+        flash = ''
+        if self.spec.efi:
+            code, blank = next((pair for pair in OVMF if all(map(os.path.exists, pair))), ('', ''))
+            if not code:
+                raise MachineError(f'{self.name}: no UEFI firmware', 'install ovmf')
+            own = os.path.join(self.file.home, 'efi-vars.qcow2')
+            if not os.path.exists(own):
+                with whole_file(own) as file:
+                    run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, fd_path(file)],
+                        IMAGE_TIMEOUT, keep=[file])
+            for node, form, file in (
+                    ('efi-code', 'raw', os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
+                    ('efi-vars', 'qcow2', os.open(own, os.O_RDWR | os.O_CLOEXEC))):
+                launch.add('-blockdev', json.dumps({
+                    'node-name': node, 'driver': form, 'read-only': node == 'efi-code',
+                    'file': {'driver': 'file', 'filename': launch.fdset(file),
+                             'read-only': node == 'efi-code'}}))
+            flash = ',pflash0=efi-code,pflash1=efi-vars'
+        launch.add('-machine', self.spec.type + flash)
+
+    def _compose_sockets(self, launch: QemuCommand) -> None:
+        """Open the listening sockets here: no polling for them, and no right to make them."""
+        for name in (*QMP_SOCKETS, 'agent', 'console'):
+            path = self.file.path(f'sockets/{name}')
+            more = {'logfile': launch.fdset(appended(self.file.path('console.log'))),
+                    'logappend': True} if name == 'console' else {}
+            launch.add('-chardev', options('socket', {
+                'id': name, 'fd': launch.named_fd(listener(path)), 'server': True, 'wait': False,
+                **more}))
+        for name in QMP_SOCKETS:
+            launch.add('-mon', f'chardev={name},mode=control')
+        launch.add('-serial', 'chardev:console')
+        if self.spec.monitor_port is not None:
+            server = socket.create_server(('127.0.0.1', self.spec.monitor_port))
+            self.spec.monitor_port = server.getsockname()[1]
+            launch.add('-chardev', options('socket', {
+                'id': 'hmp', 'fd': launch.named_fd(server.detach()), 'server': True,
+                'wait': False}))
+            launch.add('-mon', 'chardev=hmp,mode=readline')
+
+    def require_savable(self) -> None:
+        """Raise WrongState unless its memory can be kept: one that sleeps would be there again
+        without a way to wake it."""
+        state = self.state()
+        if state not in (State.RUNNING, State.PAUSED):
+            raise WrongState(f'{self.name} is {state.value}: its memory can\'t be kept',
+                             'start it first')
+        self.require_not_given()
+
+    def require_not_given(self) -> None:
+        """Raise WrongState when its guest may run elsewhere by now."""
+        if self.spec.given and self.is_alive():
+            raise WrongState(
+                f'{self.name} was told to run on {self.spec.given}',
+                'look there: if it does, stop(force=True) this one, else unfreeze(force=True) it')
+
+    def require_not_saved(self) -> None:
+        """Raise WrongState when its memory would not fit what it is about to become."""
+        if self.spec.saved:
+            raise WrongState(f'{self.name} is saved, and its memory would not fit',
+                             'start it first, or delete_saved() its memory')
+
+    def chardev(self, label: str) -> str:
+        """Return what QEMU says of the other end of one of its own chardevs (query-chardev)."""
+        found = {row['label']: str(row['filename']) for row in self.qmp('query-chardev')}
+        if label not in found:
+            raise MachineError(f'{self.name}: has no chardev {label!r:.80}',
+                               f'it has {", ".join(sorted(found))}')
+        return found[label]
+
+    def has_live_guest(self) -> bool:
+        """Tell whether it holds a guest that may run: not half of one that came from a file,
+        another machine or a snapshot, nor one that has given up, nor one whose QEMU hangs."""
+        with contextlib.suppress(GuestError):
+            return self.state() is not State.CRASHED and not (
+                self.spec.saved or self.spec.incoming or self.spec.given)
+        return False
+
+    def agent(self, command: str, arguments: Arguments = None,
+              timeout: float = AGENT_TIMEOUT) -> Any:
+        """Return what the guest agent answers, over a socket of its own."""
+        if not self.is_alive():
+            raise WrongState(f'{self.name} is off', 'start it first')
+        with self.file.one_of('agent', 1, Deadline(timeout)):
+            try:
+                return GuestAgent(self.socket('agent'), self.name).execute(command, arguments,
+                                                                             timeout)
+            except AgentError as problem:
+                opened = problem.trouble.name != 'silent' or self._agent_open(1.0)
+                if opened is False:
+                    raise agent_error(self.name, 'not connected') from None
+                if opened and problem.trouble.name == 'silent' and self.state() is State.PAUSED:
+                    problem.hint = 'the machine is paused: unfreeze or start it'
+                raise
+
+    def agent_state(self) -> str:
+        """Return connected or disconnected: whether the guest has the agent's port open
+        (query-chardev)."""
+        return 'connected' if self._agent_open(QMP_TIMEOUT) else 'disconnected'
+
+    def _agent_open(self, timeout: float) -> bool | None:
+        """Tell whether the guest has the agent's port open; None if QEMU does not say."""
+        with contextlib.suppress(GuestError), self.session(timeout) as qmp:
+            return any(row['label'] == 'agent' and row['frontend-open']
+                       for row in qmp.execute('query-chardev', timeout))
+        return None
+
+    def state(self) -> State:
+        """Return what the machine is doing."""
+        return self.status().state
+
+    def wake_up(self) -> None:
+        """Wake a guest that sleeps (system_wakeup)."""
+        self.qmp('system_wakeup')
+        Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
+
     def trim_console(self) -> None:
         """Keep the last CONSOLE_BYTES of its console's log in console.log.1, and begin the log
         anew, when it has as many: a guest may write for ever."""
@@ -8110,90 +8386,22 @@ class Qemu:
                 text.truncate(0)
 
 
-# === machine ====================================================================================
-CPU = re.compile(r'(?!help\b)[A-Za-z0-9][ -~]{0,250}')
+# === devices ====================================================================================
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
 SPARE_PORTS = 8                 # ... and at least this many are free at first
 PC_SLOT = 8                     # on a `pc` they begin there; fixed devices are below
 PORTS_MAX = {'q35': 15 * 8, 'i440fx': 32 - PC_SLOT}
-FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
-#                                 systemd give out, below 2^31
-JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
 #                                 a taking back, where a slot has a button
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
-DIMM_SLOTS = 16
 BALLOON_TIMEOUT = 30.0          # a guest gives back some 100 MiB/s when the host is busy
 HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 64 MiB in the
 #                                 guest: a smaller one can't boot with them
-KEY_HOLD = 10                   # ms that a key is down
-KEY_PAUSE = 0.03                # s per key: faster ones pile up, and QEMU drops them unsaid
-MACHINES_POLL = 1.0             # s between two looks for machines that others started
-CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
-CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
-ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word that it has arrived
-POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
 
-OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
-        ('/usr/share/OVMF/OVMF_CODE.fd', '/usr/share/OVMF/OVMF_VARS.fd'),
-        ('/usr/share/edk2/ovmf/OVMF_CODE.fd', '/usr/share/edk2/ovmf/OVMF_VARS.fd'),
-        ('/usr/share/edk2/x64/OVMF_CODE.4m.fd', '/usr/share/edk2/x64/OVMF_VARS.4m.fd'))
-
-# QEMU's RunState -> what people call it; what is not here is running
-QEMU_STATES = {
-    'paused': State.PAUSED, 'prelaunch': State.PAUSED, 'inmigrate': State.PAUSED,
-    'postmigrate': State.PAUSED, 'finish-migrate': State.PAUSED, 'save-vm': State.PAUSED,
-    'io-error': State.PAUSED, 'watchdog': State.PAUSED, 'suspended': State.ASLEEP,
-    'shutdown': State.STOPPING, 'guest-panicked': State.CRASHED,
-    'internal-error': State.CRASHED, 'restore-vm': State.CRASHED}
-QEMU_REASONS = {'io-error': IO_ERROR, 'watchdog': WATCHDOG, 'guest-panicked': PANICKED,
-                'internal-error': FAILED}
-
-# What snapshot-load says before it has touched the guest; after anything else it is lost.
-HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|not support|'
-                      r'migration process|already')
-
-SCHEMAS.update({
-    'human-monitor-command': DATA,
-    'query-balloon': {'actual': int},
-    'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
-    'query-commands': [{'name': str}],
-    'query-dump': {'status': str, 'completed': int, 'total': int},
-    'query-jobs': [{'id': str, 'status': str, 'error?': str}],
-    'query-qmp-schema': [{'members?': [{'name?': str}]}],
-    'query-mice': [{'current': bool, 'absolute': bool}],
-    'query-migrate': {'status?': str, 'error-desc?': str,
-                      'ram?': {'total': int, 'remaining': int}},
-    'query-status': {'status': str}})
-# What the destination of a migration is asked, and with what; see Machine.migrate.
-SCHEMAS.update({
-    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'macs?': [str], 'disks': [
-        {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
-    'request arrived': {}, 'request run': {}})
-
-
-KEY_NAMES: dict[str, str] = {
-    'del': 'delete', 'enter': 'ret', 'return': 'ret', 'space': 'spc', 'escape': 'esc',
-    'win': 'meta_l', 'super': 'meta_l', 'control': 'ctrl', 'ins': 'insert', 'pageup': 'pgup',
-    'pagedown': 'pgdn', 'page_up': 'pgup', 'page_down': 'pgdn', 'printscreen': 'print',
-    'prtsc': 'print', 'break': 'pause', 'numlock': 'num_lock', 'capslock': 'caps_lock',
-    'scrolllock': 'scroll_lock', 'altgr': 'alt_r', 'windows': 'meta_l', 'cmd': 'meta_l',
-    'bksp': 'backspace', 'period': 'dot', 'backtick': 'grave_accent', 'quote': 'apostrophe',
-    'plus': '+', 'underscore': '_', 'tilde': '~', 'colon': ':', 'pipe': '|'}
-# character -> its key on a US keyboard, and whether with shift
-KEYS_OF: dict[str, tuple[str, bool]] = {
-    **{c: (c, False) for c in 'abcdefghijklmnopqrstuvwxyz0123456789'},
-    **{c: (c.lower(), True) for c in 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'},
-    **{c: (key, True) for c, key in zip('!@#$%^&*()', '1234567890')},
-    **{pair[place]: (key, bool(place)) for pair, key in {
-        '-_': 'minus', '=+': 'equal', '[{': 'bracket_left', ']}': 'bracket_right',
-        '\\|': 'backslash', ';:': 'semicolon', '\'"': 'apostrophe', '`~': 'grave_accent',
-        ',<': 'comma', '.>': 'dot', '/?': 'slash'}.items() for place in (0, 1)},
-    ' ': ('spc', False), '\n': ('ret', False), '\t': ('tab', False)}
-BUTTONS = {1: 'left', 2: 'middle', 3: 'right', 4: 'wheel-up', 5: 'wheel-down'}
+SCHEMAS['query-balloon'] = {'actual': int}
 
 
 class Nic(Protocol):
@@ -8264,78 +8472,1435 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 class DriveSlot:
     """Where a Harddrive or CD is: the Attached of *disks*."""
 
-    def __init__(self, machine: Machine, id: str, filename: str = '') -> None:
-        self.machine, self.id, self.node = machine, id, f'{id}-node'
+    def __init__(self, qemu: Qemu, id: str, filename: str = '') -> None:
+        self.qemu, self.id, self.node = qemu, id, f'{id}-node'
         self.filename = filename                # of a disk; a drive's CD changes
 
     def alive(self) -> bool:
         """Tell whether the machine runs, and this disk is still in this place."""
-        return self.machine.is_alive() and (not self.filename or any(
+        return self.qemu.is_alive() and (not self.filename or any(
             row.id == self.id and row.facts['chain'][0][0] == self.filename
-            for row in self.machine.file.now().devices))
+            for row in self.qemu.file.now().devices))
 
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
-        self.machine.keep_cd(medium)
+        with self.qemu.file.change() as spec:
+            spec.cd = medium
 
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
         """Carry out a QMP command, with a file opened here as `filename`."""
-        with self.machine.qemu.session() as session:
+        with self.qemu.session() as session:
             if medium:
                 arguments['filename'] = session.fdset(open_file(medium))
             return session.execute(command, **arguments)
 
 
-def name_limit() -> int:
-    """Return how long a machine's name may be, so that its sockets' paths are not too long."""
-    return max(0, min(63, HOME_LENGTH - 1 - len(os.fsencode(MACHINES_DIR))))
+def _named(key: str, value: Any) -> dict[str, Any]:
+    return {key: value}
 
 
-def kvm_opens(uid: int) -> bool:
-    """Tell whether /dev/kvm opens, for us and for QEMU as the user `uid` in the device's group."""
-    try:
-        info = os.stat('/dev/kvm')
-        os.close(os.open('/dev/kvm', os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
+class Devices:
+    """What is plugged into a machine: the table of devices in its file, made into a command line or
+    plugged in and out while it runs; its boot order and its memory."""
+
+    def __init__(self, file: MachineFile, qemu: Qemu, cd: CD) -> None:
+        self.file, self.qemu, self.name = file, qemu, file.name
+        self._cd = cd
+        cd.attached = DriveSlot(qemu, 'cd0')
+        self._things: dict[str, Any] = {}       # id of a device -> its Harddrive or Nic
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
+    @property
+    def cd(self) -> CD:
+        """Its CD drive."""
+        with contextlib.suppress(GuestError):
+            self._cd.filename = self.file.refresh().cd
+        return self._cd
+
+    def after_start(self) -> None:
+        """Do what the command line can't say: the medium, and links that are down."""
+        if self.cd.filename:
+            DriveSlot(self.qemu, 'cd0').execute(
+                'blockdev-change-medium', self.cd.filename, id='cd0', format='raw',
+                read_only_mode='read-only')
+        self.set_links()
+
+    def set_links(self) -> None:
+        """Plug in and pull the cables as they were."""
+        for device in self.spec.of_kind('nic'):
+            self.qemu.qmp('set_link', name=device.id, up=device.facts['up'])
+
+    def start_qemu(self) -> None:
+        """Start QEMU, stopped, and wait for its greeting."""
+        self.spec.lost, self.spec.given = False, ''
+        self.spec.processor = processor_of(self.spec)
+        for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid)):
+            os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
+            if os.geteuid() == 0:
+                os.chown(self.file.path(place), owner, owner)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.file.path('console.log'), self.file.path('console.log.1'))
+        launch = QemuCommand()
+        try:
+            self.qemu.compose(launch)
+            for text in self._fixed_devices():
+                launch.add('-device', text)
+            for device in self.spec.devices:
+                self._compose_device(launch, device)
+            wrapper = self.qemu.wrapper()
+        except OSError as problem:
+            launch.close()
+            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
+        except BaseException:
+            launch.close()
+            raise
+        self.qemu.start(wrapper, launch)
+
+    def _fixed_devices(self) -> Iterator[str]:
+        """Yield the devices that every machine has."""
+        for number in range(self.spec.ports if 'q35' in self.spec.type else 0):
+            yield options('pcie-root-port', {
+                'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
+                'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
+        yield 'VGA,id=video'
+        yield 'qemu-xhci,id=usb'
+        yield 'usb-tablet,id=pointer,bus=usb.0'     # every system has a driver for one of the two
+        yield 'virtio-tablet-pci,id=tablet'
+        yield f'virtio-serial-pci,id=serial,max_ports={VIRTIO_PORTS}'
+        yield 'virtserialport,chardev=agent,name=org.qemu.guest_agent.0,bus=serial.0'
+        yield 'virtio-balloon-pci,id=balloon'
+        yield 'virtio-scsi-pci,id=scsi'
+        yield 'scsi-cd,id=cd0,bus=scsi.0' + (f',bootindex={self.spec.cd_boot}'
+                                             if self.spec.cd_boot else '')
+
+    @property
+    def harddrives(self) -> list[Harddrive]:
+        """Its disks."""
+        self.file.refresh()
+        return [self.thing(device) for device in self.spec.of_kind('disk')]
+
+    @property
+    def nics(self) -> list[Nic | None]:
+        """Its network cards; None is QEMU's own NAT."""
+        self.file.refresh()
+        return [self.thing(device) for device in self.spec.of_kind('nic')]
+
+    def thing(self, device: Device) -> Any:
+        """Return the Harddrive or Nic behind a device, made again after a load()."""
+        if device.id not in self._things or not self._same(device, self._things[device.id]):
+            self.attach(device, self._remake(device))
+        return self._things[device.id]
+
+    def attach(self, device: Device, thing: Any) -> None:
+        self._things[device.id] = thing
+        if isinstance(thing, Harddrive):
+            thing.attached = DriveSlot(self.qemu, device.id, thing.filename)
+
+    @staticmethod
+    def _same(device: Device, thing: Any) -> bool:
+        """Tell whether a thing is the device's: others may have changed what has its id."""
+        if isinstance(thing, Harddrive):
+            return bool(device.facts.get('chain') == chain_of(thing))
+        return bool(device.facts.get('name', '') == getattr(thing, 'name', ''))
+
+    def _remake(self, device: Device) -> Any:
+        facts = device.facts
+        if device.kind == 'disk':
+            drive: Harddrive | None = None
+            for filename, form in facts['chain'][::-1]:
+                if not os.path.exists(filename):
+                    raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
+                drive = Harddrive(filename, format=form, backing=drive)
+            return drive
+        return self._nic(device) if facts.get('mac') and facts['name'] else None
+
+    @staticmethod
+    def _nic(device: Device) -> VirtualNic:
+        """Return the nic of a device, made again if the host has rebooted since."""
+        facts = device.facts
+        return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
+
+    def _new_id(self, stem: str) -> str:
+        taken = {device.id for device in self.spec.devices}
+        return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
+
+    def _free_port(self, stem: str = 'rp') -> str:
+        """Return a port that is free: rpN for PCI, nrN of the virtio serial device, whose first
+        two are a console's and the agent's."""
+        taken = {device.bus for device in self.spec.devices}
+        ports = range(self.spec.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
+        free = [f'{stem}{n}' for n in ports if f'{stem}{n}' not in taken]
+        if not free:
+            raise MachineError(f'{self.name}: all {len(ports)} ports for such a device are taken',
+                               'remove one first')
+        return free[0]
+
+    def _where(self, port: str) -> dict[str, Any]:
+        """Return where a port is, so that a device is there again after a restart, and in a
+        memory image: q35 has root ports to plug into, of `pc` it is a place."""
+        if port.startswith('nr'):
+            return {'bus': 'serial.0', 'nr': int(port[2:])}
+        if 'q35' in self.spec.type:
+            return {'bus': port}
+        return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
+
+    def _plan(self, device: Device, thing: Any) -> Device:
+        self.spec.devices.append(device)
+        if self.spec.incoming:                      # a disk is its other machine's until then
+            self._things[device.id] = thing
+        else:
+            self.attach(device, thing)
+        return device
+
+    def plan_disk(self, drive: Harddrive) -> Device:
+        """Enter a disk into the machine's file."""
+        drive.check()
+        files = {os.path.realpath(row.facts['chain'][0][0]) for row in self.spec.of_kind('disk')}
+        if os.path.realpath(drive.filename) in files:
+            raise DiskError(f'{self.name}: has {drive.filename} already')
+        return self._plan(Device(self._new_id('disk'), 'disk', self._free_port(), facts={
+            'chain': chain_of(drive)}), drive)
+
+    def plan_nic(self, nic: Nic | None, own: bool) -> Device:
+        """Enter a network card into the machine's file."""
+        id = self._new_id('nic')
+        digest = hashlib.sha256(f'{self.file.uuid} {id}'.encode()).digest()
+        mac = nic.mac.lower() if nic else ':'.join(['52', '54', '00', *(
+            f'{byte:02x}' for byte in digest[:3])])
+        if not MAC.fullmatch(mac):
+            raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
+        if nic and any(nic.name == device.facts['name'] for device in self.spec.of_kind('nic')):
+            raise MachineError(f'{self.name}: has {nic.name} already')
+        return self._plan(Device(id, 'nic', self._free_port(), facts={
+            'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
+            'mac': mac, 'up': True, 'own': own, 'mtu': told_mtu(nic)}), nic)
+
+    @staticmethod
+    def _back_name(device: Device) -> str:
+        return f'{device.id}-{KINDS[device.kind].suffix}'
+
+    def front(self, device: Device) -> dict[str, Any]:
+        """Return the arguments of device_add."""
+        facts, back = device.facts, self._back_name(device)
+        rows: dict[str, dict[str, Any]] = {
+            'disk': {'driver': 'virtio-blk-pci', 'drive': back},
+            'nic': {'driver': 'virtio-net-pci', 'netdev': back,
+                    'mac': facts.get('moved_mac') or facts.get('mac'),
+                    **({'host_mtu': facts['mtu']} if facts.get('mtu') else {})},
+            'dimm': {'driver': 'pc-dimm', 'memdev': back},
+            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
+        told = {**rows[device.kind], 'id': device.id}
+        if device.bus:
+            told.update(self._where(device.bus))
+        if device.boot:
+            told['bootindex'] = device.boot
+        return told
+
+    def _ensure_free(self, drive: Harddrive) -> None:
+        # One that was just shut down is away for us some ms before it lets its disks go.
+        if not Deadline(1.0).poll(lambda: not drive.in_use(), 0.01):
+            raise DiskError(f'{self.name}: {drive.taken()}', 'stop that one first')
+
+    def _compose_device(self, launch: QemuCommand, device: Device) -> None:
+        """Put a device into the command line."""
+        thing = self.thing(device)
+        if device.kind == 'disk':
+            thing.check()
+            if not self.spec.incoming:
+                self._ensure_free(thing)
+        kind, back, front = KINDS[device.kind], self._back(device, launch), self.front(device)
+        if device.kind == 'disk':
+            launch.add(kind.option, json.dumps(back))
+        else:
+            back = flat(back)
+            launch.add(kind.option, options(back.pop(kind.type), back))
+        launch.add('-device', options(front.pop('driver'), front))
+
+    @staticmethod
+    def _vhost(give: FdGiver) -> dict[str, Any]:
+        """Return the options for the kernel's virtio, where it is there: without it, QEMU aborts
+        on vhost=on."""
+        try:
+            return {'vhost': True, 'vhostfd': give.named_fd(os.open('/dev/vhost-net',
+                                                                    os.O_RDWR | os.O_CLOEXEC))}
+        except OSError:
+            return {}
+
+    def _plug(self, device: Device) -> None:
+        """Plug a device into the running machine: back end, then device, or neither."""
+        kind = KINDS[device.kind]
+        if device.kind == 'disk':
+            self._ensure_free(self.thing(device))
+        with self.qemu.session() as qmp:
+            back = self._back(device, qmp)
+            qmp.execute(kind.add, **back)
+            try:
+                qmp.execute('device_add', **self.front(device))
+            except BaseException:
+                qmp.execute(kind.remove, **_named(kind.key, back[kind.key]))
+                raise
+        device.pending = False
+
+    def _back(self, device: Device, give: FdGiver) -> dict[str, Any]:
+        """Return the arguments of the QMP command that adds a device's back end."""
+        facts, thing, name = device.facts, self.thing(device), self._back_name(device)
+        if device.kind == 'disk':
+            return dict(thing.blockdev(name, lambda path, write: give.fdset(os.open(
+                path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))))
+        if device.kind == 'nic':
+            tap = {'fd': give.named_fd(thing.open()), **self._vhost(give)} if thing else {}
+            return {'id': name, 'type': 'tap' if thing else 'user', **tap}
+        if device.kind == 'dimm':
+            return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
+        path = self._port(device)
+        if facts['type'] == 'socket':
+            data = {'addr': {'type': 'fd', 'data': {'str': give.named_fd(listener(path))}},
+                    'server': True, 'wait': False}
+        elif facts['type'] == 'file':
+            data = {'out': give.fdset(appended(path)), 'append': True}
+        else:
+            data = {}
+        return {'id': name, 'backend': {'type': facts['type'], 'data': data}}
+
+    def _port(self, device: Device) -> str:
+        """Return the path of a chardev's end on the host."""
+        return self.file.path(f'ports/{device.id}')
+
+    def _unplug(self, device: Device, timeout: float) -> bool:
+        """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
+        kind = KINDS[device.kind]
+        with self.qemu.session() as qmp:
+            gone = self._request_unplug(qmp, device.id, Deadline(timeout))
+            device.pending = not gone
+
+            def removed() -> bool:                      # the device may hold it some ms more
+                with contextlib.suppress(QemuRefused):
+                    qmp.execute(kind.remove, **_named(kind.key, self._back_name(device)))
+                    return True
+                return False
+            if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
+                raise MachineError(f'{self.name}: {device.id} is gone, but QEMU keeps its back end')
+        return gone
+
+    @staticmethod
+    def _request_unplug(qmp: QmpSession, id: str, deadline: Deadline) -> bool:
+        """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
+        can miss a request."""
+        while True:
+            try:
+                qmp.execute('device_del', id=id)
+            except QemuRefused as problem:
+                if problem.code == 'DeviceNotFound':            # let go since the last request
+                    return True
+                if 'in the process of unplug' not in problem.text:
+                    raise
+            event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
+                              min(UNPLUG_AGAIN, deadline.left()), device=id)
+            if event:
+                return bool(event['event'] == 'DEVICE_DELETED')
+            if deadline.passed():
+                return False
+
+    def find(self, kind: str, thing: Any) -> Device:
+        """Return the device of a thing, which may also be its id or number."""
+        rows = self.spec.of_kind(kind)
+        wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
+        for number, device in enumerate(rows):
+            chain, names = device.facts.get('chain'), [device.id, device.facts.get('name')]
+            if wanted and wanted in names or wanted == number and type(wanted) is int or (
+                    chain and isinstance(wanted, (str, os.PathLike))
+                    and image_path(wanted) == chain[0][0]):
+                return device
+        raise MachineError(f'{self.name}: has no {kind} {thing!r}',
+                           f'it has {", ".join(row.id for row in rows) or "none"}')
+
+    def _add(self, plan: Callable[[], Device]) -> Device:
+        """Enter a device, and plug it in if the machine runs; or neither."""
+        with self.file.change():
+            self.qemu.require_not_saved()
+            device = plan()
+            try:
+                if self.qemu.is_alive():
+                    self._plug(device)
+            except BaseException:
+                self.drop(device)
+                raise
+        return device
+
+    def drop(self, device: Device) -> None:
+        self.spec.devices.remove(device)
+        thing = self._things.pop(device.id, None)
+        if isinstance(thing, Harddrive):
+            thing.attached = None
+        if device.facts.get('own'):
+            self._nic(device).delete()
+
+    def remove(self, kind: str, what: Any, timeout: float) -> str:
+        with self.file.change():
+            self.qemu.require_not_saved()
+            device = self.find(kind, what)
+            if self.qemu.is_alive() and not self._unplug(device, timeout):
+                return (f'{device.id}: the guest does not let it go; it goes when the machine is '
+                        'reset or stopped')
+            self.drop(device)
+        return f'{device.id} removed'
+
+    def add_nic(self, nic: Nic | str | None = None) -> Device:
+        """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
+        NAT, at once if it runs (getfd, netdev_add, device_add)."""
+        if nic not in (None, 'user') and not hasattr(nic, 'mac'):
+            raise MachineError(f'{self.name}: nic {nic!r:.80}',
+                               "give a VirtualNic, 'user', or nothing")
+
+        def plan() -> Device:
+            if isinstance(nic, str):
+                return self.plan_nic(None, own=False)
+            card = nic or VirtualNic.create_many(1, self.spec.namespace or self.name)[0]
+            try:
+                return self.plan_nic(card, own=nic is None)
+            except BaseException:
+                if nic is None:
+                    card.delete()
+                raise
+        return self._add(plan)
+
+    def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
+
+        When the guest does not let it go, it says so: the card stays until the guest is reset.
+        """
+        return self.remove('nic', nic, timeout)
+
+    def add_harddrive(self, drive: Harddrive | str) -> Device:
+        """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
+        disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
+        place = disk.attached
+        try:
+            return self._add(lambda: self.plan_disk(disk))
+        except BaseException:
+            disk.attached = place               # in the machine that has it
+            raise
+
+    def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
+        return self.remove('disk', drive, timeout)
+
+    def nic_state(self, nic: Any, up: bool) -> None:
+        """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
+        with self.file.change():
+            device = self.find('nic', nic)
+            if self.qemu.is_alive():
+                self.qemu.qmp('set_link', name=device.id, up=up)
+            device.facts['up'] = up
+
+    def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
+        """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
+        self.file.refresh()
+        self.thing(self.find('disk', drive)).resize(size, shrink)
+
+    def set_boot_order(self, ids: Sequence[str]) -> None:
+        self.spec.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
+        for device in self.spec.devices:
+            device.boot = ids.index(device.id) + 1 if device.id in ids else 0
+
+    def change_boot_device(self, *devices: Any) -> None:
+        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1.
+
+        It counts from the next reset on, and is kept (qom-set bootindex).
+        """
+        with self.file.change():
+            ids = [self._boot_id(device) for device in devices]
+            twice = [id for id in ids if ids.count(id) > 1]
+            if twice:
+                raise MachineError(f'{self.name}: {twice[0]} twice in the boot order',
+                                   'name each device once')
+            before = {device.id: device.boot for device in self.spec.devices}
+            before['cd0'] = self.spec.cd_boot
+            self.set_boot_order(ids)
+            if not self.qemu.is_alive():
+                return
+            with self.qemu.session() as qmp:
+                # First all others out: QEMU refuses a place that is taken.
+                for id, place in [*((id, -1) for id, place in before.items() if place),
+                                  *((id, place) for place, id in enumerate(ids, 1))]:
+                    qmp.execute('qom-set', path=f'/machine/peripheral/{id}',
+                                property='bootindex', value=place)
+
+    def _boot_id(self, thing: Any) -> str:
+        if thing is self.cd or thing in ('cd', 'cd0'):
+            return 'cd0'
+        for kind in ('disk', 'nic'):
+            with contextlib.suppress(MachineError):
+                return self.find(kind, thing).id
+        raise MachineError(f'{self.name}: can\'t boot from {thing!r}',
+                           "name 'cd', or one of its disks or nics")
+
+    def increase_ram(self, mb: int) -> str:
+        """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
+
+        In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
+        that was ballooned down is let out first. Raises MachineError with the reason why not.
+        """
+        self._check_mib(mb)
+        if self.qemu.is_alive():
+            actual = self.qemu.qmp('query-balloon')['actual'] // MIB
+            whole = self.spec.ram()
+            if actual + mb <= whole:
+                return self.balloon(actual + mb)
+        room = self.spec.maxmemory - self.spec.ram()
+        if mb % DIMM_MIB or mb > room:
+            raise MachineError(
+                f'{self.name}: can\'t get {mb} MiB more: '
+                + ('Linux takes memory in blocks of 128 MiB' if mb % DIMM_MIB else
+                   f'there is room for {max(room, 0)} MiB'),
+                f'use a multiple of {DIMM_MIB}' if mb % DIMM_MIB else
+                'make the machine with a larger maxmemory=')
+        blocks = self._memory_blocks() if self.qemu.is_alive() else {}
+        device = self._add(lambda: self._plan(Device(self._new_id('dimm'), 'dimm',
+                                                     facts={'mib': mb}), None))
+        return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
+
+    def _check_mib(self, mb: int) -> None:
+        if type(mb) is not int or mb <= 0:
+            raise MachineError(f'{self.name}: memory {mb!r:.80}', 'use MiB')
+
+    def _memory_blocks(self) -> dict[int, bool]:
+        with contextlib.suppress(AgentError, Busy):
+            return {row['phys-index']: row['online']
+                    for row in self.qemu.agent('guest-get-memory-blocks')}
+        return {}
+
+    def _online(self, before: Mapping[int, bool]) -> str:
+        """Switch on the memory blocks that are new, and say what the guest then has."""
+        if not self.qemu.is_alive():
+            return 'counts from the next start'
+        if not before:
+            return 'not confirmed: the guest agent does not answer'
+        deadline = Deadline(AGENT_TIMEOUT)
+        while not deadline.passed():
+            off = [index for index, online in self._memory_blocks().items() if not online]
+            if off:
+                with contextlib.suppress(AgentError, Busy):
+                    self.qemu.agent('guest-set-memory-blocks', {
+                        'mem-blks': [{'phys-index': index, 'online': True} for index in off]})
+            new = [index for index, online in self._memory_blocks().items()
+                   if online and index not in before]
+            if new:
+                return f'confirmed by the guest: {len(new)} more blocks are online'
+            time.sleep(STATE_POLL)
+        return 'not confirmed: the guest shows no new memory; it may have no memory hot-plug'
+
+    def balloon(self, mb: int) -> str:
+        """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
+        self._check_mib(mb)
+        if mb > self.spec.ram():
+            raise MachineError(f'{self.name}: can\'t have {mb} MiB, only {self.spec.ram()}',
+                               'increase_ram() plugs in more')
+        self.qemu.qmp('balloon', value=mb * MIB)
+
+        def reached() -> bool:
+            return bool(self.qemu.qmp('query-balloon')['actual'] == mb * MIB)
+        if Deadline(BALLOON_TIMEOUT).poll(reached, STATE_POLL / 2):
+            return f'the guest has {mb} MiB now'
+        actual = self.qemu.qmp('query-balloon')['actual'] // MIB
+        raise MachineError(f'{self.name}: the guest has {actual} MiB, not {mb}',
+                           'it needs the virtio_balloon driver, and can\'t have more than '
+                           f'{self.spec.ram()} MiB')
+
+    def create_chardev(self, name: str, kind: str = 'socket') -> str:
+        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
+        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
+        virtserialport). It is kept over restarts; chardevs tells the paths."""
+        if not isinstance(name, str) or not NAME.fullmatch(name) \
+                or kind not in ('pty', 'socket', 'file'):
+            raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
+                               'use a name like org.example.0, and pty, socket or file')
+
+        def plan() -> Device:
+            if any(row.facts['name'] == name for row in self.spec.of_kind('chardev')):
+                raise MachineError(f'{self.name}: has a chardev {name}')
+            id = self._new_id('chardev')
+            with contextlib.suppress(FileNotFoundError):        # of one that was deleted
+                os.unlink(self.file.path(f'ports/{id}'))
+            return self._plan(Device(id, 'chardev', self._free_port('nr'),
+                                     facts={'type': kind, 'name': name}), None)
+        self._add(plan)
+        return self.chardevs[name]
+
+    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Take a port away again (device_del, chardev-remove)."""
+        return self.remove('chardev', name, timeout)
+
+    @property
+    def chardevs(self) -> dict[str, str]:
+        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
+        self.file.refresh()
+        rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
+        ends = {row['label']: row['filename'] for row in rows
+                if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])}
+        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
+                if row.facts['type'] == 'pty' else self._port(row)
+                for row in self.spec.of_kind('chardev')}
+
+    def disk_identities(self) -> list[dict[str, Any]]:
+        """Return what tells its disks and CD from others: format and size, and on this host the
+        file itself."""
+        host = boot_id()
+        layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
+                  for device in self.spec.of_kind('disk') for layer in self.thing(device).chain()]
+        if self.cd.filename:
+            layers.append(('cd', os.path.getsize(readable(self.cd.filename)), self.cd.filename))
+        return [{'format': form, 'size': size, 'host': host, 'name': name,
+                 'file': [os.stat(name).st_dev, os.stat(name).st_ino]}
+                for form, size, name in layers]
+
+    def check_same_disks(self, theirs: Sequence[Mapping[str, Any]]) -> None:
+        """Raise MachineError unless these are the marks of this machine's disks."""
+        none = {'format': 'none', 'size': 0, 'host': '', 'name': 'no disk', 'file': []}
+        for mine, other in itertools.zip_longest(self.disk_identities(), theirs, fillvalue=none):
+            file = ['file'] if mine['host'] == other['host'] else []
+            if any(mine[key] != other[key] for key in ('format', 'size', *file)):
+                here, there = ('{name} ({format}, {size} bytes)'.format(**row)
+                               for row in (mine, other))
+                raise MachineError(f'{self.name}: has {here} where the guest has {there}',
+                                   'give both machines the same disks and CD')
+
+    def check_fits(self, other: Sequence[Any], why: str, hint: str = '',
+                    mine: Sequence[Any] = ()) -> None:
+        """Raise MachineError unless a memory image of a machine of that shape fits this one."""
+        mine = mine or self.spec.shape()
+        here, there = ([row for row in a if row not in b] for a, b in ((mine, other),
+                                                                       (other, mine)))
+        if here or there:
+            raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
+                               f'has {here or "nothing"}',
+                               '; '.join(filter(None, [
+                                   'add or remove devices until they are the same', hint])))
+
+
+# === memory stream ==============================================================================
+
+SCHEMAS.update({
+    'query-dump': {'status': str, 'completed': int, 'total': int},
+    'query-migrate': {'status?': str, 'error-desc?': str,
+                      'ram?': {'total': int, 'remaining': int}}})
+
+
+class MemoryStream:
+    """A machine's memory on its way into a file or out of one, or to another machine."""
+
+    def __init__(self, file: MachineFile, qemu: Qemu) -> None:
+        self.file, self.qemu, self.name = file, qemu, file.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
+    def set_saved(self, path: str) -> None:
+        self.spec.saved = path
+        self.file.write()
+
+    def save(self, file: str = '') -> str:
+        """Save its memory to a file (or a place of its own) and end it; start goes on from there.
+
+        Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
+        """
+        with self.file.change():
+            if self.qemu.state() is State.SAVED:
+                return 'already saved'
+            if self.qemu.state() is State.ASLEEP:
+                self.qemu.wake_up()
+            self.qemu.require_savable()
+            path = image_path(file) if file else os.path.join(self.file.home, 'memory')
+            if not file:                        # of a restore that was killed: it fits no more
+                Path(path).unlink(missing_ok=True)
+            if os.path.exists(path):
+                raise DiskError(f'{path} exists', 'name another file, or remove this one')
+            with self.run_state_kept(), whole_file(path) as memory, self.qemu.session() as qmp:
+                qmp.execute('stop')
+                try:
+                    self.send(qmp, os.dup(memory), None, JOB_TIMEOUT)
+                except MachineError as problem:
+                    raise MachineError(f'{problem}; to {path}',
+                                       f'it may take {self.spec.ram()} MiB there') from None
+            self.set_saved(path)
+            self.qemu.end()
+        return 'saved'
+
+    def delete_saved(self) -> str:
+        """Forget the memory of a saved machine, so that it boots anew; what it had not written
+        to its disks is lost. A file that you named to save() stays."""
+        with self.file.change():
+            path = self.spec.saved
+            if not path:
+                return 'not saved'
+            self.qemu.end()               # a restore that was killed
+            self.set_saved('')
+            if path != os.path.join(self.file.home, 'memory'):
+                return f'forgotten; {path} is still there'
+            Path(path).unlink(missing_ok=True)
+        return 'saved state deleted'
+
+    @contextlib.contextmanager
+    def run_state_kept(self) -> Iterator[bool]:
+        """When the block fails, let the guest run again if it ran before, which it lends."""
+        ran = self.qemu.run_state() == 'running'
+        try:
+            yield ran
+        except BaseException as problem:
+            goes_on = not ran or Deadline(QMP_TIMEOUT).poll(self._goes_on)
+            if isinstance(problem, Error) and not goes_on:
+                raise MachineError(f'{explain(problem)}; it stands still now',
+                                   'start it when QEMU answers again') from None
+            raise
+
+    def _goes_on(self) -> bool:
+        """Let it run, which QEMU refuses until a transfer that failed is over; tell whether it
+        does."""
+        if not self.qemu.is_alive():
+            return True
+        with contextlib.suppress(GuestError):
+            self.qemu.qmp('cont')
+            return self.qemu.run_state() == 'running'
         return False
-    return uid in (0, os.geteuid()) or info.st_mode & 0o006 == 0o006 or (
-        info.st_mode & 0o060 == 0o060 and info.st_gid != 0)
+
+    def restore(self, path: str) -> str:
+        """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
+        try:
+            with self.qemu.session() as qmp:
+                self.receive(qmp, open_file(path))
+                if not qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed'):
+                    raise MachineError(f'{self.name}: no end within {JOB_TIMEOUT:g} s')
+        except GuestError:
+            raise MachineError(f'{self.name}: can\'t be restored from {path}'
+                               f'{self.qemu.last_words()}',
+                               'delete_saved(), or cmd=start&discard=1, forgets it; the machine '
+                               'then boots anew, and what was not on its disks is lost') from None
+        return 'restored'
+
+    @staticmethod
+    def receive(qmp: QmpSession, fd: int, late: bool = False) -> None:
+        """Have a QEMU that waits for a migration read it from a descriptor; with `late` it opens
+        its disks only when the guest runs."""
+        qmp.execute('migrate-set-capabilities', capabilities=[
+            {'capability': 'events', 'state': True},
+            {'capability': 'late-block-activate', 'state': late}])
+        qmp.execute('migrate-incoming', uri=qmp.stream(fd, os.O_RDONLY))
+
+    def send(self, qmp: QmpSession, fd: int, progress: Callable[[int, int], object] | None,
+                  timeout: float, stream: socket.socket | None = None) -> None:
+        """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
+        qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
+        qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
+        deadline = Deadline(timeout)
+        try:
+            while True:
+                info = qmp.execute('query-migrate')
+                ram = info.get('ram')
+                if progress and ram:
+                    progress(ram['total'] - ram['remaining'], ram['total'])
+                status = info.get('status')
+                if status == 'completed':
+                    return
+                if status in ('failed', 'cancelled') or deadline.passed():
+                    raise MachineError(f'{self.name}: the transfer of its memory '
+                                       f'{"took too long" if deadline.passed() else status}: '
+                                       f'{info.get("error-desc", status)}')
+                time.sleep(STATE_POLL / 5)
+        except BaseException:           # Ctrl-C, or of `progress`: it would go on by itself
+            if stream:                  # a QEMU whose writing waits for ever answers nothing
+                with contextlib.suppress(OSError):
+                    stream.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(GuestError):
+                qmp.execute('migrate_cancel')
+                Deadline(QMP_TIMEOUT).poll(lambda: qmp.execute('query-migrate').get('status') in (
+                    'failed', 'cancelled', 'completed', None), STATE_POLL / 10)
+            raise
+
+    def dump(self, filename: str | os.PathLike[str], format: str = 'elf',
+                    progress: Callable[[int, int], object] | None = None) -> str:
+        """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
+
+        It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
+        """
+        path = image_path(filename)
+        with self.file.change(), whole_file(path) as file, self.qemu.session() as qmp:
+            qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
+                        protocol=f'fd:{qmp.named_fd(os.dup(file))}')
+            info: dict[str, Any] = {}
+
+            def ended() -> bool:
+                info.update(qmp.execute('query-dump'))
+                return info['status'] in ('completed', 'failed')
+
+            def told() -> bool:
+                over = ended()
+                if progress:
+                    progress(info['completed'], info['total'])
+                return over
+            deadline = Deadline(JOB_TIMEOUT)
+            try:
+                deadline.poll(told, STATE_POLL / 5)
+            finally:                                # after Ctrl-C, too: it can't be ended
+                deadline.poll(ended, STATE_POLL / 5)
+            error = (qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT) or {}).get('data', {}).get('error')
+            # It comes before the guest goes on, and until then much is refused.
+            Deadline(QMP_TIMEOUT).poll(
+                lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
+            if error:
+                raise MachineError(f'{self.name}: dump to {path}: {error}')
+        return path
 
 
-def usable_accel(wanted: str, uid: int = 0) -> str:
-    """Return kvm if it is wanted, or 'auto', and /dev/kvm opens; else tcg. VMMONITOR_ACCEL
-    overrides both."""
-    for name in (wanted, os.environ.get('VMMONITOR_ACCEL') or wanted):
-        if name not in ('auto', 'kvm', 'tcg'):
-            raise MachineError(f'accelerator {name!r:.80}', 'use auto, kvm or tcg')
-    if name == 'auto':
-        return 'kvm' if kvm_opens(uid) else 'tcg'
-    return name
+# === snapshots ==================================================================================
+# What snapshot-load says before it has touched the guest; after anything else it is lost.
+HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|not support|'
+                      r'migration process|already')
 
 
-def processor_of(spec: MachineSpec) -> str:
-    """Return what tells the processor of a machine's next start from others; where that is the
-    host's own, which. '' for a machine that was made before it could be chosen."""
-    accel = usable_accel(spec.accel, spec.uid)
-    cpu = spec.cpu_option(accel)
-    own = None
-    if accel == 'kvm' and cpu.split(',')[0] in ('host', 'max'):
-        own = re.search(r'^model name\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-    return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}' if spec.cpu else ''
+class MachineSnapshot(NamedTuple):
+    """A snapshot of a machine."""
+
+    tag: str
+    when: int                   # seconds since 1970
+    ram: bool                   # with its memory
+    disks: tuple[str, ...]      # the images that it is in ...
+    uncovered: tuple[str, ...]  # ... and the machine's others
 
 
-def newest_type() -> str:
-    """Return the versioned machine type that q35 stands for in this QEMU, or before 7.2 `pc`.
+class Snapshots:
+    """Snapshots of a machine's memory and disks."""
 
-    There a reset of a q35 under TCG never ends: SeaBIOS 1.14 to 1.16.0 looks for the chipset by
-    the memory that the reset has just taken away, and resets again. It also has no ACPI hot-plug.
+    def __init__(self, file: MachineFile, qemu: Qemu, devices: Devices) -> None:
+        self.file, self.qemu, self.devices, self.name = file, qemu, devices, file.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
+    def _layers(self) -> list[tuple[str, Harddrive]]:
+        """Return node and disk of all that can hold a snapshot."""
+        return [(f'{device.id}-node', drive) for device, drive in
+                ((device, self.devices.thing(device)) for device in self.spec.of_kind('disk'))
+                if drive.format == 'qcow2']
+
+    @property
+    def all(self) -> list[MachineSnapshot]:
+        """The snapshots of the machine's disks as they are now, the oldest first."""
+        drives = self.devices.harddrives
+        rows = [(drive, row) for drive in drives for row in drive.snapshots]
+        found = []
+        for tag in dict.fromkeys(row.tag for _, row in sorted(rows, key=lambda pair: pair[1].when)):
+            mine = {drive.filename: row for drive, row in rows if row.tag == tag}
+            found.append(MachineSnapshot(
+                tag, min(row.when for row in mine.values()),
+                any(row.ram for row in mine.values()), tuple(mine),
+                tuple(drive.filename for drive in drives if drive.filename not in mine)))
+        return found
+
+    def find(self, tag: str) -> MachineSnapshot:
+        for row in self.all:
+            if row.tag == tag:
+                return row
+        raise MachineError(f'{self.name}: has no snapshot {tag}', '.snapshots lists them')
+
+    def take(self, tag: str = '') -> MachineSnapshot:
+        """Snapshot memory and disks, or of a machine that is off the disks alone.
+
+        It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
+        it. Raises MachineError with the job's own error (snapshot-save; HMP savevm before 6.0).
+        """
+        with self.file.change():
+            taken = [row.tag for row in self.all]
+            tag = checked_tag(tag or free_tag(taken))
+            if self.qemu.is_alive():
+                self.qemu.require_savable()
+            layers = self._layers()
+            if not layers:
+                raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
+                                   'save() works without one')
+            if tag in taken:
+                raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
+            if self.spec.saved and not self.qemu.is_alive():
+                raise WrongState(f'{self.name} is saved', 'start it first')
+            if self.qemu.is_alive():
+                self._live_snapshot(tag, layers)
+            else:
+                self.spec.snapshots.pop(tag, None)      # of one that was deleted elsewhere
+                self._disk_snapshots(tag, [drive for _, drive in layers])
+            made = self.find(tag)
+        if made.uncovered:
+            log.warning('%s: snapshot %s is without %s', self.name, tag, ', '.join(made.uncovered))
+        return made
+
+    def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
+        ran = self.qemu.run_state() == 'running'
+        self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
+        self.file.write()
+        try:
+            with self.qemu.session() as qmp:
+                self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
+            made = layers[0][1].found(tag)
+            self.spec.snapshots[tag] = [*self._saved_shape(layers),
+                                        ['made', made.id, made.when, made.ram]]
+            layers[0][1].note(tag, self.spec.snapshots[tag])
+        except BaseException as problem:
+            if isinstance(problem, KeyboardInterrupt):
+                with contextlib.suppress(GuestError), self.qemu.session() as qmp:
+                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+            self._forget(tag)
+            if isinstance(problem, MachineError):
+                raise MachineError(str(problem), f'its memory, up to {self.spec.ram()} MiB, goes '
+                                   f'into {layers[0][1].filename}: is there space?') from None
+            raise
+        finally:
+            if ran and self.qemu.is_alive():
+                self.qemu.qmp('cont')
+
+    def _saved_shape(self, layers: Sequence[tuple[str, Harddrive]]) -> list[Any]:
+        """Return what must be the same for a snapshot's memory to fit: the machine, and of several
+        disks which is which."""
+        files = [['file', node, drive.filename] for node, drive in layers]
+        return [*self.spec.shape(), *(files if len(files) > 1 else ())]
+
+    def _check_memory(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
+        """Raise MachineError unless the memory in a snapshot is known to fit.
+
+        QEMU itself puts the disks back before it looks, and takes a guest that lacks a device. The
+        memory does not tell its processor; so it counts only where the snapshot was noted when it
+        was made, by this machine or in the image, and is still that one.
+        """
+        hint = ('load_snapshot(…, disks_only=True) puts back the disks alone when it is off; '
+                'snapshot() first keeps what they hold now')
+        made = layers[0][1].found(tag)
+        others = [drive.filename for _, drive in layers
+                  if any(row.id == tag != row.tag for row in drive.snapshots)]
+        if others:                              # QEMU would take that one
+            raise MachineError(f'{self.name}: {others[0]} has another snapshot whose id is {tag}',
+                               hint)
+        for rows in (self.spec.snapshots.get(tag), layers[0][1].notes().get(tag)):
+            mine = self._saved_shape(layers)
+            if rows and not self.spec.cpu and not any(row[0] == 'made' for row in rows):
+                # By a version that did not note which it is; a machine made since never lacks it.
+                rows = [*rows, ['made', made.id, made.when, made.ram]]
+                mine = self.spec.shape()
+            if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
+                self.devices.check_fits([row for row in rows if row[0] != 'made'],
+                                 f'snapshot {tag} is of other devices', hint, mine)
+                return
+        raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
+                           'known', hint)
+
+    def _forget(self, tag: str) -> None:
+        self.spec.snapshots.pop(tag, None)
+        self.file.write()
+
+    @staticmethod
+    def _disk_snapshots(tag: str, drives: Sequence[Harddrive]) -> None:
+        """Snapshot all disks, or none."""
+        done: list[Harddrive] = []
+        try:
+            for drive in drives:
+                drive.snapshot(tag)
+                done.append(drive)
+        except BaseException:
+            for drive in done:
+                drive.delete_snapshot(tag)
+            raise
+
+    def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
+        """Carry out snapshot-save, -load or -delete, or what older QEMUs have."""
+        if f'snapshot-{verb}' not in {row['name'] for row in qmp.execute('query-commands')}:
+            line = {'save': 'savevm', 'load': 'loadvm', 'delete': 'delvm'}[verb]
+            self.qemu._hmp_job(qmp, f'{line} {tag}')
+            return
+        firmware = ['efi-vars'] if self.spec.efi else []
+        memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
+        self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
+
+    def load(self, tag: str, disks_only: bool = False) -> str:
+        """Put memory and disks back to a snapshot, starting the machine if it is off; with
+        `disks_only`, or a snapshot of the disks alone, the disks of a machine that is off.
+
+        Memory that is not known to fit this machine is refused before anything is touched; when it
+        fails none the less, the disks are put back (snapshot-load).
+        """
+        with self.file.change():
+            found = self.find(tag)
+            self.qemu.require_not_given()
+            layers = [row for row in self._layers() if row[1].filename in found.disks]
+            bare = [drive.filename for _, drive in self._layers()
+                    if drive.filename not in found.disks]
+            memory, started = found.ram and not disks_only, not self.qemu.is_alive()
+            if memory and bare:                 # its memory would not fit them
+                raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
+                                   'delete it, or remove that disk first')
+            if started and self.spec.saved:
+                raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
+                                 'start it, then load the snapshot')
+            if not memory and not started:
+                raise WrongState(f'{self.name} runs, and '
+                                 + ('its memory would not fit the disks' if found.ram else
+                                    f'snapshot {tag} has no memory in it'), 'stop it first')
+            if memory:
+                if started:
+                    self.spec.processor = processor_of(self.spec)
+                self._check_memory(tag, layers)
+                self._load_whole(tag, layers, started)
+                return f'put back to {tag}'
+            with put_back_on_failure([drive for _, drive in layers]):
+                for _, drive in layers:
+                    drive.load_snapshot(tag)
+            return f'disks put back to {tag}'
+
+    def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
+        """Load memory and disks."""
+        with unbroken():
+            if started:
+                self.devices.start_qemu()
+            try:
+                if started:
+                    self.devices.after_start()
+                self._load(tag, layers, started)
+            except BaseException:
+                if started:
+                    self.qemu.end()
+                raise
+            self.devices.set_links()
+
+    def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
+        """Carry out snapshot-load, and leave the run state as it was."""
+        asleep = self.qemu.run_state() == 'suspended'   # it would be with the other guest
+        ran = started or asleep or self.qemu.run_state() == 'running'
+        drives = [drive for _, drive in layers]
+        if self.spec.efi:
+            drives.append(Harddrive(os.path.join(self.file.home, 'efi-vars.qcow2')))
+            drives[-1].attached = firmware = DriveSlot(self.qemu, 'efi-vars')
+            firmware.node = 'efi-vars'
+        try:
+            with self.qemu.session() as qmp:
+                if asleep:
+                    qmp.execute('system_wakeup')
+                    qmp.event(['RESUME', 'WAKEUP'], QMP_TIMEOUT)
+                qmp.execute('stop')
+            with put_back_on_failure(drives):
+                self._load_or_end(tag, [node for node, _ in layers])
+        except Error:
+            if ran and not started and self.qemu.is_alive():
+                self.qemu.qmp('cont')
+            raise
+        self.spec.lost = False
+        if ran:
+            self.qemu.qmp('cont')
+
+    def _load_or_end(self, tag: str, nodes: Sequence[str]) -> None:
+        """Carry out snapshot-load; end a QEMU that it leaves with half the old guest and half the
+        new one, which it would let run."""
+        try:
+            with self.qemu.session() as qmp:
+                self._snapshot_job(qmp, 'load', tag, nodes)
+        except MachineError as problem:
+            if HARMLESS.search(problem.message):
+                raise
+            self.spec.lost = True
+            self.file.write()
+            self.qemu.end()
+            raise MachineError(f'{problem.message}; its guest is lost',
+                               'start() boots it, as after a power failure') from None
+
+    def delete(self, tag: str) -> None:
+        """Delete a snapshot from all disks (snapshot-delete; HMP delvm; qemu-img)."""
+        with self.file.change():
+            found = self.find(tag)
+            layers = [row for row in self._layers() if row[1].filename in found.disks]
+            if self.qemu.is_alive():
+                with self.qemu.session() as qmp:
+                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+            else:
+                for _, drive in layers:
+                    drive.delete_snapshot(tag)
+            self.spec.snapshots.pop(tag, None)
+
+
+# === migration ==================================================================================
+ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word that it has arrived
+
+# What the destination is asked, and with what.
+SCHEMAS.update({
+    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'disks': [
+        {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
+    'request arrived': {}, 'request run': {}})
+
+
+class Migration:
+    """One end of a migration.
+
+    The programs at its two ends agree over a socket beside the stream of their QEMUs, in requests,
+    see SCHEMAS. The guest runs at one end at most: the source lets it go on only while it has not
+    said "run", and the destination lets it run only when it has heard that.
     """
-    shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
-    found = dict(re.findall(r'alias of pc-(q35|i440fx)-([0-9.]+)', shown))
-    if len(found) < 2:
-        raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
-    kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
-    return f'pc-{kind}-{found[kind]}'
+
+    def __init__(self, file: MachineFile, qemu: Qemu, devices: Devices, memory: MemoryStream
+                 ) -> None:
+        self.file, self.qemu, self.devices, self.memory = file, qemu, devices, memory
+        self.name = file.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
+    def migrate(self, to: Migration | str, progress: Callable[[int, int], object] | None = None,
+                timeout: float = JOB_TIMEOUT) -> str:
+        """Move the guest to another machine that waits for it; see Machine.migrate."""
+        name = to.name if isinstance(to, Migration) else str(to)
+        if name == self.name:
+            raise MachineError(f'{name}: is here', 'migrate it to another machine')
+        try:
+            with self.file.change(), contextlib.ExitStack() as ends:
+                self.qemu.require_savable()
+                with self.memory.run_state_kept() as ran:
+                    peer, stream = self._connect_peer(to, ends)
+                    self._send_to(peer, stream, ran, progress, timeout)
+                with unbroken():
+                    self._hand_over(peer, ran)
+                    self.qemu.end()
+                self.spec.given = ''
+        except ProtocolError as problem:
+            raise MachineError(f'{self.name}: {problem}') from None
+        return f'migrated to {name}'
+
+    def _connect_peer(self, to: Migration | str, ends: contextlib.ExitStack
+              ) -> tuple[LineSocket, socket.socket]:
+        """Return two connections to the program at the other end, which may be this one."""
+        if isinstance(to, Migration):
+            (peer, far), (stream, end) = socket.socketpair(), socket.socketpair()
+            taker = spawn(f'receive {to.name}', to.accept, far, lambda: end)
+            ends.callback(taker.join, ARRIVAL_TIMEOUT)      # after ours are closed
+        else:
+            host, _, port = str(to).rpartition(':')
+            try:
+                if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                    raise OSError(0, 'no address')
+                where = host.strip('[]'), int(port)
+                peer = ends.enter_context(socket.create_connection(where, QMP_TIMEOUT))
+                stream = socket.create_connection(where, QMP_TIMEOUT)
+            except OSError as problem:
+                raise MachineError(f'{self.name}: can\'t migrate to {to}: {explain(problem)}',
+                                   'give host:port of a machine that waits in receive()') from None
+            stream.setblocking(True)
+        ends.enter_context(stream)
+        return ends.enter_context(LineSocket(getattr(to, 'name', str(to)), peer)), stream
+
+    def _send_to(self, peer: LineSocket, stream: socket.socket, ran: bool,
+                 progress: Callable[[int, int], object] | None, timeout: float) -> None:
+        """Send the guest, and hear that it has arrived, where it does not run yet."""
+        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.spec.shape(),
+                 disks=self.devices.disk_identities(), runs=ran,
+                 seconds=round(timeout + ARRIVAL_TIMEOUT),
+                 macs=[self.devices.front(device)['mac'] for device in self.spec.of_kind('nic')])
+        try:
+            with self.qemu.session() as qmp:
+                self.memory.send(qmp, os.dup(stream.fileno()), progress, timeout, stream)
+        except MachineError as problem:
+            try:
+                peer.ask('arrived', QMP_TIMEOUT / 2)
+                raise
+            except ProtocolError as answer:         # it says why
+                raise MachineError(f'{problem}; {answer}') from None
+        peer.ask('arrived', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
+
+    def _hand_over(self, peer: LineSocket, ran: bool) -> None:
+        """Have the other end run the guest: from here on it may be there, unless that end says
+        that it is not."""
+        try:
+            self.spec.given = peer.path         # kept before anybody hears it
+            self.file.write()
+            # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
+            peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
+        except (ReplyError, FileError):
+            self.spec.given = ''
+            if ran:
+                self.qemu.qmp('cont')
+            self.file.write()
+            raise
+        except ProtocolError as problem:
+            raise MachineError(
+                f'{self.name}: {problem}, when it was to run the guest; this one stays paused',
+                'look whether it runs there: if so, stop(force=True) this one, else '
+                'unfreeze(force=True) it') from None
+
+    def receive_at(self, port: int, timeout: float = 60.0, address: str = '') -> None:
+        """Wait on a TCP port for migrate('host:port') to this machine, which was started with
+        incoming=True; return when the guest runs here.
+
+        Raises MachineError when nobody came within `timeout` seconds, or the guest did not
+        arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
+        """
+        self.file.refresh()
+        if not self.spec.incoming or not self.qemu.is_alive():
+            raise WrongState(f'{self.name} does not wait for a migration',
+                             'make it with incoming=True, and start it')
+        deadline, why = Deadline(timeout), ''
+        try:
+            with socket.create_server((address, port)) as server:
+                while self.spec.incoming and self.qemu.is_alive() and not deadline.passed():
+                    why = self._admit(server, deadline) or why
+        except (OSError, OverflowError, TypeError) as problem:
+            raise MachineError(f'{self.name}: can\'t wait on port {port!r:.80}: {explain(problem)}'
+                               ) from None
+        if self.spec.incoming:
+            raise MachineError(f'{self.name}: the guest did not arrive: '
+                               f'{why or f"nobody came to port {port}"}')
+
+    def cancel(self) -> None:
+        """End a migration that another thread carries out (migrate_cancel)."""
+        self.qemu.qmp('migrate_cancel')
+
+    def _admit(self, server: socket.socket, deadline: Deadline) -> str:
+        """Take in the guest of whoever comes; return '' or why that failed."""
+        with contextlib.suppress(socket.timeout):
+            server.settimeout(max(deadline.left(), 0.001))
+            peer, (host, *_) = server.accept()
+
+            def stream() -> socket.socket:
+                server.settimeout(QMP_TIMEOUT)
+                while True:
+                    taken, (other, *_) = server.accept()
+                    if other == host:
+                        taken.setblocking(True)
+                        return taken
+                    taken.close()
+            return self.accept(peer, stream)
+        return ''
+
+    def accept(self, peer: socket.socket, stream: Callable[[], socket.socket]) -> str:
+        """Be the other end of migrate(); return '' when the guest runs here, else why not."""
+        with LineSocket('the source', peer) as wire:
+            waited = self.file.now().incoming
+            try:
+                self._take_in(wire, stream)
+            except (Error, socket.timeout) as problem:
+                with contextlib.suppress(ProtocolError):
+                    wire.send({'error': {'desc': str(problem)}}, Deadline(QMP_TIMEOUT))
+                if waited and not self.spec.incoming:       # it runs here none the less
+                    raise
+                return str(problem)
+        return ''
+
+    def _take_in(self, peer: LineSocket, stream: Callable[[], socket.socket]) -> None:
+        offer = peer.asked('receive', QMP_TIMEOUT)
+        with stream() as carrier, self.file.change():
+            if not self.spec.incoming or not self.qemu.is_alive():
+                raise WrongState(f'{self.name} does not wait for a migration')
+            if self.qemu.run_state() != 'inmigrate':
+                raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
+            self.devices.check_fits(offer['shape'], 'the guest comes from another kind of machine')
+            self.devices.check_same_disks(offer['disks'])
+            if not all(map(MAC.fullmatch, offer.get('macs', ()))):
+                raise MachineError(f'{self.name}: the guest comes with {offer["macs"]!r:.80}')
+            landed = False
+            try:
+                with self.qemu.session() as qmp:
+                    # Its disks stay the source's until it runs, if it does.
+                    self.memory.receive(qmp, carrier.detach(), late=offer['runs'])
+                    peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
+                    peer.asked('arrived', min(offer['seconds'], DAY))
+                    self._await_arrival(qmp, peer)
+                self.devices.set_links()
+                peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
+                peer.asked('run', ARRIVAL_TIMEOUT)
+                with unbroken():
+                    self.spec.incoming = False
+                    for device, mac in zip(self.spec.of_kind('nic'), offer.get('macs', ())):
+                        device.facts['moved_mac'] = mac     # for its next start
+                    self.file.write()                   # it is this machine's from here on
+                    if offer['runs']:
+                        self.qemu.qmp('cont')
+                    landed = True
+                    with contextlib.suppress(ProtocolError):
+                        peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
+            except BaseException:
+                if not landed:                      # what has come must not run here, too
+                    self.qemu.end(patience=-1)
+                    self.spec.incoming = True
+                    self.file.write()
+                raise
+            for device in self.spec.of_kind('disk'):
+                self.devices.attach(device, self.devices.thing(device))
+
+    def _await_arrival(self, qmp: QmpSession, peer: LineSocket) -> None:
+        """Wait until QEMU has read a whole guest, and the other end still wants it to."""
+        deadline = Deadline(ARRIVAL_TIMEOUT)
+        while True:
+            if qmp.event(['MIGRATION'], STATE_POLL, status='completed'):
+                return
+            if deadline.passed() or peer.closed():
+                raise MachineError(f'{self.name}: its QEMU does not take the guest in')
+
+
+# === input ======================================================================================
+KEY_HOLD = 10                   # ms that a key is down
+KEY_PAUSE = 0.03                # s per key: faster ones pile up, and QEMU drops them unsaid
+CLICK_PAUSE = 0.06              # s from the pointer's arrival to button down, and to up
+POINTER_MAX = 32767             # QEMU's right and lower edge of any screen
+
+SCHEMAS.update({
+    'query-qmp-schema': [{'members?': [{'name?': str}]}],
+    'query-mice': [{'current': bool, 'absolute': bool}]})
+
+KEY_NAMES: dict[str, str] = {
+    'del': 'delete', 'enter': 'ret', 'return': 'ret', 'space': 'spc', 'escape': 'esc',
+    'win': 'meta_l', 'super': 'meta_l', 'control': 'ctrl', 'ins': 'insert', 'pageup': 'pgup',
+    'pagedown': 'pgdn', 'page_up': 'pgup', 'page_down': 'pgdn', 'printscreen': 'print',
+    'prtsc': 'print', 'break': 'pause', 'numlock': 'num_lock', 'capslock': 'caps_lock',
+    'scrolllock': 'scroll_lock', 'altgr': 'alt_r', 'windows': 'meta_l', 'cmd': 'meta_l',
+    'bksp': 'backspace', 'period': 'dot', 'backtick': 'grave_accent', 'quote': 'apostrophe',
+    'plus': '+', 'underscore': '_', 'tilde': '~', 'colon': ':', 'pipe': '|'}
+# character -> its key on a US keyboard, and whether with shift
+KEYS_OF: dict[str, tuple[str, bool]] = {
+    **{c: (c, False) for c in 'abcdefghijklmnopqrstuvwxyz0123456789'},
+    **{c: (c.lower(), True) for c in 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'},
+    **{c: (key, True) for c, key in zip('!@#$%^&*()', '1234567890')},
+    **{pair[place]: (key, bool(place)) for pair, key in {
+        '-_': 'minus', '=+': 'equal', '[{': 'bracket_left', ']}': 'bracket_right',
+        '\\|': 'backslash', ';:': 'semicolon', '\'"': 'apostrophe', '`~': 'grave_accent',
+        ',<': 'comma', '.>': 'dot', '/?': 'slash'}.items() for place in (0, 1)},
+    ' ': ('spc', False), '\n': ('ret', False), '\t': ('tab', False)}
+BUTTONS = {1: 'left', 2: 'middle', 3: 'right', 4: 'wheel-up', 5: 'wheel-down'}
+
+
+class Input:
+    """A machine's screen, keyboard and mouse."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu, self.file, self.name = qemu, qemu.file, qemu.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
+    def _picture(self, **form: Any) -> bytes:
+        """Return what screendump writes, as a PPM or in the format asked for.
+
+        Into a file of QEMU's user in root's directory, read by the descriptor that made it: of an
+        fdset (add-fd) QEMU 7.2 never lets go.
+        """
+        path = self.file.path(f'screen-{os.urandom(4).hex()}')
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if os.geteuid() == 0:
+                os.fchown(file, self.spec.uid, self.spec.uid)
+            self.qemu.qmp('screendump', filename=path, **form)
+            with open(file, 'rb', closefd=False) as picture:
+                return picture.read(PICTURE_BYTES)
+        finally:
+            os.close(file)
+            os.unlink(path)
+
+    def picture(self) -> bytes:
+        """Return a PNG of the screen."""
+        try:
+            return png(self._picture(format='png'), self.name)
+        except QemuRefused:                     # before 7.1, or built without libpng
+            return png(self._picture(), self.name)
+
+    def screenshot(self, filename: str | os.PathLike[str]) -> str:
+        """Write what the screen shows to a PNG file, and return its path (screendump)."""
+        path, picture = image_path(filename), self.picture()
+        write_whole(path, picture, replace=True)
+        return path
+
+    def _awake(self) -> None:
+        if self.qemu.state() is not State.RUNNING:
+            raise WrongState(f'{self.name} is {self.qemu.status()}: QEMU would drop its input',
+                             'start or unfreeze it')
+
+    def _press(self, qmp: QmpSession, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
+        qmp.execute('send-key', hold_time=hold,
+                    keys=[{'type': 'qcode', 'data': key} for key in keys])
+        time.sleep(KEY_PAUSE + hold / 1000)
+
+    def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
+        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key).
+
+        Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
+        """
+        self._awake()
+        spoken = [KEY_NAMES.get(key.lower(), key)
+                  for key in re.findall(r'[^-]+|-(?=-|$)', str(keys))]
+        if not spoken:
+            raise MachineError(f'{self.name}: no key to press', "name keys: 'ctrl-alt-del'")
+        named = [KEYS_OF.get(key, (key.lower(), False))[0] for key in spoken]
+        if any(KEYS_OF.get(key, (key, False))[1] and (len(spoken) == 1 or not key.isalpha())
+               for key in spoken):              # of CTRL-C, C says the same as c
+            named.insert(0, 'shift')
+        with self.qemu.session() as qmp:
+            try:
+                self._press(qmp, named, hold)
+            except QemuRefused:
+                known = {*KEY_NAMES, *KEYS_OF, *next(
+                    [key['name'] for key in row.get('members', [])]
+                    for row in qmp.execute('query-qmp-schema')
+                    if {'name': 'ret'} in row.get('members', []))}
+                strange = [key for key in named if key not in known]
+                if not strange:
+                    raise
+                raise MachineError(f'{self.name}: no key is named {strange[0]!r:.80}',
+                                   f'there are {" ".join(sorted(known)).strip()}') from None
+
+    def type_text(self, text: str) -> None:
+        """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
+        strange = sorted({*text} - {*KEYS_OF, '\r'}) if isinstance(text, str) else text
+        if strange or not isinstance(text, str):
+            raise MachineError(f'{self.name}: no key for {strange!r:.80}',
+                               'type what a US keyboard has')
+        text = re.sub('\r\n?', '\n', text)             # each is one press of Enter
+        self._awake()
+        with self.qemu.session() as qmp:
+            for key, shift in (KEYS_OF[c] for c in text):
+                self._press(qmp, [*['shift'] * shift, key])
+
+    def mouse_move(self, x: int, y: int) -> None:
+        """Move the pointer to a place on the screen, in pixels (input-send-event).
+
+        Raises MachineError when the guest has no driver for an absolute pointer.
+        """
+        for place in (x, y):
+            if not isinstance(place, (int, float)) or not math.isfinite(place):
+                raise MachineError(f'{self.name}: mouse_move({x!r:.40}, {y!r:.40})',
+                                   'give pixels from the upper left corner')
+        self._awake()
+        if not any(row['current'] and row['absolute'] for row in self.qemu.qmp('query-mice')):
+            raise MachineError(f'{self.name}: the guest uses no absolute pointer',
+                               'it needs a driver for USB or virtio tablets')
+        size = struct.unpack('>II', self.picture()[16:24])
+        self._send(*({'type': 'abs', 'data': {'axis': axis, 'value': round(
+            min(max(place, 0), extent - 1) * POINTER_MAX / max(extent - 1, 1))}}
+            for axis, place, extent in zip('xy', (x, y), size)))
+
+    def mouse_click(self, button: int = 1) -> None:
+        """Click where the pointer is: 1 left, 2 middle, 3 right, 4 and 5 the wheel."""
+        if type(button) is not int or button not in BUTTONS:
+            raise MachineError(f'{self.name}: mouse button {button!r:.80}', 'use 1 to 5')
+        self._awake()
+        for down in (True, False):
+            time.sleep(CLICK_PAUSE)
+            self._send({'type': 'btn', 'data': {'button': BUTTONS[button], 'down': down}})
+
+    def _send(self, *events: Mapping[str, Any]) -> None:
+        self.qemu.qmp('input-send-event', events=events)
+
+
+# === console ====================================================================================
+CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
 
 
 class Console:
@@ -8345,8 +9910,8 @@ class Console:
     look; one at a time may write.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu, self.name = qemu, qemu.name
         self.position = 0                       # in the log: what read() returned
         self._keep = contextlib.ExitStack()     # the socket, and the claim on it
         self._wire: socket.socket | None = None     # to write, and the thread that drains it
@@ -8373,7 +9938,7 @@ class Console:
     def read(self) -> bytes:
         """Return what was written since the last read(), or since the start, of which CONSOLE_BYTES
         at a time."""
-        path = self.machine.file.path('console.log')
+        path = self.qemu.file.path('console.log')
         with contextlib.suppress(FileNotFoundError), open(path, 'rb') as text:
             if os.fstat(text.fileno()).st_size < self.position:     # it was begun anew
                 self.position = 0
@@ -8393,7 +9958,7 @@ class Console:
         try:
             compiled = re.compile(raw_bytes(pattern))
         except (re.error, TypeError, ValueError) as problem:
-            raise MachineError(f'{self.machine.name}: {pattern!r:.80} is no pattern: {problem}',
+            raise MachineError(f'{self.name}: {pattern!r:.80} is no pattern: {problem}',
                                'give a regular expression') from None
         while True:
             seen += self.read()
@@ -8401,10 +9966,10 @@ class Console:
             if found:
                 self.position -= len(seen) - found.end()
                 return seen[:found.end()].decode(errors='replace')
-            if deadline.passed() or not self.machine.is_alive():
+            if deadline.passed() or not self.qemu.is_alive():
                 self.position = max(0, self.position - len(seen))   # the next one reads it again
                 tail = seen[-200:].decode(errors='replace')
-                raise MachineError(f'{self.machine.name}: no {pattern!r} on the console within '
+                raise MachineError(f'{self.name}: no {pattern!r} on the console within '
                                    f'{timeout:g} s, only: …{tail!r}')
             time.sleep(STATE_POLL / 5)
 
@@ -8414,7 +9979,7 @@ class Console:
         Raises Busy when somebody else has it open to write, MachineError when the guest does not
         read what is typed.
         """
-        name = self.machine.name
+        name = self.name
         try:
             typed = raw_bytes(data)
         except (TypeError, ValueError):
@@ -8429,19 +9994,19 @@ class Console:
 
     def _open(self) -> socket.socket:
         """Connect to QEMU's end, which lets a second one wait without a word."""
-        machine, deadline = self.machine, Deadline(CONSOLE_TIMEOUT)
-        if not machine.is_alive():
-            raise WrongState(f'{machine.name} is off', 'start it first')
+        qemu, deadline = self.qemu, Deadline(CONSOLE_TIMEOUT)
+        if not qemu.is_alive():
+            raise WrongState(f'{qemu.name} is off', 'start it first')
         with contextlib.ExitStack() as keep:
-            keep.enter_context(machine.file.one_of('console', 1, deadline))
-            if not deadline.poll(lambda: machine.chardev('console').startswith('disconnected'),
+            keep.enter_context(qemu.file.one_of('console', 1, deadline))
+            if not deadline.poll(lambda: qemu.chardev('console').startswith('disconnected'),
                                  STATE_POLL / 10):
-                raise Busy(f'{machine.name}: another program has its console open', 'close it')
-            wire = LineSocket.connect(machine.qemu.socket('console'), Deadline(QMP_TIMEOUT)).socket
+                raise Busy(f'{qemu.name}: another program has its console open', 'close it')
+            wire = LineSocket.connect(qemu.socket('console'), Deadline(QMP_TIMEOUT)).socket
             keep.enter_context(wire)
             wire.settimeout(QMP_TIMEOUT)
             self._wire, self._keep = wire, keep.pop_all()
-        self._drainer = spawn(f'console {machine.name}', self._drain, wire)
+        self._drainer = spawn(f'console {qemu.name}', self._drain, wire)
         return wire
 
     @staticmethod
@@ -8454,12 +10019,34 @@ class Console:
                         return
 
 
-def _named(key: str, value: Any) -> dict[str, Any]:
-    return {key: value}
+# === machine ====================================================================================
+FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
+#                                 systemd give out, below 2^31
+MACHINES_POLL = 1.0             # s between two looks for machines that others started
+CPU = re.compile(r'(?!help\b)[A-Za-z0-9][ -~]{0,250}')
 
 
 def _several(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+
+
+def newest_type() -> str:
+    """Return the versioned machine type that q35 stands for in this QEMU, or before 7.2 `pc`.
+
+    There a reset of a q35 under TCG never ends: SeaBIOS 1.14 to 1.16.0 looks for the chipset by
+    the memory that the reset has just taken away, and resets again. It also has no ACPI hot-plug.
+    """
+    shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
+    found = dict(re.findall(r'alias of pc-(q35|i440fx)-([0-9.]+)', shown))
+    if len(found) < 2:
+        raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
+    kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
+    return f'pc-{kind}-{found[kind]}'
+
+
+def name_limit() -> int:
+    """Return how long a machine's name may be, so that its sockets' paths are not too long."""
+    return max(0, min(63, HOME_LENGTH - 1 - len(os.fsencode(MACHINES_DIR))))
 
 
 class Machine(Guest):
@@ -8504,19 +10091,19 @@ class Machine(Guest):
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
             kind = newest_type()
-            self._set_up(MachineSpec(
+            self._compose_parts(MachineFile(home, MachineSpec(
                 os.path.basename(home), identity, kind, memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
                 kernel, initrd, cmdline, display or '', monitor_port, uid,
                 min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
                     PORTS_MAX[kind.split('-')[1]]), disc.filename,
-                incoming=incoming, cpu=cpu), disc)
+                incoming=incoming, cpu=cpu)), disc)
             for drive in drives:
-                self._plan_disk(drive)
+                self.devices.plan_disk(drive)
             for card in cards:
-                self._plan_nic(card, own=isinstance(nics, int))
-            self._boot_order([*(row.id for row in self._devices('disk')), 'cd0'])
+                self.devices.plan_nic(card, own=isinstance(nics, int))
+            self.devices.set_boot_order([*(row.id for row in self.spec.of_kind('disk')), 'cd0'])
             self.file.write()
         except BaseException:
             for thing, place in zip(things, places):
@@ -8618,19 +10205,18 @@ class Machine(Guest):
         except (KeyError, TypeError, ValueError):
             raise MachineError(f'user {user!r:.80}: no such user') from None
 
-    def _set_up(self, spec: MachineSpec, cd: CD) -> None:
-        self._take(MachineFile(os.path.join(MACHINES_DIR, spec.name), spec), cd)
-
-    def _take(self, file: MachineFile, cd: CD) -> None:
-        self.file, self.qemu = file, Qemu(file)
-        self.name, self.id, self.home = file.name, file.uuid, file.home
-        self.cd = cd
-        self.cd.attached = DriveSlot(self, 'cd0')
-        self._things: dict[str, Any] = {}           # id of a device -> its Harddrive or Nic
+    def _compose_parts(self, file: MachineFile, cd: CD) -> None:
+        self.name, self.id, self.home, self.file = file.name, file.uuid, file.home, file
+        self.qemu = Qemu(file)
+        self.devices = Devices(file, self.qemu, cd)
+        self._memory = MemoryStream(file, self.qemu)
+        self._snapshots = Snapshots(file, self.qemu, self.devices)
+        self._migration = Migration(file, self.qemu, self.devices, self._memory)
+        self._input = Input(self.qemu)
 
     @property
     def spec(self) -> MachineSpec:
-        """What its file says, as far as is known here."""
+        """What the machine's file says, as far as is known here."""
         return self.file.spec
 
     @classmethod
@@ -8644,32 +10230,10 @@ class Machine(Guest):
             raise NoGuest(f'no machine is named {name!r:.80}')
         machine = cls.__new__(cls)
         file = MachineFile.repair(name) if repair else MachineFile.open(name)
-        machine._take(file, CD())
-        machine.cd.filename = file.spec.cd
+        machine._compose_parts(file, CD())
         return machine
 
-    def _refresh(self) -> None:
-        """See what other programs have changed."""
-        self.cd.filename = self.file.refresh().cd
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        with self.file.change() as spec:
-            self.cd.filename = spec.cd
-            yield
-
-    @property
-    def vnc(self) -> str:
-        """The path of the unix socket on which it serves VNC; '' without display='vnc'."""
-        return self.file.path('vnc/vnc') if self.spec.display == 'vnc' else ''
-
-    # Is it alive
-
-    @property
-    def monitor_port(self) -> int | None:
-        """The TCP port of its HMP on 127.0.0.1; None if it has none, 0 until its first start."""
-        self._refresh()
-        return self.spec.monitor_port
+    # Its parts, by the names that people use.
 
     def pid(self) -> int:
         """Return the process id of its QEMU, 0 if none runs."""
@@ -8681,21 +10245,7 @@ class Machine(Guest):
 
     def status(self) -> Status:
         """Return what the machine is doing, and why (query-status)."""
-        self._refresh()
-        if not self.is_alive():
-            return Status(State.SAVED if self.spec.saved else State.OFF)
-        try:
-            told = self._status()
-        except WrongState:                      # it ended meanwhile
-            return Status(State.OFF)
-        state = State.CRASHED if self.spec.lost else QEMU_STATES.get(told, State.RUNNING)
-        plain = state not in (State.PAUSED, State.CRASHED) or told in ('paused', 'running')
-        return Status(state, '' if plain else QEMU_REASONS.get(told, told))
-
-    def _status(self) -> str:
         return self.qemu.status()
-
-    # Monitors
 
     def monitor(self, timeout: float = 0
                 ) -> contextlib.AbstractContextManager[QmpSession]:
@@ -8711,12 +10261,186 @@ class Machine(Guest):
 
     def events(self, timeout: float) -> Iterator[dict[str, Any]]:
         """Yield QEMU's events as they come, until none came for `timeout` seconds."""
-        with self.qemu.session() as session:
-            while True:
-                event = session.event((), timeout)
-                if not event:
-                    return
-                yield event
+        return self.qemu.events(timeout)
+
+    def chardev(self, label: str) -> str:
+        """Return what QEMU says of the other end of one of its own chardevs (query-chardev)."""
+        return self.qemu.chardev(label)
+
+    def agent(self, command: str, arguments: Arguments = None,
+              timeout: float = AGENT_TIMEOUT) -> Any:
+        """Return what the guest agent answers, over a socket of its own."""
+        return self.qemu.agent(command, arguments, timeout)
+
+    def agent_state(self) -> str:
+        """Return connected or disconnected: whether the guest has the agent's port open
+        (query-chardev)."""
+        return self.qemu.agent_state()
+
+    @property
+    def cd(self) -> CD:
+        """Its CD drive."""
+        return self.devices.cd
+
+    @property
+    def harddrives(self) -> list[Harddrive]:
+        """Its disks."""
+        return self.devices.harddrives
+
+    @property
+    def nics(self) -> list[Nic | None]:
+        """Its network cards; None is QEMU's own NAT."""
+        return self.devices.nics
+
+    def add_nic(self, nic: Nic | str | None = None) -> Device:
+        """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
+        NAT, at once if it runs (getfd, netdev_add, device_add)."""
+        return self.devices.add_nic(nic)
+
+    def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
+
+        When the guest does not let it go, it says so: the card stays until the guest is reset.
+        """
+        return self.devices.del_nic(nic, timeout)
+
+    def nic_state(self, nic: Any, up: bool) -> None:
+        """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
+        self.devices.nic_state(nic, up)
+
+    def add_harddrive(self, drive: Harddrive | str) -> Device:
+        """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
+        return self.devices.add_harddrive(drive)
+
+    def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
+        return self.devices.del_harddrive(drive, timeout)
+
+    def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
+        """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
+        self.devices.resize_harddrive(drive, size, shrink)
+
+    def eject(self, force: bool = False) -> None:
+        """Take the CD out (CD.eject)."""
+        self.cd.eject(force)
+
+    def insert(self, medium: CD | str, force: bool = False) -> None:
+        """Put a CD in (CD.insert)."""
+        self.cd.insert(medium, force)
+
+    def change_boot_device(self, *devices: Any) -> None:
+        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1.
+
+        It counts from the next reset on, and is kept (qom-set bootindex).
+        """
+        self.devices.change_boot_device(*devices)
+
+    def increase_ram(self, mb: int) -> str:
+        """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
+
+        In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
+        that was ballooned down is let out first. Raises MachineError with the reason why not.
+        """
+        return self.devices.increase_ram(mb)
+
+    def balloon(self, mb: int) -> str:
+        """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
+        return self.devices.balloon(mb)
+
+    def create_chardev(self, name: str, kind: str = 'socket') -> str:
+        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
+        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
+        virtserialport). It is kept over restarts; chardevs tells the paths."""
+        return self.devices.create_chardev(name, kind)
+
+    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Take a port away again (device_del, chardev-remove)."""
+        return self.devices.delete_chardev(name, timeout)
+
+    @property
+    def chardevs(self) -> dict[str, str]:
+        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
+        return self.devices.chardevs
+
+    def save(self, file: str = '') -> str:
+        """Save its memory to a file (or a place of its own) and end it; start goes on from there.
+
+        Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
+        """
+        return self._memory.save(file)
+
+    def delete_saved(self) -> str:
+        """Forget the memory of a saved machine, so that it boots anew; what it had not written
+        to its disks is lost. A file that you named to save() stays."""
+        return self._memory.delete_saved()
+
+    def dump_memory(self, filename: str | os.PathLike[str], format: str = 'elf',
+                    progress: Callable[[int, int], object] | None = None) -> str:
+        """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
+
+        It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
+        """
+        return self._memory.dump(filename, format, progress)
+
+    @property
+    def snapshots(self) -> list[MachineSnapshot]:
+        """The snapshots of the machine's disks as they are now, the oldest first."""
+        return self._snapshots.all
+
+    def snapshot(self, tag: str = '') -> MachineSnapshot:
+        """Snapshot memory and disks, or of a machine that is off the disks alone.
+
+        It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
+        it. Raises MachineError with the job's own error (snapshot-save).
+        """
+        return self._snapshots.take(tag)
+
+    def load_snapshot(self, tag: str, disks_only: bool = False, clock: bool = True) -> str:
+        """Put memory and disks back to a snapshot, starting the machine if it is off; with
+        `disks_only`, or a snapshot of the disks alone, the disks of a machine that is off.
+
+        Memory that is not known to fit this machine is refused before anything is touched; when it
+        fails none the less, the disks are put back. Then the clock is set, where an agent answers,
+        unless `clock` is false (snapshot-load).
+        """
+        says = self._snapshots.load(tag, disks_only)
+        return says + self._clock_set('reverted', clock and self.is_alive())
+
+    def delete_snapshot(self, tag: str) -> None:
+        """Delete a snapshot from all disks (snapshot-delete; qemu-img)."""
+        self._snapshots.delete(tag)
+
+    def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
+                timeout: float = JOB_TIMEOUT, clock: bool = True) -> str:
+        """Move the guest to another Machine(..., incoming=True), or to "host:port" of one that
+        waits in receive().
+
+        Both must have the same devices and the same disks: on one host the same files, over TCP
+        of the same format and size. `progress` is called with bytes done and in all;
+        cancel_migration() ends it from another thread. Its clock is set there, where an agent
+        answers, unless `clock` is false; over TCP receive() does that. After a failure the guest
+        goes on here, and MachineError has the destination's own words; only when contact is lost at
+        the very last step it stays paused, and the error says what to do (getfd, migrate).
+        """
+        if not isinstance(to, Machine):
+            return self._migration.migrate(str(to), progress, timeout)
+        says = self._migration.migrate(to._migration, progress, timeout)
+        return says + to._clock_set('migrated', clock)
+
+    def receive(self, port: int, timeout: float = 60.0, address: str = '', clock: bool = True
+                ) -> str:
+        """Wait on a TCP port for migrate('host:port') to this machine, which was started with
+        incoming=True; return when the guest runs here, its clock set as by migrate().
+
+        Raises MachineError when nobody came within `timeout` seconds, or the guest did not
+        arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
+        """
+        self._migration.receive_at(port, timeout, address)
+        return 'arrived' + self._clock_set('migrated', clock)
+
+    def cancel_migration(self) -> None:
+        """End a migration that another thread carries out (migrate_cancel)."""
+        self.qmp('migrate_cancel')
 
     def send(self, what: bytes | str) -> str:
         """Press keys, b'ctrl-alt-f2', or run an HMP command, 'info block', and return its text.
@@ -8728,36 +10452,48 @@ class Machine(Guest):
             return ''
         return str(self.qmp('human-monitor-command', command_line=what))
 
-    def _job(self, qmp: QmpSession, command: str, **arguments: Any) -> None:
-        """Carry out a command that is a job, whose answer says nothing of its end."""
-        job = f'vmmonitor-{os.urandom(6).hex()}'
-        deadline = Deadline(JOB_TIMEOUT)
-        for row in qmp.execute('query-jobs'):           # of a program that was killed
-            if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
-                qmp.execute('job-dismiss', id=row['id'])
-        qmp.execute(command, job_id=job, **arguments)
-        try:
-            qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
-        finally:                        # after Ctrl-C, too: it goes on by itself, and would stay
-            deadline.poll(lambda: bool(self._job_row(qmp, job)['status'] == 'concluded'))
-            row = self._job_row(qmp, job)
-            with contextlib.suppress(QemuRefused):
-                qmp.execute('job-dismiss', id=job)
-        if row.get('error'):
-            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {row["error"]}')
+    def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
+        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key).
 
-    @staticmethod
-    def _job_row(qmp: QmpSession, job: str) -> dict[str, Any]:
-        return next((row for row in qmp.execute('query-jobs') if row['id'] == job),
-                    {'status': 'concluded', 'error': 'somebody has dismissed it'})
+        Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
+        """
+        self._input.send_key(keys, hold)
 
-    def _hmp_job(self, qmp: QmpSession, line: str) -> None:
-        """Carry out an HMP command that prints nothing when it works."""
-        text = qmp.execute('human-monitor-command', JOB_TIMEOUT, command_line=line).strip()
-        if text:
-            raise MachineError(f'{self.name}: {line}: {text}')
+    def type_text(self, text: str) -> None:
+        """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
+        self._input.type_text(text)
 
-    # Start
+    def mouse_move(self, x: int, y: int) -> None:
+        """Move the pointer to a place on the screen, in pixels (input-send-event).
+
+        Raises MachineError when the guest has no driver for an absolute pointer.
+        """
+        self._input.mouse_move(x, y)
+
+    def mouse_click(self, button: int = 1) -> None:
+        """Click where the pointer is: 1 left, 2 middle, 3 right, 4 and 5 the wheel."""
+        self._input.mouse_click(button)
+
+    def screenshot(self, filename: str | os.PathLike[str]) -> str:
+        """Write what the screen shows to a PNG file, and return its path (screendump)."""
+        return self._input.screenshot(filename)
+
+    def console(self) -> Console:
+        """Return its serial console."""
+        return Console(self.qemu)
+
+    # What needs several of them.
+
+    @property
+    def vnc(self) -> str:
+        """The path of the unix socket on which it serves VNC; '' without display='vnc'."""
+        return self.file.path('vnc/vnc') if self.spec.display == 'vnc' else ''
+
+    @property
+    def monitor_port(self) -> int | None:
+        """The TCP port of its HMP on 127.0.0.1; None if it has none, 0 until its first start."""
+        self.file.refresh()
+        return self.spec.monitor_port
 
     def start_vm(self, paused: bool = False, clock: bool = True) -> str:
         """Start QEMU, from the saved state if there is one; return what was done, in words. The
@@ -8765,11 +10501,11 @@ class Machine(Guest):
 
         Raises MachineError with QEMU's own last words, DiskError for a disk that is in use.
         """
-        with self._changing():
+        with self.file.change():
             if self.is_alive():
                 return 'already running'
             for device in [row for row in self.spec.devices if row.pending]:
-                self._drop(device)
+                self.devices.drop(device)
             saved = self.spec.saved
             now, then = processor_of(self.spec), self.spec.processor
             if saved and now != then:
@@ -8777,678 +10513,24 @@ class Machine(Guest):
                     f'{self.name}: was saved with the processor {then}, and would start with {now}',
                     'start it where that is there (VMMONITOR_ACCEL=tcg or kvm), or delete_saved()')
             if not saved:                       # else it is told what it was told before
-                for device in self._devices('nic'):
-                    device.facts['mtu'] = told_mtu(self._thing(device))
-            self._spawn()
+                for device in self.spec.of_kind('nic'):
+                    device.facts['mtu'] = told_mtu(self.devices.thing(device))
+            self.devices.start_qemu()
             try:
-                self._after_start()
+                self.devices.after_start()
                 if self.spec.incoming:
                     return 'waiting for a migration'
-                says = self._restore(saved) if saved else 'started'
-                self._set_saved('')             # it fits the disks only until the guest runs
+                says = self._memory.restore(saved) if saved else 'started'
+                self._memory.set_saved('')             # it fits the disks only until the guest runs
                 if not paused:
                     self.qmp('cont')
             except BaseException:
                 self.stop(force=True)
-                self._set_saved(saved)
+                self._memory.set_saved(saved)
                 raise
             if saved == os.path.join(self.home, 'memory'):
                 os.unlink(saved)
         return says + self._clock_set('restored', clock and bool(saved))
-
-    def _set_saved(self, path: str) -> None:
-        self.spec.saved = path
-        self.file.write()
-
-    def _after_start(self) -> None:
-        """Do what the command line can't say: the medium, and links that are down."""
-        if self.cd.filename:
-            DriveSlot(self, 'cd0').execute('blockdev-change-medium', self.cd.filename, id='cd0',
-                                       format='raw', read_only_mode='read-only')
-        self._links()
-
-    def _links(self) -> None:
-        """Plug in and pull the cables as they were."""
-        for device in self._devices('nic'):
-            self.qmp('set_link', name=device.id, up=device.facts['up'])
-
-    def _spawn(self) -> None:
-        """Start QEMU, stopped, and wait for its greeting."""
-        self.spec.lost, self.spec.given = False, ''
-        self.spec.processor = processor_of(self.spec)
-        for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid)):
-            os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
-            if os.geteuid() == 0:
-                os.chown(self.file.path(place), owner, owner)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self.file.path('console.log'), self.file.path('console.log.1'))
-        launch = QemuCommand()
-        try:
-            self._compose(launch)
-            wrapper = self._wrapper()
-        except OSError as problem:
-            launch.close()
-            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
-        except BaseException:
-            launch.close()
-            raise
-        self.qemu.start(wrapper, launch)
-
-    def _wrapper(self) -> list[str]:
-        """Return what runs QEMU in its namespace and as its user, with no rights at all."""
-        # One that was made for its cards goes with the last of them.
-        space, cards = self.spec.namespace, self._devices('nic')
-        argv = ['ip', 'netns', 'exec', space] if space and (cards or namespace_id(space)) \
-            else []
-        uid = self.spec.uid
-        if os.geteuid() == 0 and uid:
-            kvm = usable_accel(self.spec.accel, uid) == 'kvm' and os.stat('/dev/kvm').st_gid
-            argv += ['setpriv', f'--reuid={uid}', f'--regid={uid}', *NO_PRIVILEGES,
-                     f'--groups={kvm}' if kvm else '--clear-groups', '--']
-        return argv
-
-    def _compose(self, launch: QemuCommand) -> None:
-        """Put QEMU's whole command line together."""
-        spec, accel = self.spec, usable_accel(self.spec.accel, self.spec.uid)
-        plain: tuple[tuple[str, ...], ...] = (
-                ('-name', f'guest={spec.name}'), ('-uuid', spec.uuid), ('-no-user-config',),
-                ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
-                ('-cpu', spec.cpu_option(accel)), ('-smp', str(spec.cpus)),
-                ('-sandbox', SANDBOX),
-                ('-incoming', 'defer') if spec.incoming or spec.saved else (), ('-S',),
-                ('-m', f'{spec.memory}M' + (f',slots={DIMM_SLOTS},maxmem={spec.maxmemory}M'
-                                            if spec.maxmemory else '')),
-                ('-kernel', spec.kernel) if spec.kernel else (),
-                ('-initrd', spec.initrd) if spec.initrd else (),
-                ('-append', spec.cmdline) if spec.cmdline else (),
-                ('-vnc', f'unix:{self.vnc}'.replace(',', ',,')) if spec.display == 'vnc' else ())
-        launch.argv += itertools.chain(*plain)
-        self._compose_firmware(launch)
-        self._compose_sockets(launch)
-        for text in self._fixed_devices():
-            launch.add('-device', text)
-        for device in spec.devices:
-            self._compose_device(launch, device)
-
-    def _compose_firmware(self, launch: QemuCommand) -> None:
-        flash = ''
-        if self.spec.efi:
-            code, blank = next((pair for pair in OVMF if all(map(os.path.exists, pair))), ('', ''))
-            if not code:
-                raise MachineError(f'{self.name}: no UEFI firmware', 'install ovmf')
-            own = os.path.join(self.home, 'efi-vars.qcow2')
-            if not os.path.exists(own):
-                with whole_file(own) as file:
-                    run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, fd_path(file)],
-                        IMAGE_TIMEOUT, keep=[file])
-            for node, form, file in (
-                    ('efi-code', 'raw', os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
-                    ('efi-vars', 'qcow2', os.open(own, os.O_RDWR | os.O_CLOEXEC))):
-                launch.add('-blockdev', json.dumps({
-                    'node-name': node, 'driver': form, 'read-only': node == 'efi-code',
-                    'file': {'driver': 'file', 'filename': launch.fdset(file),
-                             'read-only': node == 'efi-code'}}))
-            flash = ',pflash0=efi-code,pflash1=efi-vars'
-        launch.add('-machine', self.spec.type + flash)
-
-    def _compose_sockets(self, launch: QemuCommand) -> None:
-        """Open the listening sockets here: no polling for them, and no right to make them."""
-        for name in (*QMP_SOCKETS, 'agent', 'console'):
-            path = self.file.path(f'sockets/{name}')
-            more = {'logfile': launch.fdset(appended(self.file.path('console.log'))),
-                    'logappend': True} if name == 'console' else {}
-            launch.add('-chardev', options('socket', {
-                'id': name, 'fd': launch.named_fd(listener(path)), 'server': True, 'wait': False,
-                **more}))
-        for name in QMP_SOCKETS:
-            launch.add('-mon', f'chardev={name},mode=control')
-        launch.add('-serial', 'chardev:console')
-        if self.spec.monitor_port is not None:
-            server = socket.create_server(('127.0.0.1', self.spec.monitor_port))
-            self.spec.monitor_port = server.getsockname()[1]
-            launch.add('-chardev', options('socket', {
-                'id': 'hmp', 'fd': launch.named_fd(server.detach()), 'server': True,
-                'wait': False}))
-            launch.add('-mon', 'chardev=hmp,mode=readline')
-
-    def _fixed_devices(self) -> Iterator[str]:
-        """Yield the devices that every machine has."""
-        for number in range(self.spec.ports if 'q35' in self.spec.type else 0):
-            yield options('pcie-root-port', {
-                'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
-                'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
-        yield 'VGA,id=video'
-        yield 'qemu-xhci,id=usb'
-        yield 'usb-tablet,id=pointer,bus=usb.0'     # every system has a driver for one of the two
-        yield 'virtio-tablet-pci,id=tablet'
-        yield f'virtio-serial-pci,id=serial,max_ports={VIRTIO_PORTS}'
-        yield 'virtserialport,chardev=agent,name=org.qemu.guest_agent.0,bus=serial.0'
-        yield 'virtio-balloon-pci,id=balloon'
-        yield 'virtio-scsi-pci,id=scsi'
-        yield 'scsi-cd,id=cd0,bus=scsi.0' + (f',bootindex={self.spec.cd_boot}'
-                                             if self.spec.cd_boot else '')
-
-    # Devices
-
-    def _devices(self, kind: str) -> list[Device]:
-        return [device for device in self.spec.devices if device.kind == kind]
-
-    @property
-    def harddrives(self) -> list[Harddrive]:
-        """Its disks."""
-        self._refresh()
-        return [self._thing(device) for device in self._devices('disk')]
-
-    @property
-    def nics(self) -> list[Nic | None]:
-        """Its network cards; None is QEMU's own NAT."""
-        self._refresh()
-        return [self._thing(device) for device in self._devices('nic')]
-
-    def _thing(self, device: Device) -> Any:
-        """Return the Harddrive or Nic behind a device, made again after a load()."""
-        if device.id not in self._things or not self._same(device, self._things[device.id]):
-            self._attach(device, self._remake(device))
-        return self._things[device.id]
-
-    def _attach(self, device: Device, thing: Any) -> None:
-        self._things[device.id] = thing
-        if isinstance(thing, Harddrive):
-            thing.attached = DriveSlot(self, device.id, thing.filename)
-
-    @staticmethod
-    def _same(device: Device, thing: Any) -> bool:
-        """Tell whether a thing is the device's: others may have changed what has its id."""
-        if isinstance(thing, Harddrive):
-            return bool(device.facts.get('chain') == chain_of(thing))
-        return bool(device.facts.get('name', '') == getattr(thing, 'name', ''))
-
-    def _remake(self, device: Device) -> Any:
-        facts = device.facts
-        if device.kind == 'disk':
-            drive: Harddrive | None = None
-            for filename, form in facts['chain'][::-1]:
-                if not os.path.exists(filename):
-                    raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
-                drive = Harddrive(filename, format=form, backing=drive)
-            return drive
-        return self._nic(device) if facts.get('mac') and facts['name'] else None
-
-    @staticmethod
-    def _nic(device: Device) -> VirtualNic:
-        """Return the nic of a device, made again if the host has rebooted since."""
-        facts = device.facts
-        return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
-
-    def _new_id(self, stem: str) -> str:
-        taken = {device.id for device in self.spec.devices}
-        return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
-
-    def _free_port(self, stem: str = 'rp') -> str:
-        """Return a port that is free: rpN for PCI, nrN of the virtio serial device, whose first
-        two are a console's and the agent's."""
-        taken = {device.bus for device in self.spec.devices}
-        ports = range(self.spec.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
-        free = [f'{stem}{n}' for n in ports if f'{stem}{n}' not in taken]
-        if not free:
-            raise MachineError(f'{self.name}: all {len(ports)} ports for such a device are taken',
-                               'remove one first')
-        return free[0]
-
-    def _where(self, port: str) -> dict[str, Any]:
-        """Return where a port is, so that a device is there again after a restart, and in a
-        memory image: q35 has root ports to plug into, of `pc` it is a place."""
-        if port.startswith('nr'):
-            return {'bus': 'serial.0', 'nr': int(port[2:])}
-        if 'q35' in self.spec.type:
-            return {'bus': port}
-        return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
-
-    def _plan(self, device: Device, thing: Any) -> Device:
-        self.spec.devices.append(device)
-        if self.spec.incoming:                      # a disk is its other machine's until then
-            self._things[device.id] = thing
-        else:
-            self._attach(device, thing)
-        return device
-
-    def _plan_disk(self, drive: Harddrive) -> Device:
-        """Enter a disk into the machine's file."""
-        drive.check()
-        files = {os.path.realpath(row.facts['chain'][0][0]) for row in self._devices('disk')}
-        if os.path.realpath(drive.filename) in files:
-            raise DiskError(f'{self.name}: has {drive.filename} already')
-        return self._plan(Device(self._new_id('disk'), 'disk', self._free_port(), facts={
-            'chain': chain_of(drive)}), drive)
-
-    def _plan_nic(self, nic: Nic | None, own: bool) -> Device:
-        """Enter a network card into the machine's file."""
-        id = self._new_id('nic')
-        mac = nic.mac.lower() if nic else '52:54:00:' + ':'.join(
-            hashlib.sha256(f'{self.id} {id}'.encode()).hexdigest()[at:at + 2] for at in (0, 2, 4))
-        if not MAC.fullmatch(mac):
-            raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
-        if nic and any(nic.name == device.facts['name'] for device in self._devices('nic')):
-            raise MachineError(f'{self.name}: has {nic.name} already')
-        return self._plan(Device(id, 'nic', self._free_port(), facts={
-            'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
-            'mac': mac, 'up': True, 'own': own, 'mtu': told_mtu(nic)}), nic)
-
-    @staticmethod
-    def _back_name(device: Device) -> str:
-        return f'{device.id}-{KINDS[device.kind].suffix}'
-
-    def _front(self, device: Device) -> dict[str, Any]:
-        """Return the arguments of device_add."""
-        facts, back = device.facts, self._back_name(device)
-        rows: dict[str, dict[str, Any]] = {
-            'disk': {'driver': 'virtio-blk-pci', 'drive': back},
-            'nic': {'driver': 'virtio-net-pci', 'netdev': back,
-                    'mac': facts.get('moved_mac') or facts.get('mac'),
-                    **({'host_mtu': facts['mtu']} if facts.get('mtu') else {})},
-            'dimm': {'driver': 'pc-dimm', 'memdev': back},
-            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
-        told = {**rows[device.kind], 'id': device.id}
-        if device.bus:
-            told.update(self._where(device.bus))
-        if device.boot:
-            told['bootindex'] = device.boot
-        return told
-
-    def _ensure_free(self, drive: Harddrive) -> None:
-        # One that was just shut down is away for us some ms before it lets its disks go.
-        if not Deadline(1.0).poll(lambda: not drive.in_use(), 0.01):
-            raise DiskError(f'{self.name}: {drive.taken()}', 'stop that one first')
-
-    def _compose_device(self, launch: QemuCommand, device: Device) -> None:
-        """Put a device into the command line."""
-        thing = self._thing(device)
-        if device.kind == 'disk':
-            thing.check()
-            if not self.spec.incoming:
-                self._ensure_free(thing)
-        kind, back, front = KINDS[device.kind], self._back(device, launch), self._front(device)
-        if device.kind == 'disk':
-            launch.add(kind.option, json.dumps(back))
-        else:
-            back = flat(back)
-            launch.add(kind.option, options(back.pop(kind.type), back))
-        launch.add('-device', options(front.pop('driver'), front))
-
-    @staticmethod
-    def _vhost(give: FdGiver) -> dict[str, Any]:
-        """Return the options for the kernel's virtio, where it is there: without it, QEMU aborts
-        on vhost=on."""
-        try:
-            return {'vhost': True, 'vhostfd': give.named_fd(os.open('/dev/vhost-net',
-                                                                    os.O_RDWR | os.O_CLOEXEC))}
-        except OSError:
-            return {}
-
-    def _plug(self, device: Device) -> None:
-        """Plug a device into the running machine: back end, then device, or neither."""
-        kind = KINDS[device.kind]
-        if device.kind == 'disk':
-            self._ensure_free(self._thing(device))
-        with self.monitor() as qmp:
-            back = self._back(device, qmp)
-            qmp.execute(kind.add, **back)
-            try:
-                qmp.execute('device_add', **self._front(device))
-            except BaseException:
-                qmp.execute(kind.remove, **_named(kind.key, back[kind.key]))
-                raise
-        device.pending = False
-
-    def _back(self, device: Device, give: FdGiver) -> dict[str, Any]:
-        """Return the arguments of the QMP command that adds a device's back end."""
-        facts, thing, name = device.facts, self._thing(device), self._back_name(device)
-        if device.kind == 'disk':
-            return dict(thing.blockdev(name, lambda path, write: give.fdset(os.open(
-                path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))))
-        if device.kind == 'nic':
-            tap = {'fd': give.named_fd(thing.open()), **self._vhost(give)} if thing else {}
-            return {'id': name, 'type': 'tap' if thing else 'user', **tap}
-        if device.kind == 'dimm':
-            return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
-        path = self._port(device)
-        if facts['type'] == 'socket':
-            data = {'addr': {'type': 'fd', 'data': {'str': give.named_fd(listener(path))}},
-                    'server': True, 'wait': False}
-        elif facts['type'] == 'file':
-            data = {'out': give.fdset(appended(path)), 'append': True}
-        else:
-            data = {}
-        return {'id': name, 'backend': {'type': facts['type'], 'data': data}}
-
-    def _port(self, device: Device) -> str:
-        """Return the path of a chardev's end on the host."""
-        return self.file.path(f'ports/{device.id}')
-
-    def _unplug(self, device: Device, timeout: float) -> bool:
-        """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
-        kind = KINDS[device.kind]
-        with self.monitor() as qmp:
-            gone = self._let_go(qmp, device.id, Deadline(timeout))
-            device.pending = not gone
-
-            def removed() -> bool:                      # the device may hold it some ms more
-                with contextlib.suppress(QemuRefused):
-                    qmp.execute(kind.remove, **_named(kind.key, self._back_name(device)))
-                    return True
-                return False
-            if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
-                raise MachineError(f'{self.name}: {device.id} is gone, but QEMU keeps its back end')
-        return gone
-
-    @staticmethod
-    def _let_go(qmp: QmpSession, id: str, deadline: Deadline) -> bool:
-        """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
-        can miss a request."""
-        while True:
-            try:
-                qmp.execute('device_del', id=id)
-            except QemuRefused as problem:
-                if problem.code == 'DeviceNotFound':            # let go since the last request
-                    return True
-                if 'in the process of unplug' not in problem.text:
-                    raise
-            event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
-                              min(UNPLUG_AGAIN, deadline.left()), device=id)
-            if event:
-                return bool(event['event'] == 'DEVICE_DELETED')
-            if deadline.passed():
-                return False
-
-    def _find(self, kind: str, thing: Any) -> Device:
-        """Return the device of a thing, which may also be its id or number."""
-        rows = self._devices(kind)
-        wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
-        for number, device in enumerate(rows):
-            chain, names = device.facts.get('chain'), [device.id, device.facts.get('name')]
-            if wanted and wanted in names or wanted == number and type(wanted) is int or (
-                    chain and isinstance(wanted, (str, os.PathLike))
-                    and image_path(wanted) == chain[0][0]):
-                return device
-        raise MachineError(f'{self.name}: has no {kind} {thing!r}',
-                           f'it has {", ".join(row.id for row in rows) or "none"}')
-
-    def _add(self, plan: Callable[[], Device]) -> Device:
-        """Enter a device, and plug it in if the machine runs; or neither."""
-        with self._changing():
-            self._not_saved()
-            device = plan()
-            try:
-                if self.is_alive():
-                    self._plug(device)
-            except BaseException:
-                self._drop(device)
-                raise
-        return device
-
-    def _steady(self) -> None:
-        """Raise WrongState unless its memory can be kept: one that sleeps would be there again
-        without a way to wake it."""
-        state = self.state()
-        if state not in (State.RUNNING, State.PAUSED):
-            raise WrongState(f'{self.name} is {state.value}: its memory can\'t be kept',
-                             'start it first')
-        self._not_given()
-
-    def _not_given(self) -> None:
-        """Raise WrongState when its guest may run elsewhere by now."""
-        if self.spec.given and self.is_alive():
-            raise WrongState(
-                f'{self.name} was told to run on {self.spec.given}',
-                'look there: if it does, stop(force=True) this one, else unfreeze(force=True) it')
-
-    def _not_saved(self) -> None:
-        """Raise WrongState when its memory would not fit what it is about to become."""
-        if self.spec.saved:
-            raise WrongState(f'{self.name} is saved, and its memory would not fit',
-                             'start it first, or delete_saved() its memory')
-
-    def _drop(self, device: Device) -> None:
-        self.spec.devices.remove(device)
-        thing = self._things.pop(device.id, None)
-        if isinstance(thing, Harddrive):
-            thing.attached = None
-        if device.facts.get('own'):
-            self._nic(device).delete()
-
-    def _remove(self, kind: str, what: Any, timeout: float) -> str:
-        with self._changing():
-            self._not_saved()
-            device = self._find(kind, what)
-            if self.is_alive() and not self._unplug(device, timeout):
-                return (f'{device.id}: the guest does not let it go; it goes when the machine is '
-                        'reset or stopped')
-            self._drop(device)
-        return f'{device.id} removed'
-
-    def add_nic(self, nic: Nic | str | None = None) -> Device:
-        """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
-        NAT, at once if it runs (getfd, netdev_add, device_add)."""
-        if nic not in (None, 'user') and not hasattr(nic, 'mac'):
-            raise MachineError(f'{self.name}: nic {nic!r:.80}',
-                               "give a VirtualNic, 'user', or nothing")
-
-        def plan() -> Device:
-            if isinstance(nic, str):
-                return self._plan_nic(None, own=False)
-            card = nic or VirtualNic.create_many(1, self.spec.namespace or self.name)[0]
-            try:
-                return self._plan_nic(card, own=nic is None)
-            except BaseException:
-                if nic is None:
-                    card.delete()
-                raise
-        return self._add(plan)
-
-    def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
-
-        When the guest does not let it go, it says so: the card stays until the guest is reset.
-        """
-        return self._remove('nic', nic, timeout)
-
-    def add_harddrive(self, drive: Harddrive | str) -> Device:
-        """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
-        disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
-        place = disk.attached
-        try:
-            return self._add(lambda: self._plan_disk(disk))
-        except BaseException:
-            disk.attached = place               # in the machine that has it
-            raise
-
-    def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
-        return self._remove('disk', drive, timeout)
-
-    def nic_state(self, nic: Any, up: bool) -> None:
-        """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
-        with self._changing():
-            device = self._find('nic', nic)
-            if self.is_alive():
-                self.qmp('set_link', name=device.id, up=up)
-            device.facts['up'] = up
-
-    def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
-        """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
-        self._refresh()
-        self._thing(self._find('disk', drive)).resize(size, shrink)
-
-    def eject(self, force: bool = False) -> None:
-        """Take the CD out (CD.eject)."""
-        self.cd.eject(force)
-
-    def insert(self, medium: CD | str, force: bool = False) -> None:
-        """Put a CD in (CD.insert)."""
-        self.cd.insert(medium, force)
-
-    def keep_cd(self, medium: str) -> None:
-        """Remember which image is in the drive; '' for none."""
-        with self._changing():
-            self.spec.cd = self.cd.filename = medium
-
-    def _boot_order(self, ids: Sequence[str]) -> None:
-        self.spec.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
-        for device in self.spec.devices:
-            device.boot = ids.index(device.id) + 1 if device.id in ids else 0
-
-    def change_boot_device(self, *devices: Any) -> None:
-        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1.
-
-        It counts from the next reset on, and is kept (qom-set bootindex).
-        """
-        with self._changing():
-            ids = [self._boot_id(device) for device in devices]
-            twice = [id for id in ids if ids.count(id) > 1]
-            if twice:
-                raise MachineError(f'{self.name}: {twice[0]} twice in the boot order',
-                                   'name each device once')
-            before = {device.id: device.boot for device in self.spec.devices}
-            before['cd0'] = self.spec.cd_boot
-            self._boot_order(ids)
-            if not self.is_alive():
-                return
-            with self.monitor() as qmp:
-                # First all others out: QEMU refuses a place that is taken.
-                for id, place in [*((id, -1) for id, place in before.items() if place),
-                                  *((id, place) for place, id in enumerate(ids, 1))]:
-                    qmp.execute('qom-set', path=f'/machine/peripheral/{id}',
-                                property='bootindex', value=place)
-
-    def _boot_id(self, thing: Any) -> str:
-        if thing is self.cd or thing in ('cd', 'cd0'):
-            return 'cd0'
-        for kind in ('disk', 'nic'):
-            with contextlib.suppress(MachineError):
-                return self._find(kind, thing).id
-        raise MachineError(f'{self.name}: can\'t boot from {thing!r}',
-                           "name 'cd', or one of its disks or nics")
-
-    # Memory
-
-    def increase_ram(self, mb: int) -> str:
-        """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
-
-        In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
-        that was ballooned down is let out first. Raises MachineError with the reason why not.
-        """
-        self._check_mib(mb)
-        if self.is_alive():
-            actual = self.qmp('query-balloon')['actual'] // MIB
-            whole = self._ram()
-            if actual + mb <= whole:
-                return self.balloon(actual + mb)
-        room = self.spec.maxmemory - self._ram()
-        if mb % DIMM_MIB or mb > room:
-            raise MachineError(
-                f'{self.name}: can\'t get {mb} MiB more: '
-                + ('Linux takes memory in blocks of 128 MiB' if mb % DIMM_MIB else
-                   f'there is room for {max(room, 0)} MiB'),
-                f'use a multiple of {DIMM_MIB}' if mb % DIMM_MIB else
-                'make the machine with a larger maxmemory=')
-        blocks = self._memory_blocks() if self.is_alive() else {}
-        device = self._add(lambda: self._plan(Device(self._new_id('dimm'), 'dimm',
-                                                     facts={'mib': mb}), None))
-        return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
-
-    def _check_mib(self, mb: int) -> None:
-        if type(mb) is not int or mb <= 0:
-            raise MachineError(f'{self.name}: memory {mb!r:.80}', 'use MiB')
-
-    def _ram(self) -> int:
-        return self.spec.memory + int(sum(row.facts['mib'] for row in self._devices('dimm')))
-
-    def _memory_blocks(self) -> dict[int, bool]:
-        with contextlib.suppress(AgentError, Busy):
-            return {row['phys-index']: row['online']
-                    for row in self.agent('guest-get-memory-blocks')}
-        return {}
-
-    def _online(self, before: Mapping[int, bool]) -> str:
-        """Switch on the memory blocks that are new, and say what the guest then has."""
-        if not self.is_alive():
-            return 'counts from the next start'
-        if not before:
-            return 'not confirmed: the guest agent does not answer'
-        deadline = Deadline(AGENT_TIMEOUT)
-        while not deadline.passed():
-            off = [index for index, online in self._memory_blocks().items() if not online]
-            if off:
-                with contextlib.suppress(AgentError, Busy):
-                    self.agent('guest-set-memory-blocks', {
-                        'mem-blks': [{'phys-index': index, 'online': True} for index in off]})
-            new = [index for index, online in self._memory_blocks().items()
-                   if online and index not in before]
-            if new:
-                return f'confirmed by the guest: {len(new)} more blocks are online'
-            time.sleep(STATE_POLL)
-        return 'not confirmed: the guest shows no new memory; it may have no memory hot-plug'
-
-    def balloon(self, mb: int) -> str:
-        """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
-        self._check_mib(mb)
-        if mb > self._ram():
-            raise MachineError(f'{self.name}: can\'t have {mb} MiB, only {self._ram()}',
-                               'increase_ram() plugs in more')
-        self.qmp('balloon', value=mb * MIB)
-
-        def reached() -> bool:
-            return bool(self.qmp('query-balloon')['actual'] == mb * MIB)
-        if Deadline(BALLOON_TIMEOUT).poll(reached, STATE_POLL / 2):
-            return f'the guest has {mb} MiB now'
-        actual = self.qmp('query-balloon')['actual'] // MIB
-        raise MachineError(f'{self.name}: the guest has {actual} MiB, not {mb}',
-                           'it needs the virtio_balloon driver, and can\'t have more than '
-                           f'{self._ram()} MiB')
-
-    def create_chardev(self, name: str, kind: str = 'socket') -> str:
-        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
-        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
-        virtserialport). It is kept over restarts; chardevs tells the paths."""
-        if not isinstance(name, str) or not NAME.fullmatch(name) \
-                or kind not in ('pty', 'socket', 'file'):
-            raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
-                               'use a name like org.example.0, and pty, socket or file')
-
-        def plan() -> Device:
-            if any(row.facts['name'] == name for row in self._devices('chardev')):
-                raise MachineError(f'{self.name}: has a chardev {name}')
-            id = self._new_id('chardev')
-            with contextlib.suppress(FileNotFoundError):        # of one that was deleted
-                os.unlink(self.file.path(f'ports/{id}'))
-            return self._plan(Device(id, 'chardev', self._free_port('nr'),
-                                     facts={'type': kind, 'name': name}), None)
-        self._add(plan)
-        return self.chardevs[name]
-
-    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Take a port away again (device_del, chardev-remove)."""
-        return self._remove('chardev', name, timeout)
-
-    @property
-    def chardevs(self) -> dict[str, str]:
-        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
-        self._refresh()
-        ends = {row['label']: row['filename'] for row in self.qmp('query-chardev')
-                if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])} if self.is_alive() else {}
-        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
-                if row.facts['type'] == 'pty' else self._port(row)
-                for row in self._devices('chardev')}
-
-    def chardev(self, label: str) -> str:
-        """Return what QEMU says of the other end of one of its own chardevs (query-chardev)."""
-        found = {row['label']: str(row['filename']) for row in self.qmp('query-chardev')}
-        if label not in found:
-            raise MachineError(f'{self.name}: has no chardev {label!r:.80}',
-                               f'it has {", ".join(sorted(found))}')
-        return found[label]
-
-    # Stop, save
 
     def stop(self, force: bool = False, timeout: float = STOP_STEPS[0][1]) -> str:
         """Shut it down, and say what did it; return when it is off.
@@ -9457,24 +10539,16 @@ class Machine(Guest):
         quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
         The disks' caches are written by all but the last.
         """
-        if force or not self._whole():
+        if force or not self.qemu.has_live_guest():
             return self.qemu.end()
         return self.qemu.end(('power button', timeout, self._press_power),
                              ('guest agent', STOP_STEPS[1][1], self._ask_agent))
-
-    def _whole(self) -> bool:
-        """Tell whether it holds a guest that may run: not half of one that came from a file,
-        another machine or a snapshot, nor one that has given up, nor one whose QEMU hangs."""
-        with contextlib.suppress(GuestError):
-            return self.state() is not State.CRASHED and not (
-                self.spec.saved or self.spec.incoming or self.spec.given)
-        return False
 
     def _press_power(self) -> bool:
         with contextlib.suppress(GuestError):       # it may end before it answers
             if not self.is_alive():
                 return False
-            self._go_on(self.state(), clock=False)  # else it would not hear the button
+            self._resume(self.state(), clock=False)  # else it would not hear the button
             self.power_button()
             return True
         return False
@@ -9500,17 +10574,16 @@ class Machine(Guest):
             self.stop(force=True)               # a save or restore that was killed midway
             says = self.start_vm(clock=clock)
         else:
-            says = self._go_on(before.state, clock)
+            says = self._resume(before.state, clock)
         waits = self.spec.incoming or before.state is State.RUNNING
         return says if waits else self._settled(says, before)
 
-    def _go_on(self, state: State, clock: bool = True) -> str:
+    def _resume(self, state: State, clock: bool = True) -> str:
         """Make a guest that is there run."""
         if state in (State.PAUSED, State.CRASHED):
             return self.unfreeze(clock=clock)
         if state is State.ASLEEP:
-            self.qmp('system_wakeup')
-            Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
+            self.qemu.wake_up()
             return 'woken'
         return 'already running'
 
@@ -9549,7 +10622,7 @@ class Machine(Guest):
             if force:
                 self.spec.given = ''
                 self.file.write()
-            self._not_given()
+            self.qemu.require_not_given()
             self.qmp('cont')
         return 'resumed' + self._clock_set('resumed', clock)
 
@@ -9564,15 +10637,15 @@ class Machine(Guest):
 
     def picture(self) -> bytes:
         """Return a PNG of what its screen shows (screendump)."""
-        return self._screen()
+        return self._input.picture()
 
     def reset(self) -> None:
         """Press the reset button; devices that the guest would not let go are gone with it
         (system_reset)."""
         self.qmp('system_reset')
-        self._refresh()
+        self.file.refresh()
         for device in [row for row in self.spec.devices if row.pending]:
-            self._remove(device.kind, device.id, UNPLUG_TIMEOUT)
+            self.devices.remove(device.kind, device.id, UNPLUG_TIMEOUT)
 
     def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
         """Wait until it is in a state (running, off, paused ...) or its 'agent' answers.
@@ -9605,602 +10678,15 @@ class Machine(Guest):
                 raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
             self.qemu.end()
             for device in [*self.spec.devices]:
-                self._drop(device)
+                self.devices.drop(device)
             self.cd.attached = None
             for left in self.file.forget():
                 log.warning('%s is not of this program, and stays', left)
 
-    def save(self, file: str = '') -> str:
-        """Save its memory to a file (or a place of its own) and end it; start goes on from there.
-
-        Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
-        """
-        with self._changing():
-            if self.state() is State.SAVED:
-                return 'already saved'
-            if self.state() is State.ASLEEP:
-                self._go_on(State.ASLEEP)
-            self._steady()
-            path = image_path(file) if file else os.path.join(self.home, 'memory')
-            if not file:                        # of a restore that was killed: it fits no more
-                Path(path).unlink(missing_ok=True)
-            if os.path.exists(path):
-                raise DiskError(f'{path} exists', 'name another file, or remove this one')
-            with self._run_state_kept(), whole_file(path) as memory, self.monitor() as qmp:
-                qmp.execute('stop')
-                try:
-                    self._transfer(qmp, os.dup(memory), None, JOB_TIMEOUT)
-                except MachineError as problem:
-                    raise MachineError(f'{problem}; to {path}', f'it may take {self._ram()} MiB '
-                                       'there') from None
-            self._set_saved(path)
-            self.qemu.end()
-        return 'saved'
-
-    def delete_saved(self) -> str:
-        """Forget the memory of a saved machine, so that it boots anew; what it had not written
-        to its disks is lost. A file that you named to save() stays."""
-        with self._changing():
-            path = self.spec.saved
-            if not path:
-                return 'not saved'
-            self.qemu.end()               # a restore that was killed
-            self._set_saved('')
-            if path != os.path.join(self.home, 'memory'):
-                return f'forgotten; {path} is still there'
-            Path(path).unlink(missing_ok=True)
-        return 'saved state deleted'
-
-    @contextlib.contextmanager
-    def _run_state_kept(self) -> Iterator[bool]:
-        """When the block fails, let the guest run again if it ran before, which it lends."""
-        ran = self._status() == 'running'
-        try:
-            yield ran
-        except BaseException as problem:
-            goes_on = not ran or Deadline(QMP_TIMEOUT).poll(self._goes_on)
-            if isinstance(problem, Error) and not goes_on:
-                raise MachineError(f'{explain(problem)}; it stands still now',
-                                   'start it when QEMU answers again') from None
-            raise
-
-    def _goes_on(self) -> bool:
-        """Let it run, which QEMU refuses until a transfer that failed is over; tell whether it
-        does."""
-        if not self.is_alive():
-            return True
-        with contextlib.suppress(GuestError):
-            self.qmp('cont')
-            return self._status() == 'running'
-        return False
-
-    def _restore(self, path: str) -> str:
-        """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
-        try:
-            with self.monitor() as qmp:
-                self._receive(qmp, open_file(path))
-                if not qmp.event(['MIGRATION'], JOB_TIMEOUT, status='completed'):
-                    raise MachineError(f'{self.name}: no end within {JOB_TIMEOUT:g} s')
-        except GuestError:
-            raise MachineError(f'{self.name}: can\'t be restored from {path}'
-                               f'{self.qemu.last_words()}',
-                               'delete_saved(), or cmd=start&discard=1, forgets it; the machine '
-                               'then boots anew, and what was not on its disks is lost') from None
-        return 'restored'
-
-    @staticmethod
-    def _receive(qmp: QmpSession, fd: int, late: bool = False) -> None:
-        """Have a QEMU that waits for a migration read it from a descriptor; with `late` it opens
-        its disks only when the guest runs."""
-        qmp.execute('migrate-set-capabilities', capabilities=[
-            {'capability': 'events', 'state': True},
-            {'capability': 'late-block-activate', 'state': late}])
-        qmp.execute('migrate-incoming', uri=qmp.stream(fd, os.O_RDONLY))
-
-    def _transfer(self, qmp: QmpSession, fd: int, progress: Callable[[int, int], object] | None,
-                  timeout: float, stream: socket.socket | None = None) -> None:
-        """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
-        qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
-        qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
-        deadline = Deadline(timeout)
-        try:
-            while True:
-                info = qmp.execute('query-migrate')
-                ram = info.get('ram')
-                if progress and ram:
-                    progress(ram['total'] - ram['remaining'], ram['total'])
-                status = info.get('status')
-                if status == 'completed':
-                    return
-                if status in ('failed', 'cancelled') or deadline.passed():
-                    raise MachineError(f'{self.name}: the transfer of its memory '
-                                       f'{"took too long" if deadline.passed() else status}: '
-                                       f'{info.get("error-desc", status)}')
-                time.sleep(STATE_POLL / 5)
-        except BaseException:           # Ctrl-C, or of `progress`: it would go on by itself
-            if stream:                  # a QEMU whose writing waits for ever answers nothing
-                with contextlib.suppress(OSError):
-                    stream.shutdown(socket.SHUT_RDWR)
-            with contextlib.suppress(GuestError):
-                qmp.execute('migrate_cancel')
-                Deadline(QMP_TIMEOUT).poll(lambda: qmp.execute('query-migrate').get('status') in (
-                    'failed', 'cancelled', 'completed', None), STATE_POLL / 10)
-            raise
-
-    # Migration. The programs at its two ends agree over a socket beside the stream of their QEMUs,
-    # in requests, see SCHEMAS. The guest runs at one end at most: the source lets it go on only
-    # while it has not said "run", and the destination lets it run only when it has heard that.
-
-    def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
-                timeout: float = JOB_TIMEOUT, clock: bool = True) -> str:
-        """Move the guest to another Machine(..., incoming=True), or to "host:port" of one that
-        waits in receive().
-
-        Both must have the same devices and the same disks: on one host the same files, over TCP
-        of the same format and size. `progress` is called with bytes done and in all; cancel()
-        ends it from another thread. Its clock is set there, where an agent answers, unless `clock`
-        is false; over TCP receive() does that. After a failure the guest goes on here, and
-        MachineError has the destination's own words; only when contact is lost at the very last
-        step it stays paused, and the error says what to do (getfd, migrate).
-        """
-        name = to.name if isinstance(to, Machine) else str(to)
-        if name == self.name:
-            raise MachineError(f'{name}: is here', 'migrate it to another machine')
-        try:
-            with self._changing(), contextlib.ExitStack() as ends:
-                self._steady()
-                with self._run_state_kept() as ran:
-                    peer, stream = self._meet(to, ends)
-                    self._send_to(peer, stream, ran, progress, timeout)
-                with unbroken():
-                    self._part(peer, ran)
-                    self.qemu.end()
-                self.spec.given = ''
-        except ProtocolError as problem:
-            raise MachineError(f'{self.name}: {problem}') from None
-        return f'migrated to {name}' + (
-            to._clock_set('migrated', clock) if isinstance(to, Machine) else '')
-
-    def _meet(self, to: Machine | str, ends: contextlib.ExitStack
-              ) -> tuple[LineSocket, socket.socket]:
-        """Return two connections to the program at the other end, which may be this one."""
-        if isinstance(to, Machine):
-            (peer, far), (stream, end) = socket.socketpair(), socket.socketpair()
-            taker = spawn(f'receive {to.name}', to.take, far, lambda: end)
-            ends.callback(taker.join, ARRIVAL_TIMEOUT)      # after ours are closed
-        else:
-            host, _, port = str(to).rpartition(':')
-            try:
-                if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                    raise OSError(0, 'no address')
-                where = host.strip('[]'), int(port)
-                peer = ends.enter_context(socket.create_connection(where, QMP_TIMEOUT))
-                stream = socket.create_connection(where, QMP_TIMEOUT)
-            except OSError as problem:
-                raise MachineError(f'{self.name}: can\'t migrate to {to}: {explain(problem)}',
-                                   'give host:port of a machine that waits in receive()') from None
-            stream.setblocking(True)
-        ends.enter_context(stream)
-        return ends.enter_context(LineSocket(getattr(to, 'name', str(to)), peer)), stream
-
-    def _send_to(self, peer: LineSocket, stream: socket.socket, ran: bool,
-                 progress: Callable[[int, int], object] | None, timeout: float) -> None:
-        """Send the guest, and hear that it has arrived, where it does not run yet."""
-        peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.spec.shape(), disks=self._marks(),
-                 runs=ran, seconds=round(timeout + ARRIVAL_TIMEOUT),
-                 macs=[self._front(device)['mac'] for device in self._devices('nic')])
-        try:
-            with self.monitor() as qmp:
-                self._transfer(qmp, os.dup(stream.fileno()), progress, timeout, stream)
-        except MachineError as problem:
-            try:
-                peer.ask('arrived', QMP_TIMEOUT / 2)
-                raise
-            except ProtocolError as answer:         # it says why
-                raise MachineError(f'{problem}; {answer}') from None
-        peer.ask('arrived', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
-
-    def _part(self, peer: LineSocket, ran: bool) -> None:
-        """Have the other end run the guest: from here on it may be there, unless that end says
-        that it is not."""
-        try:
-            self.spec.given = peer.path         # kept before anybody hears it
-            self.file.write()
-            # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
-            peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
-        except (ReplyError, FileError):
-            self.spec.given = ''
-            if ran:
-                self.qmp('cont')
-            self.file.write()
-            raise
-        except ProtocolError as problem:
-            raise MachineError(
-                f'{self.name}: {problem}, when it was to run the guest; this one stays paused',
-                'look whether it runs there: if so, stop(force=True) this one, else '
-                'unfreeze(force=True) it') from None
-
-    def receive(self, port: int, timeout: float = 60.0, address: str = '', clock: bool = True
-                ) -> str:
-        """Wait on a TCP port for migrate('host:port') to this machine, which was started with
-        incoming=True; return when the guest runs here, its clock set as by migrate().
-
-        Raises MachineError when nobody came within `timeout` seconds, or the guest did not
-        arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
-        """
-        self._refresh()
-        if not self.spec.incoming or not self.is_alive():
-            raise WrongState(f'{self.name} does not wait for a migration',
-                             'make it with incoming=True, and start it')
-        deadline, why = Deadline(timeout), ''
-        try:
-            with socket.create_server((address, port)) as server:
-                while self.spec.incoming and self.is_alive() and not deadline.passed():
-                    why = self._admit(server, deadline) or why
-        except (OSError, OverflowError, TypeError) as problem:
-            raise MachineError(f'{self.name}: can\'t wait on port {port!r:.80}: {explain(problem)}'
-                               ) from None
-        if self.spec.incoming:
-            raise MachineError(f'{self.name}: the guest did not arrive: '
-                               f'{why or f"nobody came to port {port}"}')
-        return 'arrived' + self._clock_set('migrated', clock)
-
-    def cancel(self) -> None:
-        """End a migration that another thread carries out (migrate_cancel)."""
-        self.qmp('migrate_cancel')
-
-    def _admit(self, server: socket.socket, deadline: Deadline) -> str:
-        """Take in the guest of whoever comes; return '' or why that failed."""
-        with contextlib.suppress(socket.timeout):
-            server.settimeout(max(deadline.left(), 0.001))
-            peer, (host, *_) = server.accept()
-
-            def stream() -> socket.socket:
-                server.settimeout(QMP_TIMEOUT)
-                while True:
-                    taken, (other, *_) = server.accept()
-                    if other == host:
-                        taken.setblocking(True)
-                        return taken
-                    taken.close()
-            return self.take(peer, stream)
-        return ''
-
-    def take(self, peer: socket.socket, stream: Callable[[], socket.socket]) -> str:
-        """Be the other end of migrate(); return '' when the guest runs here, else why not."""
-        with LineSocket('the source', peer) as wire:
-            waited = self.file.now().incoming
-            try:
-                self._take_in(wire, stream)
-            except (Error, socket.timeout) as problem:
-                with contextlib.suppress(ProtocolError):
-                    wire.send({'error': {'desc': str(problem)}}, Deadline(QMP_TIMEOUT))
-                if waited and not self.spec.incoming:       # it runs here none the less
-                    raise
-                return str(problem)
-        return ''
-
-    def _take_in(self, peer: LineSocket, stream: Callable[[], socket.socket]) -> None:
-        offer = peer.asked('receive', QMP_TIMEOUT)
-        with stream() as carrier, self._changing():
-            if not self.spec.incoming or not self.is_alive():
-                raise WrongState(f'{self.name} does not wait for a migration')
-            if self._status() != 'inmigrate':
-                raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
-            self._check_fits(offer['shape'], 'the guest comes from another kind of machine')
-            self._check_same(offer['disks'])
-            if not all(map(MAC.fullmatch, offer.get('macs', ()))):
-                raise MachineError(f'{self.name}: the guest comes with {offer["macs"]!r:.80}')
-            landed = False
-            try:
-                with self.monitor() as qmp:
-                    # Its disks stay the source's until it runs, if it does.
-                    self._receive(qmp, carrier.detach(), late=offer['runs'])
-                    peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
-                    peer.asked('arrived', min(offer['seconds'], DAY))
-                    self._landed(qmp, peer)
-                self._links()
-                peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
-                peer.asked('run', ARRIVAL_TIMEOUT)
-                with unbroken():
-                    self.spec.incoming = False
-                    for device, mac in zip(self._devices('nic'), offer.get('macs', ())):
-                        device.facts['moved_mac'] = mac     # for its next start
-                    self.file.write()                   # it is this machine's from here on
-                    if offer['runs']:
-                        self.qmp('cont')
-                    landed = True
-                    with contextlib.suppress(ProtocolError):
-                        peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
-            except BaseException:
-                if not landed:                      # what has come must not run here, too
-                    self.qemu.end(patience=-1)
-                    self.spec.incoming = True
-                    self.file.write()
-                raise
-            for device in self._devices('disk'):
-                self._attach(device, self._thing(device))
-
-    def _landed(self, qmp: QmpSession, peer: LineSocket) -> None:
-        """Wait until QEMU has read a whole guest, and the other end still wants it to."""
-        deadline = Deadline(ARRIVAL_TIMEOUT)
-        while True:
-            if qmp.event(['MIGRATION'], STATE_POLL, status='completed'):
-                return
-            if deadline.passed() or peer.closed():
-                raise MachineError(f'{self.name}: its QEMU does not take the guest in')
-
-    def _marks(self) -> list[dict[str, Any]]:
-        """Return what tells its disks and CD from others: format and size, and on this host the
-        file itself."""
-        host = boot_id()
-        layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
-                  for device in self._devices('disk') for layer in self._thing(device).chain()]
-        if self.cd.filename:
-            layers.append(('cd', os.path.getsize(readable(self.cd.filename)), self.cd.filename))
-        return [{'format': form, 'size': size, 'host': host, 'name': name,
-                 'file': [os.stat(name).st_dev, os.stat(name).st_ino]}
-                for form, size, name in layers]
-
-    def _check_same(self, theirs: Sequence[Mapping[str, Any]]) -> None:
-        """Raise MachineError unless these are the marks of this machine's disks."""
-        none = {'format': 'none', 'size': 0, 'host': '', 'name': 'no disk', 'file': []}
-        for mine, other in itertools.zip_longest(self._marks(), theirs, fillvalue=none):
-            file = ['file'] if mine['host'] == other['host'] else []
-            if any(mine[key] != other[key] for key in ('format', 'size', *file)):
-                here, there = ('{name} ({format}, {size} bytes)'.format(**row)
-                               for row in (mine, other))
-                raise MachineError(f'{self.name}: has {here} where the guest has {there}',
-                                   'give both machines the same disks and CD')
-
-    def _check_fits(self, other: Sequence[Any], why: str, hint: str = '',
-                    mine: Sequence[Any] = ()) -> None:
-        """Raise MachineError unless a memory image of a machine of that shape fits this one."""
-        mine = mine or self.spec.shape()
-        here, there = ([row for row in a if row not in b] for a, b in ((mine, other),
-                                                                       (other, mine)))
-        if here or there:
-            raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
-                               f'has {here or "nothing"}',
-                               '; '.join(filter(None, [
-                                   'add or remove devices until they are the same', hint])))
-
-    # Snapshots
-
-    def _layers(self) -> list[tuple[str, Harddrive]]:
-        """Return node and disk of all that can hold a snapshot."""
-        return [(f'{device.id}-node', drive) for device, drive in
-                ((device, self._thing(device)) for device in self._devices('disk'))
-                if drive.format == 'qcow2']
-
-    @property
-    def snapshots(self) -> list[MachineSnapshot]:
-        """The snapshots of the machine's disks as they are now, the oldest first."""
-        rows = [(drive, row) for drive in self.harddrives for row in drive.snapshots]
-        found = []
-        for tag in dict.fromkeys(row.tag for _, row in sorted(rows, key=lambda pair: pair[1].when)):
-            mine = {drive.filename: row for drive, row in rows if row.tag == tag}
-            found.append(MachineSnapshot(
-                tag, min(row.when for row in mine.values()),
-                any(row.ram for row in mine.values()), tuple(mine),
-                tuple(drive.filename for drive in self.harddrives if drive.filename not in mine)))
-        return found
-
-    def _snapshot(self, tag: str) -> MachineSnapshot:
-        for row in self.snapshots:
-            if row.tag == tag:
-                return row
-        raise MachineError(f'{self.name}: has no snapshot {tag}', '.snapshots lists them')
-
-    def snapshot(self, tag: str = '') -> MachineSnapshot:
-        """Snapshot memory and disks, or of a machine that is off the disks alone.
-
-        It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
-        it. Raises MachineError with the job's own error (snapshot-save; HMP savevm before 6.0).
-        """
-        with self._changing():
-            taken = [row.tag for row in self.snapshots]
-            tag = checked_tag(tag or free_tag(taken))
-            if self.is_alive():
-                self._steady()
-            layers = self._layers()
-            if not layers:
-                raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
-                                   'save() works without one')
-            if tag in taken:
-                raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
-            if self.spec.saved and not self.is_alive():
-                raise WrongState(f'{self.name} is saved', 'start it first')
-            if self.is_alive():
-                self._live_snapshot(tag, layers)
-            else:
-                self.spec.snapshots.pop(tag, None)      # of one that was deleted elsewhere
-                self._disk_snapshots(tag, [drive for _, drive in layers])
-            made = self._snapshot(tag)
-        if made.uncovered:
-            log.warning('%s: snapshot %s is without %s', self.name, tag, ', '.join(made.uncovered))
-        return made
-
-    def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
-        ran = self._status() == 'running'
-        self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
-        self.file.write()
-        try:
-            with self.monitor() as qmp:
-                self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
-            made = layers[0][1].found(tag)
-            self.spec.snapshots[tag] = [*self._saved_shape(layers),
-                                        ['made', made.id, made.when, made.ram]]
-            layers[0][1].note(tag, self.spec.snapshots[tag])
-        except BaseException as problem:
-            if isinstance(problem, KeyboardInterrupt):
-                with contextlib.suppress(GuestError), self.monitor() as qmp:
-                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
-            self._forget(tag)
-            if isinstance(problem, MachineError):
-                raise MachineError(str(problem), f'its memory, up to {self._ram()} MiB, goes into '
-                                   f'{layers[0][1].filename}: is there space?') from None
-            raise
-        finally:
-            if ran and self.is_alive():
-                self.qmp('cont')
-
-    def _saved_shape(self, layers: Sequence[tuple[str, Harddrive]]) -> list[Any]:
-        """Return what must be the same for a snapshot's memory to fit: the machine, and of several
-        disks which is which."""
-        files = [['file', node, drive.filename] for node, drive in layers]
-        return [*self.spec.shape(), *(files if len(files) > 1 else ())]
-
-    def _check_memory(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
-        """Raise MachineError unless the memory in a snapshot is known to fit.
-
-        QEMU itself puts the disks back before it looks, and takes a guest that lacks a device. The
-        memory does not tell its processor; so it counts only where the snapshot was noted when it
-        was made, by this machine or in the image, and is still that one.
-        """
-        hint = ('load_snapshot(…, disks_only=True) puts back the disks alone when it is off; '
-                'snapshot() first keeps what they hold now')
-        made = layers[0][1].found(tag)
-        others = [drive.filename for _, drive in layers
-                  if any(row.id == tag != row.tag for row in drive.snapshots)]
-        if others:                              # QEMU would take that one
-            raise MachineError(f'{self.name}: {others[0]} has another snapshot whose id is {tag}',
-                               hint)
-        for rows in (self.spec.snapshots.get(tag), layers[0][1].notes().get(tag)):
-            mine = self._saved_shape(layers)
-            if rows and not self.spec.cpu and not any(row[0] == 'made' for row in rows):
-                # By a version that did not note which it is; a machine made since never lacks it.
-                rows = [*rows, ['made', made.id, made.when, made.ram]]
-                mine = self.spec.shape()
-            if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
-                self._check_fits([row for row in rows if row[0] != 'made'],
-                                 f'snapshot {tag} is of other devices', hint, mine)
-                return
-        raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
-                           'known', hint)
-
-    def _forget(self, tag: str) -> None:
-        self.spec.snapshots.pop(tag, None)
-        self.file.write()
-
-    @staticmethod
-    def _disk_snapshots(tag: str, drives: Sequence[Harddrive]) -> None:
-        """Snapshot all disks, or none."""
-        done: list[Harddrive] = []
-        try:
-            for drive in drives:
-                drive.snapshot(tag)
-                done.append(drive)
-        except BaseException:
-            for drive in done:
-                drive.delete_snapshot(tag)
-            raise
-
-    def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
-        """Carry out snapshot-save, -load or -delete, or what older QEMUs have."""
-        if f'snapshot-{verb}' not in {row['name'] for row in qmp.execute('query-commands')}:
-            line = {'save': 'savevm', 'load': 'loadvm', 'delete': 'delvm'}[verb]
-            self._hmp_job(qmp, f'{line} {tag}')
-            return
-        firmware = ['efi-vars'] if self.spec.efi else []
-        memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
-        self._job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
-
-    def load_snapshot(self, tag: str, disks_only: bool = False, clock: bool = True) -> str:
-        """Put memory and disks back to a snapshot, starting the machine if it is off; with
-        `disks_only`, or a snapshot of the disks alone, the disks of a machine that is off.
-
-        Memory that is not known to fit this machine is refused before anything is touched; when it
-        fails none the less, the disks are put back. Then the clock is set, where an agent answers,
-        unless `clock` is false (snapshot-load).
-        """
-        with self._changing():
-            found = self._snapshot(tag)
-            self._not_given()
-            layers = [row for row in self._layers() if row[1].filename in found.disks]
-            bare = [drive.filename for _, drive in self._layers()
-                    if drive.filename not in found.disks]
-            memory, started = found.ram and not disks_only, not self.is_alive()
-            if memory and bare:                 # its memory would not fit them
-                raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
-                                   'delete it, or remove that disk first')
-            if started and self.spec.saved:
-                raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
-                                 'start it, then load the snapshot')
-            if not memory and not started:
-                raise WrongState(f'{self.name} runs, and '
-                                 + ('its memory would not fit the disks' if found.ram else
-                                    f'snapshot {tag} has no memory in it'), 'stop it first')
-            if memory:
-                if started:
-                    self.spec.processor = processor_of(self.spec)
-                self._check_memory(tag, layers)
-                self._load_whole(tag, layers, started)
-                return f'put back to {tag}{self._clock_set("reverted", clock)}'
-            with put_back_on_failure([drive for _, drive in layers]):
-                for _, drive in layers:
-                    drive.load_snapshot(tag)
-            return f'disks put back to {tag}'
-
-    def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
-        """Load memory and disks."""
-        with unbroken():
-            if started:
-                self._spawn()
-            try:
-                if started:
-                    self._after_start()
-                self._load(tag, layers, started)
-            except BaseException:
-                if started:
-                    self.qemu.end()
-                raise
-            self._links()
-
-    def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
-        """Carry out snapshot-load, and leave the run state as it was."""
-        asleep = self._status() == 'suspended'      # it would be, still, with the other guest
-        ran = started or asleep or self._status() == 'running'
-        drives = [drive for _, drive in layers]
-        if self.spec.efi:
-            drives.append(Harddrive(os.path.join(self.home, 'efi-vars.qcow2')))
-            drives[-1].attached = firmware = DriveSlot(self, 'efi-vars')
-            firmware.node = 'efi-vars'
-        try:
-            with self.monitor() as qmp:
-                if asleep:
-                    qmp.execute('system_wakeup')
-                    qmp.event(['RESUME', 'WAKEUP'], QMP_TIMEOUT)
-                qmp.execute('stop')
-            with put_back_on_failure(drives):
-                self._load_or_end(tag, [node for node, _ in layers])
-        except Error:
-            if ran and not started and self.is_alive():
-                self.qmp('cont')
-            raise
-        self.spec.lost = False
-        if ran:
-            self.qmp('cont')
-
-    def _load_or_end(self, tag: str, nodes: Sequence[str]) -> None:
-        """Carry out snapshot-load; end a QEMU that it leaves with half the old guest and half the
-        new one, which it would let run."""
-        try:
-            with self.monitor() as qmp:
-                self._snapshot_job(qmp, 'load', tag, nodes)
-        except MachineError as problem:
-            if HARMLESS.search(problem.message):
-                raise
-            self.spec.lost = True
-            self.file.write()
-            self.qemu.end()
-            raise MachineError(f'{problem.message}; its guest is lost',
-                               'start() boots it, as after a power failure') from None
-
     def _clock_set(self, cause: str, wanted: bool = True) -> str:
         """Set the clock of a guest that has stood still, where an agent answers; return what is to
         be said of it."""
-        if not wanted or self._status() != 'running' or self.agent_state() != 'connected':
+        if not wanted or self.qemu.run_state() != 'running' or self.agent_state() != 'connected':
             return ''
         try:
             self._sync(cause)
@@ -10208,201 +10694,6 @@ class Machine(Guest):
             log.warning('%s: its clock is wrong: %s', self.name, explain(problem))
             return ', but its clock is wrong'
         return ', clock set'
-
-    def delete_snapshot(self, tag: str) -> None:
-        """Delete a snapshot from all disks (snapshot-delete; HMP delvm; qemu-img)."""
-        with self._changing():
-            found = self._snapshot(tag)
-            layers = [row for row in self._layers() if row[1].filename in found.disks]
-            if self.is_alive():
-                with self.monitor() as qmp:
-                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
-            else:
-                for _, drive in layers:
-                    drive.delete_snapshot(tag)
-            self.spec.snapshots.pop(tag, None)
-
-    # Screen, keyboard, mouse
-
-    def _picture(self, **form: Any) -> bytes:
-        """Return what screendump writes, as a PPM or in the format asked for.
-
-        Into a file of QEMU's user in root's directory, read by the descriptor that made it: of an
-        fdset (add-fd) QEMU 7.2 never lets go.
-        """
-        path = self.file.path(f'screen-{os.urandom(4).hex()}')
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            if os.geteuid() == 0:
-                os.fchown(file, self.spec.uid, self.spec.uid)
-            self.qmp('screendump', filename=path, **form)
-            with open(file, 'rb', closefd=False) as picture:
-                return picture.read(PICTURE_BYTES)
-        finally:
-            os.close(file)
-            os.unlink(path)
-
-    def _screen(self) -> bytes:
-        """Return a PNG of the screen."""
-        try:
-            return png(self._picture(format='png'), self.name)
-        except QemuRefused:                     # before 7.1, or built without libpng
-            return png(self._picture(), self.name)
-
-    def screenshot(self, filename: str | os.PathLike[str]) -> str:
-        """Write what the screen shows to a PNG file, and return its path (screendump)."""
-        path, picture = image_path(filename), self._screen()
-        write_whole(path, picture, replace=True)
-        return path
-
-    def _awake(self) -> None:
-        if self.state() is not State.RUNNING:
-            raise WrongState(f'{self.name} is {self.status()}: QEMU would drop its input',
-                             'start or unfreeze it')
-
-    def _press(self, qmp: QmpSession, keys: Sequence[str], hold: int = KEY_HOLD) -> None:
-        qmp.execute('send-key', hold_time=hold,
-                    keys=[{'type': 'qcode', 'data': key} for key in keys])
-        time.sleep(KEY_PAUSE + hold / 1000)
-
-    def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
-        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key).
-
-        Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
-        """
-        self._awake()
-        spoken = [KEY_NAMES.get(key.lower(), key)
-                  for key in re.findall(r'[^-]+|-(?=-|$)', str(keys))]
-        if not spoken:
-            raise MachineError(f'{self.name}: no key to press', "name keys: 'ctrl-alt-del'")
-        named = [KEYS_OF.get(key, (key.lower(), False))[0] for key in spoken]
-        if any(KEYS_OF.get(key, (key, False))[1] and (len(spoken) == 1 or not key.isalpha())
-               for key in spoken):              # of CTRL-C, C says the same as c
-            named.insert(0, 'shift')
-        with self.monitor() as qmp:
-            try:
-                self._press(qmp, named, hold)
-            except QemuRefused:
-                known = {*KEY_NAMES, *KEYS_OF, *next(
-                    [key['name'] for key in row.get('members', [])]
-                    for row in qmp.execute('query-qmp-schema')
-                    if {'name': 'ret'} in row.get('members', []))}
-                strange = [key for key in named if key not in known]
-                if not strange:
-                    raise
-                raise MachineError(f'{self.name}: no key is named {strange[0]!r:.80}',
-                                   f'there are {" ".join(sorted(known)).strip()}') from None
-
-    def type_text(self, text: str) -> None:
-        """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
-        strange = sorted({*text} - {*KEYS_OF, '\r'}) if isinstance(text, str) else text
-        if strange or not isinstance(text, str):
-            raise MachineError(f'{self.name}: no key for {strange!r:.80}',
-                               'type what a US keyboard has')
-        text = re.sub('\r\n?', '\n', text)             # each is one press of Enter
-        self._awake()
-        with self.monitor() as qmp:
-            for key, shift in (KEYS_OF[c] for c in text):
-                self._press(qmp, [*['shift'] * shift, key])
-
-    def mouse_move(self, x: int, y: int) -> None:
-        """Move the pointer to a place on the screen, in pixels (input-send-event).
-
-        Raises MachineError when the guest has no driver for an absolute pointer.
-        """
-        for place in (x, y):
-            if not isinstance(place, (int, float)) or not math.isfinite(place):
-                raise MachineError(f'{self.name}: mouse_move({x!r:.40}, {y!r:.40})',
-                                   'give pixels from the upper left corner')
-        self._awake()
-        if not any(row['current'] and row['absolute'] for row in self.qmp('query-mice')):
-            raise MachineError(f'{self.name}: the guest uses no absolute pointer',
-                               'it needs a driver for USB or virtio tablets')
-        size = struct.unpack('>II', self._screen()[16:24])
-        self._input(*({'type': 'abs', 'data': {'axis': axis, 'value': round(
-            min(max(place, 0), extent - 1) * POINTER_MAX / max(extent - 1, 1))}}
-            for axis, place, extent in zip('xy', (x, y), size)))
-
-    def mouse_click(self, button: int = 1) -> None:
-        """Click where the pointer is: 1 left, 2 middle, 3 right, 4 and 5 the wheel."""
-        if type(button) is not int or button not in BUTTONS:
-            raise MachineError(f'{self.name}: mouse button {button!r:.80}', 'use 1 to 5')
-        self._awake()
-        for down in (True, False):
-            time.sleep(CLICK_PAUSE)
-            self._input({'type': 'btn', 'data': {'button': BUTTONS[button], 'down': down}})
-
-    def _input(self, *events: Mapping[str, Any]) -> None:
-        self.qmp('input-send-event', events=events)
-
-    def console(self) -> Console:
-        """Return its serial console."""
-        return Console(self)
-
-    def dump_memory(self, filename: str | os.PathLike[str], format: str = 'elf',
-                    progress: Callable[[int, int], object] | None = None) -> str:
-        """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
-
-        It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
-        """
-        path = image_path(filename)
-        with self._changing(), whole_file(path) as file, self.monitor() as qmp:
-            qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
-                        protocol=f'fd:{qmp.named_fd(os.dup(file))}')
-            info: dict[str, Any] = {}
-
-            def ended() -> bool:
-                info.update(qmp.execute('query-dump'))
-                return info['status'] in ('completed', 'failed')
-
-            def told() -> bool:
-                over = ended()
-                if progress:
-                    progress(info['completed'], info['total'])
-                return over
-            deadline = Deadline(JOB_TIMEOUT)
-            try:
-                deadline.poll(told, STATE_POLL / 5)
-            finally:                                # after Ctrl-C, too: it can't be ended
-                deadline.poll(ended, STATE_POLL / 5)
-            error = (qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT) or {}).get('data', {}).get('error')
-            # It comes before the guest goes on, and until then much is refused.
-            Deadline(QMP_TIMEOUT).poll(
-                lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
-            if error:
-                raise MachineError(f'{self.name}: dump to {path}: {error}')
-        return path
-
-    # Guest agent
-
-    def agent(self, command: str, arguments: Arguments = None,
-              timeout: float = AGENT_TIMEOUT) -> Any:
-        """Return what the guest agent answers, over a socket of its own."""
-        if not self.is_alive():
-            raise WrongState(f'{self.name} is off', 'start it first')
-        with self.file.one_of('agent', 1, Deadline(timeout)):
-            try:
-                return GuestAgent(self.qemu.socket('agent'), self.name).execute(command, arguments,
-                                                                             timeout)
-            except AgentError as problem:
-                opened = problem.trouble.name != 'silent' or self._agent_open(1.0)
-                if opened is False:
-                    raise self.agent_error('not connected') from None
-                if opened and problem.trouble.name == 'silent' and self.state() is State.PAUSED:
-                    problem.hint = 'the machine is paused: unfreeze or start it'
-                raise
-
-    def agent_state(self) -> str:
-        """Return connected or disconnected: whether the guest has the agent's port open
-        (query-chardev)."""
-        return 'connected' if self._agent_open(QMP_TIMEOUT) else 'disconnected'
-
-    def _agent_open(self, timeout: float) -> bool | None:
-        """Tell whether the guest has the agent's port open; None if QEMU does not say."""
-        with contextlib.suppress(GuestError), self.monitor(timeout) as qmp:
-            return any(row['label'] == 'agent' and row['frontend-open']
-                       for row in qmp.execute('query-chardev', timeout))
-        return None
 
     def set_time(self, when: Callable[[], int] | int | None) -> None:
         """Set the guest's clock: to nanoseconds since 1970, or to what a function says when the
@@ -10465,16 +10756,6 @@ class DamagedMachine(Guest):
             self._qemu.end()
             for left in self._file.forget():
                 log.warning('%s is not of this program, and stays', left)
-
-
-class MachineSnapshot(NamedTuple):
-    """A snapshot of a machine."""
-
-    tag: str
-    when: int                   # seconds since 1970
-    ram: bool                   # with its memory
-    disks: tuple[str, ...]      # the images that it is in ...
-    uncovered: tuple[str, ...]  # ... and the machine's others
 
 
 class Machines:
