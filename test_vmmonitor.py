@@ -873,12 +873,12 @@ class Program:
     """A vmmonitor.py in a process of its own, with its log."""
 
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None,
-                 code: str = '') -> None:
+                 code: str = '', python: str = sys.executable) -> None:
         self.log_path = Path(tempfile.mkstemp(prefix=OURS, suffix='.log')[1])
         program = ['-c', code] if code else [str(HERE / 'vmmonitor.py')]
         with self.log_path.open('wb') as log:
             self.process = subprocess.Popen(
-                [sys.executable, *program, *arguments], stdout=subprocess.DEVNULL, stderr=log,
+                [python, *program, *arguments], stdout=subprocess.DEVNULL, stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(HERE),
                                                **(env or {})})
 
@@ -10346,6 +10346,76 @@ def benchmark_networks() -> None:
         print(f'50 cards {what:13} {batch:6.0f} ms, by a process each {one_by_one:6.0f} ms')
 
 
+# The least that a program can do: get, set, get, in a thread for each guest that goes on.
+LEAST = """
+import json, sys, threading, time
+import libvirt, libvirt_qemu
+libvirt.virEventRegisterDefaultImpl()
+libvirt.registerErrorHandler(lambda *_: None, None)
+connection = libvirt.open(sys.argv[1])
+def ask(domain, command, **arguments):
+    question = json.dumps({'execute': command, 'arguments': arguments})
+    return json.loads(libvirt_qemu.qemuAgentCommand(domain, question, 10, 0))['return']
+def work(domain):
+    while True:
+        try:
+            began = time.time_ns()
+            ask(domain, 'guest-get-time')
+            way = (time.time_ns() - began) // 2
+            ask(domain, 'guest-set-time', time=time.time_ns() + way)
+            return ask(domain, 'guest-get-time')
+        except libvirt.libvirtError:
+            time.sleep(0.02)
+def on_event(_connection, domain, event, _detail, _opaque):
+    if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
+        threading.Thread(target=work, args=(domain,), daemon=True).start()
+connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None)
+print('connected after registering', file=sys.stderr, flush=True)
+while True:
+    libvirt.virEventRunDefaultImpl()
+"""
+BENCH_ROUNDS = 5
+
+
+def benchmark_clocks() -> None:
+    """Resume and restore Debian, under this program and under the least one."""
+    install(('python3-libvirt',))
+    with contextlib.closing(Libvirtd()) as host, tempfile.NamedTemporaryFile('w') as config:
+        host.start()
+        guest = DebianVm(host)
+        guest.define()
+        guest.start_booted()
+        json.dump({'libvirt': {'uri': host.uri}}, config)
+        config.flush()
+        ways: dict[str, Callable[[], Program]] = {
+            'vmmonitor': lambda: Program('--monitor', '--config', config.name),
+            'least': lambda: Program(host.uri, code=LEAST, python='/usr/bin/python3')}
+        took: dict[tuple[str, str], list[float]] = {}
+        left: dict[tuple[str, str], list[float]] = {}
+        for _ in range(BENCH_ROUNDS):
+            for way, begin in ways.items():
+                with contextlib.closing(begin()) as program:
+                    program.wait_log('connected after')
+                    for what, stop, start in (('resume', 'suspend', 'resume'),
+                                              ('restore', 'managedsave', 'start')):
+                        time.sleep(2)               # from the work of the one before
+                        guest.virsh(stop)
+                        time.sleep(3)
+                        guest.virsh(start)
+                        began, seen = time.monotonic(), float('inf')
+                        with contextlib.suppress(RigError):
+                            seen = guest.right_after(began, 5)
+                        guest.wait_agent()
+                        time.sleep(1)
+                        took.setdefault((what, way), []).append(seen)
+                        left.setdefault((what, way), []).append(abs(guest.offset()))
+        print(f'{"Debian":18} {"median ms":>9} {"ratio":>6} {"never":>6} {"worst left":>11}')
+        for (what, way), row in sorted(took.items()):
+            middle, least = (statistics.median(took[what, name]) for name in (way, 'least'))
+            print(f'{what:7} {way:10} {middle * 1000:9.0f} {middle / least:6.2f} '
+                  f'{row.count(float("inf")):6} {max(left[what, way]) * 1000:8.1f} ms')
+
+
 def benchmark() -> None:
     """Put a clock right that is 3 s slow: by this program, and by what virsh offers."""
     with contextlib.closing(Libvirtd()) as host:
@@ -10503,6 +10573,7 @@ def main() -> int:
     if options.bench:
         benchmark_networks()
         benchmark_listener()
+        benchmark_clocks()
         benchmark()
         return 0
     if len(options.only) != 1 and not options.tests:
