@@ -6210,7 +6210,8 @@ class TestHarddrive(Case):
                          functools.partial(drive.resize, 1 << 19)):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (32768, hard))
                 try:
-                    with self.subTest(form), self.refused('qemu-img'):
+                    with self.subTest(form), self.assertRaisesRegex(
+                            vm.DiskError, r'/[dn][^:]*: qemu-img \w+: .*(too large|signal 25)'):
                         call()
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

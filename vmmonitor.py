@@ -7118,7 +7118,9 @@ class Harddrive:
         try:
             return run(['qemu-img', *arguments], IMAGE_TIMEOUT, keep=keep).stdout
         except CommandError as problem:
-            said = '; '.join(problem.stderr.replace(self._explicit(), self.filename).splitlines())
+            said = '; '.join(problem.stderr.splitlines()) or f'ended by signal {-problem.status}'
+            for name in (self._explicit(), *map(fd_path, keep)):
+                said = said.replace(name, self.filename)
             if ' lock' in said:                 # Failed to get "write" lock
                 raise self.taken() from None
             raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {said}',
