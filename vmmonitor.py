@@ -7512,7 +7512,8 @@ HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes 
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
     'disk': {'chain': [[str]]}, 'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
     'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool,
-            'mtu?': int}}       # that the guest is told; 0: nothing, it takes 1500
+            'mtu?': int,        # that the guest is told; 0: nothing, it takes 1500
+            'moved_mac?': str}}     # of a guest that was migrated here, which it keeps
 SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
                      'facts': dict}
 SCHEMAS['machine.json'] = {
