@@ -2178,6 +2178,10 @@ class ConfigTest(ConfigCase):
         ({'startup': {'vmStartupCommands': ['start a or stop']}}, '"wait NAME port PORT [SECONDS] '
          '[or stop]"'),
         ({'startup': {'vmStartupCommands': ['wait a or go']}}, 'is not understood'),
+        ({'startup': {'vmStartupCommands': ['stop a']}}, 'is not understood'),
+        ({'shutdown': {'vmShutdownCommands': ['start a']}}, 'write "stop NAME [SECONDS] [or save|'),
+        ({'shutdown': {'vmShutdownCommands': ['save a or off']}}, 'is not understood'),
+        ({'shutdown': {'timeout': 1801}}, 'must be a number from 1 to 1500'),
         ({'startup': {'vmStartupCommands': ['wait a port 0']}}, '\'0\' is no port from 1 to'),
         ({'startup': {'vmStartupCommands': ['wait a port']}}, '\'port\' is no number of seconds'),
     )
@@ -2222,6 +2226,8 @@ class ConfigTest(ConfigCase):
                           (6, 'start', 'vm3', 0)])
         self.assertEqual((config.allows('save'), config.allows('stop')), (True, False))
         self.assertEqual(vm.enabled_roles(config), ['monitor', 'startup', 'listen'])
+        self.assertEqual(vm.enabled_roles(vm.Config(shutdown_enabled=True)),
+                         ['monitor', 'shutdown'])
         self.assertEqual(config.warnings, ())
 
     def test_startup_lines(self) -> None:
@@ -8773,6 +8779,94 @@ class AnswersTest(GuestCase):
         guest.wait_state('shut off')
 
 
+class WayDownTest(GuestCase):
+    """The list for a host that goes down, with real guests. That systemd waits for it is shown on a
+    fresh machine, by Fresh.goes_down()."""
+
+    LINES = ('stop web1 30', 'delay 0.2', 'stop web2 2 or off', 'save all')
+
+    def setUp(self) -> None:
+        self.only('web1', 'web2', 'web3')
+        self.guests = [self.vm(name) for name in ('web1', 'web2', 'web3')]
+        self.guests[1].exec(['sh', '-c', 'echo "#!/bin/sh" > /sbin/shutdown'])      # ignores it
+        self.list = self.config({'shutdown': {
+            'enabled': True, 'timeout': 60, 'vmShutdownCommands': list(self.LINES)}})
+
+    def ended(self, log: str) -> None:
+        for text in ('shutdown: web1: shut down; ', 'stop web2: did not shut down within 2 s',
+                     'shutdown: web2: powered off; ', 'shutdown: web3: saved; ', '3 of 3 off'):
+            self.assertIn(text, log)
+        self.assertEqual([guest.state() for guest in self.guests], ['shut off'] * 3)
+        self.assertIn('saved', self.guests[2].virsh('domstate', '--reason'))
+
+    def test_by_hand(self) -> None:
+        status, out, err = vmmonitor('--config', self.list, '--shutdown', '--dry-run')
+        self.assertEqual((status, out, err), (0, 'stop web1, 30 s at most\ndelay 0.2 s\nstop web2, '
+                                              '2 s at most, then off\nsave web3\n', ''))
+        self.assertEqual(self.guests[0].state(), 'running')
+        status, _, err = vmmonitor('--config', self.list, '--shutdown', timeout=120)
+        self.assertEqual(status, 0, err)
+        self.ended(err)
+
+    def systemctl(self, says: str) -> dict[str, str]:
+        """Return an environment in which the host is in this state."""
+        program = self.directory / 'systemctl'
+        program.write_text(f'#!/bin/sh\necho {says}\n')
+        program.chmod(0o755)
+        return {'PATH': f'{self.directory}:{os.environ["PATH"]}'}
+
+    def test_only_when_the_host_goes_down(self) -> None:
+        for says in ('running', 'degraded', 'offline'):
+            program = self.program(config=self.list, env=self.systemctl(says))
+            program.wait_log('connected after')
+            self.assertEqual(program.stop()[0], 0)
+            self.assertEqual([guest.state() for guest in self.guests], ['running'] * 3)
+        self.assertIn('whether the host goes down is not known', program.log())
+        notified = str(self.directory / 'notify.sock')
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(notified)
+            systemd.settimeout(30)
+            program = self.program(config=self.list, env={
+                **self.systemctl('stopping'), 'NOTIFY_SOCKET': notified})
+            program.wait_log('connected after')
+            program.process.send_signal(signal.SIGTERM)
+            seen = ''
+            while not re.search(r'STATUS=\d of 3 off, waiting for web2: \d+ s\nWATCHDOG=1\n'
+                                r'EXTEND_TIMEOUT_USEC=30000000', seen):
+                seen += systemd.recv(4096).decode() + '\n'
+            self.assertEqual(program.process.wait(60), 0)
+        self.ended(program.log())
+
+    def test_the_limit(self) -> None:
+        os.kill(self.guests[2].pid(), signal.SIGSTOP)          # its save does not end
+        try:
+            path = self.config({'shutdown': {'enabled': True, 'timeout': 4, 'vmShutdownCommands': [
+                'save web3', 'off web2', 'wait web2 off 3 or stop']}})
+            status, _, err = vmmonitor('--config', path, '--shutdown', timeout=60)
+        finally:
+            os.kill(self.guests[2].pid(), signal.SIGCONT)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, r'shutdown: ended after 4\.\d s: web2 powered off; failed: web3 '
+                         r'\(still on after [34] s\)')
+        self.guests[2].wait_state('shut off')
+
+    def test_reverse_order(self) -> None:
+        guests = vm.Guests([ScriptedHost(*(ScriptedGuest(name) for name in 'abcdef'))])
+        config = vm.Config(steps=vm.steps(['start a', 'start b', 'delay 5', 'start c', 'wait c',
+                                           'start d']),
+                           shutdown_steps=vm.steps(['off e', 'stop all 9 or save'],
+                                                   vm.SHUTDOWN_FORMS))
+        self.assertEqual([*vm.Shutdown(guests, config).plan()], [
+            'off e', 'stop f; then d; then c; then a, b, 9 s at most, then save'])
+
+    def test_startup_dry_run(self) -> None:
+        path = self.config({'startup': {'vmStartupCommands': [
+            'start web1', 'delay 5', 'wait web1 port 80 9 or stop', 'start nope']}})
+        self.assertEqual(vmmonitor('--config', path, '--startup', '--dry-run'), (
+            0, 'start web1: it is running\ndelay 5 s\nwait web1 port 80, 9 s at most, or stop\n'
+            'start nope: no guest is named nope; --status lists them\n', ''))
+
+
 class OneShotTest(GuestCase):
     """--status, --sync, --check, and what the command line refuses."""
 
@@ -9881,8 +9975,14 @@ class Fresh(unittest.TestCase):
         since = self.cursor()
         self.sh('systemctl restart vmmonitor')
         self.answers()
-        self.logged(since, 'startup: .*1.*')
+        self.logged(since, 'startup: ended after .*web1 started')
         self.assertEqual(self.sh('virsh domstate web1'), 'running')
+        self.sh('virsh -q destroy web1')
+        since = self.cursor()
+        self.sh('systemctl restart vmmonitor')          # the host has not booted again
+        self.logged(since, 'startup: was done since this host booted')
+        self.answers()
+        self.assertEqual(self.sh('virsh domstate web1; virsh -q start web1'), 'shut off')
 
     @step
     def reloads(self) -> None:
@@ -10253,6 +10353,39 @@ exec python3 -B test_vmmonitor.py --install
             env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=3600, check=False)
         self.assertEqual(done.returncode, 0)
 
+    def goes_down(self) -> None:
+        """the host goes down: its guests end as the list says, and systemd waits for that"""
+        self.here = '/opt/down'
+        self.copy(self.here)
+        self.install()
+        for name in ('down1', 'down2', 'down3'):
+            self.box.path('/root/down.xml').write_text(self.box.path('/root/web1.xml').read_text(
+                ).replace('>web1<', f'>{name}<').replace('/web1.serial', f'/{name}.serial'))
+            self.sh(f'virsh -q define /root/down.xml; virsh -q start {name}')
+        self.configure({'startup': {'enabled': False}, 'shutdown': {
+            'enabled': True, 'timeout': 25, 'vmShutdownCommands': [
+                'off web1', 'save down1', 'delay 0.5', 'stop down2 3 or off', 'save down3']}})
+        self.sh('systemctl restart vmmonitor')
+        self.answers()
+        self.sh('kill -STOP $(cat /run/libvirt/qemu/down3.pid)')        # its save does not end
+        # The journal's end is lost with the container, but for what is written outside of it.
+        kept = CACHE / 'fresh' / f'{self.box.suite}-packages' / 'journal'
+        self.sh('systemd-run -q -p DefaultDependencies=no sh -c "exec journalctl -f -n 0 -o cat '
+                '> /var/cache/apt/archives/journal"; sleep 1; systemctl poweroff --no-block')
+        try:
+            soon(lambda: self.box.nspawn.poll() is not None, 120, 'the end of the container', 0.5)
+            text = kept.read_text(errors='replace')
+        finally:
+            kept.unlink()
+        for line in ('down1: saved; ', 'down2: powered off; ',
+                     r'ended after 2[5-9].* s: .*; failed: .*down3 \(still on'):
+            self.assertRegex(text, f'(?m)^shutdown: {line}')
+        # Longer than TimeoutStopSec=, and nothing that it needs was stopped meanwhile.
+        self.assertNotIn('timed out. Killing', text)
+        ours = text.index('Stopped vmmonitor.service')
+        for other in ('libvirtd', 'dbus', 'polkit'):
+            self.assertLess(ours, text.find(f'Stopping {other}.service') % (1 << 60), other)
+
 
 def fresh(suite: str, steps: Sequence[Callable[[Fresh], None]]) -> int:
     """Carry out the steps in a new Debian; return how many were passed."""
@@ -10278,7 +10411,7 @@ def fresh_machines(suites: Sequence[str], whole_suite: bool) -> int:
     guest_image()
     if whole_suite:
         debian_image()                  # it can't be built in there, without a network
-    steps = STEPS + [Fresh.whole_suite] * whole_suite
+    steps = STEPS + [Fresh.whole_suite] * whole_suite + [Fresh.goes_down]
     passed = [fresh(suite, steps) for suite in suites]
     failed = sum(count < len(steps) for count in passed)
     print(f'{sum(passed)} passed, {failed} failed', flush=True)

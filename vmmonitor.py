@@ -58,7 +58,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     libvirt                the only place with ctypes: Library, Connection, LibvirtHost, Domain
     guests                 one name space over the hosts; one command per guest at a time
     monitor                triggers -> at most one clock job per guest
-    startup                the list of starts and delays
+    startup                the lists for the way up and the way down
     listener               Server, ClientConnection (the wire), Dispatcher (and all error policy)
   part 2: networks
     ip                     reading links and routes, changing them, and what is refused
@@ -1001,6 +1001,12 @@ STARTUP_FORMS = (
     Form('wait path PATH [SECONDS]', ('stop',), WAIT_DEFAULT),
     Form('wait NAME port PORT [SECONDS]', ('stop',), WAIT_DEFAULT),
     Form('wait NAME [agent|running|off] [SECONDS]', ('stop',), WAIT_DEFAULT))
+SHUTDOWN_FORMS = (              # the NAME "all" is all that no other line names
+    Form('stop NAME [SECONDS]', ('save', 'off'), WAIT_DEFAULT),
+    Form('save NAME'),
+    Form('off NAME'),
+    Form('delay SECONDS'),
+    Form('wait NAME off [SECONDS]', ('stop',), WAIT_DEFAULT))
 
 
 class Step(NamedTuple):
@@ -1012,7 +1018,8 @@ class Step(NamedTuple):
     seconds: float = 0.0        # to sleep, or to wait at most
     until: str = ''             # wait: agent, running, off, port or path
     what: str = ''              # the port or path
-    otherwise: str = ''         # what to do when it waited in vain; '': go on
+    otherwise: str = ''         # what to do when it waited in vain: "stop" the list, "save" the
+#                                 guest or cut its power, "off"; '': go on
 
 
 def _fits(token: str, word: str) -> bool:
@@ -1232,6 +1239,14 @@ class Config:
     steps: tuple[Step, ...] = option(
         'startup.vmStartupCommands', (), steps,
         f'lines: {usage(STARTUP_FORMS)}', restart=True)
+    shutdown_enabled: bool = option(
+        'shutdown.enabled', False, a_bool, 'end guests in order when the host goes down')
+    shutdown_steps: tuple[Step, ...] = option(
+        'shutdown.vmShutdownCommands', (), lambda value: steps(value, SHUTDOWN_FORMS),
+        f'lines: {usage(SHUTDOWN_FORMS)}')
+    shutdown_timeout: float = option(
+        'shutdown.timeout', 300, a_number(1, 1500, 'seconds'),
+        'how long all of that may take, in seconds; what is left is not waited for')
 
     path: str = ''                                      # the file it was read from
     keys: tuple[Key, ...] = ()                          # listener.key and listener.keys, read
@@ -1257,7 +1272,7 @@ OPTIONS: dict[str, tuple[str, Option]] = {      # key in the file -> (attribute 
     field.metadata['option'].key: (field.name, field.metadata['option'])
     for field in dataclasses.fields(Config) if 'option' in field.metadata}
 
-ROLES = ('monitor', 'startup', 'listen')
+ROLES = ('monitor', 'startup', 'listen', 'shutdown')
 
 # Keys that stand in documentation, here or elsewhere: whoever left one in has no key at all.
 SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KEY', 'PSK',
@@ -1332,7 +1347,8 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
 
 def enabled_roles(config: Config) -> list[str]:
     """Return the roles that the configuration itself switches on."""
-    enabled = (config.monitor_enabled, config.startup_enabled, config.listener_enabled)
+    enabled = (config.monitor_enabled, config.startup_enabled, config.listener_enabled,
+               config.shutdown_enabled)
     return [role for role, on in zip(ROLES, enabled) if on]
 
 
@@ -3546,8 +3562,11 @@ class BootMark:
                         'starts: %s', self.path, explain(problem))
 
 
-class Startup:
-    """Carry out startup.vmStartupCommands: once, or with `mark` once since the host booted."""
+class GuestList:
+    """What the lists for the way up and the way down have in common."""
+
+    key = ''                    # of the list in the configuration
+    what = ''                   # for the log
 
     # what a line waits for -> whether it is there
     PROBES: dict[str, Callable[[Guests, Step], bool]] = {
@@ -3557,11 +3576,61 @@ class Startup:
         'port': lambda guests, step: guests.find(step.name).serves(int(step.what)),
         'path': lambda guests, step: os.path.exists(step.what)}
 
-    def __init__(self, guests: Guests, lines: Sequence[Step], mark: BootMark | None = None) -> None:
-        self.guests, self.steps, self.mark = guests, lines, mark
+    def __init__(self, guests: Guests, lines: Sequence[Step]) -> None:
+        self.guests, self.steps = guests, lines
         self.stopping = threading.Event()
         self._results: dict[str, str] = {}          # guest -> what was done, in words
         self._failed: dict[str, str] = {}           # guest -> why not
+
+    def has_failed(self) -> bool:
+        """Tell whether something could not be done."""
+        return bool(self._failed)
+
+    def _sum_up(self, began: float) -> None:
+        done = ', '.join(f'{name} {says}' for name, says in self._results.items())
+        failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
+        log.log(logging.WARNING if failed else logging.INFO,
+                '%s: ended after %.1f s: %s%s', self.what, time.monotonic() - began,
+                done or 'nothing was to be done', failed and f'; failed: {failed}')
+
+    def _wait(self, step: Step) -> bool:
+        """Wait until a line's guest, port or path is there, but not longer than the line says;
+        tell whether it is.
+
+        The asking has a thread of its own: an agent or a mount that hangs holds it for long.
+        """
+        reached, deadline, began = threading.Event(), Deadline(step.seconds), time.monotonic()
+
+        def ask() -> bool:
+            with contextlib.suppress(Error):
+                return self.PROBES[step.until](self.guests, step)
+            return self.stopping.is_set()
+
+        def look() -> None:
+            if deadline.poll(ask):
+                reached.set()
+        spawn(f'wait {step.name or step.what}', look)
+        while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
+            if self.stopping.is_set():
+                return False
+        waited = time.monotonic() - began
+        until = ' '.join(filter(None, [step.until, step.what]))
+        if reached.is_set():
+            log.info('%s: %s: %s after %.1f s', self.what, step.name or 'host', until, waited)
+        else:
+            log.warning('%s: line %d: %s: not yet "%s" after %.1f s; %s', self.what, step.number,
+                        step.name or 'host', until, waited,
+                        'the list ends here' if step.otherwise else 'going on')
+        return reached.is_set()
+
+class Startup(GuestList):
+    """Carry out startup.vmStartupCommands: once, or with `mark` once since the host booted."""
+
+    key, what = 'startup.vmStartupCommands', 'startup'
+
+    def __init__(self, guests: Guests, lines: Sequence[Step], mark: BootMark | None = None) -> None:
+        super().__init__(guests, lines)
+        self.mark = mark
 
     def run(self) -> None:
         """Wait for the guests' hosts, go through the lines, wait for the last start, and sum up."""
@@ -3587,11 +3656,7 @@ class Startup:
             return
         if self.mark:
             self.mark.set()
-        done = ', '.join(f'{name} {says}' for name, says in self._results.items())
-        failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
-        log.log(logging.WARNING if failed else logging.INFO,
-                'startup: ended after %.1f s: %s%s', time.monotonic() - began,
-                done or 'nothing started', failed and f'; failed: {failed}')
+        self._sum_up(began)
 
     def _start(self, name: str) -> None:
         """Start one guest, trying again START_RETRIES times."""
@@ -3614,35 +3679,137 @@ class Startup:
                 log.info('startup: %s %s', name, says)
                 return
 
-    def _wait(self, step: Step) -> bool:
-        """Wait until a line's guest, port or path is there, but not longer than the line says;
-        tell whether it is.
+    def plan(self) -> Iterator[str]:
+        """Yield what the list would do now, a line each (--dry-run)."""
+        for step in self.steps:
+            state = ''
+            if step.verb == 'start':
+                try:
+                    state = f': it is {self.guests.find(step.name).status()}'
+                except Error as problem:
+                    state = f': {explain(problem)}'
+            limit = f', {step.seconds:g} s at most' if step.verb == 'wait' else ''
+            what = [step.verb, step.name, step.until, step.what,
+                    f'{step.seconds:g} s' if step.verb == 'delay' else '']
+            yield ' '.join(filter(None, what)) + state + limit + (
+                f', or {step.otherwise}' if step.otherwise else '')
 
-        The asking has a thread of its own: an agent or a mount that hangs holds it for long.
-        """
-        reached, deadline, began = threading.Event(), Deadline(step.seconds), time.monotonic()
 
-        def ask() -> bool:
-            with contextlib.suppress(Error):
-                return self.PROBES[step.until](self.guests, step)
-            return self.stopping.is_set()
+class Shutdown(GuestList):
+    """Carry out shutdown.vmShutdownCommands, within shutdown.timeout."""
 
-        def look() -> None:
-            if deadline.poll(ask):
-                reached.set()
-        spawn(f'wait {step.name or step.what}', look)
-        while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
+    key, what = 'shutdown.vmShutdownCommands', 'shutdown'
+
+    def __init__(self, guests: Guests, config: Config) -> None:
+        super().__init__(guests, config.shutdown_steps)
+        self.limit = Deadline(config.shutdown_timeout)
+        # name in the start list -> how many delays and waits come before it
+        self.place = {step.name: sum(before.verb != 'start' for before in config.steps[:number])
+                      for number, step in enumerate(config.steps) if step.verb == 'start'}
+        self.total = 0                              # guests that were on
+        self._on: dict[str, Guest] = {}             # those that still are, by name
+        self._waits: dict[str, float] = {}          # name -> since when it is being ended
+
+    def run(self) -> None:
+        """Go through the lines, wait for the last guest or for the limit, and sum up."""
+        began, away = time.monotonic(), list[Error]()
+        self._find(away)
+        work = [spawn('shutdown list', self._work)]
+        while work[0].is_alive() and not self.limit.passed():
+            time.sleep(STATE_POLL)
+        self.stopping.set()
+        for problem in away:
+            log.error('shutdown: %s', explain(problem))
+        for name, since in list(self._waits.items()):
+            self._failed.setdefault(name, f'still on after {time.monotonic() - since:.0f} s')
+        self._sum_up(began)
+
+    def _find(self, away: list[Error]) -> None:
+        """Find out which guests are on."""
+        guests = self.guests.all(away=away)
+        for guest, known in zip(guests, ask_all(guests, lambda guest: {'off': guest.is_off()},
+                                                ANSWER_TIMEOUT)):
+            if not known.get('off'):                # what can't be asked counts as on
+                self._on[guest.name] = guest
+        self.total = len(self._on)
+
+    def progress(self) -> str:
+        """Return how far it is, for people."""
+        slowest = min(self._waits.items(), key=lambda item: item[1], default=None)
+        return f'{self.total - len(self._on)} of {self.total} off' + (
+            f', waiting for {slowest[0]}: {time.monotonic() - slowest[1]:.0f} s' if slowest else '')
+
+    def _work(self) -> None:
+        threads: list[threading.Thread] = []
+        for step in self.steps:
             if self.stopping.is_set():
-                return False
-        waited = time.monotonic() - began
-        until = ' '.join(filter(None, [step.until, step.what]))
-        if reached.is_set():
-            log.info('startup: %s: %s after %.1f s', step.name or 'host', until, waited)
-        else:
-            log.warning('startup: line %d: %s: not yet "%s" after %.1f s; %s', step.number,
-                        step.name or 'host', until, waited,
-                        'the list ends here' if step.otherwise else 'going on')
-        return reached.is_set()
+                return
+            if step.verb == 'delay':
+                self.stopping.wait(step.seconds)
+            elif step.verb == 'wait':
+                if not self._wait(step) and step.otherwise:
+                    break
+            else:
+                threads.append(spawn(f'{step.verb} {step.name}', self._end_all, step))
+        for thread in threads:                      # run() has the limit
+            thread.join(self.limit.left())
+
+    def named(self, step: Step) -> list[list[str]]:
+        """Return the guests of a line that are on: groups one after another, those of one
+        together. "all" is those without a line, in the reverse order of the start list."""
+        if step.name != 'all':
+            return [[step.name]] if step.name in self._on else []
+        lines = {other.name for other in self.steps if other.verb != 'wait'}
+        rest = [name for name in self._on if name not in lines]
+        places = {name: self.place.get(name, sys.maxsize) for name in rest}     # unknown ones first
+        return [[name for name in rest if places[name] == place]
+                for place in sorted(set(places.values()), reverse=True)]
+
+    def _end_all(self, step: Step) -> None:
+        """End the guests of a line, group by group."""
+        for names in self.named(step):
+            threads = [spawn(f'{step.verb} {name}', self._end, step, self._on[name])
+                       for name in names if not self.stopping.is_set()]
+            for thread in threads:
+                thread.join(self.limit.left())
+
+    def _end(self, step: Step, guest: Guest) -> None:
+        """End one guest as its line says."""
+        self._waits[guest.name] = time.monotonic()
+        for verb in filter(None, (step.verb, step.otherwise)):
+            if self.stopping.is_set():
+                return
+            try:
+                says = self.guests.act(verb, guest)
+                patience = Deadline(min(step.seconds, self.limit.left()))
+                if verb != 'stop' or patience.poll(guest.is_off):
+                    self._failed.pop(guest.name, None)
+                    self._results[guest.name] = 'shut down' if verb == 'stop' else says
+                    self._on.pop(guest.name, None)
+                    break
+                self._failed[guest.name] = f'did not shut down within {step.seconds:g} s'
+            except Error as problem:
+                self._failed[guest.name] = explain(problem)
+            log.warning('shutdown: %s %s: %s', verb, guest.name, self._failed[guest.name])
+        self._waits.pop(guest.name, None)
+        log.info('shutdown: %s: %s; %s', guest.name, self._results.get(guest.name) or 'still on',
+                 self.progress())
+
+    def plan(self) -> Iterator[str]:
+        """Yield what the list would do now, a line each (--dry-run)."""
+        away: list[Error] = []
+        self._find(away)
+        for step in self.steps:
+            if step.verb in ('delay', 'wait'):
+                yield ' '.join(filter(None, [step.verb, step.name, step.until,
+                                             f'{step.seconds:g} s']))
+                continue
+            names = '; then '.join(', '.join(group) for group in self.named(step))
+            limit = f', {step.seconds:g} s at most' if step.verb == 'stop' else ''
+            yield f'{step.verb} {names or step.name + ": off already"}{limit}' + (
+                f', then {step.otherwise}' if step.otherwise else '')
+        for problem in away:
+            yield f'not known: {explain(problem)}'
 
 
 # === listener ===================================================================================
@@ -11485,6 +11652,8 @@ def curl_example(config: Config) -> Iterator[str]:
 # libvirt-guests.service: the script, whose defaults differ between distributions, and its settings.
 LIBVIRT_GUESTS = ('/usr/lib/libvirt/libvirt-guests.sh', '/usr/libexec/libvirt-guests.sh',
                   '/etc/default/libvirt-guests', '/etc/sysconfig/libvirt-guests')
+SYSTEMCTL_TRIES = 5             # until it says whether the host goes down
+EXTEND_TIMEOUT = 30             # s that systemd waits for the next sign of life when it stops us
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 EXAMPLES = """examples:
@@ -11494,6 +11663,7 @@ EXAMPLES = """examples:
   vmmonitor.py --check                      is everything there that the config needs?
   vmmonitor.py --status                     guests, agents, and how far their clocks are off
   vmmonitor.py --sync                       correct all clocks now, once
+  vmmonitor.py --shutdown --dry-run         what would be done if the host went down
   vmmonitor.py --sync web1 db1 --json       ... of these two, answer for programs
 
 from a guest, once the listener runs:
@@ -11535,6 +11705,24 @@ def command_reload(process: int) -> int:
     for line in answer.splitlines():
         log.error('the configuration was refused, the old one stays: %s', line)
     return EXIT_FAILED
+
+
+def host_goes_down() -> bool:
+    """Tell whether the host is being shut down, and not only this service stopped."""
+    said = ''
+    for _ in range(SYSTEMCTL_TRIES):        # it may be too busy just then to answer
+        try:
+            said = run(['systemctl', 'is-system-running'], QMP_TIMEOUT, check=False
+                       ).stdout.decode(errors='replace').strip()
+        except CommandError as problem:
+            said = explain(problem)
+        log.debug('systemctl is-system-running: %s', said)
+        if said in ('running', 'degraded', 'maintenance', 'starting', 'stopping'):
+            return said == 'stopping'
+        time.sleep(STATE_POLL)
+    log.error('whether the host goes down is not known (systemctl is-system-running: %s); the '
+              'guests are left alone', said)
+    return False
 
 
 def notify_systemd(*lines: str) -> None:
@@ -11589,11 +11777,23 @@ class Daemon:
         notify_systemd('STOPPING=1', 'STATUS=stopping')
         log.info('stopping')
         self.startup.stopping.set()
+        if 'shutdown' in self.roles and host_goes_down():
+            self._shut_down()
         self.monitor.stop()
         self.listener.close()
         self.machines.stop()
         self.host.stop()
         return 0
+
+    def _shut_down(self) -> None:
+        """End the guests of a host that goes down, and have systemd wait for it."""
+        self.listener.close()                       # nobody starts one now
+        shutdown = Shutdown(self.guests, self.settings.config)
+        work = spawn('shutdown', shutdown.run)
+        while work.is_alive():
+            notify_systemd(f'STATUS={shutdown.progress()}', 'WATCHDOG=1',
+                           f'EXTEND_TIMEOUT_USEC={EXTEND_TIMEOUT * 1_000_000}')
+            work.join(1.0)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self.signals.put(number)
@@ -11780,6 +11980,14 @@ def _check_guests(config: Config, roles: Sequence[str], with_machines: bool) -> 
         yield Check(False, 'libvirt-guests resumes all guests at once when the host boots, which '
                     'undoes the order; set ON_BOOT=ignore in /etc/default/libvirt-guests or '
                     '/etc/sysconfig/libvirt-guests')
+    afterwards = libvirt_guests('ON_SHUTDOWN') if 'shutdown' in roles else ''
+    if afterwards:
+        yield Check(True, f'libvirt-guests (ON_SHUTDOWN={afterwards}) acts after '
+                    'shutdown.vmShutdownCommands, on the guests that are still on then')
+    for step in config.shutdown_steps if 'shutdown' in roles else ():
+        if step.name and step.name not in guests and step.name != 'all':
+            yield Check(False, f'{Shutdown.key} line {step.number}: no guest is named '
+                        f'{step.name}')
     host.stop()
 
 
@@ -11912,6 +12120,28 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
     return EXIT_FAILED if any('error' in known for known in answers) else status
 
 
+def command_shutdown(config: Config, dry_run: bool) -> int:
+    """--shutdown: carry out the list for the way down, or show what it would do."""
+    host = LibvirtHost(config.libvirt_uri)
+    shutdown = Shutdown(Guests([Machines(), host]), config)
+    if dry_run:
+        for line in shutdown.plan():
+            show(printable(line))
+    else:
+        shutdown.run()
+    host.stop()
+    return EXIT_FAILED if shutdown.has_failed() else 0
+
+
+def command_plan(config: Config) -> int:
+    """--startup --dry-run: show what the list would do."""
+    host = LibvirtHost(config.libvirt_uri)
+    for line in Startup(Guests([Machines(), host]), config.steps).plan():
+        show(printable(line))
+    host.stop()
+    return 0
+
+
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -11928,13 +12158,16 @@ def arguments() -> argparse.ArgumentParser:
     once.add_argument('--status', nargs='*', metavar='NAME',
                       help='show guests, agents and clocks')
     once.add_argument('--sync', nargs='*', metavar='NAME', help='correct clocks now')
+    once.add_argument('--shutdown', action='store_true',
+                      help='carry out vmShutdownCommands now')
     once.add_argument('--clean', nargs='*', metavar='NAME',
                       help='remove what interrupted programs left of networks, or what has this '
                            'name')
     once.add_argument('--version', action='store_true', help='show which version this is')
     parser.add_argument('--config', metavar='FILE',
                         help='the configuration (default: config.json beside this script)')
-    parser.add_argument('--dry-run', action='store_true', help='with --clean: only show it')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='with --clean, --startup and --shutdown: only show it')
     parser.add_argument('--all', action='store_true',
                         help='with --clean: all that was made by programs that have ended')
     parser.add_argument('--force', action='store_true',
@@ -11957,14 +12190,18 @@ def find_config(given: str | None) -> str:
 def dispatch(options: argparse.Namespace) -> int:
     """Do what the command line says, and return the exit status."""
     path = find_config(options.config)
-    roles = [role for role in ROLES if getattr(options, role)]
-    once = options.check or options.status is not None or options.sync is not None
+    roles = [role for role in ROLES[:3] if getattr(options, role)]
+    once = (options.shutdown or options.check or options.status is not None
+            or options.sync is not None)
     if options.json and not once:
         raise ConfigError('--json', ['goes with --status, --sync or --check'])
+    list_only = options.shutdown or roles == ['startup']
     if roles and (options.status is not None or options.sync is not None):
         raise ConfigError('--' + roles[0], ['does not go with --status or --sync'])
-    if (options.dry_run or options.all or options.force) and options.clean is None:
-        raise ConfigError('--dry-run, --all, --force', ['go with --clean'])
+    if options.dry_run and options.clean is None and not list_only:
+        raise ConfigError('--dry-run', ['goes with --clean, --startup alone, or --shutdown'])
+    if (options.all or options.force) and options.clean is None:
+        raise ConfigError('--all, --force', ['go with --clean'])
     if options.setup is not None:
         return command_setup(dict(item.split('=', 1) for item in options.setup))
     if options.version:
@@ -11981,6 +12218,8 @@ def dispatch(options: argparse.Namespace) -> int:
     if once:
         # The listener's keys are none of these commands' business, nor whether they are right.
         config = load(path, ('monitor',)) if path else Config()
+        if options.shutdown:
+            return command_shutdown(config, options.dry_run)
         if options.status is not None:
             return command_status(config, options.status, options.json)
         return command_sync(config, options.sync, options.json)
@@ -11989,8 +12228,11 @@ def dispatch(options: argparse.Namespace) -> int:
     config = load(path, roles) if path else Config()
     roles = roles or enabled_roles(config)
     if not roles:
-        raise ConfigError(path, ['nothing is enabled; set monitor.enabled, startup.enabled or '
-                                 'listener.enabled, or say --monitor, --startup or --listen'])
+        raise ConfigError(path, ['nothing is enabled; set monitor.enabled, startup.enabled, '
+                                 'listener.enabled or shutdown.enabled, or say --monitor, '
+                                 '--startup or --listen'])
+    if options.dry_run:
+        return command_plan(config)
     return Daemon(config, roles, once=not options.startup).run()
 
 
