@@ -2469,7 +2469,8 @@ class ClockTest(Case):
         with mock.patch.object(vm, 'TURN_TIMEOUT', 0.2), vm.clock_turn(guest), \
                 self.assertLogs('vmmonitor', 'WARNING') as logged:
             vm.correct(guest, TOLERANCE, False)
-        self.assertIn('web1: going on without a turn at its clock', logged.output[0])
+        self.assertIn('web1: going on without a turn at its clock: process '
+                      f'{os.getpid()} does not end its own', logged.output[0])
         self.assertLess(abs(guest.offset), TOLERANCE)
 
     def test_the_way_is_allowed_for(self) -> None:

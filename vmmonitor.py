@@ -2228,6 +2228,7 @@ def clock_turn(guest: Guest) -> Iterator[None]:
 
 def _take_turn(address: str, name: str, deadline: Deadline) -> socket.socket:
     """Return a socket that holds the address; or, when another one keeps it, one that does not."""
+    who = 0
     while True:
         lock = socket.socket(socket.AF_UNIX)
         try:
@@ -2236,12 +2237,15 @@ def _take_turn(address: str, name: str, deadline: Deadline) -> socket.socket:
             return lock
         except OSError as problem:
             if problem.errno != errno.EADDRINUSE or deadline.passed():
-                log.warning('%s: going on without a turn at its clock: %s', name, explain(problem))
+                log.warning('%s: going on without a turn at its clock: %s', name,
+                            f'process {who} does not end its own' if who else explain(problem))
                 return lock
         lock.close()
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as other:
             other.settimeout(max(deadline.left(), STATE_POLL))
             other.connect(address)
+            who = struct.unpack('3i', other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                                )[0]
             other.recv(1)                   # nobody sends anything
         time.sleep(STATE_POLL / 100)        # it may be bound and not yet listen
 
@@ -2329,6 +2333,10 @@ class ClockSetTimer:
     def stop(self) -> None:
         """End wait()."""
         self._expire(0, 0)
+
+    def close(self) -> None:
+        """Give it back."""
+        os.close(self.fd)
 
     def _expire(self, seconds: int, flags: int) -> None:
         times = (ctypes.c_long * 4)(0, 0, seconds, 1)           # struct itimerspec
@@ -3383,10 +3391,15 @@ class Monitor:
 
     def start(self) -> None:
         """Start the threads that take events, check all guests, and watch the host's clock."""
-        self._timer = ClockSetTimer()
         spawn('monitor', self._take_events)
         spawn('checks', self._check_all)
-        spawn('host-clock', self._watch_host, self._timer)
+        try:
+            self._timer = ClockSetTimer()
+        except OSError as problem:
+            log.warning('the host\'s clock can\'t be watched: %s; monitor.checkInterval helps',
+                        explain(problem))
+        else:
+            spawn('host-clock', self._watch_host, self._timer)
 
     def check(self, cause: str = '') -> None:
         """Have all guests checked; without a cause, have a new monitor.checkInterval count."""
@@ -3397,8 +3410,9 @@ class Monitor:
         self._stopping.set()
         self.events.put(None)
         self.check()
-        if self._timer:
-            self._timer.stop()
+        timer, self._timer = self._timer, None
+        if timer:
+            timer.stop()
 
     def trigger_all(self, cause: str, hosts: Sequence[GuestHost]) -> list[GuestHost]:
         """Check every running guest of these hosts; return those that can't be asked now."""
@@ -3503,6 +3517,7 @@ class Monitor:
             log.log(logging.WARNING if jump else logging.INFO, '%s; checking all guests',
                     jump or 'host clock set')
             self.check(jump or 'host clock set')
+        timer.close()
 
     def _check_all(self) -> None:
         """Check all guests when there is a cause, and every monitor.checkInterval."""
@@ -12105,7 +12120,12 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
     """--sync: correct the clocks of these guests, or of all that run."""
     def ask(guest: Guest) -> dict[str, Any]:
         result = Correction(guest.name)
-        synchronise(guest, config, result, threading.Event())
+        try:
+            synchronise(guest, config, result, threading.Event())
+        except AgentError as problem:
+            if result.late:
+                problem.hint = 'when its agent answers again it sets an old time: --sync it then'
+            raise
         return {'beforeMs': result.before / MS, 'afterMs': result.after / MS,
                 'corrected': bool(result.method), 'by': result.method, 'warning': result.warning,
                 'text': str(result)}
