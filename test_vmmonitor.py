@@ -2573,7 +2573,7 @@ class ClockTest(Case):
     def test_a_start_that_libvirt_refuses_is_not_tried_for_ever(self) -> None:
         domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
         refusal = vm.WrongState('web1: network \'default\' is not active')
-        with mock.patch.object(vm.Domain, 'state', return_value=vm.State.OFF), \
+        with mock.patch.object(vm.Domain, 'status', return_value=vm.Status(vm.State.OFF)), \
                 mock.patch.object(vm.Domain, '_act', side_effect=refusal) as act, \
                 self.assertRaisesRegex(vm.WrongState, 'is not active'):
             domain.start()
