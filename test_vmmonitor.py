@@ -2099,11 +2099,17 @@ class FilesTest(ConfigCase):
             if flags & os.O_TMPFILE == os.O_TMPFILE:
                 raise OSError(errno.EOPNOTSUPP, 'Operation not supported')
             return real(name, flags, *more, **data)
+        no_links = mock.patch('os.link', side_effect=OSError(errno.EPERM, 'as FAT says'))
         with mock.patch('os.open', without):
-            for replace in (False, True):
-                vm.write_whole(path, b'x%d' % replace, replace)
-                self.assertEqual(Path(path).read_bytes(), b'x%d' % replace)
-                self.assertEqual(os.listdir(place), ['a'])
+            for links in (contextlib.nullcontext(), no_links):
+                with links:
+                    for replace in (False, True):
+                        vm.write_whole(path, b'x%d' % replace, replace)
+                        self.assertEqual(Path(path).read_bytes(), b'x%d' % replace)
+                        self.assertEqual(os.listdir(place), ['a'])
+                    with self.assertRaisesRegex(vm.FileError, 'exists'):
+                        vm.write_whole(path, b'')
+                os.unlink(path)
 
     def test_a_directory_that_is_swapped(self) -> None:
         """What is written lands in the directory that was there at first."""

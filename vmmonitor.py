@@ -720,14 +720,25 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
         yield file
         TRACE(f'write {path}')
         try:
-            if not replace:
-                os.link(fd_path(file), name, dst_dir_fd=home)
-                return
-            if not os.fstat(file).st_nlink:
-                os.link(fd_path(file), draft, dst_dir_fd=home)
-            os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
+            if replace or not _linked(file, name, home):
+                if not os.fstat(file).st_nlink:
+                    os.link(fd_path(file), draft, dst_dir_fd=home)
+                os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
         except OSError as problem:
             raise write_error(path, problem) from None
+
+
+def _linked(file: int, name: str, directory: int) -> bool:
+    """Give a file a name that nothing has; where there are no links (FAT), only take the name."""
+    try:
+        os.link(fd_path(file), name, dst_dir_fd=directory)
+        return True
+    except OSError as problem:
+        if problem.errno not in (errno.EPERM, errno.EOPNOTSUPP) or not os.fstat(file).st_nlink:
+            raise
+    os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600,
+                     dir_fd=directory))
+    return False
 
 
 def _remove(name: str, directory: int) -> None:
