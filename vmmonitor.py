@@ -2369,8 +2369,8 @@ RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvir
 RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
 LOOP_TICK_MS = 500             # the event loop shows this often that it runs
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
-CONNECT_TIMEOUT = 10.0         # for one attempt to connect; ssh over a slow line takes seconds
-CONNECT_GRACE = 1.0            # for an attempt to end when what it started was killed
+OPEN_TIMEOUT = 10.0            # for one attempt to connect; ssh over a slow line takes seconds
+OPEN_GRACE = 1.0               # for an attempt to end when what it started was killed
 START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
 START_ATTEMPTS = 3             # the same action on the same state, before giving up
 
@@ -2689,7 +2689,7 @@ class Opening:
 
     @classmethod
     def connect(cls, uri: str) -> int:
-        """Return a virConnectPtr; HostAway when there is none within CONNECT_TIMEOUT."""
+        """Return a virConnectPtr; HostAway when there is none within OPEN_TIMEOUT."""
         with cls._lock:
             opening = next((one for one in cls._all if one.uri == uri and not one.wanted), None)
             if opening:
@@ -2697,18 +2697,18 @@ class Opening:
             else:
                 opening = cls(uri)
                 cls._all.append(opening)
-        in_time = opening.ended.wait(CONNECT_TIMEOUT)
+        in_time = opening.ended.wait(OPEN_TIMEOUT)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not opening.ended.is_set():
                 opening.signal_children(number)
-                opening.ended.wait(CONNECT_GRACE)
+                opening.ended.wait(OPEN_GRACE)
         with cls._lock:
             opening.wanted = False
             if opening.ended.is_set():
                 cls._all.remove(opening)
         if opening.handle:
             return opening.handle
-        late = HostAway(f'no answer within {CONNECT_TIMEOUT:g} s')
+        late = HostAway(f'no answer within {OPEN_TIMEOUT:g} s')
         raise opening.problem if in_time and opening.problem else late
 
     def signal_children(self, number: int) -> None:
