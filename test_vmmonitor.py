@@ -213,16 +213,10 @@ done
 POWER_BUTTON = '#!/bin/sh\nexec poweroff -f\n'
 # What guest-shutdown of qemu-ga runs, with -H, -P or -r.
 SHUTDOWN = '#!/bin/sh\ncase " $* " in *" -r "*) exec reboot -f ;; esac\nexec poweroff -f\n'
-# qemu-ga 5.2 suspends by systemctl or not at all: it asks for the unit (3: inactive), and then.
-SYSTEMCTL = """#!/bin/sh
-[ $1 = status ] && exit 3
-[ $1 = suspend ] && echo mem > /sys/power/state
-"""
 # qemu-ga 11 runs these instead, and there is no init for them to ask.
 POWEROFF, REBOOT = (f'#!/bin/sh\nexec busybox {name} -f\n' for name in ('poweroff', 'reboot'))
 SCRIPTS = {'init': INIT, 'sbin/shutdown': SHUTDOWN, 'sbin/poweroff': POWEROFF,
-           'sbin/reboot': REBOOT, 'bin/systemctl': SYSTEMCTL,
-           'etc/acpi/PWRF/00000080': POWER_BUTTON}
+           'sbin/reboot': REBOOT, 'etc/acpi/PWRF/00000080': POWER_BUTTON}
 BUSYBOX, AGENT = Path('/bin/busybox'), Path('/usr/sbin/qemu-ga')
 
 
@@ -243,7 +237,7 @@ def guest_image() -> tuple[str, str]:
     """Return the paths of a kernel and an initramfs; build them if the cache has none such."""
     with cache('tiny'):
         debs = [] if installed_kernel() else kernel_debs()
-        version = debs[0].name.split('_')[0][len('linux-image-'):] if debs else installed_kernel()
+        version = version_of(debs) if debs else installed_kernel()
         kernel = CACHE / f'vmlinuz-{version}'
         initramfs = CACHE / f'initramfs-{version}-{fingerprint(debs)}'
         if not (kernel.exists() and initramfs.exists()):
@@ -259,6 +253,11 @@ def installed_kernel() -> str:
     """Return the version of an installed cloud kernel that has its modules, or nothing."""
     found = (path.name[len('vmlinuz-'):] for path in Path('/boot').glob('vmlinuz-*cloud*'))
     return max((v for v in found if Path('/lib/modules', v, 'modules.dep').exists()), default='')
+
+
+def version_of(debs: Sequence[Path]) -> str:
+    """Return the version of the kernel in what kernel_debs() returns."""
+    return debs[0].name.split('_')[0][len('linux-image-'):]
 
 
 def kernel_debs() -> list[Path]:
@@ -307,42 +306,48 @@ def kernel_of(version: str, root: Path) -> Path:
     return boot if boot.exists() else root / 'lib/modules' / version / 'vmlinuz'       # forky
 
 
-def build_image(work: Path, debs: Sequence[Path], version: str) -> None:
-    """Build the files `kernel` and `initramfs` in the directory `work`."""
-    root, stage = Path('/'), work / 'stage'
-    if debs:
-        root = unpack(debs, work / 'deb')
-    for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'var'):
+def build_image(work: Path, debs: Sequence[Path], version: str, modules: Sequence[str] = MODULES,
+                scripts: Mapping[str, str] = SCRIPTS, files: Iterable[Path] = (AGENT,)) -> None:
+    """Build the files `kernel` and `initramfs` in the directory `work`. What is below work/stage
+    already goes in, too."""
+    root, stage = unpack(debs, work / 'deb') if debs else Path('/'), work / 'stage'
+    for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'var',
+                 'root'):
         (stage / name).mkdir(parents=True)
     (stage / 'var/run').symlink_to('../run')
-    stage_programs(stage)
-    stage_modules(stage, root, version)
+    stage_files(stage, [BUSYBOX, *files])
+    for name in run(str(BUSYBOX), '--list-full', timeout=60).split():
+        if not (stage / name).exists() and name not in scripts:
+            (stage / name).symlink_to(BUSYBOX)
+    for name, text in scripts.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_text(text)
+        (stage / name).chmod(0o755)
+    stage_modules(stage, root, version, modules)
     run('sh', '-c', 'find . | cpio --quiet -o -H newc -R 0:0 | gzip -1 > ../initramfs', cwd=stage,
         timeout=120)
     shutil.copyfile(kernel_of(version, root), work / 'kernel')
 
 
-def stage_programs(stage: Path) -> None:
-    """Copy busybox with all its names, the agent with its libraries, and our scripts."""
-    libraries = [word for word in run('ldd', str(AGENT), timeout=60).split() if word[0] == '/']
-    for path in [*map(Path, libraries), BUSYBOX, AGENT]:
+def stage_files(stage: Path, files: Iterable[Path]) -> None:
+    """Copy files of this host, with the libraries of those that are programs or libraries."""
+    wanted = set(files)
+    for path in list(wanted):
+        if os.access(path, os.X_OK) or '.so' in path.name:
+            with contextlib.suppress(RigError):         # a script, or linked statically
+                wanted |= {Path(word) for word in run('ldd', str(path), timeout=60).split()
+                           if word[0] == '/'}
+    for path in wanted:
         target = stage / path.relative_to('/')
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    for name in run(str(BUSYBOX), '--list-full', timeout=60).split():
-        if not (stage / name).exists() and name not in SCRIPTS:
-            (stage / name).symlink_to(BUSYBOX)
-    for name, text in SCRIPTS.items():
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        (stage / name).write_text(text)
-        (stage / name).chmod(0o755)
+        shutil.copy2(path.resolve(), target)
 
 
-def stage_modules(stage: Path, root: Path, version: str) -> None:
-    """Copy MODULES and what they need, uncompressed since busybox cannot do that."""
+def stage_modules(stage: Path, root: Path, version: str, modules: Sequence[str]) -> None:
+    """Copy modules and what they need, uncompressed since busybox cannot do that."""
     if not (root / 'lib/modules' / version / 'modules.dep').exists():
         run('depmod', '-b', str(root), version, timeout=120)
-    listing = run('modprobe', '-a', '-S', version, '-d', str(root), '--show-depends', *MODULES,
+    listing = run('modprobe', '-a', '-S', version, '-d', str(root), '--show-depends', *modules,
                   timeout=60)
     there = stage / 'lib/modules' / version
     there.mkdir(parents=True)
@@ -5721,59 +5726,39 @@ poweroff -f
 """
 
 
+def python_files() -> set[Path]:
+    """Return what Debian's Python reads when it runs these tests."""
+    listing = run('/usr/bin/python3', '-S', '-c',
+                  'import sys, site, encodings.ascii, encodings.latin_1, test_vmmonitor\n'
+                  'for m in list(sys.modules.values()):\n'
+                  '    f = getattr(m, "__file__", None)\n'
+                  '    if f and f[0] == "/" and "vmmonitor" not in f: print(f)',
+                  cwd=HERE, timeout=20).split()
+    compiled = (importlib.util.cache_from_source(path) for path in listing if path[-3:] == '.py')
+    return {Path(path) for path in ('/usr/bin/python3', *listing, *compiled)
+            if os.path.exists(path)}
+
+
 def boot_guest(work: Path, tests: str, timeout: float) -> str:
     """Boot Debian's cloud kernel with Python, iproute2 and this directory, run `tests` (names for
     unittest, with commas), and return what the guest printed."""
     CACHE.mkdir(mode=0o755, exist_ok=True)
-    root, stage = unpack(kernel_debs(), work / 'deb'), work / 'stage'
-    version = max(path.name for path in (root / 'lib/modules').glob('*cloud*'))
-    kernel = kernel_of(version, root)
-    for name in ('bin', 'sbin', 'usr/bin', 'usr/sbin', 'proc', 'sys', 'dev', 'run', 'tmp', 'test',
-                 'root'):
-        (stage / name).mkdir(parents=True)
-    with mock.patch.dict(globals(), MODULES=GUEST_MODULES):
-        stage_modules(stage, root, version)
-    busybox = shutil.which('busybox') or '/bin/busybox'
-    python3 = os.path.realpath('/usr/bin/python3')
-    listing = subprocess.run(
-        [python3, '-S', '-c',
-         'import sys, site, encodings.ascii, encodings.latin_1, test_vmmonitor\n'
-         'for m in list(sys.modules.values()):\n'
-         '    f = getattr(m, "__file__", None)\n'
-         '    if f and f[0] == "/" and "/test" not in f and "vmmonitor" not in f: print(f)'],
-        cwd=HERE, text=True, capture_output=True, check=True, timeout=20).stdout.split()
-    programs = [busybox, python3,
-                *filter(None, map(shutil.which, ('ip', 'tc', 'unshare')))]
-    binaries = programs + [path for path in listing if '.so' in path]
-    wanted = set(listing) | set(binaries) | {
-        word for path in binaries for word in subprocess.run(
-            ['ldd', path], text=True, capture_output=True).stdout.split() if word[0] == '/'}
-    wanted |= {str(path) for path in Path('/etc/iproute2').rglob('*') if path.is_file()}
-    # glibc before 2.34 loads it when a thread ends.
-    wanted |= {str(path) for path in Path('/lib').glob('*/libgcc_s.so.1')}
-    wanted |= {cached for path in listing if path.endswith('.py') and os.path.exists(
-        cached := importlib.util.cache_from_source(path))}
-    for path in wanted:
-        target = stage / path.lstrip('/')
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(os.path.realpath(path), target)
-    (stage / 'usr/bin/python3').symlink_to(python3)
-    for name in ('sh', 'mount', 'poweroff', 'sed', 'modprobe', 'printf', 'echo', 'tr', 'cat'):
-        (stage / 'bin' / name).symlink_to(busybox)
-    (stage / 'sbin/modprobe').symlink_to(busybox)
+    place = work / 'stage/test'
+    place.mkdir(parents=True)
     for name in ('vmmonitor.py', 'test_vmmonitor.py'):
-        shutil.copy2(HERE / name, stage / 'test')
+        shutil.copy2(HERE / name, place)
     # Compiling takes an emulated processor seconds.
-    subprocess.run([python3, '-m', 'compileall', '-q', '--invalidation-mode', 'unchecked-hash',
-                    stage / 'test'], check=True, timeout=60)
-    (stage / 'init').write_text(GUEST_INIT)
-    (stage / 'init').chmod(0o755)
-    subprocess.run('find . | cpio --quiet -o -H newc -R 0:0 > ../initramfs', shell=True, check=True,
-                   cwd=stage, timeout=60)
+    run('/usr/bin/python3', '-m', 'compileall', '-q', '--invalidation-mode', 'unchecked-hash',
+        str(place), timeout=60)
+    tools = map(Path, filter(None, map(shutil.which, ('ip', 'tc', 'unshare'))))
+    settings = (path for path in Path('/etc/iproute2').rglob('*') if path.is_file())
+    debs = kernel_debs()
+    build_image(work, debs, version_of(debs), GUEST_MODULES, {'init': GUEST_INIT},
+                [*python_files(), *tools, *settings])
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             ['qemu-system-x86_64', '-accel', 'tcg', '-m', '512', '-display', 'none', '-nodefaults',
-             '-serial', f'file:{work}/serial', '-no-reboot', '-kernel', kernel, '-initrd',
+             '-serial', f'file:{work}/serial', '-no-reboot', '-kernel', work / 'kernel', '-initrd',
              work / 'initramfs', '-append', f'console=ttyS0 quiet panic=-1 tests={tests}'],
             stdin=subprocess.DEVNULL, timeout=timeout, check=False)
     return (work / 'serial').read_text(errors='replace')
