@@ -7133,6 +7133,11 @@ class TestLife(Live):
             m.qmp('query-status')
         with mock.patch.object(vm, 'QEMU', 'no-such-qemu'), self.refused('no-such-qemu'):
             self.bios('words2').start_vm()
+        for option in ('kernel', 'initrd'):         # which QEMU's user may not read
+            own = shutil.copy(self.kernel, self.path(option))
+            os.chmod(own, 0o600)
+            with self.refused('did not start', own, 'Permission denied', f'chmod o+r {own}'):
+                self.bios(f'own-{option}', **{'kernel': self.kernel, option: own}).start_vm()
         with mock.patch.object(vm, 'newest_type', return_value='pc-q35-99.0'), \
                 self.refused('did not start', 'unsupported machine type'):
             self.bios('words3').start_vm()

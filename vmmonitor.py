@@ -8267,16 +8267,19 @@ class Qemu:
         """Return the machine's error for one of its QMP."""
         if isinstance(problem, ReplyError):
             refused = QemuRefused(self.name, problem.code, problem.text)
-            refused.hint = self._who_has(problem.text) or refused.hint
+            refused.hint = self._remedy(problem.text) or refused.hint
             return refused
         if not self.is_alive():
             return WrongState(f'{self.name} is off{self.last_words()}', 'start it first')
         return MachineError(f'{self.name}: QEMU: {problem.message}', 'QEMU is stopped or overloaded'
                             if isinstance(problem, PeerSilent) else problem.hint)
 
-    def _who_has(self, text: str) -> str:
-        """Return what to do about a disk that QEMU can't have ('Failed to get "write" lock'), and
-        who has it; '' for another text."""
+    def _remedy(self, text: str) -> str:
+        """Return what to do about a disk that QEMU can't have ('Failed to get "write" lock'), with
+        who has it, or about a kernel that it may not read; '' for another text."""
+        for path in (self.file.spec.kernel, self.file.spec.initrd):
+            if path and path in text and 'Permission denied' in text:
+                return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
         if '" lock' not in text:
             return ''
         for path in (path for row in self.file.spec.devices
@@ -8334,7 +8337,7 @@ class Qemu:
             if not isinstance(problem, ProtocolError):
                 raise
             why = self.last_words() or f': {problem.message}'
-            raise MachineError(f'{self.name}: QEMU did not start{why}', self._who_has(why)
+            raise MachineError(f'{self.name}: QEMU did not start{why}', self._remedy(why)
                                or f'see {self.file.path("qemu.log")}') from None
 
     def end(self, *ways: tuple[str, float, Callable[[], bool]], patience: int = 2) -> str:
