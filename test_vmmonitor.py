@@ -8960,6 +8960,80 @@ class OneShotTest(GuestCase):
                 lines = [line.text for line in vm.checks(path, ['startup']) if not line.good]
             self.assertEqual('ON_BOOT=ignore' in str(lines), told, lines)
 
+    def test_verbs(self) -> None:
+        """The same as the trigger can do, for guests of both kinds, by name or pattern."""
+        self.only('web1', 'web2')
+        for name in ('web1', 'web2'):
+            self.vm(name, running=False)
+        own = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}
+        self.directory.chmod(0o755)                 # QEMU runs as another user
+        subprocess.run([sys.executable, '-c', 'import vmmonitor; vmmonitor.Machine("web3")'],
+                       cwd=HERE, env={**os.environ, **own}, check=True, timeout=30)
+        options = ('--config', self.config())
+
+        def verb(*words: str) -> tuple[int, str, str]:
+            return vmmonitor(*words, *options, env=own)
+        self.assertEqual(verb('list')[:2], (0, 'web3  off\nweb1  off\nweb2  off\n'))
+        self.assertEqual(verb('list', '--names', 'web[12]')[1], 'web1\nweb2\n')
+        self.assertEqual(verb('start', 'web[12]', '--wait', 'agent'),
+                         (0, 'web1: started\nweb2: started\n', ''))
+        self.assertEqual(verb('pause', 'web1'), (0, 'web1: paused\n', ''))
+        status, out, _ = verb('resume', 'web1', 'web2', '--json')
+        self.assertEqual([known['result'] for known in json.loads(out)['guests']][0], 'resumed')
+        picture = self.directory / 'web1.png'
+        self.assertIn('it needs a <video> device', verb('screenshot', 'web1', str(picture))[2])
+        self.assertEqual(verb('start', 'web3', '--wait', 'running'), (0, 'web3: started\n', ''))
+        self.assertEqual(verb('screenshot', 'web3', str(picture)),
+                         (0, f'web3: its screen is in {picture}\n', ''))
+        self.assertEqual(picture.read_bytes()[:4], b'\x89PNG')
+        self.assertEqual(verb('off', 'web1', 'web3', '--wait', 'off')[0], 0)
+        self.assertIn('deleted', verb('delete', 'web3')[1])
+        for words, text in ((('delete', 'web2'), 'web2 is no machine of this program; virsh undef'),
+                            (('off',), 'off: no guest is named; name some, or say --all'),
+                            (('start', 'db*'), 'no guest fits db*; list shows them'),
+                            (('start', 'nope'), 'no guest is named nope')):
+            with self.subTest(words=words):
+                status, out, err = verb(*words)
+                self.assertEqual((status, out), (1, ''))
+                self.assertIn(text, err)
+
+    def test_one_command_per_guest_of_all_programs(self) -> None:
+        guest = ScriptedGuest('one')
+        hold = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import vmmonitor as vm\n'
+                f'import types; guest = types.SimpleNamespace(id={guest.id!r}, name="one")\n'
+                'with vm.one_program(guest, vm.Deadline(5)):\n'
+                '    print(1, flush=True); sys.stdin.read()')
+        with subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as other:
+            assert other.stdin and other.stdout
+            other.stdout.readline()
+            with self.assertRaisesRegex(vm.Busy, 'another program has not ended its command'):
+                vm.Guests([]).act('start', guest, 0.3)
+            released = vm.in_thread('other', lambda: vm.Guests([]).act('start', guest, 30))
+            other.stdin.close()
+            self.assertTrue(released.result(20))
+        # Another user may take the name, and holds nobody up by it.
+        with subprocess.Popen(
+                ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', '/usr/bin/python3',
+                 '-I', '-c', 'import hashlib, socket\ns = socket.socket(socket.AF_UNIX)\n'
+                 's.bind(b"\\0vmmonitor guest " + hashlib.sha256('
+                 f'{guest.id.encode()!r}).hexdigest()[:32].encode())\n'
+                 's.listen(); print(1, flush=True); open(0).read()'],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/') as stranger:
+            assert stranger.stdin and stranger.stdout
+            stranger.stdout.readline()
+            self.assertTrue(vm.Guests([]).act('start', guest, 0.3))
+            stranger.stdin.close()
+
+    def test_completion(self) -> None:
+        script = vmmonitor('completion')[1]
+        ask = script + 'vmmonitor() { printf "web1\\nweb two\\n"; }\n' \
+            'ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vmmonitor; ' \
+            'printf "%s|" "${COMPREPLY[@]}"; echo; }\n' \
+            'ask vmmonitor sta; ask vmmonitor start we; ask vmmonitor --che'
+        done = subprocess.run(['bash', '-c', ask], capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, 'start|status|\nweb1|web two|\n--check|\n')
+
     def test_reload_that_is_answered(self) -> None:
         path = self.config({'monitor': {'toleranceMs': 7}})
         with contextlib.closing(Program('--config', path)) as program:

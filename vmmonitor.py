@@ -140,8 +140,10 @@ import stat
 import struct
 import subprocess
 import tempfile
+import termios
 import threading
 import time
+import tty
 import urllib.parse
 import uuid
 import xml.etree.ElementTree
@@ -3266,6 +3268,63 @@ class Domain(Guest):
 
 # === guests =====================================================================================
 
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Return process and user at the other end of a unix socket (SO_PEERCRED, unix(7))."""
+    process, user, _ = struct.unpack('3i', connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i')))
+    return process, user
+
+
+@contextlib.contextmanager
+def one_program(guest: Guest, deadline: Deadline) -> Iterator[None]:
+    """Keep other programs from giving a guest commands meanwhile, the service among them; Busy if
+    one does until the deadline.
+
+    The lock is an abstract socket, which ends with its process and needs no directory that all may
+    write. Who is neither root, we, nor one who may talk to libvirt can't hold anybody up by it.
+    """
+    name = b'\0vmmonitor guest ' + hashlib.sha256(guest.id.encode()).hexdigest()[:32].encode()
+    with socket.socket(socket.AF_UNIX) as lock:
+        while True:
+            try:
+                lock.bind(name)
+                lock.listen()
+                break
+            except OSError:
+                if not outlast(name, deadline):
+                    break
+            if deadline.passed():
+                raise Busy(f'{guest.name} is busy: another program has not ended its command',
+                           'try again later')
+        yield
+
+
+def in_group(user: int, group: str) -> bool:
+    """Tell whether the user with that number is in a group."""
+    with contextlib.suppress(KeyError):
+        known = pwd.getpwuid(user)
+        return grp.getgrnam(group).gr_gid in os.getgrouplist(known.pw_name, known.pw_gid)
+    return False
+
+
+def outlast(name: bytes, deadline: Deadline) -> bool:
+    """Wait until who listens at an abstract socket has ended, or the deadline; False if it is
+    neither root, nor we, nor in the group libvirt."""
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(STATE_POLL)
+        try:
+            asker.connect(name)
+            user = peer_of(asker)[1]
+        except OSError as problem:
+            return isinstance(problem, ConnectionRefusedError)      # it has just ended
+        if user not in (0, os.geteuid()) and not in_group(user, 'libvirt'):
+            return False
+        asker.settimeout(max(deadline.left(), STATE_POLL))
+        with contextlib.suppress(OSError):          # it ends with the listener
+            asker.recv(1)
+    return True
+
+
 class Guests:
     """One name space over the hosts of guests; one command per guest at a time."""
 
@@ -3348,7 +3407,8 @@ class Guests:
                 self._free.wait(deadline.left())
             self._busy[guest.id] = action
         try:
-            yield
+            with one_program(guest, deadline):
+                yield
         finally:
             with self._free:
                 del self._busy[guest.id]
@@ -11708,13 +11768,6 @@ RELOAD_TIMEOUT = 30.0                           # seconds, for a reload and its 
 RELOADED = 'ok'                                 # the answer when it was not refused
 
 
-def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return process and user at the other end of a unix socket (SO_PEERCRED, unix(7))."""
-    process, user, _ = struct.unpack('3i', connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i')))
-    return process, user
-
-
 def command_reload(process: int) -> int:
     """--reload: have the daemon `process` read its configuration again, and say what it refused."""
     try:
@@ -12073,7 +12126,7 @@ def _ask_chosen(config: Config, names: Sequence[str], running: bool,
     """Ask the guests of these names, or all; return the answers, and why a host gave none."""
     host, away = LibvirtHost(config.libvirt_uri), list[Error]()
     guests = Guests([Machines(), host])
-    chosen = [guests.find(name) for name in names] if names else [
+    chosen = choose(guests, names, away) if names else [
         guest for guest in guests.all(running, away)
         if not (running and config.excludes(guest.name))]
     if away and not chosen:
@@ -12176,10 +12229,230 @@ def command_plan(config: Config) -> int:
     return 0
 
 
+# --- verbs: vmmonitor VERB NAME ... ---
+
+LOG_TIMEOUT = 60.0             # seconds; for a journal of years
+ACTION_TIMEOUT = 3600.0        # seconds for what is asked of guests; Ctrl-C ends it earlier
+CONSOLE_LEAVES = b'\x1d'       # Ctrl-], as of virsh console
+GUEST_ENDS = {'agent': Guest.agent_answers, 'running': lambda guest: guest.state() is State.RUNNING,
+              'off': Guest.is_off}          # what --wait waits for
+
+
+class Task(NamedTuple):
+    """A row of the table of verbs that only the command line has, beside VERBS."""
+
+    help: str
+    names: str | int | None = '*'       # how many guests it takes, as of argparse; None: none
+
+
+TASKS = {
+    'sync': Task('correct clocks now'),
+    'check': Task('say whether all is there that is needed, or what to do', None),
+    'console': Task('its serial console; Ctrl-] leaves it', 1),
+    'delete': Task('remove machines, with the disks that were made for them', '+'),
+    'log': Task('what was done, from the journal', '?'),
+    'completion': Task('print what completes these words in bash; in zsh after bashcompinit', None)}
+
+COMPLETION = """_vmmonitor() {
+    local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]} names
+    case $COMP_CWORD:$word in
+        *:-*) mapfile -t COMPREPLY < <(compgen -W '%s' -- "$word") ;;
+        1:*) mapfile -t COMPREPLY < <(compgen -W '%s' -- "$word") ;;
+        *) names=$(vmmonitor list --names 2>/dev/null)
+            mapfile -t COMPREPLY < <(compgen -W "$names" -- "$word") ;;
+    esac
+}
+complete -o default -F _vmmonitor vmmonitor
+"""
+
+
+def verb_arguments() -> argparse.ArgumentParser:
+    """Return the parser of `vmmonitor VERB ...`."""
+    parser = argparse.ArgumentParser(
+        prog='vmmonitor', description='Do something with guests, by their names or patterns such '
+                                      'as "web*". Without a verb, see vmmonitor --help.')
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+    rows: dict[str, Verb | Task] = {**VERBS, **TASKS}
+    for verb, row in rows.items():
+        one = verbs.add_parser(verb, help=row.help, description=row.help)
+        names = 1 if verb == 'screenshot' else row.names if isinstance(row, Task) else '*'
+        one.set_defaults(all=False, json=False, names=[])
+        if names is not None:
+            one.add_argument('names', nargs=names, metavar='NAME')
+        if verb == 'screenshot':
+            one.add_argument('file', metavar='FILE')
+        if verb == 'list':
+            one.add_argument('--only-names', '--names', action='store_true', help='nothing else')
+        if isinstance(row, Verb) and row.act:
+            one.add_argument('--all', action='store_true', help='all guests')
+            one.add_argument('--wait', choices=GUEST_ENDS, help='then wait until it is so')
+        if verb not in ('console', 'screenshot', 'completion', 'log'):
+            one.add_argument('--json', action='store_true', help='answer in JSON')
+        one.add_argument('--config', metavar='FILE', help='the configuration')
+        one.add_argument('--verbose', action='store_true', help='log every event, too')
+    return parser
+
+
+def dispatch_verb(options: argparse.Namespace) -> int:
+    """Do what `vmmonitor VERB ...` says, and return the exit status."""
+    path = find_config(options.config)
+    if not options.config and path and not os.access(path, os.R_OK):
+        path = ''                       # the service's; whoever may not read it has the defaults
+    if options.verb == 'check':
+        return show_checks(checks(path, ()), options.json)
+    if options.verb == 'completion':
+        flags = sorted(flag for action in arguments()._actions for flag in action.option_strings)
+        show(COMPLETION % ('\n'.join([*flags, '--wait']), '\n'.join([*VERBS, *TASKS])))
+        return 0
+    if options.verb == 'log':
+        return command_log(''.join(options.names or ()))
+    config = load(path, ('monitor',)) if path else Config()
+    if options.verb == 'list':
+        return command_list(config, options.names, options.json, options.only_names)
+    if options.verb == 'status':
+        return command_status(config, options.names, options.json)
+    if options.verb == 'sync':
+        return command_sync(config, options.names, options.json)
+    if options.verb == 'console':
+        return command_console(config, options.names[0])
+    if not options.names and not options.all:
+        raise Error(f'{options.verb}: no guest is named', 'name some, or say --all')
+    return command_act(config, options.names, act_of(options), options.json)
+
+
+def act_of(options: argparse.Namespace) -> Callable[[Guests, Guest], str]:
+    """Return what a verb does to a guest, which returns what was done, in words."""
+    def screenshot(_guests: Guests, guest: Guest) -> str:
+        write_whole(os.path.abspath(options.file), guest.picture(), replace=True)
+        return f'its screen is in {options.file}'
+
+    def delete(_guests: Guests, guest: Guest) -> str:
+        if not isinstance(guest, Machine):
+            raise WrongState(f'{guest.name} is no machine of this program',
+                             f'virsh undefine {guest.name}')
+        guest.delete()
+        return 'deleted'
+
+    def act(guests: Guests, guest: Guest) -> str:
+        says = guests.act(options.verb, guest)
+        if options.wait and not Deadline(ACTION_TIMEOUT).poll(
+                lambda: GUEST_ENDS[options.wait](guest)):
+            raise GuestError(f'{guest.name}: {says}, but not {options.wait}')
+        return says
+    return {'screenshot': screenshot, 'delete': delete}.get(options.verb, act)
+
+
+def command_act(config: Config, names: Sequence[str], act: Callable[[Guests, Guest], str],
+                as_json: bool) -> int:
+    """Do something to guests, all at once, and print what was done to each."""
+    host, away = LibvirtHost(config.libvirt_uri), list[Error]()
+    guests = Guests([Machines(), host])
+    done: set[str] = set()
+
+    def ask(guest: Guest) -> dict[str, Any]:
+        try:
+            return {'result': act(guests, guest)}
+        finally:
+            done.add(guest.name)
+    chosen = choose(guests, names or ['*'], away)
+    over = threading.Event()
+    if sys.stderr.isatty():
+        spawn('progress', _show_progress, [guest.name for guest in chosen], done, over)
+    answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known else known
+               for known in ask_all(chosen, ask, ACTION_TIMEOUT)]
+    over.set()
+    host.stop()
+    for known in answers if not as_json else ():
+        if 'error' in known:
+            print(_problem_line(known), file=sys.stderr)
+        else:
+            show(printable(f'{known["name"]}: {known["result"]}'))
+    status = _show(answers, away, as_json)
+    return EXIT_FAILED if any('error' in known for known in answers) else status
+
+
+def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) -> None:
+    """Say on the terminal what is waited for, once a second."""
+    began = time.monotonic()
+    while not over.wait(1.0):
+        left = [name for name in names if name not in done]
+        print(f'\r\x1b[K{len(names) - len(left)} of {len(names)} done, waiting for '
+              f'{printable(", ".join(left))}: {time.monotonic() - began:.0f} s', end='\r',
+              file=sys.stderr, flush=True)
+    print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+
+
+def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Guest]:
+    """Return the guests of these names or patterns."""
+    found: dict[str, Guest] = {}
+    everybody: list[Guest] = []
+    for name in names:
+        if not set(name) & set('*?['):
+            fitting = [guests.find(name)]
+        else:
+            everybody = everybody or guests.all(away=away)
+            fitting = [one for one in everybody if fnmatch.fnmatchcase(one.name, name)]
+            if not fitting:
+                raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
+        found.update((guest.id, guest) for guest in fitting)
+    return list(found.values())
+
+
+def command_list(config: Config, names: Sequence[str], as_json: bool, only_names: bool) -> int:
+    """list: print the guests and their states."""
+    def ask(guest: Guest) -> dict[str, Any]:
+        return {'state': '' if only_names else guest.state().value}
+    answers, away = _ask_chosen(config, names, False, ask)
+    width = max((len(known['name']) for known in answers), default=0)
+    for known in answers if not as_json else ():
+        state = known.get('state', '?')
+        show(printable(known['name'] if only_names else f'{known["name"]:{width}}  {state}'))
+    return _show(answers, away, as_json)
+
+
+def command_log(name: str) -> int:
+    """log: print what the service did, or what it did with one guest."""
+    lines = run(['journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '-o', 'short-iso',
+                 '--no-pager'], LOG_TIMEOUT).stdout.decode(errors='replace').splitlines()
+    for line in lines:
+        text = line.partition(']: ')[2]
+        if not name or text.startswith(f'{name}: ') or f' target={name} ' in text:
+            show(printable(line))
+    return 0
+
+
+def command_console(config: Config, name: str) -> int:
+    """console: join a guest's serial console and this terminal, until Ctrl-]."""
+    host = LibvirtHost(config.libvirt_uri)
+    guest = Guests([Machines(), host]).find(name)
+    if not isinstance(guest, Machine):
+        host.stop()
+        os.execvp('virsh', ['virsh', '-c', config.libvirt_uri, 'console', guest.name])
+    before = termios.tcgetattr(0) if os.isatty(0) else None
+    with guest.console() as console:
+        try:
+            if before:
+                tty.setraw(0)
+            ends = False
+            while not ends and guest.is_alive():
+                sys.stdout.buffer.write(console.read())
+                sys.stdout.flush()
+                if select.select([0], [], [], STATE_POLL)[0]:
+                    typed = os.read(0, 4096)
+                    ends = not typed or CONSOLE_LEAVES in typed
+                    console.write(typed.partition(CONSOLE_LEAVES)[0])
+        finally:
+            if before:
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+    return 0
+
+
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    verbs = f'verbs, each with --help:\n  {" ".join({**VERBS, **TASKS})}\n\n'
     parser = argparse.ArgumentParser(
-        prog='vmmonitor.py', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog='vmmonitor.py', epilog=verbs + EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Right clocks, staggered starts and an https trigger for the guests of this '
                     'host. Without an option it does what the configuration enables.')
     roles = parser.add_argument_group('roles, any of them, in the foreground')
@@ -12272,13 +12545,15 @@ def dispatch(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    by_verb = bool(words) and words[0] in {**VERBS, **TASKS}
     try:
-        options = arguments().parse_args(argv)
+        options = (verb_arguments() if by_verb else arguments()).parse_args(words)
     except SystemExit as ended:         # argparse has said it, or printed the help
         return int(ended.code or 0)
     set_up_logging(options.verbose)
     try:
-        return dispatch(options)
+        return dispatch_verb(options) if by_verb else dispatch(options)
     except OutputLost as problem:
         if not problem.reader_gone:
             log.error('%s', explain(problem))
