@@ -5544,6 +5544,12 @@ class TestRouter(NetCase):
                 nic.connect(lan)                    # which is joined to the router
                 self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
                 self.assertNotIn('took away', str([*vm.check_networks()]))
+                if tool == 'iptables':              # one rule is gone, and their order counts
+                    subprocess.run(['iptables', '-D', 'FORWARD', '-o', 'eth1-router', '!', '-i',
+                                    'eth1-router', '-j', 'DROP'], check=True)
+                    vm.Router('eth1', nat=True)
+                    self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
+                    self.assertNotIn('took away', str([*vm.check_networks()]))
                 vm.delete_all([router, lan, nic])
                 ip('netns del web1')
                 self.assertNotIn('10.77', subprocess.run(
@@ -5650,6 +5656,18 @@ class TestInGuest(NetCase):
             self.assertEqual((names(), self.records()), ({'e0', 'e1'}, {}))
             self.assertEqual(vm.interfaces['e0'].addresses[0], '192.0.2.5/24')
             self.assertIn('UP', vm.interfaces['e0'].link().flags)
+
+    def test_bond_takes_all_next_hops(self) -> None:
+        ip('addr add 192.0.2.5/24 dev e0')
+        ip('route add default nexthop via 192.0.2.1 dev e0 nexthop via 192.0.2.9 dev e1 onlink')
+        before = ip('route')
+        with self.refused('e0: carries the default route via 192.0.2.1', kind=vm.InUse):
+            vm.Bond('bond4', ['e0', 'e1'])
+        bond = vm.Bond('bond4', ['e0', 'e1'], force=True)
+        self.assertEqual([(hop.gateway, hop.device) for hop in bond.routes[-1].hops],
+                         [('192.0.2.1', 'bond4'), ('192.0.2.9', 'bond4')])
+        bond.delete()
+        self.assertEqual(sorted(ip('route').split()), sorted(before.split()))
 
     def test_netem(self) -> None:
         switch = vm.Switch('lan')
@@ -5773,7 +5791,7 @@ class TestKernel(Case):
         with tempfile.TemporaryDirectory() as work:
             said = boot_guest(Path(work), 'TestInGuest', 240)
         self.assertIn('guest: status 0', said)
-        self.assertIn('Ran 6 tests', said)
+        self.assertIn('Ran 7 tests', said)
         self.assertNotIn('skipped', said)
 
 
@@ -5796,6 +5814,11 @@ class TestDoctor(NetCase):
         self.assertIn('lan', self.program('--clean', '--all')[1])
         self.assertEqual(names(), set())
         self.assertNotIn('FAIL  web1', self.program('--check')[1])
+        lan, dmz = vm.Switch('lan'), vm.Switch('dmz')
+        self.assertEqual(self.program('--clean', 'lan', 'dmz', '--dry-run')[1],
+                         'would remove lan: switch\nwould remove dmz: switch\n')
+        self.assertEqual(self.program('--clean', 'lan')[1], 'removed lan: switch\n')
+        self.assertEqual((lan.exists, dmz.exists), (False, True))
 
     def program(self, *args: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, HERE / 'vmmonitor.py', *args], text=True, timeout=30,

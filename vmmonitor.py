@@ -5554,8 +5554,8 @@ class Transaction:
     def users(self) -> dict[str, str]:
         """Return what machines use at this moment, and which: nics whose tap is open, bridges that
         these reach, and cables in them."""
-        taps, links = open_taps(), self.network.links
-        used: dict[str, str] = {}
+        links, used = self.network.links, dict[str, str]()
+        taps = open_taps() if any(row.kind == 'nic' for row in self.records.values()) else {}
         for name, row in self.records.items():
             layout = row.facts.get('layout')
             tap = f'/dev/tap{row.facts.get("index")}' if layout == 'macvtap' else name
@@ -5882,7 +5882,7 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
     bridges = [one.name for one in plan.network.links.values() if one.kind == 'bridge']
     if bridge not in bridges:
         raise _no_interface(bridge, bridges)
-    renew(plan, [bridge])
+    plan_renewal(plan, [bridge])
     link = port_to_be(plan, device, bridge, force)
     if link.master == bridge:
         return
@@ -5931,17 +5931,18 @@ def plan_agreed_mtu(plan: Transaction, port: Link, bridge: Link) -> None:
         plan_mtu(plan, bridge.name, port.mtu)
 
 
-def take_over(plan: Transaction, device: str, master: str, owner: Record) -> None:
-    """Plan to make `device` a port of `master`, with its addresses and routes; and back."""
-    link = plan.network.links[device]
-    own = link.own_networks()
-    moved = sorted((route for route in plan.network.routes if route.uses(device) and (
-        route.protocol != 'kernel' or route.to not in own)),
-        key=lambda route: any(hop.gateway for hop in route.hops))
-    strange = [*link.strange_addresses(), *(
+def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Record) -> None:
+    """Plan to make `devices` ports of `master`, with their addresses and routes; and back."""
+    links = [plan.network.links[device] for device in devices]
+    own = {network for link in links for network in link.own_networks()}
+    moved = sorted((route for route in plan.network.routes if any(map(route.uses, devices))
+                    and (route.protocol != 'kernel' or route.to not in own)),
+                   key=lambda route: any(hop.gateway for hop in route.hops))
+    strange = [*(words for link in links for words in link.strange_addresses()), *(
         f'route {route.to} ({", ".join(route.strange())})' for route in moved if route.strange())]
     if strange:
-        raise InUse(f'{device}: could not be given back as it is: {"; ".join(strange)}',
+        raise InUse(f'{" and ".join(devices)}: could not be given back as it is: '
+                    + '; '.join(strange),
                     'change that, or use Router(..., nat=True), which leaves it alone')
 
     def ways(onto: Mapping[str, str]) -> Iterator[str]:
@@ -5950,16 +5951,19 @@ def take_over(plan: Transaction, device: str, master: str, owner: Record) -> Non
             yield f'route {"append" if route.key() in known else "replace"} {route.line(onto)}'
             known.add(route.key())
     # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
-    bond, name = owner.kind == 'bond', shlex.quote(device)
-    owner.add_undo(f'give {device} back', f'address flush dev {master}',
-                   f'link set dev {name} nomaster', f'link set dev {name} {link.admin}',
-                   *(f'address replace {line} dev {name}' for line in link.address_lines(True)),
-                   *ways({}))
-    plan.plan_after(f'make {device} a port of {master}', f'address flush dev {name}',
-                    *([f'link set dev {name} down'] if bond else []),
-                    f'link set dev {name} master {master}{"" if bond else " up"}',
-                    *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
-                    *ways({device: master}))
+    bond = owner.kind == 'bond'
+    for link in links:
+        name = shlex.quote(link.name)
+        owner.add_undo(f'give {link.name} back', f'address flush dev {master}',
+                       f'link set dev {name} nomaster', f'link set dev {name} {link.admin}',
+                       *(f'address replace {line} dev {name}' for line in link.address_lines(True)))
+        plan.plan_after(
+            f'make {link.name} a port of {master}', f'address flush dev {name}',
+            *([f'link set dev {name} down'] if bond else []),
+            f'link set dev {name} master {master}{"" if bond else " up"}',
+            *(f'address replace {line} dev {master}' for line in link.address_lines(False)))
+    owner.add_undo('give routes back', *ways({}))
+    plan.plan_after(f'move routes to {master}', *ways(dict.fromkeys(devices, master)))
 
 
 # --- the host's firewall and sysctls, which others change, too ---
@@ -6022,7 +6026,7 @@ def masquerade(bridge: str, trunk: str, subnet: str, by_nft: bool = False
         [Op(f'no longer {what}', f'delete table {table}', tool='nft')])
 
 
-def passage(name: str, row: Record) -> tuple[list[Op], list[Op]]:
+def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
     """Return all that frames need to pass a switch or router, beside its interfaces, and the way
     back, as the host is now."""
     quiet = [Op('keep quiet', f'net/ipv4/conf/{name}/arp_ignore=1', tool='sysctl')]
@@ -6037,8 +6041,8 @@ def passage(name: str, row: Record) -> tuple[list[Op], list[Op]]:
     return [*(quiet if row.kind == 'switch' else []), *rules], undo
 
 
-def done(op: Op) -> bool:
-    """Tell whether what an operation of passage() makes is there."""
+def in_force(op: Op) -> bool:
+    """Tell whether what an operation of passage_ops() makes is there."""
     if op.tool == 'sysctl':
         path, _, value = op.line.rpartition('=')
         with contextlib.suppress(OSError):              # of an interface that is gone
@@ -6053,24 +6057,30 @@ def done(op: Op) -> bool:
     return not run([op.tool, *rule], IP_TIMEOUT, check=False).returncode
 
 
-def gone(name: str, row: Record) -> list[Op]:
-    """Return what passage() wants and others took away, in order; of nft all, as it is one."""
-    wanted = passage(name, row)[0]
-    missing = [op for op in wanted if not done(op)]
-    return [op for op in wanted if op in missing or op.tool == 'nft' and any(
-        one.tool == 'nft' for one in missing)]
+def missing_ops(name: str, row: Record) -> list[Op]:
+    """Return what passage_ops() wants and others took away."""
+    return [op for op in passage_ops(name, row)[0] if not in_force(op)]
 
 
-def renew(plan: Transaction, bridges: Iterable[str]) -> None:
+def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
     """Plan to put back what these bridges, and those joined to them, need to pass frames."""
     for name in sorted(plan.joined(bridges)):
         row = plan.records.get(name)
-        if row and row.kind in ('switch', 'router') and row.stage == 'ready':
-            missing = gone(name, row)
-            back = [op for op in passage(name, row)[1] if op not in row.undo] if missing else []
-            row.undo += back
-            plan.unsaved |= bool(back)
-            plan.optional += [op for op in missing if op not in plan.optional]
+        if not row or row.kind not in ('switch', 'router') or row.stage != 'ready':
+            continue
+        missing = missing_ops(name, row)
+        if missing:
+            wanted, undo = passage_ops(name, row)
+            tools = {op.tool for op in missing}
+            # In a firewall their order counts: what is left of them goes first.
+            rules = [op for op in wanted if 'tables' in op.tool]
+            plan.optional += [back for op, back in zip(rules, undo)
+                              if op.tool in tools and op not in missing]
+            plan.optional += [op for op in wanted if op.tool in tools and (
+                op in missing or op.tool != 'sysctl')]
+            new = [back for back in undo if back not in row.undo]
+            row.undo += new
+            plan.unsaved |= bool(new)
 
 
 # --- what can be made ---
@@ -6168,13 +6178,13 @@ class Switch(ManagedInterface):
                 self._plan(plan, row, plan.free_mac(HOST_MACS['switch'], self.name))
                 plan.plan_after(f'bring up {self.name}', f'link set dev {self.name} up')
             else:
-                renew(plan, [self.name])
+                plan_renewal(plan, [self.name])
 
     def _plan(self, plan: Transaction, row: Record, mac: str, mtu: int = 1500) -> None:
         """Plan the bridge, and what it needs to pass frames."""
         plan.ops.append(Op(f'create bridge {self.name}', f'link add name {self.name} address '
                            f'{mac} mtu {mtu} group {plan.group} {SWITCH_OPTIONS}'))
-        needs, undo = passage(self.name, row)
+        needs, undo = passage_ops(self.name, row)
         # Else the bridge would answer ARP for all addresses of the host, or not be a router.
         plan.late += [op for op in needs if op.tool == 'sysctl' or row.facts.get('nat')]
         plan.optional += [op for op in needs if op not in plan.late]
@@ -6210,7 +6220,7 @@ class Switch(ManagedInterface):
         """Join two switches; one without ports takes over the MTU of the other, else both have
         the smaller one."""
         with Transaction() as plan:
-            renew(plan, [self.name, bridge.name])
+            plan_renewal(plan, [self.name, bridge.name])
             sides = [plan.network.find(one) for one in (bridge.name, self.name)]
             if plan.registry.between(self.name, bridge.name):
                 return
@@ -6335,7 +6345,7 @@ class VirtualNic(ManagedInterface):
             cls._space(namespace)
         with Transaction() as plan:
             if master:
-                renew(plan, [plan.network.find(master).name])
+                plan_renewal(plan, [plan.network.find(master).name])
             names = [plan_nic(plan, cls._free(plan, namespace), 'macvtap' if namespace else 'tap',
                               namespace=namespace, master=master) for _ in range(count)]
         return [cls.known(name, plan.records) for name in names]
@@ -6398,7 +6408,7 @@ class VirtualNic(ManagedInterface):
             raise NetworkError(f'{self.name}: is a veth pair without a tap',
                                'make it with namespace=, or without sink=')
         with Transaction() as plan:
-            renew(plan, [plan.network.find(self.name).master])
+            plan_renewal(plan, [plan.network.find(self.name).master])
         lock = plan.registry.lock()         # so that it is open before others look who uses it
         try:
             return tap_open(self.name) if self.layout == 'tap' else self._open_macvtap()
@@ -6535,7 +6545,7 @@ class Router(Switch):
             if row:
                 self._plan_router(plan, row, force)
             else:
-                renew(plan, [self.name])
+                plan_renewal(plan, [self.name])
 
     def _plan_router(self, plan: Transaction, row: Record, force: bool) -> None:
         nat = row.facts['nat']
@@ -6544,7 +6554,7 @@ class Router(Switch):
         if nat:
             row.facts['subnet'] = free_subnet(plan, row.facts['subnet'])
             back = Op('stop forwarding', f'net/ipv4/conf/{self.trunk}/forwarding=0', tool='sysctl')
-            if not done(back._replace(line=back.line[:-1] + '1')) or any(
+            if not in_force(back._replace(line=back.line[:-1] + '1')) or any(
                     back in other.undo for other in plan.records.values()):
                 row.undo.append(back)
         self._plan(plan, row, plan.free_mac(HOST_MACS['router'], self.name) if nat else link.mac,
@@ -6556,7 +6566,7 @@ class Router(Switch):
             plan.plan_after(f'give {self.name} its address', f'address replace '
                             f'{next(network.hosts())}/{network.prefixlen} dev {self.name}')
         else:
-            take_over(plan, self.trunk, self.name, row)
+            take_over(plan, [self.trunk], self.name, row)
 
     def _plan_lan(self, plan: Transaction, label: str, mtu: int) -> None:
         plan_nic(plan, f'{self.name}-{label}', 'pair', inner=self.name, parents=[self.name],
@@ -6662,8 +6672,7 @@ class Bond(ManagedInterface):
                                f'{min(link.mtu for link in links)} group {plan.group} '
                                f'type bond mode {mode} miimon {miimon}'))
             plan.plan_after(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up')
-            for one in names:
-                take_over(plan, one, name, row)
+            take_over(plan, names, name, row)
 
     @property
     def active(self) -> str:
@@ -6740,7 +6749,7 @@ def _check_passages() -> Iterator[Check]:
         yield Check(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
                     'crosses bridges; switches have rules to let it pass')
     for name, row in bridges.items():
-        for op in gone(name, row):
+        for op in missing_ops(name, row):
             yield Check(False, f'{name}: somebody took away what it needs to {op.what}: {op.tool} '
                         f'{op.line}; connect() or starting a machine on it puts that back')
     routed = filtered('iptables') or any(row.facts.get('nat') for row in bridges.values())
@@ -8691,7 +8700,8 @@ class Nic(Protocol):
 
 def told_mtu(nic: Nic | None) -> int:
     """Return the MTU that a guest is told of a card; 0 when it need not be told."""
-    return nic.mtu if nic and nic.mtu != 1500 else 0
+    mtu = nic.mtu if nic else 0
+    return 0 if mtu == 1500 else mtu
 
 
 def chain_of(drive: Harddrive) -> list[list[str]]:
