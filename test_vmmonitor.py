@@ -4599,6 +4599,10 @@ class TestOwnership(NetCase):
         self.assertEqual(set(vm.clean()), {'lan', 'odd'})
         self.assertEqual(names(), {'dmz', nic.name})
         vm.Switch('lan')
+        with mock.patch.object(vm, 'which', lambda _: '/bin/x'), mock.patch.object(
+                vm, 'run', lambda *_, **__: subprocess.CompletedProcess([], 0, b'what?', b'')):
+            bad = [one.text for one in vm.check_networks() if not one.good]
+        self.assertIn('networks: ', '\n'.join(bad))             # and nothing was raised
         path.write_text('{broken')
         lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
         self.assertIn(f'{path}: what was made of networks can\'t be read', lines)

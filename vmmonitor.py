@@ -5341,18 +5341,25 @@ def open_taps() -> dict[str, str]:
     "process 12 (socat)". This process does not count."""
     found = {}
     for pid in filter(str.isdigit, os.listdir('/proc')):
-        if int(pid) == os.getpid():
-            continue
+        numbers = []
         with contextlib.suppress(OSError):          # it ended, or is somebody else's
-            for number in os.listdir(f'/proc/{pid}/fd'):
-                path = os.readlink(f'/proc/{pid}/fd/{number}')
-                if path == '/dev/net/tun':
-                    shown = Path(f'/proc/{pid}/fdinfo/{number}').read_text()
-                    path = re.findall(r'^iff:\s*(\S+)$', shown, re.MULTILINE)[0]
-                elif not path.startswith('/dev/tap'):
-                    continue
-                found[path] = _process_name(pid)
+            numbers = os.listdir(f'/proc/{pid}/fd') if int(pid) != os.getpid() else []
+        for number in numbers:
+            with contextlib.suppress(OSError):      # closed meanwhile
+                tap = _tap_of(pid, number)
+                if tap:
+                    found[tap] = _process_name(pid)
     return found
+
+
+def _tap_of(pid: str, number: str) -> str:
+    """Return the tap that a descriptor of a process is, or ''."""
+    path = os.readlink(f'/proc/{pid}/fd/{number}')
+    if path == '/dev/net/tun':
+        shown = Path(f'/proc/{pid}/fdinfo/{number}').read_text()
+        named = re.search(r'^iff:[ \t]*(\S+)$', shown, re.MULTILINE)
+        return named.group(1) if named else ''
+    return path if path.startswith('/dev/tap') else ''
 
 
 def _process_name(pid: str) -> str:
@@ -6697,7 +6704,7 @@ def check_networks() -> Iterator[Check]:
     for look in (_check_programs, _check_kernel, _check_passages, _check_leaks):
         try:
             lines = [*look()]
-        except (Error, OSError) as problem:
+        except (Error, OSError, ValueError) as problem:
             lines = [Check(False, f'networks: {explain(problem)}')]
         yield from lines
 
