@@ -6780,7 +6780,8 @@ def dropping_chains() -> list[tuple[str, str, str]]:
     for what, row in items:
         place = row.get('family'), row.get('table'), row.get('chain')
         if what == 'rule' and place in chains:
-            verdicts = [*filter(None, ({*one} - {'counter', 'log'} for one in row.get('expr', ())))]
+            said = [one for one in row.get('expr') or () if isinstance(one, dict)]
+            verdicts = [one.keys() for one in said if not one.keys() & {'counter', 'log'}]
             chains[place] |= verdicts in ([{'drop'}], [{'reject'}])
     # iptables' own chain is where our rules stand before the others.
     ours = ('ip', 'filter', 'FORWARD'), ('ip6', 'filter', 'FORWARD')
@@ -6808,6 +6809,7 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
     it. What a running machine uses stays, and is named in the log, unless `force`."""
     for what, flag in (('dry_run', dry_run), ('everything', everything), ('force', force)):
         check(what, flag, a_bool, NetworkError)
+    check('names', names, texts, NetworkError)
     with Transaction() as plan:
         found = _leaks(plan, everything)
         if names:
