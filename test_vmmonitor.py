@@ -9617,8 +9617,8 @@ FRESH_PACKAGES = ('debootstrap', 'systemd-container', 'busybox-static', 'qemu-gu
                   'cpio', 'kmod', 'xz-utils')
 ROOT_AGE = 30 * 86400           # seconds after which a cached root is made anew
 EXPOSURE = 1.5                  # what `systemd-analyze security` may say at most
-ENVIRONMENT = {'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root', 'LANG': 'C.UTF-8',
-               'DEBIAN_FRONTEND': 'noninteractive'}
+ENVIRONMENT = {'PATH': '/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root',
+               'LANG': 'C.UTF-8', 'DEBIAN_FRONTEND': 'noninteractive'}
 PROGRAM = ('vmmonitor.py', 'test_vmmonitor.py', 'vmmonitor.service', 'install.sh',
            'config.json.sample', 'README.md')
 # /run is hidden: systemd-nspawn leaves locks and directories there.
@@ -9627,7 +9627,8 @@ NSPAWN = ('mount -t tmpfs -o mode=0755 fresh /run; '
 # All of the machine that an installation may touch.
 STATE = r"""exec 2>&1
 for file in /etc/passwd /etc/group; do sed "s|^|$file |" $file; done
-set -- $(ls -d /opt/* /root/* /srv/* /etc/systemd/system /var/lib/vmmonitor /run/vmmonitor)
+set -- $(ls -d /opt/* /root/* /srv/* /etc/systemd/system /usr/local/bin /usr/local/share \
+    /var/lib/vmmonitor /run/vmmonitor)
 find "$@" \( -type f -printf '%p %M %u:%g %T@\n' -o -printf '%p %M %u:%g\n' \)
 find "$@" -type f -exec cksum {} +
 systemctl is-enabled vmmonitor libvirtd
@@ -9901,6 +9902,16 @@ class Fresh(unittest.TestCase):
         """the printed curl line answers"""
         line = self.printed.partition('try it:\n')[2].splitlines()[0].strip()
         self.assertEqual(self.sh(line + ' -sS -w "%{http_code}"')[-3:], '200')
+
+    @step
+    def command(self) -> None:
+        """`vmmonitor` is in PATH, and runs from cached bytecode"""
+        self.assertEqual(self.sh('cd /; vmmonitor --version'), f'vmmonitor {vm.__version__}')
+        self.assertIn('ok    service: active', self.sh('cd /; vmmonitor check'))
+        shown = self.sh('python3 -I -v /usr/local/bin/vmmonitor --version')
+        self.assertRegex(shown, f'{self.here}/__pycache__/vmmonitor.*pyc matches')
+        self.assertIn('complete -o default -F _vmmonitor vmmonitor',
+                      self.sh('cat /usr/local/share/bash-completion/completions/vmmonitor'))
 
     @step
     def exposure(self) -> None:
@@ -10193,8 +10204,8 @@ class Fresh(unittest.TestCase):
         self.port = 10003
         self.answers()
         self.assertEqual(sorted(os.listdir(self.box.path(self.here))), [
-            '.installed', 'cert.pem', 'config.json', 'config.json.sample', 'install.sh', 'key.pem',
-            'vmmonitor.py', 'vmmonitor.service'])
+            '.installed', '__pycache__', 'cert.pem', 'config.json', 'config.json.sample',
+            'install.sh', 'key.pem', 'vmmonitor.py', 'vmmonitor.service'])
 
     MACHINE = r"""import os, subprocess, sys
 sys.path.insert(0, sys.argv[1])
@@ -10255,7 +10266,8 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
     def _gone(self) -> None:
         """Nothing of the service may be left in the system."""
         left = self.box.run('getent passwd vmmonitor; getent group vmmonitor; '
-                            'find /etc/systemd /run/credentials -name "*vmmonitor*"; '
+                            'find /etc/systemd /run/credentials /usr/local/bin /usr/local/share '
+                            '-name "*vmmonitor*"; '
                             'grep -E vmmonitor /etc/group; pidof -x vmmonitor.py; '
                             # Each machine's QEMU has a number of its own.
                             'find / -xdev -path /var/lib/vmmonitor/machines -prune -o '

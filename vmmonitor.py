@@ -11157,6 +11157,17 @@ STEPPED_RESTARTS = 254              # the systemd that can restart with growing 
 PROGRAM_FILES = {'install.sh': 0o755, 'vmmonitor.service': 0o644, 'config.json.sample': 0o644,
                  'vmmonitor.py': 0o755}
 
+COMMAND = '/usr/local/bin/vmmonitor'
+COMPLETIONS = '/usr/local/share/bash-completion/completions/vmmonitor'
+COMMAND_TEXT = """#!{python} -I
+# By vmmonitor's install.sh: runs {here}/vmmonitor.py from its cached bytecode.
+import importlib.util
+import sys
+spec = importlib.util.spec_from_file_location('vmmonitor', '{here}/vmmonitor.py')
+program = sys.modules['vmmonitor'] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+program.exit_now(program.main())
+"""
 RESTART_LIMIT = """StartLimitIntervalSec=60
 StartLimitBurst=25
 """
@@ -11357,6 +11368,7 @@ class Setup:
             if self.before.here not in ('', self.here):
                 earlier = [*SetupRecord(self.before.here).places, self.before.here]
                 self.record.places = sorted({*self.record.places, *earlier})
+            self._make_command()
             self.changes.put(self.path('.installed'), self.record.data(), 0o644)
             if self.systemd:
                 self._start_service(named)
@@ -11367,6 +11379,7 @@ class Setup:
             remove_account(self.before.account, [self.here, *self.record.places])
         if self.before.here and self.before.here != self.here:
             print(f'the service has moved from {self.before.here}, where everything is as it was')
+        self._compile()
         self._show_end(config)
 
     def _refuse_foreign(self) -> None:
@@ -11382,8 +11395,10 @@ class Setup:
                                  '--prefix' + (', or name it in a config.json there' if
                                                name.endswith('.pem') else ''))
         if os.path.isdir(self.here):
-            foreign = [name for name in sorted(os.listdir(self.here)) if name == '__pycache__' or (
-                name.endswith('.py') and name not in ('vmmonitor.py', 'test_vmmonitor.py'))]
+            own = re.compile(r'(test_)?vmmonitor\.py|__pycache__/(test_)?vmmonitor\..*\.pyc')
+            names = [str(path.relative_to(self.here)) for end in ('*.py', '__pycache__/*')
+                     for path in Path(self.here).glob(end)]
+            foreign = sorted(name for name in names if not own.fullmatch(name))
             if foreign:
                 print(f'note: not of vmmonitor, and never run by it: {", ".join(foreign)} in '
                       f'{self.here}')
@@ -11434,6 +11449,26 @@ class Setup:
         if not self._as_user('test', '-r', self.path('vmmonitor.py')):
             raise SetupError(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
                              'say --prefix /opt/vmmonitor, or open the path to it')
+
+    def _make_command(self) -> None:
+        """Put `vmmonitor` into PATH, and what completes its words in bash."""
+        program = COMMAND_TEXT.format(python=self.python, here=self.here)
+        words = run([sys.executable, '-I', '-B', os.path.join(self.source, 'vmmonitor.py'),
+                     'completion'], SYSTEMCTL_TIMEOUT).stdout
+        for path, data, mode in ((COMMAND, program.encode(), 0o755), (COMPLETIONS, words, 0o644)):
+            if os.path.lexists(path) and path not in self.record.files and (
+                    b'vmmonitor' not in Path(path).read_bytes()):
+                print(f'note: {path} is not of vmmonitor, and stays')
+                continue
+            self.changes.directory(os.path.dirname(path))
+            self._made(path, data, mode)
+
+    def _compile(self) -> None:
+        """Have the bytecode of the program in HERE/__pycache__, where the command finds it."""
+        program, cached = self.path('vmmonitor.py'), Path(self.path('__pycache__'))
+        made = [*cached.glob('vmmonitor.*.pyc')]
+        if not made or os.stat(made[0]).st_mtime < os.stat(program).st_mtime:
+            run([self.python, '-I', '-m', 'py_compile', program], SYSTEMCTL_TIMEOUT, check=False)
 
     def _make_config(self, group: int) -> Config:
         """Have a configuration with its certificate, and return it."""
@@ -11609,8 +11644,12 @@ class Setup:
                               self.path('config.json'))
             named = named_files(Config(**values))
         remove_account(self.account, [self.here, *self.record.places, *named], self.record)
+        for cached in Path(self.here).glob('__pycache__/vmmonitor.*.pyc'):
+            cached.unlink()
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path('__pycache__'))
         for name in list(self.record.files):
-            if name in PROGRAM_FILES or (self.purge and self._is_ours(name)):
+            if name in PROGRAM_FILES or os.path.isabs(name) or (self.purge and self._is_ours(name)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path(name))
                 del self.record.files[name]
