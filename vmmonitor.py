@@ -2168,8 +2168,8 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
             result.right, result.method = began + ahead / SECOND - result.began, method.name
         found = measure(guest, tolerance)
         result.late = False             # an agent answers in order
-        # Better than the tolerance, so that another reading still finds it within that.
-        goal = max(tolerance * 3 // 5, method.grain, found.blur)
+        # What is sure to be within the tolerance, so that another reading still finds it so.
+        goal = max(tolerance * 3 // 5, tolerance - found.delay // 2, method.grain, found.blur)
         stuck = failed and abs(found.offset) > max(before // 2, 4 * tolerance)
         if abs(found.offset) <= goal or stuck:
             break                       # right; or it did not move, and this way is none
