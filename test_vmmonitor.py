@@ -5377,6 +5377,15 @@ class TestRouter(NetCase):
                     vm.Router('eth1')
                 with self.refused('carries the default route'):
                     vm.Switch('lan').connect('eth1')
+                switch = vm.Switch('lan')
+                for leave in (True, False):
+                    switch.connect('eth1', force=True)
+                    self.assertEqual(eth1.master, 'lan')
+                    if leave:
+                        switch.disconnect('eth1')
+                    else:
+                        switch.delete()
+                    self.assertEqual((eth1.master, self.picture()), ('', before))
                 router = vm.Router('eth1', force=True)
                 self.assertEqual(router.gateway, gateway)
                 self.assertNotIn('eth1 ', ip(f'{family} route show default'))

@@ -11410,7 +11410,7 @@ class Setup:
             group = ['--gid', name] if _exists('group', name) else ['--user-group']
             self.changes.do(
                 ['useradd', '--system', *group, '--home-dir', '/', '--no-create-home', '--shell',
-                 shutil.which('nologin') or '/bin/false', '--comment', CREATED_BY, name],
+                 which('nologin') or '/bin/false', '--comment', CREATED_BY, name],
                 ['userdel', name], f'the user {name} could not be made')
             print(f'made the user {name}')
         known = pwd.getpwnam(name)
