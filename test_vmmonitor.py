@@ -1570,6 +1570,22 @@ class Live(Case):
         return vm.Machine(name, **{'memory': 160, 'kernel': cls.kernel, 'initrd': cls.initramfs,
                                    'cmdline': CMDLINE, **options})
 
+    def bios(self, name: str, **options: Any) -> vm.Machine:
+        """Make a machine without an operating system: it starts in no time."""
+        return vm.Machine(name, **{'memory': 32, **options})
+
+    @staticmethod
+    def end(m: vm.Machine) -> None:
+        """End a machine's QEMU from outside."""
+        os.kill(m.pid(), signal.SIGKILL)
+        soon(lambda: not m.is_alive())
+
+    def io(self, path: str, command: str, off: vm.Machine | None = None) -> str:
+        if off:
+            off.stop(force=True)
+        return subprocess.run(['qemu-io', '-f', 'qcow2', '-c', command, path], check=True,
+                              capture_output=True, text=True).stdout
+
 
 def sh(machine: vm.Machine, script: str, timeout: float = 30) -> str:
     """Run a script in the guest and return what it prints."""
@@ -6967,12 +6983,8 @@ class TestGuest(Live):
         self.assertIs(m.state(), vm.State.RUNNING)
 
 
-class TestLife(Live):
-    """Starting and ending machines, and what they leave."""
-
-    def bios(self, name: str, **options: Any) -> vm.Machine:
-        """Make a machine without an operating system: it starts in no time."""
-        return vm.Machine(name, **{'memory': 32, **options})
+class TestMaking(Live):
+    """What a machine is made of, and what is refused."""
 
     def test_forms_of_arguments(self) -> None:
         disk = vm.Harddrive(self.path('a.qcow2'), 0.01)
@@ -7218,6 +7230,10 @@ class TestLife(Live):
         with self.refused('/etc/hostname', 'was not named'):
             m.start_vm()
 
+
+class TestLife(Live):
+    """Starting and ending machines, and what they leave."""
+
     def test_stop(self) -> None:
         m = self.guest('ends', memory=128)
         m.start_vm()
@@ -7441,6 +7457,40 @@ class TestLife(Live):
         with mock.patch.dict(os.environ, VMMONITOR_ACCEL='tcg'):
             self.assertEqual(vm.usable_accel('kvm'), 'tcg')
 
+    @unittest.skipUnless(os.access('/usr/bin/python3', os.X_OK), 'needs a python3 for everybody')
+    def test_without_root(self) -> None:
+        script = (
+            'import sys; sys.path.insert(0, sys.argv[1]); import vmmonitor as vm\n'
+            "m = vm.Machine('mine', memory=32, harddrives=sys.argv[2], nics='user')\n"
+            'try:\n'
+            '    m.start_vm(); print(m.state().value, m.screenshot(sys.argv[3]))\n'
+            "    print(m.send('info network').count('nic0'), m.stop(force=True))\n"
+            'finally: m.delete(force=True)')
+        place = Path(self.path('nobody'))
+        place.mkdir()
+        os.chown(place, 65534, 65534)
+        source = shutil.copy(HERE / 'vmmonitor.py', place)
+        done = subprocess.run(
+            ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', '/usr/bin/python3',
+             '-c', script, os.path.dirname(source), place / 'd.qcow2', place / 's.png'],
+            env={**os.environ, 'VMMONITOR_MACHINES': str(place / 'm')}, capture_output=True,
+            check=False, text=True)
+        self.assertEqual(done.stdout.splitlines(), [f'running {place}/s.png', '2 stopped by quit'],
+                         done.stderr)
+        self.assertEqual(os.listdir(place / 'm'), [])
+
+    @unittest.skipUnless(any(os.path.exists(code) for code, _ in vm.OVMF), 'needs ovmf')
+    def test_efi(self) -> None:
+        m = self.bios('efi', efi=True, memory=128, harddrives=self.path('e.qcow2'))
+        m.start_vm()
+        m.console().expect('UEFI|BdsDxe|Boot', BOOT)
+        m.snapshot('s')
+        found = {row['node-name']: row['image'] for row in m.qmp('query-named-block-nodes')}
+        for node in ('disk0-node', 'efi-vars'):
+            self.assertEqual([row['name'] for row in found[node]['snapshots']], ['s'])
+        m.load_snapshot('s')
+        soon(lambda: len(colours(m.screenshot(self.path('e.png')))) > 1, BOOT)
+
     def test_kept_over_a_restart(self) -> None:
         m = self.bios('restart', memory=512, maxmemory=1024, nics='user')
         self.assertIn('counts from the next start', m.increase_ram(128))
@@ -7487,6 +7537,10 @@ class TestLife(Live):
         with self.refused(f'all {vm.PORTS} ports', 'are taken'):
             for _ in range(vm.PORTS):
                 m.add_nic()
+
+
+class TestSaving(Live):
+    """Memory in a file, and what interrupts it."""
 
     def test_save(self) -> None:
         disk = vm.Harddrive(self.path('s.raw'), 0.01, 'raw')    # also without qcow2
@@ -7701,12 +7755,6 @@ class TestLife(Live):
         self.assertFalse(m.is_alive())
         self.assertEqual(m.start(), 'started')
 
-    @staticmethod
-    def end(m: vm.Machine) -> None:
-        """End a machine's QEMU from outside."""
-        os.kill(m.pid(), signal.SIGKILL)
-        soon(lambda: not m.is_alive())
-
     def test_off(self) -> None:
         m = self.bios('off2')
         for step in ('query-status', 'system_powerdown'):
@@ -7719,6 +7767,10 @@ class TestLife(Live):
             m.console().write('x')
         with self.refused('flying', 'wait for agent, running'):
             m.wait('flying')
+
+
+class TestSnapshots(Live):
+    """Memory and disks as they were, whatever has changed since."""
 
     def test_snapshot_when_off(self) -> None:
         one, two = (vm.Harddrive(self.path(f'{n}.qcow2'), 0.01) for n in (1, 2))
@@ -7753,40 +7805,6 @@ class TestLife(Live):
         with self.refused('no qcow2 disk'):
             self.bios('diskless').snapshot('x')
 
-    @unittest.skipUnless(os.access('/usr/bin/python3', os.X_OK), 'needs a python3 for everybody')
-    def test_without_root(self) -> None:
-        script = (
-            'import sys; sys.path.insert(0, sys.argv[1]); import vmmonitor as vm\n'
-            "m = vm.Machine('mine', memory=32, harddrives=sys.argv[2], nics='user')\n"
-            'try:\n'
-            '    m.start_vm(); print(m.state().value, m.screenshot(sys.argv[3]))\n'
-            "    print(m.send('info network').count('nic0'), m.stop(force=True))\n"
-            'finally: m.delete(force=True)')
-        place = Path(self.path('nobody'))
-        place.mkdir()
-        os.chown(place, 65534, 65534)
-        source = shutil.copy(HERE / 'vmmonitor.py', place)
-        done = subprocess.run(
-            ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', '/usr/bin/python3',
-             '-c', script, os.path.dirname(source), place / 'd.qcow2', place / 's.png'],
-            env={**os.environ, 'VMMONITOR_MACHINES': str(place / 'm')}, capture_output=True,
-            check=False, text=True)
-        self.assertEqual(done.stdout.splitlines(), [f'running {place}/s.png', '2 stopped by quit'],
-                         done.stderr)
-        self.assertEqual(os.listdir(place / 'm'), [])
-
-    @unittest.skipUnless(any(os.path.exists(code) for code, _ in vm.OVMF), 'needs ovmf')
-    def test_efi(self) -> None:
-        m = self.bios('efi', efi=True, memory=128, harddrives=self.path('e.qcow2'))
-        m.start_vm()
-        m.console().expect('UEFI|BdsDxe|Boot', BOOT)
-        m.snapshot('s')
-        found = {row['node-name']: row['image'] for row in m.qmp('query-named-block-nodes')}
-        for node in ('disk0-node', 'efi-vars'):
-            self.assertEqual([row['name'] for row in found[node]['snapshots']], ['s'])
-        m.load_snapshot('s')
-        soon(lambda: len(colours(m.screenshot(self.path('e.png')))) > 1, BOOT)
-
     def test_snapshots_by_hmp(self) -> None:
         """As QEMU before 6.0 does it."""
         real = vm.QMP.execute
@@ -7804,12 +7822,6 @@ class TestLife(Live):
             self.assertIs(m.state(), vm.State.PAUSED)
             m.delete_snapshot('h1')
         self.assertEqual(m.snapshots, [])
-
-    def io(self, path: str, command: str, off: vm.Machine | None = None) -> str:
-        if off:
-            off.stop(force=True)
-        return subprocess.run(['qemu-io', '-f', 'qcow2', '-c', command, path], check=True,
-                              capture_output=True, text=True).stdout
 
     def test_snapshot_that_does_not_fit(self) -> None:
         """It is refused while the disk still has its newer data."""
@@ -7933,6 +7945,10 @@ class TestLife(Live):
         m.load_snapshot(kept)                   # by hand, then
         self.assertIn('read 65536', self.io(disk, 'read -P 0xbb 0 64k'))
         self.assertEqual(m.start(), 'started')
+
+
+class TestMigration(Live):
+    """A guest that goes to another machine, or fails to."""
 
     def test_migrate(self) -> None:
         disk = vm.Harddrive(self.path('d.qcow2'), 0.01)
@@ -9481,38 +9497,40 @@ ROWS = {
     'Harddrive, .snapshots, .create, .wipe, .resize, .qemu_string': (
         'TestHarddrive TestGuest.test_harddrives'),
     'Machine() and the forms of its arguments': (
-        'TestLife.test_forms_of_arguments test_bad_arguments test_bad_calls test_found_by_use '
-        'test_two_programs test_kept_over_a_restart test_machine_type test_vnc'),
+        'TestMaking.test_forms_of_arguments test_bad_arguments test_bad_calls test_found_by_use '
+        'test_two_programs TestLife.test_kept_over_a_restart test_machine_type test_vnc'),
     'monitor_port, .send': 'TestGuest.test_monitors test_keys',
     'is_alive': 'TestLife.test_survives_its_manager TestGuest.test_qemu_that_hangs',
     'start_vm': (
-        'TestLife.test_host_without_space test_paused_and_as_another_user test_qemus_last_words '
-        'test_one_disk_one_qemu test_evil_images test_efi test_without_root'),
+        'TestSaving.test_host_without_space TestLife.test_paused_and_as_another_user '
+        'TestMaking.test_qemus_last_words test_one_disk_one_qemu test_evil_images '
+        'TestLife.test_efi test_without_root'),
     'stop': 'TestLife.test_stop',
     'freeze, unfreeze': 'TestGuest.test_freeze',
     'snapshot, load_snapshot, delete_snapshot': (
-        'TestGuest.test_snapshots test_snapshots_of_old_qemus TestLife.test_snapshot_when_off '
-        'test_snapshots_by_hmp test_load_that_fails_midway test_interrupted_snapshot '
-        'test_snapshot_that_does_not_fit test_snapshots_of_others test_disks_that_changed_places '
-        'test_interrupted_load'),
+        'TestGuest.test_snapshots test_snapshots_of_old_qemus '
+        'TestSnapshots.test_snapshot_when_off test_snapshots_by_hmp test_load_that_fails_midway '
+        'TestSaving.test_interrupted_snapshot TestSnapshots.test_snapshot_that_does_not_fit '
+        'TestHarddrive.test_snapshots_of_others TestSnapshots.test_disks_that_changed_places '
+        'TestSaving.test_interrupted_load'),
     'increase_ram': 'TestGuest.test_ram',
     'resize_harddrive': 'TestGuest.test_harddrives',
     'change_boot_device': 'TestLife.test_boot_device',
     'create_chardev': (
         'TestGuest.test_chardevs TestLife.test_kept_over_a_restart '
-        'test_ports_stay_where_they_are'),
+        'TestSaving.test_ports_stay_where_they_are'),
     'dump_memory': 'TestGuest.test_dump',
     'migrate': (
-        'TestLife.test_migrate test_migrate_to_what_does_not_fit test_migrate_to_what_hangs '
-        'test_migrate_that_holds_qemu_up test_migration_whose_program_is_killed '
-        'FuzzTest.test_migrations'),
+        'TestMigration.test_migrate test_migrate_to_what_does_not_fit '
+        'test_migrate_to_what_hangs test_migrate_that_holds_qemu_up '
+        'test_migration_whose_program_is_killed FuzzTest.test_migrations'),
     'mouse_move, mouse_click': 'TestGuest.test_mouse',
     'add_nic, del_nic, nic_state': (
         'TestGuest.test_nics TestLife.test_unplug_without_a_system TestNetwork'),
     'screenshot': 'TestGuest.test_screenshot',
     'send_key': 'TestGuest.test_keys test_text_is_typed_whole',
     '(beyond the table) save, wake, agent, console, sandbox, daemon': (
-        'TestLife.test_save test_sleep TestGuest.test_agent test_agent_answers_late '
+        'TestSaving.test_save test_sleep TestGuest.test_agent test_agent_answers_late '
         'test_console test_unprivileged_and_sandboxed TestAsGuests')}
 
 
