@@ -9811,7 +9811,7 @@ ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word 
 
 # What the destination is asked, and with what.
 SCHEMAS.update({
-    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'disks': [
+    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'macs?': [str], 'disks': [
         {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
     'request arrived': {}, 'request run': {}})
 
@@ -10681,8 +10681,9 @@ class Machine(Guest):
         fails none the less, the disks are put back. Then the clock is set, where an agent answers,
         unless `clock` is false (snapshot-load).
         """
-        says = self._snapshots.load(tag, disks_only)
-        return says + self._clock_set('reverted', clock and self.is_alive())
+        with unbroken():                        # a guest of the snapshot's time is half a load, too
+            says = self._snapshots.load(tag, disks_only)
+            return says + self._clock_set('reverted', clock and self.is_alive())
 
     def delete_snapshot(self, tag: str) -> None:
         """Delete a snapshot from all disks (snapshot-delete; qemu-img)."""
