@@ -8833,7 +8833,8 @@ class AnswersTest(GuestCase):
                          (200, 'web1: asked to shut down, it is off'))
         self.assertEqual(guest.state(), 'shut off')
         self.assertEqual(ask('start&target=web1&wait=agent')[0], 200)
-        guest.exec(['sh', '-c', 'echo "#!/bin/sh" > /sbin/shutdown'])       # it ignores it
+        guest.exec(['sh', '-c', 'echo "#!/bin/sh" | tee /sbin/shutdown > /sbin/poweroff'])
+        # It ignores it.
         self.assertEqual(ask('stop&target=web1&wait=15'), (
             202, 'web1: asked to shut down, but it is running; a guest may ignore that'))
         os.kill(guest.pid(), signal.SIGSTOP)            # so that the save does not end
