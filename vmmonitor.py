@@ -2687,7 +2687,8 @@ class Opening:
             self.handle = self.library.call('virConnectOpen', uri.encode())
         except LibvirtError as problem:
             self.problem = problem
-        self.ended.set()
+        finally:
+            self.ended.set()
 
     @classmethod
     def connect(cls, uri: str) -> int:
