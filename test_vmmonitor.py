@@ -3937,6 +3937,14 @@ class ListenerTest(ConfigCase):
         self.guest.troubles = ['not connected'] * 3
         self.assertEqual(self.ask('cmd=start&target=web1&wait=agent', *self.BEARER),
                          (200, 'web1: started, its agent answers'))
+        status, text = self.ask('cmd=start&target=web1&wait=agent', *self.BEARER, '-H',
+                                'Accept: application/json')
+        self.assertEqual((status, json.loads(text)), (200, {
+            'target': 'web1', 'cmd': 'start', 'result': 'started', 'agent': 'answers'}))
+        status, text = self.ask('cmd=stop&target=web1&wait=0.3', *self.BEARER, '-H',
+                                'Accept: application/json')
+        self.assertEqual((status, json.loads(text)), (202, {
+            'target': 'web1', 'cmd': 'stop', 'result': 'asked to shut down', 'state': 'running'}))
         self.guest.troubles = ['not connected'] * 1000
         with unittest.mock.patch.object(vm, 'COMMAND_TIMEOUT', 0.5):
             self.assertEqual(self.ask('cmd=wake&target=web1&wait=agent', *self.BEARER),
@@ -8773,6 +8781,46 @@ class AnswersTest(GuestCase):
         self.assertRegex(out, r'(?m)^full +paused \(I/O error\) ')
         subprocess.run([*inside, 'mount', '-o', 'remount,size=20m', str(place)], check=True)
         self.assertEqual(ask('start&target=full'), (200, 'full: resumed'))
+
+    def test_one_that_stops_again(self) -> None:
+        for state, reason, says, hint in (
+                (vm.State.PAUSED, vm.WATCHDOG, 'a: paused again: watchdog', 'the guest hung'),
+                (vm.State.CRASHED, vm.PANICKED, 'a: crashed again: the guest panicked', 'console'),
+                (vm.State.OFF, vm.FAILED, 'a: off again: QEMU failed', "see QEMU's log"),
+                (vm.State.OFF, '', 'a: off again', 'see its console and its log')):
+            guest = ScriptedGuest('a')
+            looks = iter([vm.Status(vm.State.RUNNING, 'booted'), vm.Status(state, reason)])
+            with mock.patch.object(guest, 'status', side_effect=looks), \
+                    self.assertRaises(vm.WrongState) as caught:
+                guest._settled('started', vm.Status(vm.State.OFF))
+            self.assertEqual(caught.exception.message, says)
+            self.assertIn(hint, caught.exception.hint)
+
+    def test_libvirt_was_never_there(self) -> None:
+        own, port = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}, free_port()
+        self.directory.chmod(0o711)
+        subprocess.run([sys.executable, '-c', 'import vmmonitor; '
+                        'vmmonitor.Machine("m1", memory=32)'], cwd=HERE,
+                       env={**os.environ, **own}, check=True, timeout=30)
+        uri = 'qemu+unix:///system?socket=/nonexistent/sock'
+        path = self.config({'libvirt': {'uri': uri}, 'listener': {'enabled': True, 'port': port}})
+        program = self.program('--monitor', '--listen', env=own, config=path)
+        program.wait_log('listening')
+        for command, answer in (('start', 'm1: started'), ('stop', 'm1: asked to shut down'),
+                                ('save', 'm1: saved'), ('wake', 'm1: restored')):
+            query = f'{command}&target=m1'
+            self.assertEqual(self.answers(port, query)[query], (200, answer))
+        status, text = self.answers(port, 'list')['list']
+        self.assertRegex(text, r'^m1 running .*\nlibvirt qemu.* is away: .*systemctl start')
+        self.assertEqual(status, 200)
+        self.assertEqual(self.answers(port, 'stop&target=web1').popitem()[1][0], 503)
+        status, out, err = vmmonitor('--config', path, '--status', env=own)
+        self.assertRegex(out, r'(?m)^m1 +running ')
+        self.assertRegex(err, r'systemctl start libvirtd')
+        self.assertEqual(status, 1)
+        subprocess.run([sys.executable, '-c', 'import vmmonitor; '
+                        'vmmonitor.Machine.load("m1").delete(force=True)'], cwd=HERE,
+                       env={**os.environ, **own}, check=True, timeout=30)
 
     def test_a_qemu_that_died(self) -> None:
         self.only('web1')

@@ -1729,9 +1729,7 @@ class Guest:
 
     def _shut_down_by_agent(self, mode: str = 'powerdown') -> bool:
         """Tell whether the agent took guest-shutdown, which has no answer when it works."""
-        try:
-            self.agent('guest-ping')
-        except AgentError:
+        if self.agent_state() != 'connected' or not self.agent_answers():
             return False
         try:
             self.agent('guest-shutdown', {'mode': mode})
@@ -1766,6 +1764,14 @@ class Guest:
     def picture(self) -> bytes:
         """Return a PNG of what its screen shows."""
         raise NotImplementedError
+
+    def _await_waking(self, whole: bool = False) -> None:
+        """Wait until it is awake, with `whole` until its agent is, too, if it has one: who is saved
+        in the middle of waking up may hang when it is restored."""
+        deadline = Deadline(AWAKE_TIMEOUT)
+        deadline.poll(lambda: self.state() is not State.ASLEEP)
+        if whole and self.agent_state() not in ('absent', 'silent'):
+            deadline.poll(self.agent_answers)
 
     def power_button(self) -> None:
         """Press the ACPI power button."""
@@ -3066,6 +3072,8 @@ class Domain(Guest):
         while not deadline.passed():
             state = self.state()
             if state is State.RUNNING:
+                if 'restored' in done:
+                    self._wake_restored()
                 return self._settled(done[0], before) if done else 'already running'
             if state is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed and is kept for inspection',
@@ -3107,8 +3115,17 @@ class Domain(Guest):
             return 'booted anew: the saved state was not usable'
         return says
 
-    def _await_waking(self) -> None:
-        Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
+    def _wake_restored(self) -> None:
+        """Wake a guest that somebody saved while it was asleep: QEMU 9.0 and later restore it
+        asleep (system_wakeup), and libvirt takes it for running."""
+        try:
+            status = checked('query-status', parse_json(self._qmp('query-status')),
+                             {'return': {'status': str}})['return']['status']
+            if status == 'suspended':
+                self._qmp('system_wakeup')
+        except (GuestError, LibvirtError, ValueError) as problem:   # it is restored all the same
+            log.debug('%s: query-status: %s', self.name, explain(problem))
+
 
     def _shut_down_by_agent(self, mode: str = 'powerdown') -> bool:
         asked = super()._shut_down_by_agent(mode)
@@ -3154,7 +3171,7 @@ class Domain(Guest):
             return 'already saved'
         if state is State.ASLEEP:
             self._act('virDomainPMWakeup', 0)
-            self._await_waking()
+            self._await_waking(whole=True)
         elif state not in (State.RUNNING, State.PAUSED):
             raise WrongState(f'{self.name} is {state.value} and can\'t be saved', 'start it first')
         self._act('virDomainManagedSave', SAVE_RUNNING)
@@ -3180,6 +3197,14 @@ class Domain(Guest):
             text = connection.library.take_string(connection.call('virDomainGetXMLDesc', handle, 0))
         # libvirt wrote it anew, so that it has no entities but XML's own.
         return xml.etree.ElementTree.fromstring(text)   # nosec B314
+
+    def _qmp(self, command: str) -> str:
+        """Return QEMU's own answer to a command (virDomainQemuMonitorCommand), JSON."""
+        with self._on(self.host.queries) as (connection, handle):
+            answer = _PTR()
+            connection.call('virDomainQemuMonitorCommand', handle,
+                            json.dumps({'execute': command}).encode(), ctypes.byref(answer), 0)
+            return connection.library.take_string(answer.value) if answer.value else ''
 
     # Guest agent
 
@@ -3256,13 +3281,7 @@ class Domain(Guest):
         try:
             timers = self._xml().iterfind('clock/timer[@name="rtc"]')
             if any(timer.get('tickpolicy') == 'catchup' for timer in timers):
-                with self._on(self.host.queries) as (connection, handle):
-                    answer = _PTR()
-                    connection.call('virDomainQemuMonitorCommand', handle,
-                                    b'{"execute": "rtc-reset-reinjection"}',
-                                    ctypes.byref(answer), 0)
-                    if answer.value:
-                        connection.library.take_string(answer.value)
+                self._qmp('rtc-reset-reinjection')
         except (GuestError, LibvirtError) as problem:       # the time is set all the same
             log.debug('%s: rtc-reset-reinjection: %s', self.name, explain(problem))
 
@@ -9392,8 +9411,6 @@ class MemoryStream:
         with self.file.change():
             if self.qemu.state() is State.SAVED:
                 return 'already saved'
-            if self.qemu.state() is State.ASLEEP:
-                self.qemu.wake_up()
             self.qemu.require_savable()
             path = image_path(file) if file else os.path.join(self.file.home, 'memory')
             if not file:                        # of a restore that was killed: it fits no more
@@ -10646,6 +10663,9 @@ class Machine(Guest):
 
         Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
         """
+        if self.state() is State.ASLEEP:
+            self.qemu.wake_up()
+            self._await_waking(whole=True)
         return self._memory.save(file)
 
     def delete_saved(self) -> str:
