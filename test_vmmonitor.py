@@ -84,7 +84,7 @@ PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'qemu-system-x86', 'qemu-utils', 'qemu-guest-agent', 'busybox-static',
             'cpio', 'kmod', 'iproute2', 'openssl', 'curl', 'xz-utils', 'python3', 'nftables',
             'iptables', 'debootstrap', 'e2fsprogs', 'xorriso', 'ovmf', 'testssl.sh', 'wget',
-            'nodejs', 'python3-requests', 'python3-aiohttp')
+            'nodejs', 'python3-requests', 'python3-aiohttp', 'chromium', 'chromium-driver')
 Found = TypeVar('Found')
 
 
@@ -2413,7 +2413,7 @@ except vm.ConfigError as problem:
             return set(values['enabled'])
         # A file from before there were more commands switches none of the later ones on.
         old = {'wake': True, 'save': False, 'start': True, 'stop': True}
-        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list'})
+        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list', 'log'})
         for value, why in (([], 'must be an object such as {"start": true'), ({'start': 1}, 'must'),
                            ({'strat': True}, 'strat: unknown; the commands are start, stop')):
             _, problems = vm.parse(json.dumps({'listener': {'commandsEnabled': value}}), 'x')
@@ -3809,8 +3809,8 @@ class ListenerTest(ConfigCase):
                  (400, 'discard is 0 or 1, and goes with start')),
                 (f'key={KEY}&cmd=stop&target=web1&wait=agent', (),
                  (400, 'wait=agent goes with start and wake')),
-                (f'key={KEY}&cmd=fly&target=web1', (), (400, 'cmd must be one of start, stop, '
-                                                        'save, wake, status, list')),
+                (f'key={KEY}&cmd=fly&target=web1', (), (
+                    400, f'cmd must be one of {", ".join(vm.COMMANDS)}')),
                 (f'key={KEY}&cmd=start', (), (400, 'target is missing: the name of the guest to '
                                               'start')),
                 (f'key={KEY}&cmd=list&target=web1', (), (400, 'list takes no target')),
@@ -3847,7 +3847,7 @@ class ListenerTest(ConfigCase):
         for command in vm.COMMANDS:
             path = self.write(self.changes, {'listener': {'commandsEnabled': {command: False}}})
             self.settings.config = vm.load(path)
-            target = '' if command == 'list' else '&target=web1'
+            target = '' if command in vm.FOR_ALL else '&target=web1'
             self.assertEqual(self.ask(f'cmd={command}{target}', *self.BEARER),
                              (403, f'{command} is switched off (listener.commandsEnabled)'))
         self.assertEqual(self.guest.calls, [])
@@ -3886,7 +3886,7 @@ class ListenerTest(ConfigCase):
         self.assertEqual((status, json.loads(body)['guests'][0]), (200, {
             'name': 'web1', 'state': 'running', 'agent': 'connected', 'clock': {
                 'cause': 'resumed', 'beforeMs': -3000.0, 'afterMs': 1.0, 'corrected': True,
-                'at': '1970-01-02T00:00:00Z'}, 'lastCommand': None, 'reason': ''}))
+                'at': '1970-01-02T00:00:00Z', 'history': []}, 'lastCommand': None, 'reason': ''}))
         status, body = self.ask('cmd=x', *self.BEARER, '-H', 'Accept: application/json')
         self.assertEqual((status, list(json.loads(body))), (400, ['error']))
 
@@ -9191,6 +9191,69 @@ class OneShotTest(GuestCase):
         self.assertRegex(done.stdout.decode(), r'FAIL  libvirt .*Permission denied.*group libvirt')
 
 
+class Browser:
+    """Chromium without a window, by the WebDriver protocol of its chromedriver."""
+
+    ELEMENT = 'element-6066-11e4-a52e-4f735466cecf'     # the key of a reference to an element
+
+    def __init__(self, case: unittest.TestCase) -> None:
+        self.place = f'http://127.0.0.1:{free_port()}'
+        driver = subprocess.Popen(['chromedriver', f'--port={self.place.rpartition(":")[2]}'],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        case.addCleanup(driver.wait, 20)
+        case.addCleanup(driver.terminate)
+        soon(self._ready, 20, 'chromedriver')
+        home = tempfile.mkdtemp(prefix=OURS)
+        case.addCleanup(shutil.rmtree, home, ignore_errors=True)
+        capabilities = {'alwaysMatch': {
+            'acceptInsecureCerts': True, 'goog:loggingPrefs': {'browser': 'ALL'},
+            'goog:chromeOptions': {'args': [
+                '--headless=new', '--no-sandbox', '--disable-gpu', '--window-size=1100,1000',
+                '--disable-dev-shm-usage', f'--user-data-dir={home}']}}}
+        session = self.call('POST', 'session', capabilities=capabilities)
+        self.place += f'/session/{session["sessionId"]}'
+        case.addCleanup(self.call, 'DELETE', '')
+
+    def _ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.call('GET', 'status')['ready'])
+        return False
+
+    def call(self, method: str, path: str, **members: Any) -> Any:
+        """Carry out a command of the protocol."""
+        request = urllib.request.Request(
+            f'{self.place}/{path}'.rstrip('/'), method=method,
+            data=json.dumps(members).encode() if method == 'POST' else None)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)['value']
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """Run a script in the page and return what it returns."""
+        return self.call('POST', 'execute/sync', script=script, args=arguments)
+
+    def text(self, selector: str) -> str:
+        """Return the text of the first element that a selector finds, '' for none."""
+        return str(self.run('const found = document.querySelector(arguments[0]); '
+                            'return found ? found.innerText : ""', selector))
+
+    def element(self, selector: str) -> str:
+        """Return the path of an element in the protocol."""
+        found = self.call('POST', 'element', using='css selector', value=selector)
+        return f'element/{found[self.ELEMENT]}'
+
+    def click(self, selector: str) -> None:
+        """Click on an element as a person does."""
+        self.call('POST', f'{self.element(selector)}/click')
+
+    def type(self, selector: str, text: str) -> None:
+        """Type into an element."""
+        self.call('POST', f'{self.element(selector)}/value', text=text)
+
+    def picture(self, path: str) -> None:
+        """Write what it shows to a PNG file."""
+        Path(path).write_bytes(base64.b64decode(self.call('GET', 'screenshot')))
+
+
 class DaemonTest(GuestCase):
     """The program as a service: start, stop, reload, a libvirt that comes and goes."""
 
@@ -9497,6 +9560,119 @@ class DaemonTest(GuestCase):
         self.assertEqual(ask('off'), ('200', b'seen: already off'))
         self.assertEqual(ask('screenshot'), ('409', b'seen is off: it shows nothing; start it '
                                                     b'first'))
+
+    def test_page(self) -> None:
+        guest, web, port = self.vm('seen', video=True), self.vm('web1'), free_port()
+        self.only('seen', 'web1')
+        evil = '<img src=x onerror=document.title="pwned">'
+        path = self.host.dir / 'odd.xml'
+        for name in (evil, *(f'more{number}' for number in range(100))):
+            path.write_text(self.NAMELESS % html.escape(name))
+            self.host.virsh('define', str(path))
+            self.addCleanup(self.host.virsh, 'undefine', '--', name)
+        limited = 'l' * 20
+        config = self.config({'listener': {
+            'enabled': True, 'port': port, 'commandsEnabled': {
+                'off': True, 'screenshot': True, 'pause': True, 'resume': True},
+            'keys': [{'name': 'one', 'key': limited, 'targets': ['web1'],
+                      'commands': ['list', 'start']}]}})
+        program = self.program('--monitor', '--listen', config=config)
+        program.wait_log('connected after')
+        for one in (guest, web):
+            one.wait_agent()
+        browser = Browser(self)
+        browser.call('POST', 'url', url=f'https://localhost:{port}/')
+        item = '#guests li[data-name="{}"]'.format
+
+        def says(selector: str, wanted: str, timeout: float = 30) -> None:
+            soon(lambda: wanted in browser.text(selector), timeout,
+                 f'{wanted} in {selector}, which says {browser.text(selector)!r}')
+        browser.type('#key', 'wrong\n')
+        says('#refused', 'wrong key')
+        browser.type('#key', f'{limited}\n')
+        says('#count', '1 of 1 guests')
+        self.assertEqual(browser.run('return [...document.querySelectorAll("#guests button")].'
+                                     'map(one => one.innerText)'), [])      # it runs already
+        browser.click('#forget')
+        browser.type('#key', f'{KEY}\n')
+        says('#count', '103 of 103 guests')
+        self.assertEqual(browser.run('return document.title'), 'vmmonitor')
+        self.assertIn(evil, browser.text('#guests'))
+        browser.run('document.querySelector(arguments[0]).scrollIntoView()', item('seen'))
+        soon(lambda: browser.run('return document.querySelector(arguments[0]).naturalWidth > 0',
+                                 f'{item("seen")} img'), 30, 'its picture')
+        self.look_at(browser)
+        # What is done by a button, and what is done elsewhere.
+        browser.click(f'{item("web1")} button[aria-label="save web1"]')
+        says(f'{item("web1")} .state', 'saved')
+        says(f'{item("web1")} .does', 'saved')
+        browser.click(f'{item("web1")} button[aria-label="start web1"]')
+        says(f'{item("web1")} .does', 'restored')
+        says('#log', 'start web1: restored')
+        says('#log', 'web1: clock corrected, cause=restored')
+        guest.virsh('suspend')
+        says(f'{item("seen")} .state', 'paused')
+        guest.virsh('resume')
+        says(f'{item("seen")} .clock', '(resumed)')
+        browser.click(f'{item("seen")} button[aria-label="off seen"]')
+        says('#question', 'Pull the plug of seen?')
+        browser.click('#sure button[value=no]')
+        self.assertEqual(guest.state(), 'running')
+        browser.click(f'{item("seen")} button[aria-label="off seen"]')
+        browser.click('#sure button[value=yes]')
+        says(f'{item("seen")} .state', 'off')
+        browser.type('#filter', 'MORE7')
+        says('#count', '11 of 103 guests')
+        # A certificate that is renewed, and a libvirtd that goes and comes back.
+        make_certificate(self.directory)
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_log('configuration read again')
+        self.host.kill9()
+        says('#away', 'is away')
+        self.host.start()
+        soon(lambda: browser.text('#away') == '', 30)
+        says('#count', '11 of 103 guests')
+        problems = [row['message'] for row in browser.call('POST', 'se/log', type='browser')
+                    if 'Failed to load resource' not in row['message']]
+        self.assertEqual(problems, [])              # nothing that the policy refused, above all
+        # Who is no browser gets no page, nor does anybody when it is switched off.
+        for accept in ('*/*', 'application/json'):
+            self.assertEqual(self.answer_to(port, accept)[0], 401)
+        status, headers = self.answer_to(port, 'text/html')
+        self.assertEqual(status, 200)
+        for part in ("default-src 'none'", "frame-ancestors 'none'", "script-src 'sha256-"):
+            self.assertIn(part, headers['Content-Security-Policy'])
+        self.assertNotIn('Set-Cookie', headers)
+
+    def look_at(self, browser: Browser) -> None:
+        """Leave pictures of the page in the directory that PICTURES names, if it does."""
+        where = os.environ.get('PICTURES')
+        for name, scheme, width in (('light', 'light', 1100), ('dark', 'dark', 1100),
+                                    ('phone', 'light', 390)) if where else ():
+            browser.call('POST', 'goog/cdp/execute', cmd='Emulation.setEmulatedMedia', params={
+                'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
+            browser.call('POST', 'goog/cdp/execute', cmd='Emulation.setDeviceMetricsOverride',
+                         params={'width': width, 'height': 1000, 'deviceScaleFactor': 1,
+                                 'mobile': width < 500})
+            time.sleep(0.5)
+            browser.run('document.querySelector(arguments[0]).scrollIntoView({block: "center"})',
+                        '#guests li[data-name="seen"]')
+            browser.picture(f'{where}/{name}.png')
+        if where:
+            browser.call('POST', 'goog/cdp/execute', params={},
+                         cmd='Emulation.clearDeviceMetricsOverride')
+
+    @staticmethod
+    def answer_to(port: int, accept: str) -> tuple[int, Any]:
+        """Return status and headers of the answer to a request without a query."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        request = urllib.request.Request(f'https://localhost:{port}/', headers={'Accept': accept})
+        try:
+            with urllib.request.urlopen(request, timeout=20, context=context) as answer:
+                return answer.status, answer.headers
+        except urllib.error.HTTPError as problem:
+            return problem.code, problem.headers
 
     NAMELESS = ('<domain type="qemu"><name>%s</name><memory unit="MiB">64</memory><os>'
                 '<type arch="x86_64" machine="q35">hvm</type></os></domain>')

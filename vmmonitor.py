@@ -59,6 +59,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     guests                 one name space over the hosts; one command per guest at a time
     monitor                triggers -> at most one clock job per guest
     startup                the lists for the way up and the way down
+    page                   what a browser is shown
     listener               Server, ClientConnection (the wire), Dispatcher (and all error policy)
   part 2: networks
     ip                     reading links and routes, changing them, and what is refused
@@ -1120,7 +1121,9 @@ VERBS = {
     'resume': Verb('let them go on'),
     'status': Verb('what it is doing', enabled=True, act=False),
     'screenshot': Verb('a PNG of what its screen shows', act=False),
-    'list': Verb('all guests, and what they are doing', enabled=True, act=False)}
+    'list': Verb('all guests, and what they are doing', enabled=True, act=False),
+    'log': Verb('the last commands and corrections', enabled=True, act=False)}
+FOR_ALL = ('list', 'log')      # they take no target
 COMMANDS = tuple(VERBS)
 
 
@@ -1247,6 +1250,8 @@ class Config:
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = option(
         'listener.trustedProxies', (), a_list(a_network),
         'addresses or networks of proxies whose X-Forwarded-For says who asks')
+    page: bool = option(
+        'listener.page', True, a_bool, 'show browsers a page')
     startup_enabled: bool = option(
         'startup.enabled', False, a_bool, 'start guests when the host has booted', restart=True)
     steps: tuple[Step, ...] = option(
@@ -1843,6 +1848,17 @@ class Guest:
                     socket.create_connection((address, port), CONNECT_TIMEOUT):
                 return True
         return False
+
+    def remembered(self) -> tuple[Status, str] | None:
+        """Return status() and agent_state() if they are known without asking anybody."""
+        return None
+
+    def seen(self) -> tuple[Status, str]:
+        """Return status() and agent_state(); those that are remembered, if they are."""
+        return self.remembered() or self._look()
+
+    def _look(self) -> tuple[Status, str]:
+        return self.status(), self.agent_state()
 
     def autostarts(self) -> bool:
         """Tell whether something else than this program starts it when the host boots."""
@@ -2646,7 +2662,7 @@ class Subscription:
 
 
 def _on_lifecycle(_conn: int, domain: int, event: int, detail: int, number: int) -> int:
-    kind = LIFECYCLE_KINDS.get((event, detail), DEFAULT_KINDS.get(event, ''))
+    kind = LIFECYCLE_KINDS.get((event, detail), DEFAULT_KINDS.get(event, 'changed'))
     Subscription.deliver(number, domain, kind)
     return 0
 
@@ -2656,7 +2672,7 @@ def _on_wakeup(_conn: int, domain: int, _reason: int, number: int) -> None:
 
 
 def _on_agent(_conn: int, domain: int, state: int, _reason: int, number: int) -> None:
-    Subscription.deliver(number, domain, 'agent connected' if state == 1 else '')
+    Subscription.deliver(number, domain, 'agent connected' if state == 1 else 'changed')
 
 
 _ON_CLOSE = CloseCallback(lambda _conn, reason, number: Subscription.close(number, reason))
@@ -2905,6 +2921,12 @@ class LibvirtHost:
         self.agents = ConnectionPool(uri, AGENT_CALLS)      # guest agents that answer
         self.slow = ConnectionPool(uri, SLOW_CALLS)         # guest agents that did not
         self.silent: dict[str, bool] = {}               # UUID -> True: its agent was silent
+        # What was seen since the last event, while events come: that it is still so need not be
+        # asked. A look that an event overtook is not kept.
+        self._memory = threading.Lock()                 # guards these
+        self._serial = 0                                # of the last event
+        self._names: dict[str, str] | None = None       # name -> UUID of all domains
+        self._seen: dict[str, tuple[Status, str]] = {}  # UUID -> status, state of its agent
         self.up = threading.Event()                     # connected, with events registered
         self.stopping = threading.Event()
         self.problem: LibvirtError | None = None     # why the last attempt failed
@@ -2923,9 +2945,11 @@ class LibvirtHost:
 
     def _link(self, receive: Callable[[GuestEvent], None]) -> None:
         def notify(uuid: str, name: str, kind: str) -> None:
+            self._forget(uuid)
             if kind in ('agent connected', 'stopped'):
                 self.silent.pop(uuid, None)         # a new agent may be a better one
-            receive(GuestEvent(Domain(self, uuid, name), kind, time.monotonic()))
+            if kind != 'changed':
+                receive(GuestEvent(Domain(self, uuid, name), kind, time.monotonic()))
         pause, since = RECONNECT_FIRST, time.monotonic()
         while not self.stopping.is_set():
             try:
@@ -2950,6 +2974,7 @@ class LibvirtHost:
         try:
             running = connection.domains(LIST_RUNNING)
             self.problem = None
+            self._forget()
             self.up.set()
             log.info('libvirt %s: connected after %.1f s, version %s, %d guests running',
                      self.uri, time.monotonic() - since, connection.version(), len(running))
@@ -2986,9 +3011,39 @@ class LibvirtHost:
             raise HostAway(f'{self.name} is away: {self.problem or "not connected yet"}',
                            hint='try again in a moment')
 
+    def _forget(self, uuid: str = '') -> None:
+        """Something happened to a domain, or may have happened to all."""
+        with self._memory:
+            self._serial, self._names = self._serial + 1, None
+            if uuid:
+                self._seen.pop(uuid, None)
+            else:
+                self._seen.clear()
+
+    def _follows(self) -> bool:
+        return self._thread is not None and self.up.is_set()
+
+    def remembered(self, uuid: str) -> tuple[Status, str] | None:
+        """Return status and agent of a domain as they were seen since its last event."""
+        with self._memory:
+            return self._seen.get(uuid) if self._follows() else None
+
+    def look_at(self, domain: Domain) -> tuple[Status, str]:
+        """Return status and agent of a domain, and remember them."""
+        serial = self._serial
+        found = domain.status(), domain.channel_state()
+        with self._memory:
+            if serial == self._serial:
+                self._seen[domain.id] = found
+        return found
+
     def find(self, name: str) -> Guest | None:
         """Return the domain `name`, or None (virDomainLookupByName)."""
         self.reachable()
+        with self._memory:
+            uuid = (self._names or {}).get(name) if self._follows() else None
+        if uuid:
+            return Domain(self, uuid, name)
         try:
             with self.queries.connection(QUERY_TIMEOUT) as connection, \
                     connection.named(name) as handle:
@@ -3001,9 +3056,16 @@ class LibvirtHost:
     def all(self, running: bool = False) -> list[Guest]:
         """Return all domains, or those that run, by name."""
         self.reachable()
-        with self.queries.connection(QUERY_TIMEOUT) as connection:
-            found = connection.domains(LIST_RUNNING if running else 0)
-        return sorted((Domain(self, *item) for item in found), key=lambda guest: guest.name)
+        with self._memory:
+            serial, names = self._serial, self._names if self._follows() else None
+        if running or names is None:
+            with self.queries.connection(QUERY_TIMEOUT) as connection:
+                found = connection.domains(LIST_RUNNING if running else 0)
+            names = {name: uuid for uuid, name in found}
+            with self._memory:
+                if not running and serial == self._serial:
+                    self._names = names
+        return [Domain(self, names[name], name) for name in sorted(names)]
 
 
 class Domain(Guest):
@@ -3264,12 +3326,26 @@ class Domain(Guest):
     def agent_state(self) -> str:
         """Return absent, disconnected, connected or silent, without asking the agent: from the
         domain's XML, and from how its last call ended."""
+        return self._heard(self.channel_state())
+
+    def _heard(self, channel: str) -> str:
+        return 'silent' if channel != 'absent' and self.id in self.host.silent else channel
+
+    def channel_state(self) -> str:
+        """Return absent, disconnected or connected: what the domain's XML says."""
         for channel in self._xml().iterfind('devices/channel/target'):
             if channel.get('name', '').startswith('org.qemu.guest_agent.'):
-                if self.id in self.host.silent:
-                    return 'silent'
                 return channel.get('state', 'disconnected')
         return 'absent'
+
+    def remembered(self) -> tuple[Status, str] | None:
+        """Return status() and agent_state() as seen since its last event, or None."""
+        found = self.host.remembered(self.id)
+        return found and (found[0], self._heard(found[1]))
+
+    def _look(self) -> tuple[Status, str]:
+        status, channel = self.host.look_at(self)
+        return status, self._heard(channel)
 
     def set_time(self, when: Callable[[], int] | None) -> None:
         """Set its clock (guest-set-time).
@@ -3287,6 +3363,10 @@ class Domain(Guest):
 
 
 # === guests =====================================================================================
+
+RECENT = 100                   # commands and corrections that are remembered ...
+OFFSETS = 60                   # ... and offsets of a guest's clock
+
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
     """Return process and user at the other end of a unix socket (SO_PEERCRED, unix(7))."""
@@ -3362,6 +3442,11 @@ class Guests:
     def __init__(self, hosts: Sequence[GuestHost]) -> None:
         self.hosts = list(hosts)
         self.commands: dict[str, dict[str, Any]] = {}   # id of a guest -> the last one, as JSON
+        self.recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT)
+        self.serial = 0                             # of the last entry in `recent`
+        self.lists: dict[str, str] = {}             # "startup" -> where that list is now
+        self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
+        #                                             the last ones found: seconds since 1970, ms
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy; notified when one ends
 
@@ -3414,9 +3499,17 @@ class Guests:
             except Exception as problem:
                 self.commands[guest.id] = {**known, **told(
                     problem if isinstance(problem, Error) else Error(explain(problem)))}
+                self.note(guest.name, f'{action} {guest.name}: {explain(problem)}', failed=True)
                 raise
             self.commands[guest.id] = {**known, 'result': says}
+            self.note(guest.name, f'{action} {guest.name}: {says}')
             return says
+
+    def note(self, guest: str, text: str, failed: bool = False) -> None:
+        """Add a line to the last commands and corrections, which `cmd=log` shows."""
+        self.recent.append({'at': utc(time.time()), 'guest': guest, 'text': clip(text),
+                            'failed': failed})
+        self.serial += 1
 
     @contextlib.contextmanager
     def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
@@ -3531,6 +3624,7 @@ class Monitor:
         with self._lock:
             if event.kind in self.NEW_START or event.kind == 'stopped':
                 self._told.pop(key, None)
+                self.corrections.pop(key, None)         # it was of the guest's life before
             job = self._jobs.get(key)
             if job and event.kind == 'booted':
                 job.event = job.event._replace(kind='booted')
@@ -3584,6 +3678,11 @@ class Monitor:
         finally:
             job.late = result.late
         result.cause = job.event.kind
+        self.guests.offsets.setdefault(guest.id, collections.deque(maxlen=OFFSETS)).extend(
+            (round(result.when), offset / MS) for offset in
+            ([result.before] if result.method else []) + [result.after])
+        if result.method:
+            self.guests.note(guest.name, str(result))
         if result.method or guest.id not in self.corrections:
             self.corrections[guest.id] = result
         log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
@@ -3596,6 +3695,8 @@ class Monitor:
             told = self._told.setdefault(guest.id, set())
             news = kind not in told
             told.add(kind)
+        if news:
+            self.guests.note(guest.name, f'{guest.name}: {text}', failed=True)
         log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
 
     def _watch_host(self, timer: ClockSetTimer) -> None:
@@ -3918,6 +4019,346 @@ class Shutdown(GuestList):
             yield f'not known: {explain(problem)}'
 
 
+# === page =======================================================================================
+# What a browser is shown: three constants, page() puts them together. Nothing is loaded from
+# elsewhere, and nothing that comes from a guest is ever read as HTML: the script makes elements and
+# sets their text; the policy (hashes, no inline handlers, Trusted Types) would refuse the rest.
+
+PAGE_STYLE = r'''
+:root { color-scheme: light dark; --edge: #8884; --good: #187a3d; --bad: #b3261e; --dim: #667;
+        --face: #f3f4f7; --accent: #2457b3 }
+@media (prefers-color-scheme: dark) {
+  :root { --good: #69c78d; --bad: #ff8a80; --dim: #99a; --face: #23252b; --accent: #8ab4f8 } }
+* { box-sizing: border-box }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem }
+h1 { font-size: 1.25rem; margin: 0 } h2 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+header, .tools, .does { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
+header { justify-content: space-between; margin-bottom: .8rem }
+button, input, select { font: inherit; padding: .3rem .7rem; border-radius: .4rem;
+  border: 1px solid var(--edge); background: var(--face); color: inherit; min-height: 2.25rem }
+button { cursor: pointer } button:disabled { cursor: default; opacity: .5 }
+button.danger { color: var(--bad) }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
+ul { list-style: none; margin: 0; padding: 0 }
+.guest { display: grid; gap: .2rem 1rem; padding: .8rem; margin: .5rem 0; border-radius: .6rem;
+  border: 1px solid var(--edge); grid-template-columns: 8rem minmax(10rem, 1fr) minmax(12rem, 1fr);
+  grid-template-areas: "picture name clock" "picture facts plot" "wrong wrong wrong"
+    "does does does" }
+.picture { grid-area: picture; width: 8rem; height: 6rem; object-fit: contain;
+  border-radius: .3rem;
+  background: #000 }
+.picture.none { background: var(--face) }
+.name { grid-area: name; font-size: 1.05rem; margin: 0; overflow-wrap: anywhere }
+.facts { grid-area: facts } .clock { grid-area: clock } .plot { grid-area: plot }
+.wrong { grid-area: wrong; color: var(--bad); margin: 0 } .does { grid-area: does }
+.state::before { content: "\25cf\a0"; color: var(--dim) }
+.state.running::before { color: var(--good) }
+.state.crashed::before { color: var(--bad) }
+.dim, time { color: var(--dim) } .bad { color: var(--bad) } .good { color: var(--good) }
+svg { width: 100%; height: 2.5rem; display: block }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+line { stroke: var(--edge); vector-effect: non-scaling-stroke }
+.log li { border-top: 1px solid var(--edge); padding: .2rem 0; overflow-wrap: anywhere }
+dialog { border: 1px solid var(--edge); border-radius: .6rem; max-width: 26rem; color: inherit;
+  background: Canvas }
+dialog form { display: grid; gap: .7rem } dialog p { margin: 0 }
+@media (max-width: 40rem) {
+  .guest { grid-template-columns: 5rem 1fr; grid-template-areas: "picture name" "picture facts"
+    "clock clock" "plot plot" "wrong wrong" "does does" }
+  .picture { width: 5rem; height: 3.75rem } }
+@media (prefers-reduced-motion: no-preference) { button { transition: opacity .15s } }
+'''
+
+PAGE_BODY = '''
+<header><h1>vmmonitor <span id="host" class="dim"></span></h1>
+<span><span id="link" role="status"></span>
+<button id="forget" hidden>Forget the key</button></span>
+</header>
+<noscript><p>This page needs JavaScript; curl does not: see the README.</p></noscript>
+<form id="login" hidden>
+<p><label for="key">Key of the listener, or one of listener.keys</label></p>
+<div class="tools"><input id="key" type="password" autocomplete="off" required>
+<button>Open</button></div><p id="refused" class="bad" role="alert"></p>
+</form>
+<main id="main" hidden>
+<div class="tools"><label>Show <input id="filter" type="search" placeholder="name, state"></label>
+<label>by <select id="order"><option value="name">name</option><option value="state">state</option>
+<option value="offset">clock offset</option><option value="host">host</option></select></label>
+<span id="count" class="dim" role="status"></span></div>
+<div id="away" class="bad" role="status"></div><div id="lists" role="status"></div>
+<ul id="guests" aria-label="guests"></ul>
+<h2>Last commands and corrections</h2><ol id="log" class="log" reversed></ol>
+</main>
+<dialog id="sure" aria-labelledby="question"><form method="dialog"><p id="question"></p>
+<div class="tools"><button value="no">No</button>
+<button value="yes" class="danger">Yes</button></div></form></dialog>
+'''
+
+PAGE_SCRIPT = r'''
+'use strict';
+const $ = id => document.getElementById(id);
+const DANGEROUS = { off: 'Pull the plug of', reset: 'Press the reset button of' };
+const FITTING = {                       // what can be done in which state
+  running: ['stop', 'save', 'pause', 'reboot', 'reset', 'off'], off: ['start'],
+  paused: ['resume', 'save', 'off'], asleep: ['wake', 'save', 'off'], saved: ['start'],
+  crashed: ['off'], stopping: ['off'] };
+const rows = new Map();                 // name -> the row of a guest, and what it holds
+let etag = '', known = { guests: [] }, logged = -1, failures = 0, timer = 0;
+
+function make(tag, properties = {}, ...inside) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...inside);
+  return made;
+}
+
+async function ask(query, headers = {}) {
+  return fetch('?' + new URLSearchParams(query), { cache: 'no-store', headers: {
+    Authorization: 'Bearer ' + sessionStorage.getItem('key'), ...headers } });
+}
+
+async function askJson(query) {
+  const answer = await ask(query, { Accept: 'application/json' });
+  return [answer.status, await answer.json()];
+}
+
+// --- what is seen ---
+
+const ms = value => Math.abs(value) < 10000 ? value.toFixed(1) + ' ms'
+  : (value / 1000).toFixed(1) + ' s';
+const when = text => make('time', { dateTime: text }, new Date(text).toLocaleTimeString());
+
+function plot(points) {                 // [[seconds since 1970, offset in ms], ...]
+  const space = 'http://www.w3.org/2000/svg', svg = document.createElementNS(space, 'svg');
+  svg.setAttribute('viewBox', '0 -20 200 40');
+  svg.setAttribute('preserveAspectRatio', 'none');
+  svg.setAttribute('role', 'img');
+  svg.setAttribute('aria-label', `the last ${points.length} offsets of the clock, in ms: ` +
+    points.map(point => point[1].toFixed(1)).join(', '));
+  const line = document.createElementNS(space, 'polyline');
+  const zero = document.createElementNS(space, 'line');
+  for (const [key, value] of Object.entries({ x1: 0, x2: 200, y1: 0, y2: 0 }))
+    zero.setAttribute(key, value);
+  const scale = offset => -18 * Math.sign(offset) * Math.log1p(Math.abs(offset)) / Math.log1p(
+    Math.max(10, ...points.map(point => Math.abs(point[1]))));
+  line.setAttribute('points', points.map((point, place) =>
+    `${200 * place / Math.max(1, points.length - 1)},${scale(point[1])}`).join(' '));
+  svg.append(zero, line);
+  return svg;
+}
+
+function build(name) {
+  const row = { picture: make('img', { className: 'picture none', alt: '' }),
+    name: make('h3', { className: 'name' }, name), facts: make('div', { className: 'facts' }),
+    clock: make('div', { className: 'clock' }), plot: make('div', { className: 'plot' }),
+    wrong: make('p', { className: 'wrong' }), does: make('div', { className: 'does' }),
+    said: make('span', { role: 'status' }), pending: '', began: 0, shown: '' };
+  row.item = make('li', { className: 'guest' }, row.picture, row.name, row.facts, row.clock,
+    row.plot, row.wrong, row.does);
+  row.item.dataset.name = name;
+  seen.observe(row.item);
+  return row;
+}
+
+function fill(row, guest) {
+  const text = JSON.stringify([guest, row.pending]);
+  if (text === row.shown) return;
+  Object.assign(row, { shown: text, blind: false });
+  const state = guest.state || 'unknown', clock = guest.clock;
+  row.facts.replaceChildren(
+    make('span', { className: 'state ' + state },
+      guest.reason && state !== 'running' ? `${state} (${guest.reason})` : state),
+    ` · agent ${guest.agent || '?'}`, guest.host ? ` · ${guest.host}` : '');
+  row.clock.replaceChildren(...clock ? ['clock ', make('strong', {}, ms(clock.afterMs)),
+    clock.corrected ? `, was ${ms(clock.beforeMs)} (${clock.cause}) ` : ` (${clock.cause}) `,
+    when(clock.at)] : [make('span', { className: 'dim' }, 'clock not looked at yet')]);
+  row.plot.replaceChildren(...clock && clock.history && clock.history.length > 1
+    ? [plot(clock.history)] : []);
+  row.wrong.textContent = [guest.error, guest.hint].filter(Boolean).join('; ');
+  row.does.replaceChildren(...(FITTING[state] || []).filter(verb => known.commands.includes(verb))
+    .map(verb => {
+      const button = make('button', { type: 'button', disabled: !!row.pending,
+        className: verb in DANGEROUS ? 'danger' : '', onclick: () => act(row, guest.name, verb) },
+        verb);
+      button.setAttribute('aria-label', `${verb} ${guest.name}`);
+      return button;
+    }), row.said);
+  if (!['running', 'paused'].includes(state)) {
+    row.picture.removeAttribute('src');
+    row.picture.alt = '';
+    row.picture.classList.add('none');
+  }
+}
+
+function show() {
+  const wanted = $('filter').value.toLowerCase(), order = $('order').value;
+  const key = { state: guest => guest.state || '', host: guest => guest.host || '',
+    offset: guest => guest.clock ? -Math.abs(guest.clock.afterMs) : 1 }[order] || (() => 0);
+  const chosen = known.guests.filter(guest =>
+    [guest.name, guest.state, guest.reason, guest.host].join(' ').toLowerCase().includes(wanted));
+  chosen.sort((a, b) => key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : a.name < b.name ? -1 : 1);
+  const items = chosen.map(guest => {
+    const id = (guest.host || '') + '/' + guest.name;
+    if (!rows.has(id)) rows.set(id, build(guest.name));
+    fill(rows.get(id), guest);
+    return rows.get(id).item;
+  });
+  const there = new Set(known.guests.map(guest => (guest.host || '') + '/' + guest.name));
+  for (const [id, row] of rows)
+    if (!there.has(id)) { seen.unobserve(row.item); row.item.remove(); rows.delete(id); }
+  const list = $('guests');
+  items.forEach((item, place) => {      // moved only where it must be: the focus stays
+    if (list.children[place] !== item) list.insertBefore(item, list.children[place] || null);
+  });
+  while (list.children.length > items.length) list.lastChild.remove();
+  $('count').textContent = `${items.length} of ${known.guests.length} guests`;
+  $('away').replaceChildren(...(known.away || []).map(one =>
+    make('p', {}, [one.error, one.hint].filter(Boolean).join('; '))));
+  $('lists').replaceChildren(...(known.lists || []).map(text => make('p', {}, text)));
+}
+
+async function showLog() {
+  const [status, answer] = await askJson({ cmd: 'log' });
+  if (status === 200) $('log').replaceChildren(...answer.lines.map(line =>
+    make('li', {}, when(line.at), ' ', make('span', { className: line.failed ? 'bad' : '' },
+      line.text))));
+}
+
+// --- what is done ---
+
+async function sure(verb, name) {
+  $('question').textContent = `${DANGEROUS[verb]} ${name}? What it has not written is lost.`;
+  $('sure').returnValue = 'no';
+  $('sure').showModal();
+  await new Promise(ended => $('sure').addEventListener('close', ended, { once: true }));
+  return $('sure').returnValue === 'yes';
+}
+
+async function act(row, name, verb) {
+  if (verb in DANGEROUS && !await sure(verb, name)) return;
+  Object.assign(row, { pending: verb, began: Date.now() });
+  row.said.className = 'dim';
+  const tick = setInterval(() => {
+    row.said.textContent = `${verb}: ${Math.round((Date.now() - row.began) / 1000)} s`;
+  }, 1000);
+  row.said.textContent = verb + ' …';
+  show();
+  let good = false, text;
+  try {
+    const [status, answer] = await askJson({ cmd: verb, target: name });
+    good = status < 300;
+    text = good ? answer.result : [answer.error, answer.hint].filter(Boolean).join('; ');
+  } catch (problem) {
+    text = 'no answer; look at its state';
+  }
+  clearInterval(tick);
+  row.pending = '';
+  row.said.className = good ? 'good' : 'bad';
+  row.said.textContent = text;
+  show();
+  look();
+}
+
+// Pictures: of the guests that are in view, one after another, each every few seconds.
+const inView = new Set();
+const seen = new IntersectionObserver(entries => entries.forEach(entry =>
+  inView[entry.isIntersecting ? 'add' : 'delete'](entry.target.dataset.name)));
+
+async function paint() {
+  for (const [, row] of rows) {
+    const guest = known.guests.find(one => one.name === row.item.dataset.name);
+    if (!guest || guest.state !== 'running' || !inView.has(guest.name) || document.hidden
+        || row.blind || !(known.commands || []).includes('screenshot')) continue;
+    try {
+      const answer = await ask({ cmd: 'screenshot', target: guest.name });
+      if (answer.status === 200) {
+        const old = row.picture.src;
+        row.picture.src = URL.createObjectURL(await answer.blob());
+        row.picture.alt = `the screen of ${guest.name}`;
+        row.picture.classList.remove('none');
+        if (old) URL.revokeObjectURL(old);
+      } else {
+        row.blind = true;               // until something about it changes
+      }
+    } catch (problem) { break; }
+  }
+  setTimeout(paint, 5000);
+}
+
+// --- staying in touch ---
+
+function enter(refusal) {
+  sessionStorage.removeItem('key');
+  Object.assign($('main'), { hidden: true });
+  Object.assign($('forget'), { hidden: true });
+  Object.assign($('login'), { hidden: false });
+  $('refused').textContent = refusal;
+  $('link').textContent = '';
+  $('key').focus();
+}
+
+async function look() {
+  clearTimeout(timer);
+  if (!sessionStorage.getItem('key')) return enter('');
+  try {
+    const answer = await ask({ cmd: 'list' }, { Accept: 'application/json',
+      ...etag && { 'If-None-Match': etag } });
+    if (answer.status === 200) {
+      etag = answer.headers.get('ETag') || '';
+      known = await answer.json();
+      show();
+      if (known.logged !== logged && known.commands.includes('log')) showLog();
+      logged = known.logged;
+    } else if ([401, 403, 429].includes(answer.status)) {
+      return enter((await answer.json()).error);
+    } else if (answer.status === 503) {
+      known.away = [await answer.json()];
+      etag = '';
+      show();
+    }
+    Object.assign($('main'), { hidden: false });
+    Object.assign($('forget'), { hidden: false });
+    Object.assign($('login'), { hidden: true });
+    $('host').textContent = known.host || '';
+    $('link').textContent = [200, 304].includes(answer.status) ? '' : `answer ${answer.status}`;
+    failures = 0;
+  } catch (problem) {
+    $('link').textContent = 'no connection; trying again';
+    failures += 1;
+  }
+  timer = setTimeout(look, document.hidden ? 5000 : Math.min(1000 * 2 ** failures, 10000));
+}
+
+$('login').addEventListener('submit', event => {
+  event.preventDefault();
+  sessionStorage.setItem('key', $('key').value.trim());
+  $('key').value = '';
+  $('log').replaceChildren();
+  etag = '';
+  logged = -1;
+  look();
+});
+$('forget').addEventListener('click', () => { enter(''); known = { guests: [] }; show(); });
+$('filter').addEventListener('input', show);
+$('order').addEventListener('change', show);
+document.addEventListener('visibilitychange', () => { if (!document.hidden) look(); });
+look();
+paint();
+'''
+
+
+def page() -> tuple[str, bytes]:
+    """Return the page, and the Content-Security-Policy that goes with it."""
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+               for text in (PAGE_SCRIPT, PAGE_STYLE)]
+    policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src blob:; "
+              "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "require-trusted-types-for 'script'").format(*digests)
+    return policy, ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>vmmonitor'
+                    '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+                    f'<style>{PAGE_STYLE}</style></head><body>{PAGE_BODY}'
+                    f'<script>{PAGE_SCRIPT}</script></body></html>\n').encode()
+
+
 # === listener ===================================================================================
 # Server: socket policy. ClientConnection: the wire. Dispatcher: dispatch, and all error policy.
 
@@ -4152,6 +4593,30 @@ class Order(NamedTuple):
         return cls(command, wait, until if wait else '', discard == '1')
 
 
+def unless_known(request: Request, reply: Reply) -> Reply:
+    """Return a JSON reply with its ETag, or 304 if the client has it already."""
+    if 'application/json' not in request.headers.get('Accept', ''):
+        return reply
+    body = json.dumps(reply.data).encode() + b'\n'
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    if tag in request.headers.get('If-None-Match', ''):
+        return Reply(304, '', headers=(('ETag', tag),), content=('application/json', b''))
+    return reply._replace(content=('application/json', body), headers=(('ETag', tag),))
+
+
+def page_wanted(request: Request) -> bool:
+    """Tell whether it is a browser that asks for the page."""
+    return request.target in ('/', '/?') and request.method in ('GET', 'HEAD') \
+        and 'text/html' in request.headers.get('Accept', '')
+
+
+def page_reply() -> Reply:
+    """Return the page as an answer."""
+    policy, body = page()
+    return Reply(200, '', content=('text/html; charset=utf-8', body), headers=(
+        ('Content-Security-Policy', policy), ('Referrer-Policy', 'no-referrer')))
+
+
 class Dispatcher:
     """Turns a request into an action and its outcome into an answer."""
 
@@ -4166,6 +4631,8 @@ class Dispatcher:
 
     def answer(self, request: Request) -> Reply:
         """Return the answer to any request, and write its audit line."""
+        if self.settings.config.page and page_wanted(request):
+            return page_reply()
         audit = Audit(request.client(self.trusts))
         try:
             reply = self._dispatch(request, audit)
@@ -4176,7 +4643,10 @@ class Dispatcher:
         except Exception:               # a boundary: the client gets an answer, the log the bug
             log.exception('request from %s: unexpected error', audit.peer)
             reply = Reply(500, 'an error in vmmonitor; its log has more')
-        audit.write(reply.status)
+        if audit.command in FOR_ALL and reply.status == 200:
+            reply = unless_known(request, reply)
+        if reply.status != 304:         # a page that looks every second would fill the log
+            audit.write(reply.status)
         return reply
 
     def _failure(self, problem: Error, target: str) -> Reply:
@@ -4200,7 +4670,7 @@ class Dispatcher:
         command, target = parameters.get('cmd', ''), parameters.get('target', '')
         if command not in COMMANDS:
             raise Refusal(400, f'cmd must be one of {", ".join(COMMANDS)}')
-        if bool(target) == (command == 'list'):
+        if bool(target) == (command in FOR_ALL):
             raise Refusal(400, f'{command} takes no target' if target else
                           f'target is missing: the name of the guest to {command}')
         if target and not key.covers(target):
@@ -4212,6 +4682,8 @@ class Dispatcher:
         order, deadline = Order.read(command, parameters), Deadline(ANSWER_TIMEOUT)
         if command == 'list':
             return self._list(key, deadline)
+        if command == 'log':
+            return self._log(key)
         guest = self.guests.find(target)
         if command == 'status':
             known = within(deadline, guest.name, self._describe, guest)
@@ -4300,14 +4772,15 @@ class Dispatcher:
 
     def _describe(self, guest: Guest) -> dict[str, Any]:
         """Return what is known of a guest."""
-        status = guest.status()
+        status, agent = guest.seen()
         last = self.corrections.get(guest.id)
         clock = last and {
             'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
-            'corrected': bool(last.method), 'at': utc(last.when)}
+            'corrected': bool(last.method), 'at': utc(last.when),
+            'history': [*self.guests.offsets.get(guest.id, ())]}
         return {'name': guest.name, 'state': status.state.value, 'reason': status.reason,
-                'agent': guest.agent_state(), 'clock': clock,
-                'lastCommand': self.guests.commands.get(guest.id)}
+                'agent': agent, 'clock': clock, 'lastCommand': self.guests.commands.get(guest.id),
+                **({'hint': TROUBLES[status.reason]} if status.reason in TROUBLES else {})}
 
     @staticmethod
     def _line(known: Mapping[str, Any]) -> str:
@@ -4325,16 +4798,33 @@ class Dispatcher:
     def _list(self, key: Key, deadline: Deadline) -> Reply:
         """Return the guests that the key reaches, and which hosts can't be asked."""
         away: list[Error] = []
-        found = ask_all([guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
-                         if key.covers(guest.name)], self._describe, deadline.left())
+        guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
+                  if key.covers(guest.name)]
+        found = {guest.id: self._describe(guest) for guest in guests if guest.remembered()}
+        unknown = [guest for guest in guests if guest.id not in found]
+        found.update(zip((guest.id for guest in unknown),
+                         ask_all(unknown, self._describe, deadline.left())))
+        answers = (found[guest.id] for guest in guests)
         known = [{'name': answer['name'], **told(answer['problem'])} if 'problem' in answer
-                 else answer for answer in found
+                 else answer for answer in answers
                  if not isinstance(answer.get('problem'), NoGuest)]     # undefined meanwhile
         if away and not known:
             raise away[0]
         lines = [*map(self._line, known), *map(explain, away)]
         return Reply(200, '\n'.join(lines) or 'no guests', {
-            'guests': known, **({'away': [told(problem) for problem in away]} if away else {})})
+            'version': 1, 'host': os.uname().nodename, 'guests': known,
+            **({'away': [told(problem) for problem in away]} if away else {}),
+            'lists': [f'{name}: {text}' for name, text in self.guests.lists.items()],
+            'commands': [command for command in key.commands
+                         if self.settings.config.allows(command)],
+            'logged': self.guests.serial})
+
+    def _log(self, key: Key) -> Reply:
+        """Return the last commands and corrections of the guests that the key reaches, the
+        newest first."""
+        lines = [row for row in [*self.guests.recent][::-1] if key.covers(row['guest'])]
+        return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
+                     or 'nothing yet', {'version': 1, 'lines': lines})
 
 
 class RequestReader(io.RawIOBase):
