@@ -8287,7 +8287,7 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     '/var/lib/vmmonitor/machines' if os.geteuid() == 0 else
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
-SPEC_VERSION = 1                # of machine.json; a file without one is of version 1
+SPEC_VERSION = 2                # of machine.json; a file without one is of version 1
 HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes at most
 
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
@@ -8301,8 +8301,19 @@ SCHEMAS['machine.json'] = {
     'version?': int, 'name': str, 'uuid': str, 'type': str, 'memory': int, 'cpus': int,
     'maxmemory': int, 'namespace': str, 'efi': bool, 'accel': str, 'kernel': str, 'initrd': str,
     'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
-    'cd?': str, 'cd_boot?': int, 'saved?': str, 'incoming?': bool, 'given?': str, 'lost?': bool,
+    'cd?': str, 'cd_boot?': int, 'memory_at?': str, 'memory_place?': str,
+    'saved?': str, 'incoming?': bool, 'given?': str, 'lost?': bool,        # until version 1
     'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}, 'cpu?': str, 'processor?': str}
+
+
+class MemoryAt(enum.Enum):
+    """Where a machine's guest is, that is its memory."""
+
+    HERE = 'here'               # in its QEMU, if that runs
+    SAVED = 'saved'             # in the file `memory_place`, from which the next start restores it
+    AWAITED = 'awaited'         # at another machine, from which it is to come
+    GIVEN = 'given'             # at `memory_place`, which was told to run it: it must not run here
+    LOST = 'lost'               # nowhere: a snapshot was loaded by half
 
 
 @dataclasses.dataclass
@@ -8343,10 +8354,8 @@ class MachineSpec:
     ports: int
     cd: str = ''                # the medium in the drive
     cd_boot: int = 0
-    saved: str = ''             # file with the memory of a saved machine
-    incoming: bool = False      # it waits for a migration, from its next start on
-    given: str = ''             # where its guest was told to run, so that it must not run here
-    lost: bool = False          # a snapshot was loaded by half: this guest must never run
+    memory_at: MemoryAt = MemoryAt.HERE
+    memory_place: str = ''
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
     cpu: str = ''               # auto, or as QEMU takes it; '': made before it could be chosen
@@ -8393,6 +8402,12 @@ class MachineSpec:
                 raise ValueError(f'the device {row["id"]!r:.40} is {row!r:.80}')
         if known['name'] != name:
             raise ValueError(f'it is the file of the machine {known["name"]!r:.80}')
+        if 'memory_at' not in known:
+            old = {name: known.pop(name, '') for name in ('lost', 'incoming', 'saved', 'given')}
+            at = next((name for name, value in old.items() if value), '')
+            known['memory_at'] = {'': 'here', 'incoming': 'awaited'}.get(at, at)
+            known['memory_place'] = old.get(at) if at in ('saved', 'given') else ''
+        known['memory_at'] = MemoryAt(known['memory_at'])
         ours = {field.name for field in dataclasses.fields(cls)} - {'more'}
         return cls(**{**{key: value for key, value in known.items() if key in ours},
                       'devices': [Device(**row) for row in known['devices']],
@@ -8402,7 +8417,8 @@ class MachineSpec:
     def json(self) -> bytes:
         """Return the text of the file."""
         values = dataclasses.asdict(self)
-        return json.dumps({**values.pop('more'), **values}, indent=1).encode()
+        return json.dumps({**values.pop('more'), **values, 'memory_at': self.memory_at.value},
+                          indent=1).encode()
 
 
 class MachineFile:
@@ -8461,6 +8477,11 @@ class MachineFile:
         data = self.spec.json()
         write_whole(self.path('machine.json'), data, replace=True)
         write_whole(self.path('machine.json.copy'), data, replace=True)
+
+    def move_memory(self, at: MemoryAt, place: str = '') -> None:
+        """Write down where the guest is from now on."""
+        self.spec.memory_at, self.spec.memory_place = at, place
+        self.write()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[MachineSpec]:
@@ -8568,6 +8589,8 @@ STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SI
               ('SIGKILL', 5.0))
 
 JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
+CANCEL_TIMEOUT = 30.0           # for the end of one that was interrupted and can't be cancelled
+WORK_POLL = STATE_POLL / 5      # between two looks at how far one is
 DIMM_SLOTS = 16
 OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
         ('/usr/share/OVMF/OVMF_CODE.fd', '/usr/share/OVMF/OVMF_VARS.fd'),
@@ -8586,7 +8609,6 @@ QEMU_REASONS = {'io-error': IO_ERROR, 'watchdog': WATCHDOG, 'guest-panicked': PA
 SCHEMAS['add-fd'] = {'fdset-id': int}
 SCHEMAS.update({
     'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
-    'query-commands': [{'name': str}],
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
     'query-status': {'status': str}})
 SCHEMAS['human-monitor-command'] = DATA
@@ -8764,6 +8786,43 @@ class QmpSession:
         finally:
             os.close(fd)
         return f'file:{self.fdset(again)}'
+
+
+class Progress(NamedTuple):
+    """How far something is that QEMU does in the background."""
+
+    over: bool
+    error: str = ''
+    done: int = 0               # bytes ...
+    total: int = 0              # ... of so many
+
+
+def follow(look: Callable[[], Progress], timeout: float,
+           progress: Callable[[int, int], object] | None = None,
+           cancel: Callable[[], object] | None = None) -> str:
+    """Wait for the end of what QEMU does in the background, and return its error or ''.
+
+    It goes on by itself: when it takes longer than `timeout` seconds, or on Ctrl-C, or an error of
+    `progress`, it is told to `cancel`, if it can be, and its end is awaited.
+    """
+    seen = Progress(False)
+
+    def told() -> bool:
+        nonlocal seen
+        seen = look()
+        if progress and seen.total:
+            progress(seen.done, seen.total)
+        return seen.over
+    try:
+        Deadline(timeout).poll(told, WORK_POLL)
+    finally:
+        if not seen.over:
+            with contextlib.suppress(GuestError):
+                if cancel:
+                    cancel()
+                Deadline(QMP_TIMEOUT if cancel else CANCEL_TIMEOUT).poll(
+                    lambda: look().over, WORK_POLL)
+    return seen.error if seen.over else 'took too long'
 
 
 class Qemu:
@@ -8964,12 +9023,14 @@ class Qemu:
         """Return what the machine is doing, and why (query-status)."""
         self.file.refresh()
         if not self.is_alive():
-            return Status(State.SAVED if self.spec.saved else State.OFF)
+            return Status(State.SAVED if self.spec.memory_at is MemoryAt.SAVED
+                          else State.OFF)
         try:
             told = self.run_state()
         except WrongState:                      # it ended meanwhile
             return Status(State.OFF)
-        state = State.CRASHED if self.spec.lost else QEMU_STATES.get(told, State.RUNNING)
+        state = State.CRASHED if self.spec.memory_at is MemoryAt.LOST else QEMU_STATES.get(
+            told, State.RUNNING)
         plain = state not in (State.PAUSED, State.CRASHED) or told in ('paused', 'running')
         return Status(state, '' if plain else QEMU_REASONS.get(told, told))
 
@@ -8986,31 +9047,22 @@ class Qemu:
     def job(self, qmp: QmpSession, command: str, **arguments: Any) -> None:
         """Carry out a command that is a job, whose answer says nothing of its end."""
         job = f'vmmonitor-{os.urandom(6).hex()}'
-        deadline = Deadline(JOB_TIMEOUT)
+
+        def look() -> Progress:
+            row = {row['id']: row for row in qmp.execute('query-jobs')}.get(job)
+            return Progress(row['status'] == 'concluded', row.get('error', '')) if row else \
+                Progress(True, 'somebody has dismissed it')
         for row in qmp.execute('query-jobs'):           # of a program that was killed
             if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
                 qmp.execute('job-dismiss', id=row['id'])
         qmp.execute(command, job_id=job, **arguments)
         try:
-            qmp.event(['JOB_STATUS_CHANGE'], JOB_TIMEOUT, id=job, status='concluded')
-        finally:                        # after Ctrl-C, too: it goes on by itself, and would stay
-            deadline.poll(lambda: bool(self._job_row(qmp, job)['status'] == 'concluded'))
-            row = self._job_row(qmp, job)
-            with contextlib.suppress(QemuRefused):
+            error = follow(look, JOB_TIMEOUT)
+        finally:
+            with contextlib.suppress(GuestError):
                 qmp.execute('job-dismiss', id=job)
-        if row.get('error'):
-            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {row["error"]}')
-
-    @staticmethod
-    def _job_row(qmp: QmpSession, job: str) -> dict[str, Any]:
-        return next((row for row in qmp.execute('query-jobs') if row['id'] == job),
-                    {'status': 'concluded', 'error': 'somebody has dismissed it'})
-
-    def _hmp_job(self, qmp: QmpSession, line: str) -> None:
-        """Carry out an HMP command that prints nothing when it works."""
-        text = qmp.execute('human-monitor-command', JOB_TIMEOUT, command_line=line).strip()
-        if text:
-            raise MachineError(f'{self.name}: {line}: {text}')
+        if error:
+            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {error}')
 
     def wrapper(self) -> list[str]:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
@@ -9033,7 +9085,9 @@ class Qemu:
                 ('-nodefaults',), ('-accel', accel), ('-display', 'none'), ('-rtc', 'base=utc'),
                 ('-cpu', spec.cpu_option(accel)), ('-smp', str(spec.cpus)),
                 ('-sandbox', SANDBOX),
-                ('-incoming', 'defer') if spec.incoming or spec.saved else (), ('-S',),
+                ('-incoming', 'defer') if spec.memory_at in (MemoryAt.SAVED, MemoryAt.AWAITED)
+                else (),
+                ('-S',),
                 ('-m', f'{spec.memory}M' + (f',slots={DIMM_SLOTS},maxmem={spec.maxmemory}M'
                                             if spec.maxmemory else '')),
                 ('-kernel', spec.kernel) if spec.kernel else (),
@@ -9097,14 +9151,14 @@ class Qemu:
 
     def require_not_given(self) -> None:
         """Raise WrongState when its guest may run elsewhere by now."""
-        if self.spec.given and self.is_alive():
+        if self.spec.memory_at is MemoryAt.GIVEN and self.is_alive():
             raise WrongState(
-                f'{self.name} was told to run on {self.spec.given}',
+                f'{self.name} was told to run on {self.spec.memory_place}',
                 'look there: if it does, stop(force=True) this one, else unfreeze(force=True) it')
 
     def require_not_saved(self) -> None:
         """Raise WrongState when its memory would not fit what it is about to become."""
-        if self.spec.saved:
+        if self.spec.memory_at is MemoryAt.SAVED:
             raise WrongState(f'{self.name} is saved, and its memory would not fit',
                              'start it first, or delete_saved() its memory')
 
@@ -9120,8 +9174,7 @@ class Qemu:
         """Tell whether it holds a guest that may run: not half of one that came from a file,
         another machine or a snapshot, nor one that has given up, nor one whose QEMU hangs."""
         with contextlib.suppress(GuestError):
-            return self.state() is not State.CRASHED and not (
-                self.spec.saved or self.spec.incoming or self.spec.given)
+            return self.state() is not State.CRASHED and self.spec.memory_at is MemoryAt.HERE
         return False
 
     def agent(self, command: str, arguments: Arguments = None,
@@ -9175,10 +9228,10 @@ class Qemu:
 
 # === devices ====================================================================================
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
-PORTS = 16                      # for disks and nics: root ports on q35, plain slots on a `pc`
+PORTS = 16                      # for disks and nics: root ports
 SPARE_PORTS = 8                 # ... and at least this many are free at first
-PC_SLOT = 8                     # on a `pc` they begin there; fixed devices are below
-PORTS_MAX = {'q35': 15 * 8, 'i440fx': 32 - PC_SLOT}
+PC_SLOT = 8                     # on a `pc`, as machines of earlier versions are, the first slot
+PORTS_MAX = 15 * 8
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
 #                                 a taking back, where a slot has a button
@@ -9324,7 +9377,8 @@ class Devices:
 
     def start_qemu(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
-        self.spec.lost, self.spec.given = False, ''
+        if self.spec.memory_at in (MemoryAt.LOST, MemoryAt.GIVEN):
+            self.spec.memory_at, self.spec.memory_place = MemoryAt.HERE, ''
         self.spec.processor = processor_of(self.spec)
         for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid)):
             os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
@@ -9438,7 +9492,7 @@ class Devices:
 
     def _plan(self, device: Device, thing: Any) -> Device:
         self.spec.devices.append(device)
-        if self.spec.incoming:                      # a disk is its other machine's until then
+        if self.spec.memory_at is MemoryAt.AWAITED:     # a disk is its other machine's until then
             self._things[device.id] = thing
         else:
             self.attach(device, thing)
@@ -9498,7 +9552,7 @@ class Devices:
         thing = self.thing(device)
         if device.kind == 'disk':
             thing.check()
-            if not self.spec.incoming:
+            if self.spec.memory_at is not MemoryAt.AWAITED:
                 self._ensure_free(thing)
         kind, back, front = KINDS[device.kind], self._back(device, launch), self.front(device)
         if device.kind == 'disk':
@@ -9889,10 +9943,6 @@ class MemoryStream:
         """What the machine's file says, as far as is known here."""
         return self.file.spec
 
-    def set_saved(self, path: str) -> None:
-        self.spec.saved = path
-        self.file.write()
-
     def save(self, file: str = '') -> str:
         """Save its memory to a file (or a place of its own) and end it; start goes on from there.
 
@@ -9914,7 +9964,7 @@ class MemoryStream:
                 except MachineError as problem:
                     raise MachineError(f'{problem}; to {path}',
                                        f'it may take {self.spec.ram()} MiB there') from None
-            self.set_saved(path)
+            self.file.move_memory(MemoryAt.SAVED, path)
             self.qemu.end()
         return 'saved'
 
@@ -9922,11 +9972,11 @@ class MemoryStream:
         """Forget the memory of a saved machine, so that it boots anew; what it had not written
         to its disks is lost. A file that you named to save() stays."""
         with self.file.change():
-            path = self.spec.saved
-            if not path:
+            if self.spec.memory_at is not MemoryAt.SAVED:
                 return 'not saved'
+            path = self.spec.memory_place
             self.qemu.end()               # a restore that was killed
-            self.set_saved('')
+            self.file.move_memory(MemoryAt.HERE)
             if path != os.path.join(self.file.home, 'memory'):
                 return f'forgotten; {path} is still there'
             Path(path).unlink(missing_ok=True)
@@ -9979,37 +10029,30 @@ class MemoryStream:
         qmp.execute('migrate-incoming', uri=qmp.stream(fd, os.O_RDONLY))
 
     def send(self, qmp: QmpSession, fd: int, progress: Callable[[int, int], object] | None,
-                  timeout: float, stream: socket.socket | None = None) -> None:
+             timeout: float, stream: socket.socket | None = None) -> None:
         """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
         qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
         qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
-        deadline = Deadline(timeout)
-        try:
-            while True:
-                info = qmp.execute('query-migrate')
-                ram = info.get('ram')
-                if progress and ram:
-                    progress(ram['total'] - ram['remaining'], ram['total'])
-                status = info.get('status')
-                if status == 'completed':
-                    return
-                if status in ('failed', 'cancelled') or deadline.passed():
-                    raise MachineError(f'{self.name}: the transfer of its memory '
-                                       f'{"took too long" if deadline.passed() else status}: '
-                                       f'{info.get("error-desc", status)}')
-                time.sleep(STATE_POLL / 5)
-        except BaseException:           # Ctrl-C, or of `progress`: it would go on by itself
+
+        def look() -> Progress:
+            info = qmp.execute('query-migrate')
+            ram, status = info.get('ram', {'total': 0, 'remaining': 0}), info.get('status', '')
+            failed = status in ('failed', 'cancelled')
+            return Progress(failed or status == 'completed',
+                            f'{status}: {info.get("error-desc", status)}' if failed else '',
+                            ram['total'] - ram['remaining'], ram['total'])
+
+        def cancel() -> None:
             if stream:                  # a QEMU whose writing waits for ever answers nothing
                 with contextlib.suppress(OSError):
                     stream.shutdown(socket.SHUT_RDWR)
-            with contextlib.suppress(GuestError):
-                qmp.execute('migrate_cancel')
-                Deadline(QMP_TIMEOUT).poll(lambda: qmp.execute('query-migrate').get('status') in (
-                    'failed', 'cancelled', 'completed', None), STATE_POLL / 10)
-            raise
+            qmp.execute('migrate_cancel')
+        error = follow(look, timeout, progress, cancel)
+        if error:
+            raise MachineError(f'{self.name}: the transfer of its memory {error}')
 
     def dump(self, filename: str | os.PathLike[str], format: str = 'elf',
-                    progress: Callable[[int, int], object] | None = None) -> str:
+             progress: Callable[[int, int], object] | None = None) -> str:
         """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
 
         It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
@@ -10018,23 +10061,14 @@ class MemoryStream:
         with self.file.change(), whole_file(path) as file, self.qemu.session() as qmp:
             qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
                         protocol=f'fd:{qmp.named_fd(os.dup(file))}')
-            info: dict[str, Any] = {}
 
-            def ended() -> bool:
-                info.update(qmp.execute('query-dump'))
-                return info['status'] in ('completed', 'failed')
-
-            def told() -> bool:
-                over = ended()
-                if progress:
-                    progress(info['completed'], info['total'])
-                return over
-            deadline = Deadline(JOB_TIMEOUT)
-            try:
-                deadline.poll(told, STATE_POLL / 5)
-            finally:                                # after Ctrl-C, too: it can't be ended
-                deadline.poll(ended, STATE_POLL / 5)
-            error = (qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT) or {}).get('data', {}).get('error')
+            def look() -> Progress:
+                info = qmp.execute('query-dump')
+                return Progress(info['status'] in ('completed', 'failed'), '', info['completed'],
+                                info['total'])
+            error = follow(look, JOB_TIMEOUT, progress)
+            event = qmp.event(['DUMP_COMPLETED'], QMP_TIMEOUT) or {}
+            error = error or event.get('data', {}).get('error', '')
             # It comes before the guest goes on, and until then much is refused.
             Deadline(QMP_TIMEOUT).poll(
                 lambda: bool(qmp.execute('query-status')['status'] != 'save-vm'), STATE_POLL / 20)
@@ -10100,7 +10134,7 @@ class Snapshots:
         """Snapshot memory and disks, or of a machine that is off the disks alone.
 
         It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
-        it. Raises MachineError with the job's own error (snapshot-save; HMP savevm before 6.0).
+        it. Raises MachineError with the job's own error (snapshot-save).
         """
         with self.file.change():
             taken = [row.tag for row in self.all]
@@ -10113,7 +10147,7 @@ class Snapshots:
                                    'save() works without one')
             if tag in taken:
                 raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
-            if self.spec.saved and not self.qemu.is_alive():
+            if self.spec.memory_at is MemoryAt.SAVED and not self.qemu.is_alive():
                 raise WrongState(f'{self.name} is saved', 'start it first')
             if self.qemu.is_alive():
                 self._live_snapshot(tag, layers)
@@ -10201,11 +10235,7 @@ class Snapshots:
             raise
 
     def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
-        """Carry out snapshot-save, -load or -delete, or what older QEMUs have."""
-        if f'snapshot-{verb}' not in {row['name'] for row in qmp.execute('query-commands')}:
-            line = {'save': 'savevm', 'load': 'loadvm', 'delete': 'delvm'}[verb]
-            self.qemu._hmp_job(qmp, f'{line} {tag}')
-            return
+        """Carry out snapshot-save, -load or -delete."""
         firmware = ['efi-vars'] if self.spec.efi else []
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
         self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
@@ -10227,7 +10257,7 @@ class Snapshots:
             if memory and bare:                 # its memory would not fit them
                 raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
                                    'delete it, or remove that disk first')
-            if started and self.spec.saved:
+            if started and self.spec.memory_at is MemoryAt.SAVED:
                 raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
                                  'start it, then load the snapshot')
             if not memory and not started:
@@ -10247,18 +10277,17 @@ class Snapshots:
 
     def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
         """Load memory and disks."""
-        with unbroken():
+        if started:
+            self.devices.start_qemu()
+        try:
             if started:
-                self.devices.start_qemu()
-            try:
-                if started:
-                    self.devices.after_start()
-                self._load(tag, layers, started)
-            except BaseException:
-                if started:
-                    self.qemu.end()
-                raise
-            self.devices.set_links()
+                self.devices.after_start()
+            self._load(tag, layers, started)
+        except BaseException:
+            if started:
+                self.qemu.end()
+            raise
+        self.devices.set_links()
 
     def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
         """Carry out snapshot-load, and leave the run state as it was."""
@@ -10281,7 +10310,7 @@ class Snapshots:
             if ran and not started and self.qemu.is_alive():
                 self.qemu.qmp('cont')
             raise
-        self.spec.lost = False
+        self.spec.memory_at, self.spec.memory_place = MemoryAt.HERE, ''
         if ran:
             self.qemu.qmp('cont')
 
@@ -10294,14 +10323,13 @@ class Snapshots:
         except MachineError as problem:
             if HARMLESS.search(problem.message):
                 raise
-            self.spec.lost = True
-            self.file.write()
+            self.file.move_memory(MemoryAt.LOST)
             self.qemu.end()
             raise MachineError(f'{problem.message}; its guest is lost',
                                'start() boots it, as after a power failure') from None
 
     def delete(self, tag: str) -> None:
-        """Delete a snapshot from all disks (snapshot-delete; HMP delvm; qemu-img)."""
+        """Delete a snapshot from all disks (snapshot-delete; qemu-img)."""
         with self.file.change():
             found = self.find(tag)
             layers = [row for row in self._layers() if row[1].filename in found.disks]
@@ -10357,7 +10385,7 @@ class Migration:
                 with unbroken():
                     self._hand_over(peer, ran)
                     self.qemu.end()
-                self.spec.given = ''
+                self.spec.memory_at, self.spec.memory_place = MemoryAt.HERE, ''
         except ProtocolError as problem:
             raise MachineError(f'{self.name}: {problem}') from None
         return f'migrated to {name}'
@@ -10406,12 +10434,11 @@ class Migration:
         """Have the other end run the guest: from here on it may be there, unless that end says
         that it is not."""
         try:
-            self.spec.given = peer.path         # kept before anybody hears it
-            self.file.write()
+            self.file.move_memory(MemoryAt.GIVEN, peer.path)    # before anybody hears it
             # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
             peer.ask('run', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
         except (ReplyError, FileError):
-            self.spec.given = ''
+            self.spec.memory_at, self.spec.memory_place = MemoryAt.HERE, ''
             if ran:
                 self.qemu.qmp('cont')
             self.file.write()
@@ -10430,18 +10457,19 @@ class Migration:
         arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
         """
         self.file.refresh()
-        if not self.spec.incoming or not self.qemu.is_alive():
+        if self.spec.memory_at is not MemoryAt.AWAITED or not self.qemu.is_alive():
             raise WrongState(f'{self.name} does not wait for a migration',
                              'make it with incoming=True, and start it')
         deadline, why = Deadline(timeout), ''
         try:
             with socket.create_server((address, port)) as server:
-                while self.spec.incoming and self.qemu.is_alive() and not deadline.passed():
+                while (self.spec.memory_at is MemoryAt.AWAITED and self.qemu.is_alive()
+                       and not deadline.passed()):
                     why = self._admit(server, deadline) or why
         except (OSError, OverflowError, TypeError) as problem:
             raise MachineError(f'{self.name}: can\'t wait on port {port!r:.80}: {explain(problem)}'
                                ) from None
-        if self.spec.incoming:
+        if self.spec.memory_at is MemoryAt.AWAITED:
             raise MachineError(f'{self.name}: the guest did not arrive: '
                                f'{why or f"nobody came to port {port}"}')
 
@@ -10469,13 +10497,13 @@ class Migration:
     def accept(self, peer: socket.socket, stream: Callable[[], socket.socket]) -> str:
         """Be the other end of migrate(); return '' when the guest runs here, else why not."""
         with LineSocket('the source', peer) as wire:
-            waited = self.file.now().incoming
+            waited = self.file.now().memory_at is MemoryAt.AWAITED
             try:
                 self._take_in(wire, stream)
             except (Error, socket.timeout) as problem:
                 with contextlib.suppress(ProtocolError):
                     wire.send({'error': {'desc': str(problem)}}, Deadline(QMP_TIMEOUT))
-                if waited and not self.spec.incoming:       # it runs here none the less
+                if waited and self.spec.memory_at is MemoryAt.HERE:     # it runs here none the less
                     raise
                 return str(problem)
         return ''
@@ -10483,7 +10511,7 @@ class Migration:
     def _take_in(self, peer: LineSocket, stream: Callable[[], socket.socket]) -> None:
         offer = peer.asked('receive', QMP_TIMEOUT)
         with stream() as carrier, self.file.change():
-            if not self.spec.incoming or not self.qemu.is_alive():
+            if self.spec.memory_at is not MemoryAt.AWAITED or not self.qemu.is_alive():
                 raise WrongState(f'{self.name} does not wait for a migration')
             if self.qemu.run_state() != 'inmigrate':
                 raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
@@ -10503,10 +10531,9 @@ class Migration:
                 peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
-                    self.spec.incoming = False
                     for device, mac in zip(self.spec.of_kind('nic'), offer.get('macs', ())):
                         device.facts['moved_mac'] = mac     # for its next start
-                    self.file.write()                   # it is this machine's from here on
+                    self.file.move_memory(MemoryAt.HERE)    # it is this machine's from here on
                     if offer['runs']:
                         self.qemu.qmp('cont')
                     landed = True
@@ -10515,8 +10542,7 @@ class Migration:
             except BaseException:
                 if not landed:                      # what has come must not run here, too
                     self.qemu.end(patience=-1)
-                    self.spec.incoming = True
-                    self.file.write()
+                    self.file.move_memory(MemoryAt.AWAITED)
                 raise
             for device in self.spec.of_kind('disk'):
                 self.devices.attach(device, self.devices.thing(device))
@@ -10817,17 +10843,12 @@ def _several(given: Any) -> list[Any]:
 
 
 def newest_type() -> str:
-    """Return the versioned machine type that q35 stands for in this QEMU, or before 7.2 `pc`.
-
-    There a reset of a q35 under TCG never ends: SeaBIOS 1.14 to 1.16.0 looks for the chipset by
-    the memory that the reset has just taken away, and resets again. It also has no ACPI hot-plug.
-    """
-    shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode()
-    found = dict(re.findall(r'alias of pc-(q35|i440fx)-([0-9.]+)', shown))
-    if len(found) < 2:
-        raise MachineError(f'{QEMU} has no machine types q35 and pc', 'install qemu-system-x86')
-    kind = 'q35' if [*map(int, found['q35'].split('.'))] >= [7, 2] else 'i440fx'
-    return f'pc-{kind}-{found[kind]}'
+    """Return the versioned machine type that q35 stands for in this QEMU."""
+    shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode(errors='replace')
+    found = re.search(r'alias of (pc-q35-[0-9.]+)', shown)
+    if not found:
+        raise MachineError(f'{QEMU} has no machine type q35', 'install qemu-system-x86')
+    return found[1]
 
 
 def name_limit() -> int:
@@ -10876,15 +10897,13 @@ class Machine(Guest):
         places = [thing.attached for thing in things]
         try:
             cards += self._cards(nics, namespace or os.path.basename(home))
-            kind = newest_type()
             self._compose_parts(MachineFile(home, MachineSpec(
-                os.path.basename(home), identity, kind, memory, cpus,
+                os.path.basename(home), identity, newest_type(), memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
                 namespace or next((card.namespace for card in cards if card), ''), efi, accel,
                 kernel, initrd, cmdline, display or '', monitor_port, uid,
-                min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS),
-                    PORTS_MAX[kind.split('-')[1]]), disc.filename,
-                incoming=incoming, cpu=cpu)), disc)
+                min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS), PORTS_MAX), disc.filename,
+                cpu=cpu, memory_at=MemoryAt.AWAITED if incoming else MemoryAt.HERE)), disc)
             for drive in drives:
                 self.devices.plan_disk(drive)
             for card in cards:
@@ -10901,6 +10920,11 @@ class Machine(Guest):
             raise
 
     def __repr__(self) -> str:
+        with contextlib.suppress(GuestError):
+            state = self.state().value
+            disks, nics = (len(self.spec.of_kind(kind)) for kind in ('disk', 'nic'))
+            return (f'Machine({self.name!r}, {state}, {disks} disk{"s" * (disks != 1)}, '
+                    f'{nics} nic{"s" * (nics != 1)})')
         return f'Machine({self.name!r})'
 
     @staticmethod
@@ -11296,7 +11320,7 @@ class Machine(Guest):
                 return 'already running'
             for device in [row for row in self.spec.devices if row.pending]:
                 self.devices.drop(device)
-            saved = self.spec.saved
+            saved = self.spec.memory_place if self.spec.memory_at is MemoryAt.SAVED else ''
             now, then = processor_of(self.spec), self.spec.processor
             if saved and now != then:
                 raise MachineError(
@@ -11308,15 +11332,16 @@ class Machine(Guest):
             self.devices.start_qemu()
             try:
                 self.devices.after_start()
-                if self.spec.incoming:
+                if self.spec.memory_at is MemoryAt.AWAITED:
                     return 'waiting for a migration'
                 says = self._memory.restore(saved) if saved else 'started'
-                self._memory.set_saved('')             # it fits the disks only until the guest runs
+                self.file.move_memory(MemoryAt.HERE)    # it fits the disks until the guest runs
                 if not paused:
                     self.qmp('cont')
             except BaseException:
                 self.stop(force=True)
-                self._memory.set_saved(saved)
+                if saved:
+                    self.file.move_memory(MemoryAt.SAVED, saved)
                 raise
             if saved == os.path.join(self.home, 'memory'):
                 os.unlink(saved)
@@ -11360,12 +11385,12 @@ class Machine(Guest):
         before = self.status()
         if before.state in (State.OFF, State.SAVED):
             says = self.start_vm(clock=clock)
-        elif before.state is State.PAUSED and self.spec.saved:
+        elif before.state is State.PAUSED and self.spec.memory_at is MemoryAt.SAVED:
             self.stop(force=True)               # a save or restore that was killed midway
             says = self.start_vm(clock=clock)
         else:
             says = self._resume(before.state, clock)
-        waits = self.spec.incoming or before.state is State.RUNNING
+        waits = self.spec.memory_at is MemoryAt.AWAITED or before.state is State.RUNNING
         return says if waits else self._settled(says, before)
 
     def _resume(self, state: State, clock: bool = True) -> str:
@@ -11404,14 +11429,13 @@ class Machine(Guest):
         with self.file.held():
             if self.state() is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
-            if self.spec.saved:
+            if self.spec.memory_at is MemoryAt.SAVED:
                 raise WrongState(f'{self.name} was being saved or restored', 'use start')
-            if self.spec.incoming:
+            if self.spec.memory_at is MemoryAt.AWAITED:
                 raise WrongState(f'{self.name} waits for a migration',
                                  'migrate() another machine to it, or stop(force=True)')
-            if force:
-                self.spec.given = ''
-                self.file.write()
+            if force and self.spec.memory_at is MemoryAt.GIVEN:
+                self.file.move_memory(MemoryAt.HERE)
             self.qemu.require_not_given()
             self.qmp('cont')
         return 'resumed' + self._clock_set('resumed', clock)
