@@ -1993,7 +1993,7 @@ class FuzzTest(ConfigCase):
         asks: list[Callable[[], object]] = [
             lambda: machine.exec(['true'], timeout=0.01), lambda: machine.read_file('/x', 99),
             lambda: machine.write_file('/x', b'abc'), machine.interfaces, machine.get_time,
-            machine.devices._memory_blocks, lambda: vm._set_by_date(machine, vm.SECOND),
+            machine._ram._memory_blocks, lambda: vm._set_by_date(machine, vm.SECOND),
             lambda: vm.measure(machine, vm.MS)]
         with mock.patch.multiple(
                 vm.Qemu, is_alive=lambda *_: True, socket=lambda *_: path), mock.patch.object(
@@ -2019,7 +2019,7 @@ class FuzzTest(ConfigCase):
                                       'held': nothing}),
                     (vm.Qemu, {'is_alive': lambda _: True, 'run_state': lambda _: 'inmigrate',
                                'end': mock.Mock(), 'session': nothing}),
-                    (vm.Devices, {'disk_identities': lambda _: [mark]}),
+                    (vm.Migration, {'disk_identities': lambda _: [mark]}),
                     (vm.MemoryStream, {
                         'receive': mock.Mock(side_effect=vm.MachineError('enough'))})):
                 patches.enter_context(mock.patch.multiple(part, **changes))
@@ -6983,6 +6983,7 @@ class TestGuest(Live):
         with self.refused('no memory in it', kind=vm.WrongState):
             m.load_snapshot('disk-only')
         self.disk.delete_snapshot('disk-only')
+
 
 class TestMaking(Live):
     """What a machine is made of, and what is refused."""

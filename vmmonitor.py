@@ -8363,6 +8363,18 @@ class MachineSpec:
     version: int = SPEC_VERSION
     more: dict[str, Any] = dataclasses.field(default_factory=dict)  # members that are not ours
 
+    def check_fits(self, other: Sequence[Any], why: str, hint: str = '',
+                   mine: Sequence[Any] = ()) -> None:
+        """Raise MachineError unless a memory image of a machine of that shape fits this one."""
+        mine = mine or self.shape()
+        here, there = ([row for row in a if row not in b] for a, b in ((mine, other),
+                                                                       (other, mine)))
+        if here or there:
+            raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
+                               f'has {here or "nothing"}',
+                               '; '.join(filter(None, [
+                                   'add or remove devices until they are the same', hint])))
+
     def cpu_option(self, accel: str) -> str:
         """Return the processor for QEMU: under TCG all that it can emulate, since distributions of
         today need more than its default has."""
@@ -9466,7 +9478,8 @@ class Devices:
         facts = device.facts
         return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
 
-    def _new_id(self, stem: str) -> str:
+    def new_id(self, stem: str) -> str:
+        """Return an id that no device has."""
         taken = {device.id for device in self.spec.devices}
         return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
 
@@ -9490,7 +9503,8 @@ class Devices:
             return {'bus': port}
         return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
 
-    def _plan(self, device: Device, thing: Any) -> Device:
+    def plan(self, device: Device, thing: Any) -> Device:
+        """Enter a device into the machine's file."""
         self.spec.devices.append(device)
         if self.spec.memory_at is MemoryAt.AWAITED:     # a disk is its other machine's until then
             self._things[device.id] = thing
@@ -9504,12 +9518,12 @@ class Devices:
         files = {os.path.realpath(row.facts['chain'][0][0]) for row in self.spec.of_kind('disk')}
         if os.path.realpath(drive.filename) in files:
             raise DiskError(f'{self.name}: has {drive.filename} already')
-        return self._plan(Device(self._new_id('disk'), 'disk', self._free_port(), facts={
+        return self.plan(Device(self.new_id('disk'), 'disk', self._free_port(), facts={
             'chain': chain_of(drive)}), drive)
 
     def plan_nic(self, nic: Nic | None, own: bool) -> Device:
         """Enter a network card into the machine's file."""
-        id = self._new_id('nic')
+        id = self.new_id('nic')
         digest = hashlib.sha256(f'{self.file.uuid} {id}'.encode()).digest()
         mac = nic.mac.lower() if nic else ':'.join(['52', '54', '00', *(
             f'{byte:02x}' for byte in digest[:3])])
@@ -9517,7 +9531,7 @@ class Devices:
             raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
         if nic and any(nic.name == device.facts['name'] for device in self.spec.of_kind('nic')):
             raise MachineError(f'{self.name}: has {nic.name} already')
-        return self._plan(Device(id, 'nic', self._free_port(), facts={
+        return self.plan(Device(id, 'nic', self._free_port(), facts={
             'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
             'mac': mac, 'up': True, 'own': own, 'mtu': told_mtu(nic)}), nic)
 
@@ -9660,7 +9674,7 @@ class Devices:
         raise MachineError(f'{self.name}: has no {kind} {thing!r}',
                            f'it has {", ".join(row.id for row in rows) or "none"}')
 
-    def _add(self, plan: Callable[[], Device]) -> Device:
+    def add(self, plan: Callable[[], Device]) -> Device:
         """Enter a device, and plug it in if the machine runs; or neither."""
         with self.file.change():
             self.qemu.require_not_saved()
@@ -9708,7 +9722,7 @@ class Devices:
                 if nic is None:
                     card.delete()
                 raise
-        return self._add(plan)
+        return self.add(plan)
 
     def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
         """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
@@ -9722,7 +9736,7 @@ class Devices:
         disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
         place = disk.attached
         try:
-            return self._add(lambda: self.plan_disk(disk))
+            return self.add(lambda: self.plan_disk(disk))
         except BaseException:
             disk.attached = place               # in the machine that has it
             raise
@@ -9781,6 +9795,53 @@ class Devices:
         raise MachineError(f'{self.name}: can\'t boot from {thing!r}',
                            "name 'cd', or one of its disks or nics")
 
+    def create_chardev(self, name: str, kind: str = 'socket') -> str:
+        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
+        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
+        virtserialport). It is kept over restarts; chardevs tells the paths."""
+        if not isinstance(name, str) or not NAME.fullmatch(name) \
+                or kind not in ('pty', 'socket', 'file'):
+            raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
+                               'use a name like org.example.0, and pty, socket or file')
+
+        def plan() -> Device:
+            if any(row.facts['name'] == name for row in self.spec.of_kind('chardev')):
+                raise MachineError(f'{self.name}: has a chardev {name}')
+            id = self.new_id('chardev')
+            with contextlib.suppress(FileNotFoundError):        # of one that was deleted
+                os.unlink(self.file.path(f'ports/{id}'))
+            return self.plan(Device(id, 'chardev', self._free_port('nr'),
+                                     facts={'type': kind, 'name': name}), None)
+        self.add(plan)
+        return self.chardevs[name]
+
+    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
+        """Take a port away again (device_del, chardev-remove)."""
+        return self.remove('chardev', name, timeout)
+
+    @property
+    def chardevs(self) -> dict[str, str]:
+        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
+        self.file.refresh()
+        rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
+        ends = {row['label']: row['filename'] for row in rows
+                if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])}
+        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
+                if row.facts['type'] == 'pty' else self._port(row)
+                for row in self.spec.of_kind('chardev')}
+
+
+class Ram:
+    """A machine's memory, as its guest has it: plugged in, and ballooned."""
+
+    def __init__(self, devices: Devices) -> None:
+        self.devices, self.qemu, self.name = devices, devices.qemu, devices.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.devices.spec
+
     def increase_ram(self, mb: int) -> str:
         """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
 
@@ -9802,8 +9863,8 @@ class Devices:
                 f'use a multiple of {DIMM_MIB}' if mb % DIMM_MIB else
                 'make the machine with a larger maxmemory=')
         blocks = self._memory_blocks() if self.qemu.is_alive() else {}
-        device = self._add(lambda: self._plan(Device(self._new_id('dimm'), 'dimm',
-                                                     facts={'mib': mb}), None))
+        device = self.devices.add(lambda: self.devices.plan(
+            Device(self.devices.new_id('dimm'), 'dimm', facts={'mib': mb}), None))
         return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
 
     def _check_mib(self, mb: int) -> None:
@@ -9852,76 +9913,6 @@ class Devices:
         raise MachineError(f'{self.name}: the guest has {actual} MiB, not {mb}',
                            'it needs the virtio_balloon driver, and can\'t have more than '
                            f'{self.spec.ram()} MiB')
-
-    def create_chardev(self, name: str, kind: str = 'socket') -> str:
-        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
-        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
-        virtserialport). It is kept over restarts; chardevs tells the paths."""
-        if not isinstance(name, str) or not NAME.fullmatch(name) \
-                or kind not in ('pty', 'socket', 'file'):
-            raise MachineError(f'{self.name}: chardev {name!r:.80} of kind {kind!r}',
-                               'use a name like org.example.0, and pty, socket or file')
-
-        def plan() -> Device:
-            if any(row.facts['name'] == name for row in self.spec.of_kind('chardev')):
-                raise MachineError(f'{self.name}: has a chardev {name}')
-            id = self._new_id('chardev')
-            with contextlib.suppress(FileNotFoundError):        # of one that was deleted
-                os.unlink(self.file.path(f'ports/{id}'))
-            return self._plan(Device(id, 'chardev', self._free_port('nr'),
-                                     facts={'type': kind, 'name': name}), None)
-        self._add(plan)
-        return self.chardevs[name]
-
-    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Take a port away again (device_del, chardev-remove)."""
-        return self.remove('chardev', name, timeout)
-
-    @property
-    def chardevs(self) -> dict[str, str]:
-        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
-        self.file.refresh()
-        rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
-        ends = {row['label']: row['filename'] for row in rows
-                if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])}
-        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
-                if row.facts['type'] == 'pty' else self._port(row)
-                for row in self.spec.of_kind('chardev')}
-
-    def disk_identities(self) -> list[dict[str, Any]]:
-        """Return what tells its disks and CD from others: format and size, and on this host the
-        file itself."""
-        host = boot_id()
-        layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
-                  for device in self.spec.of_kind('disk') for layer in self.thing(device).chain()]
-        if self.cd.filename:
-            layers.append(('cd', os.path.getsize(readable(self.cd.filename)), self.cd.filename))
-        return [{'format': form, 'size': size, 'host': host, 'name': name,
-                 'file': [os.stat(name).st_dev, os.stat(name).st_ino]}
-                for form, size, name in layers]
-
-    def check_same_disks(self, theirs: Sequence[Mapping[str, Any]]) -> None:
-        """Raise MachineError unless these are the marks of this machine's disks."""
-        none = {'format': 'none', 'size': 0, 'host': '', 'name': 'no disk', 'file': []}
-        for mine, other in itertools.zip_longest(self.disk_identities(), theirs, fillvalue=none):
-            file = ['file'] if mine['host'] == other['host'] else []
-            if any(mine[key] != other[key] for key in ('format', 'size', *file)):
-                here, there = ('{name} ({format}, {size} bytes)'.format(**row)
-                               for row in (mine, other))
-                raise MachineError(f'{self.name}: has {here} where the guest has {there}',
-                                   'give both machines the same disks and CD')
-
-    def check_fits(self, other: Sequence[Any], why: str, hint: str = '',
-                    mine: Sequence[Any] = ()) -> None:
-        """Raise MachineError unless a memory image of a machine of that shape fits this one."""
-        mine = mine or self.spec.shape()
-        here, there = ([row for row in a if row not in b] for a, b in ((mine, other),
-                                                                       (other, mine)))
-        if here or there:
-            raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
-                               f'has {here or "nothing"}',
-                               '; '.join(filter(None, [
-                                   'add or remove devices until they are the same', hint])))
 
 
 # === memory stream ==============================================================================
@@ -10211,7 +10202,7 @@ class Snapshots:
                 rows = [*rows, ['made', made.id, made.when, made.ram]]
                 mine = self.spec.shape()
             if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
-                self.devices.check_fits([row for row in rows if row[0] != 'made'],
+                self.spec.check_fits([row for row in rows if row[0] != 'made'],
                                  f'snapshot {tag} is of other devices', hint, mine)
                 return
         raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
@@ -10416,7 +10407,7 @@ class Migration:
                  progress: Callable[[int, int], object] | None, timeout: float) -> None:
         """Send the guest, and hear that it has arrived, where it does not run yet."""
         peer.ask('receive', ARRIVAL_TIMEOUT, shape=self.spec.shape(),
-                 disks=self.devices.disk_identities(), runs=ran,
+                 disks=self.disk_identities(), runs=ran,
                  seconds=round(timeout + ARRIVAL_TIMEOUT),
                  macs=[self.devices.front(device)['mac'] for device in self.spec.of_kind('nic')])
         try:
@@ -10448,6 +10439,31 @@ class Migration:
                 f'{self.name}: {problem}, when it was to run the guest; this one stays paused',
                 'look whether it runs there: if so, stop(force=True) this one, else '
                 'unfreeze(force=True) it') from None
+
+    def disk_identities(self) -> list[dict[str, Any]]:
+        """Return what tells its disks and CD from others: format and size, and on this host the
+        file itself."""
+        host = boot_id()
+        layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
+                  for device in self.spec.of_kind('disk')
+                  for layer in self.devices.thing(device).chain()]
+        disc = self.devices.cd.filename
+        if disc:
+            layers.append(('cd', os.path.getsize(readable(disc)), disc))
+        return [{'format': form, 'size': size, 'host': host, 'name': name,
+                 'file': [os.stat(name).st_dev, os.stat(name).st_ino]}
+                for form, size, name in layers]
+
+    def check_same_disks(self, theirs: Sequence[Mapping[str, Any]]) -> None:
+        """Raise MachineError unless these are the marks of this machine's disks."""
+        none = {'format': 'none', 'size': 0, 'host': '', 'name': 'no disk', 'file': []}
+        for mine, other in itertools.zip_longest(self.disk_identities(), theirs, fillvalue=none):
+            file = ['file'] if mine['host'] == other['host'] else []
+            if any(mine[key] != other[key] for key in ('format', 'size', *file)):
+                here, there = ('{name} ({format}, {size} bytes)'.format(**row)
+                               for row in (mine, other))
+                raise MachineError(f'{self.name}: has {here} where the guest has {there}',
+                                   'give both machines the same disks and CD')
 
     def receive_at(self, port: int, timeout: float = 60.0, address: str = '') -> None:
         """Wait on a TCP port for migrate('host:port') to this machine, which was started with
@@ -10515,8 +10531,8 @@ class Migration:
                 raise WrongState(f'{self.name} does not wait for a migration')
             if self.qemu.run_state() != 'inmigrate':
                 raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
-            self.devices.check_fits(offer['shape'], 'the guest comes from another kind of machine')
-            self.devices.check_same_disks(offer['disks'])
+            self.spec.check_fits(offer['shape'], 'the guest comes from another kind of machine')
+            self.check_same_disks(offer['disks'])
             if not all(map(MAC.fullmatch, offer.get('macs', ()))):
                 raise MachineError(f'{self.name}: the guest comes with {offer["macs"]!r:.80}')
             landed = False
@@ -10856,6 +10872,206 @@ def name_limit() -> int:
     return max(0, min(63, HOME_LENGTH - 1 - len(os.fsencode(MACHINES_DIR))))
 
 
+def _cards(nics: Any, namespace: str) -> list[Nic | None]:
+    if isinstance(nics, int):
+        return [*VirtualNic.create_many(nics, namespace)] if nics else []
+    return [None] if nics == 'user' else _several(nics)
+
+
+def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
+                 monitor_port: int | None, cpu: str) -> None:
+    for good, what in (
+            (isinstance(name, str) and (not name or NAME.fullmatch(name)
+                                        and len(name) <= name_limit()),
+             f'as a name use letters, digits, ".", "_", "-", at most {name_limit()} for a '
+             f'machine in {MACHINES_DIR}'),
+            (type(memory) is int and 16 <= memory <= 1 << 24, f'memory {memory!r}: use MiB'),
+            (type(cpus) is int and 1 <= cpus <= 255, f'cpus {cpus!r}: use 1 to 255'),
+            (isinstance(cpu, str) and CPU.fullmatch(cpu),
+             f"cpu {cpu!r:.80}: use auto, or what QEMU's -cpu takes, such as EPYC-v4"),
+            (type(maxmemory) is int and (not maxmemory or maxmemory > memory),
+             f'maxmemory {maxmemory!r}: use MiB, more than memory'),
+            (display in (None, '', 'vnc'), f'display {display!r}: use None or vnc'),
+            (monitor_port is None or type(monitor_port) is int and 0 <= monitor_port < 65536,
+             f'monitor_port {monitor_port!r}')):
+        if not good:
+            raise MachineError(f'machine {name!r:.80}: {what}')
+
+
+def _check_words(name: str, nics: Any, namespace: str, *texts_: str) -> None:
+    if namespace:
+        valid_name(namespace, 'namespace')
+    for text in texts_:
+        if not isinstance(text, str):
+            raise MachineError(f'machine {name}: {text!r:.80} is no string',
+                               'give kernel, initrd and cmdline as strings')
+    good = type(nics) is int and 0 <= nics <= 64 or nics == 'user' or not isinstance(
+        nics, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(nics))
+    if not good:
+        raise MachineError(f'machine {name}: nics {nics!r:.80}',
+                           "use a number, a VirtualNic, a list of them, or 'user'")
+
+
+def _make_home(name: str) -> str:
+    """Make the directory of a machine `name`, or of the first free machineN."""
+    try:
+        for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
+            if not os.path.isdir(place):
+                os.makedirs(place)
+                os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
+        return _make_place(name)
+    except OSError as problem:
+        raise write_error(os.path.join(MACHINES_DIR, name), problem) from None
+
+
+def _make_place(name: str) -> str:
+    closed = [place for place in map(str, (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents))
+              if not os.stat(place).st_mode & stat.S_IXOTH]
+    if closed and os.geteuid() == 0:
+        raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
+                           f'{closed[-1]}, and QEMU runs as one',
+                           f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
+    for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
+        home = os.path.join(MACHINES_DIR, chosen)
+        if len(chosen) > name_limit():
+            raise MachineError(f'{home}: this path is too long for sockets in it',
+                               'say VMMONITOR_MACHINES= with a shorter one')
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(home)
+            os.chmod(home, 0o711)   # nosec B103  # ... here, too
+            return home
+    raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
+                       'delete() removes it')
+
+
+def _uid(user: str | int | None, identity: str) -> int:
+    if os.geteuid():
+        if user not in (None, os.geteuid()):
+            raise MachineError(f'user {user!r}: only root can start QEMU as another user')
+        return int(os.geteuid())
+    if user is None:
+        return FIRST_UID + int(identity[:4], 16)
+    try:
+        uid = user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
+        if 0 <= uid < 1 << 31:
+            return uid
+        raise ValueError(uid)
+    except (KeyError, TypeError, ValueError):
+        raise MachineError(f'user {user!r:.80}: no such user') from None
+
+
+class Power:
+    """How a machine comes to run and ends: what needs its QEMU, its devices and its memory."""
+
+    def __init__(self, file: MachineFile, qemu: Qemu, devices: Devices, memory: MemoryStream
+                 ) -> None:
+        self.file, self.qemu, self.devices, self.memory = file, qemu, devices, memory
+        self.name = file.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
+
+    def start(self, paused: bool) -> str:
+        """Start QEMU, from the saved state if there is one; return what was done, in words."""
+        with self.file.change():
+            if self.qemu.is_alive():
+                return 'already running'
+            for device in [row for row in self.spec.devices if row.pending]:
+                self.devices.drop(device)
+            saved = self.spec.memory_place if self.spec.memory_at is MemoryAt.SAVED else ''
+            now, then = processor_of(self.spec), self.spec.processor
+            if saved and now != then:
+                raise MachineError(
+                    f'{self.name}: was saved with the processor {then}, and would start with {now}',
+                    'start it where that is there (VMMONITOR_ACCEL=tcg or kvm), or delete_saved()')
+            if not saved:                       # else it is told what it was told before
+                for device in self.spec.of_kind('nic'):
+                    device.facts['mtu'] = told_mtu(self.devices.thing(device))
+            self.devices.start_qemu()
+            try:
+                self.devices.after_start()
+                if self.spec.memory_at is MemoryAt.AWAITED:
+                    return 'waiting for a migration'
+                says = self.memory.restore(saved) if saved else 'started'
+                self.file.move_memory(MemoryAt.HERE)    # it fits the disks until the guest runs
+                if not paused:
+                    self.qemu.qmp('cont')
+            except BaseException:
+                self.qemu.end()
+                if saved:
+                    self.file.move_memory(MemoryAt.SAVED, saved)
+                raise
+            if saved == os.path.join(self.file.home, 'memory'):
+                os.unlink(saved)
+        return says
+
+    def unfreeze(self, force: bool = False) -> None:
+        """Let the processors of a guest go on that may run here (QMP cont)."""
+        with self.file.held():
+            if self.qemu.state() is State.CRASHED:
+                raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
+            if self.spec.memory_at is MemoryAt.SAVED:
+                raise WrongState(f'{self.name} was being saved or restored', 'use start')
+            if self.spec.memory_at is MemoryAt.AWAITED:
+                raise WrongState(f'{self.name} waits for a migration',
+                                 'migrate() another machine to it, or stop(force=True)')
+            if force and self.spec.memory_at is MemoryAt.GIVEN:
+                self.file.move_memory(MemoryAt.HERE)
+            self.qemu.require_not_given()
+            self.qemu.qmp('cont')
+
+    def resume(self, state: State) -> str:
+        """Make a guest that is there run; return what was done, in words."""
+        if state in (State.PAUSED, State.CRASHED):
+            self.unfreeze()
+            return 'resumed'
+        if state is State.ASLEEP:
+            self.qemu.wake_up()
+            return 'woken'
+        return 'already running'
+
+    def stop(self, force: bool, timeout: float) -> str:
+        """End it in the kindest way that works, and say which that was."""
+        if force or not self.qemu.has_live_guest():
+            return self.qemu.end()
+        return self.qemu.end(('power button', timeout, self._press_power),
+                             ('guest agent', STOP_STEPS[1][1], self._ask_agent))
+
+    def _press_power(self) -> bool:
+        with contextlib.suppress(GuestError):       # it may end before it answers
+            if not self.qemu.is_alive():
+                return False
+            self.resume(self.qemu.state())              # else it would not hear the button
+            self.qemu.qmp('system_powerdown')
+            return True
+        return False
+
+    def _ask_agent(self) -> bool:
+        try:
+            if self.qemu.agent_state() != 'connected':
+                return False
+            self.qemu.agent('guest-shutdown', {'mode': 'powerdown'})
+        except AgentError as problem:               # guest-shutdown has no answer
+            return problem.trouble.name in ('silent', 'not connected')
+        except GuestError:
+            return False
+        return True
+
+    def delete(self, force: bool) -> None:
+        """Forget the machine, with the nics that were made for it."""
+        with contextlib.suppress(NoGuest), self.file.held():
+            if self.qemu.is_alive() and not force:
+                raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
+            self.qemu.end()
+            for device in [*self.spec.devices]:
+                self.devices.drop(device)
+            self.devices.cd.attached = None
+            for left in self.file.forget():
+                log.warning('%s is not of this program, and stays', left)
+
+
 class Machine(Guest):
     """A virtual machine under this program: QEMU, driven over QMP.
 
@@ -10877,26 +11093,26 @@ class Machine(Guest):
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
                  user: str | int | None = None, incoming: bool = False, cpu: str = 'auto') -> None:
         identity = str(uuid.uuid4())
-        self._check_sizes(name, memory, cpus, maxmemory, display, monitor_port, cpu)
-        self._check_words(name, nics, namespace, kernel, initrd, cmdline)
+        _check_sizes(name, memory, cpus, maxmemory, display, monitor_port, cpu)
+        _check_words(name, nics, namespace, kernel, initrd, cmdline)
         for flag in (efi, incoming):
             if not isinstance(flag, bool):
                 raise MachineError(f'machine {name}: {flag!r:.80} is no bool',
                                    'give efi and incoming as True or False')
         usable_accel(accel)
-        uid = self._uid(user, identity)
+        uid = _uid(user, identity)
         kernel, initrd = kernel and readable(kernel), initrd and readable(initrd)
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
                   for drive in _several(harddrives)]
         # A CD object that is in another machine's drive goes on speaking of that one.
         disc = cd if isinstance(cd, CD) and not cd.attached else CD(
             cd.filename if isinstance(cd, CD) else cd)
-        home = self._make_home(name)
+        home = _make_home(name)
         cards: list[Nic | None] = []
         things: list[Harddrive | CD] = [*drives, disc]
         places = [thing.attached for thing in things]
         try:
-            cards += self._cards(nics, namespace or os.path.basename(home))
+            cards += _cards(nics, namespace or os.path.basename(home))
             self._compose_parts(MachineFile(home, MachineSpec(
                 os.path.basename(home), identity, newest_type(), memory, cpus,
                 maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
@@ -10927,99 +11143,13 @@ class Machine(Guest):
                     f'{nics} nic{"s" * (nics != 1)})')
         return f'Machine({self.name!r})'
 
-    @staticmethod
-    def _cards(nics: Any, namespace: str) -> list[Nic | None]:
-        if isinstance(nics, int):
-            return [*VirtualNic.create_many(nics, namespace)] if nics else []
-        return [None] if nics == 'user' else _several(nics)
-
-    @staticmethod
-    def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
-                     monitor_port: int | None, cpu: str) -> None:
-        for good, what in (
-                (isinstance(name, str) and (not name or NAME.fullmatch(name)
-                                            and len(name) <= name_limit()),
-                 f'as a name use letters, digits, ".", "_", "-", at most {name_limit()} for a '
-                 f'machine in {MACHINES_DIR}'),
-                (type(memory) is int and 16 <= memory <= 1 << 24, f'memory {memory!r}: use MiB'),
-                (type(cpus) is int and 1 <= cpus <= 255, f'cpus {cpus!r}: use 1 to 255'),
-                (isinstance(cpu, str) and CPU.fullmatch(cpu),
-                 f"cpu {cpu!r:.80}: use auto, or what QEMU's -cpu takes, such as EPYC-v4"),
-                (type(maxmemory) is int and (not maxmemory or maxmemory > memory),
-                 f'maxmemory {maxmemory!r}: use MiB, more than memory'),
-                (display in (None, '', 'vnc'), f'display {display!r}: use None or vnc'),
-                (monitor_port is None or type(monitor_port) is int and 0 <= monitor_port < 65536,
-                 f'monitor_port {monitor_port!r}')):
-            if not good:
-                raise MachineError(f'machine {name!r:.80}: {what}')
-
-    @staticmethod
-    def _check_words(name: str, nics: Any, namespace: str, *texts_: str) -> None:
-        if namespace:
-            valid_name(namespace, 'namespace')
-        for text in texts_:
-            if not isinstance(text, str):
-                raise MachineError(f'machine {name}: {text!r:.80} is no string',
-                                   'give kernel, initrd and cmdline as strings')
-        good = type(nics) is int and 0 <= nics <= 64 or nics == 'user' or not isinstance(
-            nics, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(nics))
-        if not good:
-            raise MachineError(f'machine {name}: nics {nics!r:.80}',
-                               "use a number, a VirtualNic, a list of them, or 'user'")
-
-    @staticmethod
-    def _make_home(name: str) -> str:
-        """Make the directory of a machine `name`, or of the first free machineN."""
-        try:
-            for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
-                if not os.path.isdir(place):
-                    os.makedirs(place)
-                    os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
-            return Machine._make_place(name)
-        except OSError as problem:
-            raise write_error(os.path.join(MACHINES_DIR, name), problem) from None
-
-    @staticmethod
-    def _make_place(name: str) -> str:
-        closed = [place for place in map(str, (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents))
-                  if not os.stat(place).st_mode & stat.S_IXOTH]
-        if closed and os.geteuid() == 0:
-            raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
-                               f'{closed[-1]}, and QEMU runs as one',
-                               f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
-        for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
-            home = os.path.join(MACHINES_DIR, chosen)
-            if len(chosen) > name_limit():
-                raise MachineError(f'{home}: this path is too long for sockets in it',
-                                   'say VMMONITOR_MACHINES= with a shorter one')
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(home)
-                os.chmod(home, 0o711)   # nosec B103  # ... here, too
-                return home
-        raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
-                           'delete() removes it')
-
-    @staticmethod
-    def _uid(user: str | int | None, identity: str) -> int:
-        if os.geteuid():
-            if user not in (None, os.geteuid()):
-                raise MachineError(f'user {user!r}: only root can start QEMU as another user')
-            return int(os.geteuid())
-        if user is None:
-            return FIRST_UID + int(identity[:4], 16)
-        try:
-            uid = user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
-            if 0 <= uid < 1 << 31:
-                return uid
-            raise ValueError(uid)
-        except (KeyError, TypeError, ValueError):
-            raise MachineError(f'user {user!r:.80}: no such user') from None
-
     def _compose_parts(self, file: MachineFile, cd: CD) -> None:
         self.name, self.id, self.home, self.file = file.name, file.uuid, file.home, file
         self.qemu = Qemu(file)
         self.devices = Devices(file, self.qemu, cd)
+        self._ram = Ram(self.devices)
         self._memory = MemoryStream(file, self.qemu)
+        self._power = Power(file, self.qemu, self.devices, self._memory)
         self._snapshots = Snapshots(file, self.qemu, self.devices)
         self._migration = Migration(file, self.qemu, self.devices, self._memory)
         self._input = Input(self.qemu)
@@ -11042,8 +11172,6 @@ class Machine(Guest):
         file = MachineFile.repair(name) if repair else MachineFile.open(name)
         machine._compose_parts(file, CD())
         return machine
-
-    # Its parts, by the names that people use.
 
     def pid(self) -> int:
         """Return the process id of its QEMU, 0 if none runs."""
@@ -11151,11 +11279,11 @@ class Machine(Guest):
         In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
         that was ballooned down is let out first. Raises MachineError with the reason why not.
         """
-        return self.devices.increase_ram(mb)
+        return self._ram.increase_ram(mb)
 
     def balloon(self, mb: int) -> str:
         """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
-        return self.devices.balloon(mb)
+        return self._ram.balloon(mb)
 
     def create_chardev(self, name: str, kind: str = 'socket') -> str:
         """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
@@ -11296,8 +11424,6 @@ class Machine(Guest):
         """Return its serial console."""
         return Console(self.qemu)
 
-    # What needs several of them.
-
     @property
     def vnc(self) -> str:
         """The path of the unix socket on which it serves VNC; '' without display='vnc'."""
@@ -11315,37 +11441,8 @@ class Machine(Guest):
 
         Raises MachineError with QEMU's own last words, DiskError for a disk that is in use.
         """
-        with self.file.change():
-            if self.is_alive():
-                return 'already running'
-            for device in [row for row in self.spec.devices if row.pending]:
-                self.devices.drop(device)
-            saved = self.spec.memory_place if self.spec.memory_at is MemoryAt.SAVED else ''
-            now, then = processor_of(self.spec), self.spec.processor
-            if saved and now != then:
-                raise MachineError(
-                    f'{self.name}: was saved with the processor {then}, and would start with {now}',
-                    'start it where that is there (VMMONITOR_ACCEL=tcg or kvm), or delete_saved()')
-            if not saved:                       # else it is told what it was told before
-                for device in self.spec.of_kind('nic'):
-                    device.facts['mtu'] = told_mtu(self.devices.thing(device))
-            self.devices.start_qemu()
-            try:
-                self.devices.after_start()
-                if self.spec.memory_at is MemoryAt.AWAITED:
-                    return 'waiting for a migration'
-                says = self._memory.restore(saved) if saved else 'started'
-                self.file.move_memory(MemoryAt.HERE)    # it fits the disks until the guest runs
-                if not paused:
-                    self.qmp('cont')
-            except BaseException:
-                self.stop(force=True)
-                if saved:
-                    self.file.move_memory(MemoryAt.SAVED, saved)
-                raise
-            if saved == os.path.join(self.home, 'memory'):
-                os.unlink(saved)
-        return says + self._clock_set('restored', clock and bool(saved))
+        says = self._power.start(paused)
+        return says + self._clock_set('restored', clock and says == 'restored')
 
     def stop(self, force: bool = False, timeout: float = STOP_STEPS[0][1]) -> str:
         """Shut it down, and say what did it; return when it is off.
@@ -11354,30 +11451,7 @@ class Machine(Guest):
         quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
         The disks' caches are written by all but the last.
         """
-        if force or not self.qemu.has_live_guest():
-            return self.qemu.end()
-        return self.qemu.end(('power button', timeout, self._press_power),
-                             ('guest agent', STOP_STEPS[1][1], self._ask_agent))
-
-    def _press_power(self) -> bool:
-        with contextlib.suppress(GuestError):       # it may end before it answers
-            if not self.is_alive():
-                return False
-            self._resume(self.state(), clock=False)  # else it would not hear the button
-            self.power_button()
-            return True
-        return False
-
-    def _ask_agent(self) -> bool:
-        try:
-            if self.agent_state() != 'connected':
-                return False
-            self.agent('guest-shutdown', {'mode': 'powerdown'})
-        except AgentError as problem:               # guest-shutdown has no answer
-            return problem.trouble.name in ('silent', 'not connected')
-        except GuestError:
-            return False
-        return True
+        return self._power.stop(force, timeout)
 
     def start(self, clock: bool = True) -> str:
         """Make it run, from whatever state: start_vm, cont or system_wakeup. Then set its clock,
@@ -11389,18 +11463,10 @@ class Machine(Guest):
             self.stop(force=True)               # a save or restore that was killed midway
             says = self.start_vm(clock=clock)
         else:
-            says = self._resume(before.state, clock)
+            says = self._power.resume(before.state)
+            says += self._clock_set('resumed', clock and says == 'resumed')
         waits = self.spec.memory_at is MemoryAt.AWAITED or before.state is State.RUNNING
         return says if waits else self._settled(says, before)
-
-    def _resume(self, state: State, clock: bool = True) -> str:
-        """Make a guest that is there run."""
-        if state in (State.PAUSED, State.CRASHED):
-            return self.unfreeze(clock=clock)
-        if state is State.ASLEEP:
-            self.qemu.wake_up()
-            return 'woken'
-        return 'already running'
 
     def power_button(self) -> None:
         """Press the ACPI power button (system_powerdown)."""
@@ -11426,18 +11492,7 @@ class Machine(Guest):
         migrated. `force` is for one of which a migration that failed at the very end could not
         tell whether it runs at its destination: see there first.
         """
-        with self.file.held():
-            if self.state() is State.CRASHED:
-                raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
-            if self.spec.memory_at is MemoryAt.SAVED:
-                raise WrongState(f'{self.name} was being saved or restored', 'use start')
-            if self.spec.memory_at is MemoryAt.AWAITED:
-                raise WrongState(f'{self.name} waits for a migration',
-                                 'migrate() another machine to it, or stop(force=True)')
-            if force and self.spec.memory_at is MemoryAt.GIVEN:
-                self.file.move_memory(MemoryAt.HERE)
-            self.qemu.require_not_given()
-            self.qmp('cont')
+        self._power.unfreeze(force)
         return 'resumed' + self._clock_set('resumed', clock)
 
     def _change(self, verb: str) -> None:
@@ -11487,15 +11542,7 @@ class Machine(Guest):
         """Forget the machine, with the nics that were made for it and its saved memory; never
         its disks, nor a saved state in a file that you named. WrongState while it runs, without
         `force`. Twice is fine."""
-        with contextlib.suppress(NoGuest), self.file.held():
-            if self.is_alive() and not force:
-                raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
-            self.qemu.end()
-            for device in [*self.spec.devices]:
-                self.devices.drop(device)
-            self.cd.attached = None
-            for left in self.file.forget():
-                log.warning('%s is not of this program, and stays', left)
+        self._power.delete(force)
 
     def _clock_set(self, cause: str, wanted: bool = True) -> str:
         """Set the clock of a guest that has stood still, where an agent answers; return what is to
