@@ -23,6 +23,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import email.message
 import errno
 import fcntl
 import functools
@@ -1069,15 +1070,23 @@ class ScriptedGuest(vm.Guest):
 class ScriptedHost(vm.LibvirtHost):
     """A host of scripted guests, with no libvirt behind it."""
 
-    def __init__(self, *guests: vm.Guest) -> None:
-        super().__init__('scripted:///')
+    def __init__(self, *guests: vm.Guest, label: str = '', uri: str = 'scripted:///') -> None:
+        super().__init__(uri, label)
         self.guests = {guest.name: guest for guest in guests}
+        for guest in guests:
+            guest.prefix, guest.name = self.prefix, f'{self.prefix}{guest.name}'
         self.up.set()
 
+    def reachable(self) -> None:
+        if not self.up.is_set():
+            raise vm.HostAway(f'{self.name} is away')
+
     def find(self, name: str) -> vm.Guest | None:
+        self.reachable()
         return self.guests.get(name)
 
     def all(self, running: bool = False) -> list[vm.Guest]:
+        self.reachable()
         return [guest for guest in self.guests.values()
                 if not running or guest.state() is vm.State.RUNNING]
 
@@ -2427,7 +2436,7 @@ except vm.ConfigError as problem:
         self.assertEqual(problems, ['listener.key', 'listener.certificate'])
         readme = (here / 'README.md').read_text()
         for key, (attribute, row) in vm.OPTIONS.items():
-            default = row.shown or getattr(vm.Config(), attribute)
+            default = getattr(vm.Config(), attribute) if row.shown is None else row.shown
             shown = json.dumps(list(default) if isinstance(default, tuple) else default)
             self.assertIn(f'| `{key}` | `{shown}` | {row.help} |', readme)
 
@@ -2878,6 +2887,156 @@ class LibvirtTest(GuestCase):
             self.assertEqual(done.returncode, 1)
             self.assertIn(text, done.stderr.decode())
             self.assertNotIn('Traceback', done.stderr.decode())
+
+
+# === guests =====================================================================================
+
+class HostsTest(ConfigCase):
+    """Guests of several hosts, by scripted ones; real ones are in HostsLiveTest."""
+
+    def setUp(self) -> None:
+        self.alpha = ScriptedHost(ScriptedGuest('web1'), ScriptedGuest('db'), label='alpha')
+        self.beta = ScriptedHost(ScriptedGuest('web1'), ScriptedGuest('mail'),
+                                 label='beta', uri='qemu+tls://beta/system')
+        self.guests = vm.Guests([self.alpha, self.beta])
+
+    def hang(self, host: ScriptedHost) -> None:
+        """Have a host answer no look-up any more, until the test ends."""
+        ended = threading.Event()
+        self.addCleanup(ended.set)
+        self.enter(mock.patch.object(vm, 'OTHERS_WAIT', 0.2))
+        for name in ('find', 'all'):
+            self.enter(mock.patch.object(host, name, side_effect=lambda *_, **__: ended.wait(60)))
+
+    def test_configuration(self) -> None:
+        config = vm.load(self.write({'hosts': {'alpha': 'qemu:///system', 'b-2': {
+            'uri': 'qemu+tls://beta/system', 'trustClock': True}}}))
+        self.assertEqual(config.libvirts(), (
+            ('alpha', 'qemu:///system', False), ('b-2', 'qemu+tls://beta/system', True)))
+        self.assertEqual(vm.Config(libvirt_uri='x').libvirts(), (('', 'x', False),))
+        for hosts, why in (
+                ('qemu:///system', 'hosts: must be an object such as {"alpha"'),
+                ({'a/b': 'x:///'}, "hosts: 'a/b': call it by up to 40 letters"),
+                ({'machines': 'x:///'}, '"machines" are those of this program'),
+                ({'a': {'url': 'x:///'}}, 'hosts: a: has uri and trustClock, no more'),
+                ({'a': {'uri': 'x:///', 'trustClock': 1}}, 'hosts: a: must be true or false'),
+                ({'a': ''}, 'hosts: a: needs a URI such as "qemu+tls://a/system"'),
+                ({'a': 5, 'b': {}}, 'hosts: a: must be a string without control characters'),
+                ({'a': 'x:///', 'b': 'x:///'}, 'hosts: each host needs a URI of its own')):
+            with self.refused(why, kind=vm.ConfigError):
+                vm.load(self.write({'hosts': hosts}))
+        with self.refused('libvirt.uri: there are hosts, too; name it there, such as "here": '
+                          '"x:///", and remove it here', kind=vm.ConfigError):
+            vm.load(self.write({'hosts': {'a': 'y:///'}, 'libvirt': {'uri': 'x:///'}}))
+
+    def test_names(self) -> None:
+        for name, full in (('db', 'alpha/db'), ('alpha/db', 'alpha/db'), ('mail', 'beta/mail'),
+                           ('alpha/web1', 'alpha/web1'), ('beta/web1', 'beta/web1')):
+            self.assertEqual(self.guests.find(name).name, full)
+        with self.refused('web1 can be alpha/web1 or beta/web1; say which', kind=vm.Ambiguous):
+            self.guests.find('web1')
+        for name in ('nope', 'beta/db', 'gamma/db', 'beta/', '/db'):
+            with self.refused(f'no guest is named {name}', kind=vm.NoGuest):
+                self.guests.find(name)
+        odd = ScriptedGuest('beta/mail')
+        self.alpha.guests[odd.name] = odd
+        odd.prefix, odd.name = 'alpha/', 'alpha/beta/mail'
+        self.assertIs(self.guests.find('beta/mail'), odd, 'the exact name wins')
+        self.assertIs(self.guests.find('alpha/beta/mail'), odd)
+
+    def test_one_that_is_away_or_hangs(self) -> None:
+        self.beta.up.clear()
+        for _ in range(2):                      # away, then up, and silent
+            for name in ('db', 'alpha/db'):
+                self.assertEqual(self.guests.find(name).name, 'alpha/db')
+            with self.refused('no guest is named alpha/mail', kind=vm.NoGuest):
+                self.guests.find('alpha/mail', 0.5)
+            for name in ('mail', 'beta/mail'):
+                with self.refused('libvirt beta', kind=vm.HostAway):
+                    self.guests.find(name, 0.5)
+            away: list[vm.Error] = []
+            self.assertEqual([guest.name for guest in self.guests.all(away=away)],
+                             ['alpha/web1', 'alpha/db'])
+            self.assertEqual(len(away), 1)
+            self.assertIn('libvirt beta', vm.explain(away[0]))
+            self.beta.up.set()
+            self.hang(self.beta)
+
+    def test_patterns(self) -> None:
+        for pattern, own, full, fits in (
+                ('web*', 'web1', 'beta/web1', True), ('beta/*', 'web1', 'beta/web1', True),
+                ('*/web1', 'web1', 'beta/web1', True), ('*', 'web1', 'beta/web1', True),
+                ('b*', 'web1', 'beta/web1', False), ('alpha/*', 'web1', 'beta/web1', False),
+                ('beta', 'web1', 'beta/web1', False), ('a/*', 'a/b', 'a/b', True)):
+            config = vm.Config(exclude=(pattern,))
+            key = vm.Key('k', b'', targets=(pattern,))
+            self.assertEqual((config.excludes(own, full), key.covers(own, full)), (fits, fits),
+                             pattern)
+
+    def asked(self, *targets: str) -> Callable[[str], tuple[int, str]]:
+        """Return what asks a dispatcher with a key for these targets."""
+        path = self.write({'listener': {'keys': [{
+            'name': 'some', 'key': OTHER_KEY, 'targets': list(targets)}]}})
+        router = vm.Dispatcher(self.guests, vm.Settings(vm.load(path)), {})
+
+        def ask(query: str) -> tuple[int, str]:
+            headers = email.message.Message()
+            headers['Authorization'] = f'Bearer {OTHER_KEY}'
+            reply = router.answer(vm.Request('127.0.0.1', 'GET', f'/?cmd={query}', headers, b''))
+            return reply.status, reply.text
+        return ask
+
+    def test_requests(self) -> None:
+        ask = self.asked('beta/*', 'd*')
+        self.assertEqual(ask('start&target=web1'), (200, 'beta/web1: started'))
+        self.assertEqual(ask('start&target=db'), (200, 'alpha/db: started'))
+        self.assertEqual(ask('start&target=alpha/db'), (200, 'alpha/db: started'))
+        self.assertEqual(ask('start&target=alpha/web1')[0], 401)
+        self.assertEqual(ask('start&target=beta/nope')[0], 404)
+        self.assertEqual([line.split()[0] for line in ask('list')[1].splitlines()],
+                         ['alpha/db', 'beta/web1', 'beta/mail'])
+        self.beta.up.clear()
+        self.assertEqual(ask('start&target=beta/mail')[0], 503)
+        self.assertRegex(ask('list')[1], '^alpha/db running .*\nlibvirt beta is away')
+        self.beta.up.set()
+        self.assertEqual(self.asked('*')('start&target=web1'), (
+            409, 'web1 can be alpha/web1 or beta/web1; say which'))
+
+    def test_the_way_down_is_for_this_host_alone(self) -> None:
+        config = vm.Config(shutdown_steps=vm.steps(['off db', 'off all'], vm.SHUTDOWN_FORMS))
+        off: list[str] = []
+
+        def power_off(guest: vm.Guest) -> str:
+            assert isinstance(guest, ScriptedGuest)
+            guest.condition = vm.State.OFF
+            off.append(guest.name)
+            return 'powered off'
+        for host in (self.alpha, self.beta):
+            for guest in host.guests.values():
+                self.enter(mock.patch.object(
+                    guest, 'power_off', functools.partial(power_off, guest)))
+        with mock.patch.object(self.alpha, 'here', True):
+            vm.Shutdown(self.guests, config).run()
+        self.assertEqual(sorted(off), ['alpha/db', 'alpha/web1'])
+
+    def test_start_list(self) -> None:
+        """What is away delays nothing on the others, and starts when it is back."""
+        self.beta.up.clear()
+        startup = vm.Startup(self.guests, vm.steps([
+            'start beta/web1', 'start alpha/web1', 'start db', 'start mail']))
+        with self.assertLogs('vmmonitor') as logged:
+            startup.run()
+        told = [record.getMessage() for record in logged.records]
+        done, _, failed = told[-1].partition('; failed: ')
+        for text in ('alpha/web1 started', 'db started'):
+            self.assertIn(text, done)
+        for text in ('beta/web1 (libvirt beta is away)', 'mail (libvirt beta is away)'):
+            self.assertIn(text, failed)
+        with self.assertLogs('vmmonitor') as logged:
+            self.beta.up.set()
+            soon(lambda: len(logged.records) >= 2)
+        self.assertEqual({record.getMessage() for record in logged.records},
+                         {'startup: beta/web1 started', 'startup: mail started'})
 
 
 # === monitor ====================================================================================

@@ -209,6 +209,7 @@ class Error(Exception):
      |   +- MissingFeature    the kernel, a program or a right is missing
      +- GuestError            one guest, one request
          +- NoGuest           there is none of that name
+         +- Ambiguous         there are several, on different hosts
          +- WrongState        its state does not allow it
          +- Busy              another command has not ended
          +- AgentError        its guest agent: `trouble` says which row of AGENT_TROUBLES
@@ -323,6 +324,10 @@ class GuestError(Error):
 
 class NoGuest(GuestError):
     """No guest has that name."""
+
+
+class Ambiguous(GuestError):
+    """Guests of several hosts have that name."""
 
 
 class WrongState(GuestError):
@@ -876,6 +881,8 @@ def process_start(pid: int) -> str:
 
 KEY_MINIMUM = 16               # shorter keys draw a warning
 WAIT_DEFAULT = 120.0           # of "wait NAME" without a time
+MACHINES_LABEL = 'machines'    # HOST in HOST/NAME for this program's own ...
+LIBVIRT_LABEL = 'libvirt'      # ... and for the only libvirt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1101,6 +1108,55 @@ def steps(value: Any, forms: Sequence[Form] = STARTUP_FORMS) -> tuple[Step, ...]
     return tuple(filter(None, read(value)))
 
 
+HOST_NAME = re.compile(r'[\w.-]{1,40}', re.ASCII)
+
+
+class HostEntry(NamedTuple):
+    """An entry of hosts: a libvirt, and what it is called."""
+
+    name: str                   # '' for the only one, of libvirt.uri
+    uri: str
+    trust_clock: bool = False   # its clock is taken to be in step with ours
+
+
+def host_entries(value: Any) -> tuple[HostEntry, ...]:
+    """Read hosts, {name: URI, or object with uri and trustClock}."""
+    if not isinstance(value, dict):
+        raise InvalidValue('must be an object such as {"alpha": "qemu:///system", "beta": '
+                           '{"uri": "qemu+tls://beta/system", "trustClock": true}}')
+    read = a_list(_host_entry, of=tuple, place='')
+    entries: tuple[HostEntry, ...] = read(list(value.items()))
+    if len({entry.uri for entry in entries}) < len(entries):
+        raise InvalidValue('each host needs a URI of its own')
+    return entries
+
+
+def _host_entry(item: tuple[str, Any]) -> HostEntry:
+    """Read one entry of hosts."""
+    name, value = item
+    if not HOST_NAME.fullmatch(name) or name == MACHINES_LABEL:
+        raise InvalidValue(f'{name!r:.60}: call it by up to 40 letters, digits, ".", "-" and "_"; '
+                           f'"{MACHINES_LABEL}" are those of this program')
+    members = value if isinstance(value, dict) else {'uri': value}
+    if not members.keys() <= {'uri', 'trustClock'}:
+        raise InvalidValue(f'{name}: has uri and trustClock, no more')
+    try:
+        entry = HostEntry(name, a_text(members.get('uri')),
+                          a_bool(members.get('trustClock', False)))
+    except InvalidValue as problem:
+        raise InvalidValue(f'{name}: {problem}') from None
+    if not entry.uri:
+        raise InvalidValue(f'{name}: needs a URI such as "qemu+tls://{name}/system"')
+    return entry
+
+
+def matches_any(patterns: Iterable[str], own: str, full: str) -> bool:
+    """Tell whether a shell pattern is that of a guest: of its own name, and if there is a "/" in
+    it, also of HOST/NAME; so "b*" never means all guests of a host beta."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+               for name in ((own, full) if '/' in pattern else (own,)))
+
+
 class Verb(NamedTuple):
     """A row of the table of what can be asked for, by the trigger and on the command line."""
 
@@ -1148,9 +1204,9 @@ class Key:
     targets: tuple[str, ...] = ('*',)                   # shell patterns (fnmatch)
     guessable: bool = False                             # shorter than KEY_MINIMUM
 
-    def covers(self, target: str) -> bool:
-        """Tell whether the key reaches the guest `target`."""
-        return any(fnmatch.fnmatchcase(target, pattern) for pattern in self.targets)
+    def covers(self, own: str, full: str) -> bool:
+        """Tell whether the key reaches the guest with this own name, and HOST/NAME."""
+        return matches_any(self.targets, own, full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1206,6 +1262,9 @@ class Config:
 
     libvirt_uri: str = option(
         'libvirt.uri', 'qemu:///system', a_text, 'the libvirt to talk to', restart=True)
+    hosts: tuple[HostEntry, ...] = option(
+        'hosts', (), host_entries, 'several of them instead: names with URIs', restart=True,
+        shown={})
     monitor_enabled: bool = option(
         'monitor.enabled', True, a_bool, 'correct the clocks of guests', restart=True)
     tolerance: float = option(
@@ -1274,9 +1333,14 @@ class Config:
         """Tell whether `command` is switched on in listener.commandsEnabled."""
         return command in self.enabled
 
-    def excludes(self, name: str) -> bool:
-        """Tell whether the monitor shall leave the guest `name` alone."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+    def excludes(self, own: str, full: str) -> bool:
+        """Tell whether the monitor shall leave the guest with this own name, and HOST/NAME,
+        alone."""
+        return matches_any(self.exclude, own, full)
+
+    def libvirts(self) -> tuple[HostEntry, ...]:
+        """Return the libvirts to talk to."""
+        return self.hosts or (HostEntry('', self.libvirt_uri),)
 
 
 class Settings:
@@ -1334,6 +1398,9 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
             values[attribute] = row.read(value)
         except InvalidValue as problem:
             problems.append(f'{key}: {problem}')
+    if values.get('hosts') and 'libvirt_uri' in values:
+        problems.append('libvirt.uri: there are hosts, too; name it there, such as "here": '
+                        f'"{values["libvirt_uri"]}", and remove it here')
     return values, problems
 
 
@@ -1684,10 +1751,16 @@ class Guest:
     All of them raise GuestError or LibvirtError, and return only when the thing is done.
     """
 
-    name: str                   # unique on this host
+    name: str                   # HOST/NAME where there are several hosts
+    prefix = ''                 # ... the HOST/ in it
     id: str                     # stays the same when the guest is renamed
     damage = ''                 # why it can only be stopped and removed, if that is so
     REMEDIES: Mapping[str, str] = {}        # name in AGENT_TROUBLES -> what to do for this kind
+
+    @property
+    def own(self) -> str:
+        """Its name on its host."""
+        return self.name[len(self.prefix):]
 
     def status(self) -> Status:
         """Return what the guest is doing, and why."""
@@ -1836,7 +1909,7 @@ class Guest:
         except AgentError:
             with contextlib.suppress(OSError, UnicodeError):
                 found = [str(row[4][0]) for row in socket.getaddrinfo(
-                    self.name, None, type=socket.SOCK_STREAM)]
+                    self.own, None, type=socket.SOCK_STREAM)]
                 return found
             return []
         return [text for text in found if not re.match(r'127\.|::1$|fe80:', text)]
@@ -1989,6 +2062,9 @@ class GuestHost(Protocol):
     """A place where guests live: a libvirt, or this program's own machines."""
 
     name: str                   # for people
+    label: str                  # the HOST of HOST/NAME
+    prefix: str                 # what its guests' names begin with, "HOST/" if there are several
+    here: bool                  # on this machine, or the only libvirt
     up: threading.Event         # whether it can be asked
 
     def find(self, name: str) -> Guest | None:
@@ -2910,17 +2986,25 @@ class ConnectionPool:
             connection.close()
 
 
+def is_local(uri: str) -> bool:
+    """Tell whether a URI is that of a libvirt of this machine."""
+    return bool(re.match(r'\w+(\+unix)?:///', uri))
+
+
 class LibvirtHost:
     """One libvirt: its domains, its events, and the connections for each kind of call."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri, self.name = uri, f'libvirt {uri}'
+    def __init__(self, uri: str, label: str = '') -> None:
+        self.uri, self.name = uri, f'libvirt {label or uri}'
+        self.label, self.prefix = label or LIBVIRT_LABEL, label and f'{label}/'
+        self.here = not label or is_local(uri)
+        self.virsh = f'virsh -c {uri}' if label else 'virsh'        # for hints
         # State, look-ups, XML: quick ones, or libvirt does not answer at all.
         self.queries = ConnectionPool(uri, QUERY_CALLS, HostAway)
         self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
         self.agents = ConnectionPool(uri, AGENT_CALLS)      # guest agents that answer
         self.slow = ConnectionPool(uri, SLOW_CALLS)         # guest agents that did not
-        self.silent: dict[str, bool] = {}               # UUID -> True: its agent was silent
+        self.silent: dict[str, bool] = {}               # id -> True: its agent was silent
         # What was seen since the last event, while events come: that it is still so need not be
         # asked. A look that an event overtook is not kept.
         self._memory = threading.Lock()                 # guards these
@@ -2945,11 +3029,12 @@ class LibvirtHost:
 
     def _link(self, receive: Callable[[GuestEvent], None]) -> None:
         def notify(uuid: str, name: str, kind: str) -> None:
+            guest = Domain(self, uuid, name)
             self._forget(uuid)
             if kind in ('agent connected', 'stopped'):
-                self.silent.pop(uuid, None)         # a new agent may be a better one
+                self.silent.pop(guest.id, None)     # a new agent may be a better one
             if kind != 'changed':
-                receive(GuestEvent(Domain(self, uuid, name), kind, time.monotonic()))
+                receive(GuestEvent(guest, kind, time.monotonic()))
         pause, since = RECONNECT_FIRST, time.monotonic()
         while not self.stopping.is_set():
             try:
@@ -2963,7 +3048,7 @@ class LibvirtHost:
                 since = time.monotonic()
             except LibvirtError as problem:
                 if str(problem) != str(self.problem):
-                    log.warning('libvirt %s: %s; trying again', self.uri, explain(problem))
+                    log.warning('%s: %s; trying again', self.name, explain(problem))
                 self.problem = problem
             self.stopping.wait(pause)
             pause = min(pause * 2, RECONNECT_LAST)
@@ -2976,14 +3061,14 @@ class LibvirtHost:
             self.problem = None
             self._forget()
             self.up.set()
-            log.info('libvirt %s: connected after %.1f s, version %s, %d guests running',
-                     self.uri, time.monotonic() - since, connection.version(), len(running))
+            log.info('%s: connected after %.1f s, version %s, %d guests running',
+                     self.name, time.monotonic() - since, connection.version(), len(running))
             for uuid, name in running:
                 notify(uuid, name, 'found')
             while not subscription.lost.wait(1.0) and connection.alive():
                 pass
             if not self.stopping.is_set():
-                log.warning('libvirt %s: connection lost (%s); trying again', self.uri,
+                log.warning('%s: connection lost (%s); trying again', self.name,
                             subscription.reason or 'dead')
         finally:
             subscription.cancel()
@@ -3034,7 +3119,7 @@ class LibvirtHost:
         found = domain.status(), domain.channel_state()
         with self._memory:
             if serial == self._serial:
-                self._seen[domain.id] = found
+                self._seen[domain.uuid] = found
         return found
 
     def find(self, name: str) -> Guest | None:
@@ -3079,7 +3164,8 @@ class Domain(Guest):
         'frozen': 'thaw them with virsh domfsthaw'}
 
     def __init__(self, host: LibvirtHost, uuid: str, name: str) -> None:
-        self.host, self.id, self.name = host, uuid, name
+        self.host, self.uuid, self.prefix = host, uuid, host.prefix
+        self.id, self.name = f'{host.prefix}{uuid}', f'{host.prefix}{name}'
 
     @contextlib.contextmanager
     def _on(self, pool: ConnectionPool, timeout: float = BUSY_TIMEOUT
@@ -3089,10 +3175,10 @@ class Domain(Guest):
         try:
             with pool.connection(timeout) as connection:
                 try:
-                    yield connection, connection.domain(self.id)
+                    yield connection, connection.domain(self.uuid)
                 except LibvirtError as problem:
                     if problem.code == ERR_NO_DOMAIN:
-                        connection.forget(self.id)
+                        connection.forget(self.uuid)
                     raise
         except LibvirtError as problem:
             meaning = self.MEANINGS.get(problem.code)
@@ -3169,8 +3255,9 @@ class Domain(Guest):
                 raise
             raise LibvirtError(
                 f'{self.name}: its saved state can\'t be restored: {problem.message}', problem.code,
-                problem.domain, f'cmd=start&discard=1, or virsh managedsave-remove {self.name}, '
-                'forgets it; it then boots anew, and what was not on its disks is lost') from None
+                problem.domain, f'cmd=start&discard=1, or {self.host.virsh} managedsave-remove '
+                f'{self.own}, forgets it; it then boots anew, and what was not on its disks is lost'
+                ) from None
         if state is State.ASLEEP:                       # the guest wakes up by itself
             self._await_waking()
         if state is State.SAVED and self.status().reason == 'booted':
@@ -3340,7 +3427,7 @@ class Domain(Guest):
 
     def remembered(self) -> tuple[Status, str] | None:
         """Return status() and agent_state() as seen since its last event, or None."""
-        found = self.host.remembered(self.id)
+        found = self.host.remembered(self.uuid)
         return found and (found[0], self._heard(found[1]))
 
     def _look(self) -> tuple[Status, str]:
@@ -3425,6 +3512,9 @@ def outlast(name: bytes, deadline: Deadline) -> bool:
     return True
 
 
+OTHERS_WAIT = 2.0              # for a host that is silent, when another one has told something
+
+
 class Guests:
     """One name space over the hosts of guests; one command per guest at a time."""
 
@@ -3450,39 +3540,88 @@ class Guests:
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy; notified when one ends
 
-    def find(self, name: str, timeout: float = ANSWER_TIMEOUT) -> Guest:
-        """Return the guest `name`; NoGuest if there is none.
+    def ask(self, question: Callable[[GuestHost], Result], timeout: float = ANSWER_TIMEOUT,
+            hosts: Sequence[GuestHost] | None = None) -> list[tuple[GuestHost, Result | Error]]:
+        """Ask all hosts at once and return their answers, or why there is none.
+
+        When another one has had something to tell, a host that is connected and silent is waited
+        for no longer than OTHERS_WAIT.
+        """
+        asked: dict[concurrent.futures.Future[Result], GuestHost] = {
+            in_thread(host.name, question, host): host
+            for host in (self.hosts if hosts is None else hosts)}
+        deadline = Deadline(timeout)
+        done, late = concurrent.futures.wait(asked, min(OTHERS_WAIT, timeout))
+        while late and not deadline.passed() and not (
+                all(asked[future].up.is_set() for future in late)
+                and any(not future.exception() and future.result() for future in done)):
+            news, late = concurrent.futures.wait(late, deadline.left(), 'FIRST_COMPLETED')
+            done |= news
+        answers: list[tuple[GuestHost, Result | Error]] = []
+        for future, host in asked.items():
+            answer = self._answer(host, future)
+            answers.append((host, answer))
+        return answers
+
+    @staticmethod
+    def _answer(host: GuestHost, future: concurrent.futures.Future[Result]) -> Result | Error:
+        if not future.done():
+            return HostAway(f'{host.name} does not answer', hint='try again in a moment')
+        try:
+            return future.result()
+        except LibvirtError as problem:
+            if host.prefix and host.name not in problem.message:
+                problem.message = f'{host.name}: {problem.message}'
+            return problem
+        except Error as problem:
+            return problem
+
+    def meanings(self, name: str) -> list[tuple[GuestHost, str]]:
+        """Return what a name means, as (host, the guest's own name there), but for names with a
+        "/" of their own."""
+        label, _, own = name.partition('/')
+        return [(host, own) for host in self.hosts if own and host.label == label] or [
+            (host, name) for host in self.hosts]
+
+    def find(self, name: str, timeout: float = ANSWER_TIMEOUT,
+             reached: Callable[[Guest], bool] = lambda _: True) -> Guest:
+        """Return the guest NAME or HOST/NAME, of those that are `reached`; NoGuest if there is
+        none, Ambiguous if several hosts have one.
 
         A host that can't be asked hides nobody else's guests. Whether one of its own has that
         name is not known then, and its error says so.
         """
-        deadline, problem = Deadline(timeout), None
-        damaged: Guest | None = None                # it hides no other of its name
-        for host in self.hosts:
-            try:
-                guest = within(deadline, host.name, host.find, name)
-            except Error as reason:
-                problem = problem or reason
-                continue
-            if guest and not guest.damage:
-                return guest
-            damaged = damaged or guest
-        if damaged:
-            return damaged
-        raise problem or NoGuest(f'no guest is named {name}', '--status lists them')
+        meant = dict(self.meanings(name))
+
+        def look(host: GuestHost) -> Guest | None:
+            found = (host.find(own) for own in dict.fromkeys((name, meant.get(host, name))))
+            return next((guest for guest in found if guest and reached(guest)), None)
+        answers = self.ask(look, timeout)
+        found = [(host, guest) for host, guest in answers
+                 if guest and not isinstance(guest, Error)]
+        found = [row for row in found if not row[1].damage] or found     # which hides no other
+        found = [row for row in found if row[1].own == name] or found    # it may have a "/" in it
+        if len(found) > 1:
+            choices = [f'{host.label}/{guest.own}' for host, guest in found]
+            raise Ambiguous(f'{name} can be {" or ".join(choices)}', 'say which')
+        if found:
+            return found[0][1]
+        raise next((answer for host, answer in answers if isinstance(answer, Error)
+                    and host in meant), NoGuest(f'no guest is named {name}', '--status lists them'))
 
     def all(self, running: bool = False, away: list[Error] | None = None,
-            timeout: float = ANSWER_TIMEOUT) -> list[Guest]:
+            timeout: float = ANSWER_TIMEOUT, hosts: Sequence[GuestHost] | None = None
+            ) -> list[Guest]:
         """Return all guests, or those that run, by name; add to `away` why a host can't be asked,
         or raise that."""
-        found, deadline = [], Deadline(timeout)
-        for host in self.hosts:
-            try:
-                found += within(deadline, host.name, host.all, running)
-            except Error as problem:
-                if away is None:
-                    raise
-                away.append(problem)
+        found: list[Guest] = []
+        for _, answer in self.ask(lambda host: host.all(running), timeout, hosts):
+            if not isinstance(answer, Error):
+                found += answer
+            elif away is None:
+                raise answer
+            else:
+                away.append(answer)
         return found
 
     def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT) -> str:
@@ -3531,16 +3670,18 @@ class Guests:
         return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
                     'try again later')
 
-    def ready(self, stopping: threading.Event, names: Iterable[str]) -> bool:
+    def ready(self, stopping: threading.Event, names: Iterable[str], far: bool = True) -> bool:
         """Wait until every host is connected, or those that are have all of `names`; or (False)
-        until `stopping`."""
-        while not all(host.up.wait(STATE_POLL) for host in self.hosts):
+        until `stopping`. Without `far`, other machines than this one are not waited for."""
+        hosts = [host for host in self.hosts if far or host.here]
+        while not all(host.up.wait(STATE_POLL) for host in hosts):
             if stopping.is_set():
                 return False
-            there = [host for host in self.hosts if host.up.is_set()]
-            with contextlib.suppress(Error):        # one went away again, or hangs
-                if all(any(host.find(name) for host in there) for name in names):
-                    break
+            with contextlib.suppress(LibvirtError):     # one is away, or hangs
+                for name in names:
+                    with contextlib.suppress(GuestError):       # that is said later
+                        self.find(name)
+                break
         return not stopping.is_set()
 
 
@@ -3600,15 +3741,14 @@ class Monitor:
 
     def trigger_all(self, cause: str, hosts: Sequence[GuestHost]) -> list[GuestHost]:
         """Check every running guest of these hosts; return those that can't be asked now."""
-        away = []
-        for host in hosts:
-            try:
-                for guest in host.all(running=True):
-                    self.events.put(GuestEvent(guest, cause, time.monotonic()))
-            except Error as problem:
-                log.debug('%s: %s', cause, explain(problem))
-                away.append(host)
-        return away
+        def trigger(host: GuestHost) -> bool:
+            for guest in host.all(running=True):
+                self.events.put(GuestEvent(guest, cause, time.monotonic()))
+            return True
+        answers = self.guests.ask(trigger, hosts=hosts)
+        for problem in (answer for _, answer in answers if isinstance(answer, Error)):
+            log.debug('%s: %s', cause, explain(problem))
+        return [host for host, answer in answers if isinstance(answer, Error)]
 
     def _take_events(self) -> None:
         for event in iter(self.events.get, None):
@@ -3628,7 +3768,8 @@ class Monitor:
             job = self._jobs.get(key)
             if job and event.kind == 'booted':
                 job.event = job.event._replace(kind='booted')
-            if event.kind in self.NO_TRIGGERS or config.excludes(event.guest.name):
+            if event.kind in self.NO_TRIGGERS or config.excludes(
+                    event.guest.own, event.guest.name):
                 return
             if job:
                 job.again = event
@@ -3788,6 +3929,7 @@ class GuestList:
         self.stopping = threading.Event()
         self._results: dict[str, str] = {}          # guest -> what was done, in words
         self._failed: dict[str, str] = {}           # guest -> why not
+        self._waiting: set[str] = set()             # guests whose host, another one, is away
 
     def has_failed(self) -> bool:
         """Tell whether something could not be done."""
@@ -3844,33 +3986,49 @@ class Startup(GuestList):
         if self.mark and self.mark.is_set():
             log.info('startup: was done since this host booted; --startup does it again')
             return
-        if not self.guests.ready(self.stopping, {step.name for step in self.steps if step.name}):
+        names = {step.name for step in self.steps if step.name}
+        if not self.guests.ready(self.stopping, names, far=False):
             return
         began, threads = time.monotonic(), []
         for step in self.steps:
             if self.stopping.is_set():
                 return
             if step.verb == 'start':
-                threads.append(spawn(f'start {step.name}', self._start, step.name))
+                threads.append((step.name, spawn(f'start {step.name}', self._start, step.name)))
             elif step.verb == 'delay':
                 self.stopping.wait(step.seconds)
             elif not self._wait(step) and step.otherwise == 'stop':
                 break
-        for thread in threads:              # each start has a time limit
-            while thread.is_alive() and not self.stopping.wait(STATE_POLL):
-                pass
+        # Each start has a time limit; one whose host is away goes on in its thread.
+        while any(thread.is_alive() and name not in self._waiting for name, thread in threads) \
+                and not self.stopping.wait(STATE_POLL):
+            pass
         if self.stopping.is_set():
             return
         if self.mark:
             self.mark.set()
         self._sum_up(began)
 
+    def _ready(self, name: str) -> bool:
+        """Wait until a guest's host is there; False if we are stopping."""
+        if not all(host.here or host.up.is_set() for host, _ in self.guests.meanings(name)):
+            try:
+                self.guests.find(name)
+            except LibvirtError as problem:         # the list does not wait for that
+                self._failed[name] = explain(problem)
+                self._waiting.add(name)
+            except GuestError:
+                pass                                # the start will say it
+        ready = self.guests.ready(self.stopping, [name])
+        self._waiting.discard(name)
+        return ready
+
     def _start(self, name: str) -> None:
         """Start one guest, trying again START_RETRIES times."""
         for attempt in range(1 + START_RETRIES):
             if attempt:
                 self.stopping.wait(START_RETRY_PAUSE)
-            if not self.guests.ready(self.stopping, [name]):
+            if not self._ready(name):
                 return
             try:
                 says = self.guests.act('start', self.guests.find(name))
@@ -3932,8 +4090,11 @@ class Shutdown(GuestList):
         self._sum_up(began)
 
     def _find(self, away: list[Error]) -> None:
-        """Find out which guests are on."""
-        guests = self.guests.all(away=away)
+        """Find out which guests of this host are on, and what their lines call them."""
+        guests = self.guests.all(away=away, hosts=[host for host in self.guests.hosts if host.here])
+        full = {name: guest.name for guest in guests for name in (guest.own, guest.name)}
+        self.steps = [step._replace(name=full.get(step.name, step.name)) for step in self.steps]
+        self.place = {full.get(name, name): place for name, place in self.place.items()}
         for guest, known in zip(guests, ask_all(guests, lambda guest: {'off': guest.is_off()},
                                                 ANSWER_TIMEOUT)):
             if not known.get('off'):                # what can't be asked counts as on
@@ -4622,7 +4783,8 @@ class Dispatcher:
 
     # The first row that fits gives the status of a failed command.
     STATUSES: tuple[tuple[type[Error], int], ...] = (
-        (NoGuest, 404), (WrongState, 409), (Busy, 409), (HostAway, 503), (Error, 500))
+        (NoGuest, 404), (Ambiguous, 409), (WrongState, 409), (Busy, 409), (HostAway, 503),
+        (Error, 500))
 
     def __init__(self, guests: Guests, settings: Settings,
                  corrections: Mapping[str, Correction]) -> None:
@@ -4673,7 +4835,7 @@ class Dispatcher:
         if bool(target) == (command in FOR_ALL):
             raise Refusal(400, f'{command} takes no target' if target else
                           f'target is missing: the name of the guest to {command}')
-        if target and not key.covers(target):
+        if target and not self._may_reach(key, target):
             raise self.throttle.wrong(f'key {key.name}')        # not to be told from a wrong key
         if not self.settings.config.allows(command):
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
@@ -4684,7 +4846,7 @@ class Dispatcher:
             return self._list(key, deadline)
         if command == 'log':
             return self._log(key)
-        guest = self.guests.find(target)
+        guest = self.guests.find(target, reached=lambda guest: key.covers(guest.own, guest.name))
         if command == 'status':
             known = within(deadline, guest.name, self._describe, guest)
             return Reply(200, self._line(known), known)
@@ -4692,6 +4854,11 @@ class Dispatcher:
             picture = within(deadline, guest.name, guest.picture)
             return Reply(200, '', content=('image/png', picture))
         return self._act(order, guest)
+
+    def _may_reach(self, key: Key, name: str) -> bool:
+        """Tell whether the key reaches a guest that NAME or HOST/NAME can mean."""
+        return any(key.covers(own, f'{host.prefix}{own}')
+                   for host, own in self.guests.meanings(name))
 
     def trusts(self, address: str) -> bool:
         """Tell whether an address is one of listener.trustedProxies."""
@@ -4799,7 +4966,7 @@ class Dispatcher:
         """Return the guests that the key reaches, and which hosts can't be asked."""
         away: list[Error] = []
         guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
-                  if key.covers(guest.name)]
+                  if key.covers(guest.own, guest.name)]
         found = {guest.id: self._describe(guest) for guest in guests if guest.remembered()}
         unknown = [guest for guest in guests if guest.id not in found]
         found.update(zip((guest.id for guest in unknown),
@@ -4822,7 +4989,7 @@ class Dispatcher:
     def _log(self, key: Key) -> Reply:
         """Return the last commands and corrections of the guests that the key reaches, the
         newest first."""
-        lines = [row for row in [*self.guests.recent][::-1] if key.covers(row['guest'])]
+        lines = [row for row in [*self.guests.recent][::-1] if self._may_reach(key, row['guest'])]
         return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
                      or 'nothing yet', {'version': 1, 'lines': lines})
 
@@ -11627,7 +11794,8 @@ class Machines:
               'VSERPORT_CHANGE': 'agent connected'}
 
     def __init__(self) -> None:
-        self.name = 'machines'
+        self.name = self.label = MACHINES_LABEL
+        self.prefix, self.here = '', True
         self.up = threading.Event()                 # they are always there
         self.up.set()
         self.stopping = threading.Event()
@@ -12131,10 +12299,11 @@ class Setup:
         """Have a libvirt that answers, if the configuration means that of this host."""
         def answers() -> bool:
             with contextlib.suppress(LibvirtError):
-                Connection(config.libvirt_uri).close()
+                Connection(own[0]).close()
                 return True
             return False
-        if not config.libvirt_uri.startswith('qemu:///') or answers():
+        own = [host.uri for host in config.libvirts() if host.uri.startswith('qemu:///')]
+        if not own or answers():
             return
         for daemon in ('libvirtd', 'virtqemud'):
             units = [f'{daemon}{end}' for end in ('.socket', '-ro.socket', '-admin.socket')]
@@ -12459,15 +12628,35 @@ def notify_systemd(*lines: str) -> None:
         notifier.sendto('\n'.join(lines).encode(), address)
 
 
+def libvirt_hosts(config: Config) -> list[LibvirtHost]:
+    """Return the libvirts of the configuration."""
+    return [LibvirtHost(host.uri, host.name) for host in config.libvirts()]
+
+
+@contextlib.contextmanager
+def all_guests(config: Config) -> Iterator[Guests]:
+    """Lend the guests of all hosts, to a command that soon ends."""
+    guests = Guests([Machines(), *libvirt_hosts(config)])
+    try:
+        yield guests
+    finally:
+        stop_all(guests.hosts)
+
+
+def stop_all(hosts: Iterable[GuestHost]) -> None:
+    """Stop hosts, all at once: each takes as long as STOP_TIMEOUT allows."""
+    deadline = Deadline(STOP_TIMEOUT)
+    for thread in [spawn(f'stop {host.name}', host.stop) for host in hosts]:
+        thread.join(deadline.left())
+
+
 class Daemon:
     """The roles that were asked for, until a signal ends them."""
 
     def __init__(self, config: Config, roles: Sequence[str], once: bool = False) -> None:
         self.settings = Settings(config)
         self.roles = list(roles)
-        self.host = LibvirtHost(config.libvirt_uri)
-        self.machines = Machines()
-        self.guests = Guests([self.machines, self.host])
+        self.guests = Guests([Machines(), *libvirt_hosts(config)])
         self.monitor = Monitor(self.guests, self.settings)
         # A restart of the service must not start what the admin has switched off meanwhile.
         self.startup = Startup(self.guests, config.steps, BootMark('startup') if once else None)
@@ -12490,8 +12679,8 @@ class Daemon:
         if 'monitor' in self.roles:
             self.monitor.start()
         receive = self.monitor.events.put if 'monitor' in self.roles else lambda _: None
-        self.host.watch(receive)
-        self.machines.watch(receive)
+        for host in self.guests.hosts:
+            host.watch(receive)
         if 'startup' in self.roles:
             spawn('startup', self.startup.run)
         spawn('reload', self._hear_reloads)
@@ -12504,8 +12693,7 @@ class Daemon:
             self._shut_down()
         self.monitor.stop()
         self.listener.close()
-        self.machines.stop()
-        self.host.stop()
+        stop_all(self.guests.hosts)
         return 0
 
     def _shut_down(self) -> None:
@@ -12543,7 +12731,8 @@ class Daemon:
 
     def _say(self, *more: str) -> None:
         """Tell systemd what `systemctl status` shall show, if that is news."""
-        link = 'libvirt connected' if self.host.up.is_set() else 'waiting for libvirt'
+        away = ' and '.join(host.name for host in self.guests.hosts if not host.up.is_set())
+        link = f'waiting for {away}' if away else 'libvirt connected'
         status = f'STATUS={", ".join(self.roles)}; {link}{self._refused}'
         if more or status != self._said:
             notify_systemd(status, *more)
@@ -12613,14 +12802,24 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         yield from _check_listener(config)
     if networks_used():
         yield from check_networks()
-    try:
-        connection = Connection(config.libvirt_uri)
-    except LibvirtError as problem:
-        yield Check(False, f'libvirt {config.libvirt_uri}: {explain(problem)}')
+    asked = [(host, in_thread(host.name, _libvirt_version, host)) for host in libvirt_hosts(config)]
+    for host, version in asked:
+        try:
+            yield Check(True, f'{host.name}: version {version.result()}')
+        except LibvirtError as problem:
+            yield Check(False, f'{host.name}: {explain(problem)}')
+    if all(version.exception() for _, version in asked):
         return
-    yield Check(True, f'libvirt {config.libvirt_uri}: version {connection.version()}')
-    connection.close()
     yield from _check_guests(config, roles, not service or service.machines)
+
+
+def _libvirt_version(host: LibvirtHost) -> str:
+    """Return the version of a host's libvirt."""
+    connection = Connection(host.uri)
+    try:
+        return connection.version()
+    finally:
+        connection.close()
 
 
 def _check_service(service: Service, config: Config) -> Iterator[Check]:
@@ -12682,23 +12881,32 @@ def _is_served(config: Config) -> bool:
 
 def _check_guests(config: Config, roles: Sequence[str], with_machines: bool) -> Iterator[Check]:
     """Check at the guests: their agent channels, and the names in the startup list."""
-    host, away = LibvirtHost(config.libvirt_uri), list[Error]()
-    hosts: list[GuestHost] = [host, Machines()] if with_machines else [host]
-    guests = {guest.name: guest for guest in Guests(hosts).all(away=away)}
-    yield from (Check(False, f'guests: {explain(problem)}') for problem in away)
-    yield Check(True, f'guests: {len(guests)} defined')
+    hosts: list[GuestHost] = [*libvirt_hosts(config), *([Machines()] if with_machines else [])]
+    guests: dict[str, list[Guest]] = collections.defaultdict(list)      # by NAME and HOST/NAME
+    found: list[Guest] = []
+    for host, answer in Guests(hosts).ask(lambda host: host.all()):
+        if isinstance(answer, Error):
+            yield Check(False, f'guests: {explain(answer)}')
+            continue
+        found += answer
+        for guest in answer:
+            guests[guest.own].append(guest)
+            guests[f'{host.label}/{guest.own}'].append(guest)
+    yield Check(True, f'guests: {len(found)} defined')
     if 'monitor' in roles:
-        for guest in guests.values():
+        for guest in found:
             with contextlib.suppress(NoGuest):          # undefined since it was listed
-                if not config.excludes(guest.name) and guest.agent_state() == 'absent':
+                if not config.excludes(guest.own, guest.name) and guest.agent_state() == 'absent':
                     yield Check(False, explain(guest.agent_error('not configured')))
     for step in config.steps if 'startup' in roles else ():
-        if step.name and step.name not in guests:
-            yield Check(False, f'startup.vmStartupCommands line {step.number}: no guest is named '
-                       f'{step.name}')
-        elif step.verb == 'start' and guests[step.name].autostarts():
+        named = guests.get(step.name, [])
+        if step.name and len(named) != 1:
+            yield Check(False, f'startup.vmStartupCommands line {step.number}: ' + (
+                f'several hosts have a {step.name}; say HOST/NAME' if named else
+                f'no guest is named {step.name}'))
+        elif step.verb == 'start' and named[0].autostarts():
             yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
-                       f'virsh autostart --disable {step.name}')
+                       f'virsh autostart --disable {named[0].own}')
     if 'startup' in roles and libvirt_guests('ON_BOOT') == 'start':
         yield Check(False, 'libvirt-guests resumes all guests at once when the host boots, which '
                     'undoes the order; set ON_BOOT=ignore in /etc/default/libvirt-guests or '
@@ -12708,10 +12916,10 @@ def _check_guests(config: Config, roles: Sequence[str], with_machines: bool) -> 
         yield Check(True, f'libvirt-guests (ON_SHUTDOWN={afterwards}) acts after '
                     'shutdown.vmShutdownCommands, on the guests that are still on then')
     for step in config.shutdown_steps if 'shutdown' in roles else ():
-        if step.name and step.name not in guests and step.name != 'all':
+        if step.name != 'all' and step.name and len(guests.get(step.name, [])) != 1:
             yield Check(False, f'{Shutdown.key} line {step.number}: no guest is named '
                         f'{step.name}')
-    host.stop()
+    stop_all(hosts)
 
 
 def libvirt_guests(setting: str) -> str:
@@ -12765,15 +12973,14 @@ def command_clean(names: Sequence[str], dry_run: bool, everything: bool, force: 
 def _ask_chosen(config: Config, names: Sequence[str], running: bool,
                 ask: Callable[[Guest], dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Error]]:
     """Ask the guests of these names, or all; return the answers, and why a host gave none."""
-    host, away = LibvirtHost(config.libvirt_uri), list[Error]()
-    guests = Guests([Machines(), host])
-    chosen = choose(guests, names, away) if names else [
-        guest for guest in guests.all(running, away)
-        if not (running and config.excludes(guest.name))]
-    if away and not chosen:
-        raise away[0]
-    answers = ask_all(chosen, ask)
-    host.stop()
+    away: list[Error] = []
+    with all_guests(config) as guests:
+        chosen = choose(guests, names, away) if names else [
+            guest for guest in guests.all(running, away)
+            if not (running and config.excludes(guest.own, guest.name))]
+        if away and not chosen:
+            raise away[0]
+        answers = ask_all(chosen, ask)
     return [{'name': known['name'], **told(known['problem'])} if 'problem' in known else known
             for known in answers], away
 
@@ -12850,23 +13057,21 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
 
 def command_shutdown(config: Config, dry_run: bool) -> int:
     """--shutdown: carry out the list for the way down, or show what it would do."""
-    host = LibvirtHost(config.libvirt_uri)
-    shutdown = Shutdown(Guests([Machines(), host]), config)
-    if dry_run:
-        for line in shutdown.plan():
-            show(printable(line))
-    else:
-        shutdown.run()
-    host.stop()
+    with all_guests(config) as guests:
+        shutdown = Shutdown(guests, config)
+        if dry_run:
+            for line in shutdown.plan():
+                show(printable(line))
+        else:
+            shutdown.run()
     return EXIT_FAILED if shutdown.has_failed() else 0
 
 
 def command_plan(config: Config) -> int:
     """--startup --dry-run: show what the list would do."""
-    host = LibvirtHost(config.libvirt_uri)
-    for line in Startup(Guests([Machines(), host]), config.steps).plan():
-        show(printable(line))
-    host.stop()
+    with all_guests(config) as guests:
+        for line in Startup(guests, config.steps).plan():
+            show(printable(line))
     return 0
 
 
@@ -12970,7 +13175,7 @@ def act_of(options: argparse.Namespace) -> Callable[[Guests, Guest], str]:
     def delete(_guests: Guests, guest: Guest) -> str:
         if not isinstance(guest, Machine):
             raise WrongState(f'{guest.name} is no machine of this program',
-                             f'virsh undefine {guest.name}')
+                             f'virsh undefine {guest.own}')
         guest.delete()
         return 'deleted'
 
@@ -12986,23 +13191,21 @@ def act_of(options: argparse.Namespace) -> Callable[[Guests, Guest], str]:
 def command_act(config: Config, names: Sequence[str], act: Callable[[Guests, Guest], str],
                 as_json: bool) -> int:
     """Do something to guests, all at once, and print what was done to each."""
-    host, away = LibvirtHost(config.libvirt_uri), list[Error]()
-    guests = Guests([Machines(), host])
+    away: list[Error] = []
     done: set[str] = set()
-
-    def ask(guest: Guest) -> dict[str, Any]:
-        try:
-            return {'result': act(guests, guest)}
-        finally:
-            done.add(guest.name)
-    chosen = choose(guests, names or ['*'], away)
-    over = threading.Event()
-    if sys.stderr.isatty():
-        spawn('progress', _show_progress, [guest.name for guest in chosen], done, over)
-    answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known else known
-               for known in ask_all(chosen, ask, ACTION_TIMEOUT)]
-    over.set()
-    host.stop()
+    with all_guests(config) as guests:
+        def ask(guest: Guest) -> dict[str, Any]:
+            try:
+                return {'result': act(guests, guest)}
+            finally:
+                done.add(guest.name)
+        chosen = choose(guests, names or ['*'], away)
+        over = threading.Event()
+        if sys.stderr.isatty():
+            spawn('progress', _show_progress, [guest.name for guest in chosen], done, over)
+        answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known
+                   else known for known in ask_all(chosen, ask, ACTION_TIMEOUT)]
+        over.set()
     for known in answers if not as_json else ():
         if 'error' in known:
             print(_problem_line(known), file=sys.stderr)
@@ -13032,7 +13235,7 @@ def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Gues
             fitting = [guests.find(name)]
         else:
             everybody = everybody or guests.all(away=away)
-            fitting = [one for one in everybody if fnmatch.fnmatchcase(one.name, name)]
+            fitting = [one for one in everybody if matches_any([name], one.own, one.name)]
             if not fitting:
                 raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
         found.update((guest.id, guest) for guest in fitting)
@@ -13057,18 +13260,20 @@ def command_log(name: str) -> int:
                  '--no-pager'], LOG_TIMEOUT).stdout.decode(errors='replace').splitlines()
     for line in lines:
         text = line.partition(']: ')[2]
-        if not name or text.startswith(f'{name}: ') or f' target={name} ' in text:
+        if not name or re.match(rf'([\w.-]+/)?{re.escape(name)}: ', text) \
+                or f' target={name} ' in text:
             show(printable(line))
     return 0
 
 
 def command_console(config: Config, name: str) -> int:
     """console: join a guest's serial console and this terminal, until Ctrl-]."""
-    host = LibvirtHost(config.libvirt_uri)
-    guest = Guests([Machines(), host]).find(name)
+    with all_guests(config) as guests:
+        guest = guests.find(name)
+    if isinstance(guest, Domain):
+        os.execvp('virsh', ['virsh', '-c', guest.host.uri, 'console', guest.own])
     if not isinstance(guest, Machine):
-        host.stop()
-        os.execvp('virsh', ['virsh', '-c', config.libvirt_uri, 'console', guest.name])
+        raise MachineError(f'{name} has no console', 'mend its file first')
     before = termios.tcgetattr(0) if os.isatty(0) else None
     with guest.console() as console:
         try:
