@@ -7147,6 +7147,21 @@ class TestGuest(Live):
 class TestMaking(Live):
     """What a machine is made of, and what is refused."""
 
+    def test_files_of_earlier_versions(self) -> None:
+        m = self.bios('version')
+        path = Path(m.file.path('machine.json'))
+        known = json.loads(path.read_text())
+        for name in ('version', 'memory_at', 'memory_place'):
+            del known[name]
+        cases: list[tuple[dict[str, Any], str, str]] = [
+            ({}, 'here', ''), ({'saved': '/f'}, 'saved', '/f'), ({'incoming': True}, 'awaited', ''),
+            ({'given': 'web'}, 'given', 'web'), ({'lost': True}, 'lost', '')]
+        for old, at, place in cases:
+            path.write_text(json.dumps({**known, 'saved': '', 'incoming': False, 'given': '',
+                                        'lost': False, **old}))
+            spec = vm.Machine.load('version').spec
+            self.assertEqual((spec.memory_at.value, spec.memory_place, spec.more), (at, place, {}))
+
     def test_forms_of_arguments(self) -> None:
         disk = vm.Harddrive(self.path('a.qcow2'), 0.01)
         Path(self.path('c.iso')).write_bytes(bytes(2048))

@@ -9389,6 +9389,25 @@ class Qemu:
         """Return what the machine is doing."""
         return self.status().state
 
+    def wait(self, what: str, timeout: float) -> float:
+        """Wait for a state, or the agent; return the seconds that it took."""
+        began, states = time.monotonic(), [state.value for state in State]
+        if what not in ('agent', *states):
+            raise MachineError(f'{self.name}: wait({what!r:.80})',
+                               f'wait for agent, {", ".join(states)}')
+
+        def reached() -> bool:
+            with contextlib.suppress(GuestError):
+                if what != 'agent':
+                    return self.state() is State(what)
+                self.agent('guest-ping', timeout=1)
+                return True
+            return False
+        if not Deadline(timeout).poll(reached, STATE_POLL / 4):
+            raise MachineError(f'{self.name}: not "{what}" within {timeout:g} s, but '
+                               f'{self.status()}{self.last_words()}')
+        return time.monotonic() - began
+
     def wake_up(self) -> None:
         """Wake a guest that sleeps (system_wakeup)."""
         self.qmp('system_wakeup')
@@ -9458,6 +9477,9 @@ def told_mtu(nic: Nic | None) -> int:
 def chain_of(drive: Harddrive) -> list[list[str]]:
     """Return the files and formats of an image and those it stands on."""
     return [[row.filename, row.format] for row in drive.chain()]
+
+
+DriveLike = Union[Harddrive, str, 'os.PathLike[str]']
 
 
 class Kind(NamedTuple):
@@ -9898,7 +9920,7 @@ class Devices:
         """
         return self.remove('nic', nic, timeout)
 
-    def add_harddrive(self, drive: Harddrive | str) -> Device:
+    def add_harddrive(self, drive: DriveLike) -> Device:
         """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
         disk = drive if isinstance(drive, Harddrive) else Harddrive(drive)
         place = disk.attached
@@ -11254,7 +11276,9 @@ class Machine(Guest):
     name.
     """
 
-    def __init__(self, name: str = '', harddrives: Any = None, nics: Any = 0, cd: Any = None,
+    def __init__(self, name: str = '', harddrives: DriveLike | Sequence[DriveLike] | None = None,
+                 nics: int | str | Nic | Sequence[Nic | None] | None = 0,
+                 cd: CD | str | os.PathLike[str] | None = None,
                  memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
                  accel: str = 'auto', kernel: str = '', initrd: str = '', cmdline: str = '',
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
@@ -11413,7 +11437,7 @@ class Machine(Guest):
         """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
         self.devices.nic_state(nic, up)
 
-    def add_harddrive(self, drive: Harddrive | str) -> Device:
+    def add_harddrive(self, drive: DriveLike) -> Device:
         """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
         return self.devices.add_harddrive(drive)
 
@@ -11688,22 +11712,7 @@ class Machine(Guest):
 
         Returns the seconds that it took; MachineError when they are more than `timeout`.
         """
-        began, states = time.monotonic(), [state.value for state in State]
-        if what not in ('agent', *states):
-            raise MachineError(f'{self.name}: wait({what!r:.80})',
-                               f'wait for agent, {", ".join(states)}')
-
-        def reached() -> bool:
-            with contextlib.suppress(GuestError):
-                if what != 'agent':
-                    return self.state() is State(what)
-                self.agent('guest-ping', timeout=1)
-                return True
-            return False
-        if not Deadline(timeout).poll(reached, STATE_POLL / 4):
-            raise MachineError(f'{self.name}: not "{what}" within {timeout:g} s, but '
-                               f'{self.status()}{self.qemu.last_words()}')
-        return time.monotonic() - began
+        return self.qemu.wait(what, timeout)
 
     def delete(self, force: bool = False) -> None:
         """Forget the machine, with the nics that were made for it and its saved memory; never
