@@ -216,7 +216,8 @@ install_packages() {
     [ "$PACKAGES" = yes ] || die "something is missing; install it: $manager install $packages"
     say "installing $packages"
     if ! shown=$("$(echo "$manager" | tr - _)_install" $packages 2>&1 </dev/null 9>&-); then
-        why=$(say "$shown" | grep -i -E '^E:|error|unable|not found' | head -n 1)
+        why=$({ say "$shown" | grep -i -E '^E:|error|unable|not found' || say "$shown" | tail -n 1
+            } | head -n 1)
         die "$manager could not install $packages: ${why:-no reason given}; install it by hand" \
             "and run this again"
     fi
