@@ -8962,9 +8962,20 @@ class AnswersTest(GuestCase):
         self.assertEqual(status, 200)
         self.assertEqual(self.answers(port, 'stop&target=web1').popitem()[1][0], 503)
         status, out, err = vmmonitor('--config', path, '--status', env=own)
-        self.assertRegex(out, r'(?m)^m1 +running ')
+        self.assertRegex(out, r'(?m)^m1 +running ', err)
         self.assertRegex(err, r'systemctl start libvirtd')
         self.assertEqual(status, 1)
+        code = ('import vmmonitor as vm; m = vm.Machine.load("m1")\n'
+                'with m.file.one_of("agent", 1, vm.Deadline(9)):\n'
+                '    print("held", flush=True)\n    input()')
+        with subprocess.Popen([sys.executable, '-c', code], cwd=HERE, env={**os.environ, **own},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout
+            self.assertEqual(other.stdout.readline(), b'held\n')
+            _, out, err = vmmonitor('--config', path, '--status', 'm1', env=own)
+            other.communicate(b'\n')
+        self.assertRegex(out, r'(?m)^m1 +running ', err)
+        self.assertRegex(err, 'm1: .*in use')
         subprocess.run([sys.executable, '-c', 'import vmmonitor; '
                         'vmmonitor.Machine.load("m1").delete(force=True)'], cwd=HERE,
                        env={**os.environ, **own}, check=True, timeout=30)

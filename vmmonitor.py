@@ -13023,6 +13023,8 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
                 reading = measure(guest, round(config.tolerance * MS))
             except AgentError as problem:
                 return {**known, 'agent': problem.trouble.name, **told(problem)}
+            except GuestError as problem:       # such as Busy: the daemon is asking it, too
+                return {**known, **told(problem)}
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
     answers, away = _ask_chosen(config, names, False, ask)
