@@ -17,6 +17,7 @@ of whatever cause; only the image cache stays.
 from __future__ import annotations
 
 import argparse
+import ast
 import atexit
 import base64
 import concurrent.futures
@@ -9943,6 +9944,15 @@ class PackagingTest(Case):
         """Return the banners of a file, in their order."""
         return [part or section for part, section in re.findall(
             r'(?m)^# (?:### ([a-z]+ \d: [a-z ]+) #|=== ([a-z ]+) =)', (HERE / name).read_text())]
+
+    def test_classes_can_be_held_in_the_head(self) -> None:
+        rows = [row for row in ast.parse((HERE / 'vmmonitor.py').read_text()).body
+                if isinstance(row, ast.ClassDef)]
+        sizes = {row.name: (row.end_lineno or 0) - row.lineno + 1 for row in rows}
+        self.assertEqual({name: size for name, size in sizes.items() if size > 500}, {})
+        for row in rows[:[*sizes].index('Machine')]:    # nobody below calls the face
+            self.assertNotIn('Machine', [name.id for name in ast.walk(row)
+                                         if isinstance(name, ast.Name)], row.name)
 
     def test_sections_are_those_of_the_map(self) -> None:
         table = (vm.__doc__ or '').partition('Four parts')[2].partition('Rules')[0]

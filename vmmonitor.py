@@ -8489,7 +8489,7 @@ class Device:
 
     id: str                     # disk0, nic0, dimm0, port0
     kind: str                   # a row of KINDS
-    bus: str = ''               # the port that it sits on, see Machine._where
+    bus: str = ''               # the port that it sits on, see Devices._where
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see FACTS
@@ -9543,7 +9543,7 @@ def _named(key: str, value: Any) -> dict[str, Any]:
 
 class Devices:
     """What is plugged into a machine: the table of devices in its file, made into a command line or
-    plugged in and out while it runs; its boot order and its memory."""
+    plugged in and out while it runs, and their boot order."""
 
     def __init__(self, file: MachineFile, qemu: Qemu, cd: CD) -> None:
         self.file, self.qemu, self.name = file, qemu, file.name
@@ -10552,7 +10552,7 @@ class Migration:
 
     def migrate(self, to: Migration | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT) -> str:
-        """Move the guest to another machine that waits for it; see Machine.migrate."""
+        """Move the guest to another machine that waits for it."""
         name = to.name if isinstance(to, Migration) else str(to)
         if name == self.name:
             raise MachineError(f'{name}: is here', 'migrate it to another machine')
