@@ -10861,7 +10861,7 @@ pacman -Sy --noconfirm
         programs = 'python3 dnf zypper pacman-package-manager createrepo-c rpm'
         self.box.download(programs)
         self.sh('apt-get -qq -y --no-install-recommends install ' + programs, 300)
-        names = ' '.join({*' '.join(self.OTHERS.values()).split()})
+        names = ' '.join({*' '.join(self.OTHERS.values()).split(), 'glibc'})   # for zypper
         self.sh(self.REPOSITORY.replace('NAMES', names), 120)
         self.copy('/srv/vmmonitor')
         hidden = 'python3 openssl curl useradd runuser libvirtd virtqemud ip tc setpriv qemu-img ' \
