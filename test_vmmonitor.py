@@ -3122,6 +3122,23 @@ class MonitorTest(Case):
         self.assertEqual(self.monitor.corrections[self.guest.id].cause, 'periodic check')
 
 
+    def test_what_a_setting_takes_is_learned(self) -> None:
+        """After a restore an agent sets the clock some ms later than it answers, each time."""
+        ask, sets = self.guest.agent, []
+
+        def agent(command: str, arguments: vm.Arguments = None, timeout: int = 5) -> Any:
+            answer = ask(command, arguments, timeout)
+            if command == 'guest-set-time':
+                self.guest.offset -= 4 * vm.MS
+                sets.append(self.guest.offset)
+            return answer
+        self.guest.agent = agent            # type: ignore[method-assign]
+        for _ in range(4):
+            self.guest.offset = -3 * vm.SECOND
+            self.send('restored')
+            self.settle()
+        self.assertLess(abs(sets[-1]), 3 * vm.MS, sets)
+
     def test_a_late_setting_is_awaited(self) -> None:
         """One that had no answer is in the channel: the agent sets an old time when it comes back,
         and no event tells."""

@@ -2094,6 +2094,7 @@ CLOCK_RETRIES = 4              # further such rows, after pauses, when the host 
 RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
 RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
 RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
+LEAD_MAX = 10 * MS             # what a guest's agent may need to set a clock, beyond the way to it
 TURN_TIMEOUT = 15.0            # for another program that is at the same clock
 HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
 AWAY_PAUSE = 0.5               # before guests that could not be asked are asked once more
@@ -2136,6 +2137,8 @@ class Correction:
     began: float = dataclasses.field(default_factory=time.monotonic)    # of the trigger
     seen: bool = False          # whether `before` is known
     late: bool = False          # a setting had no answer, and may yet come, with an old time
+    lead: int = 0               # ns that the first setting takes beyond half the way ...
+    missed: int = 0             # ... and what it missed by
 
     # Causes that prove that the clock is behind, unless it was for less than the tolerance.
     BEHIND = frozenset(('resumed', 'restored', 'reverted'))
@@ -2254,8 +2257,8 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
     round: one late setting says nothing, and a clock that is put ahead has to go back.
     """
     failed: AgentError | None = None
-    ahead, ways, before = found.delay // 2, [], abs(found.offset)
-    for _ in range(method.rounds):
+    ahead, ways, before = found.delay // 2 + result.lead, [], abs(found.offset)
+    for number in range(method.rounds):
         failed, began = None, time.monotonic()
         try:
             method.apply(guest, ahead)
@@ -2266,6 +2269,7 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
             result.right, result.method = began + ahead / SECOND - result.began, method.name
         found = measure(guest, tolerance)
         result.late = False             # an agent answers in order
+        result.missed = result.missed if number else found.offset
         # What is sure to be within the tolerance, so that another reading still finds it so.
         goal = max(tolerance * 3 // 5, tolerance - found.delay // 2, method.grain, found.blur)
         stuck = failed and abs(found.offset) > max(before // 2, 4 * tolerance)
@@ -3709,6 +3713,7 @@ class Monitor:
         self.corrections: dict[str, Correction] = {}    # id -> the last one
         self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
         self._told: dict[str, set[str]] = {}            # id -> complaints since its start
+        self._leads: dict[tuple[str, str], int] = {}    # (id, cause) -> Correction.lead
         self._lock = threading.Lock()                   # guards _jobs and _told
         self._stopping = threading.Event()
         self._checks: queue.SimpleQueue[str] = queue.SimpleQueue()      # why to check all guests
@@ -3801,7 +3806,9 @@ class Monitor:
     def _run(self, job: ClockJob) -> None:
         """Correct one clock, and say what came of it."""
         guest = job.event.guest
-        result = Correction(guest.name, job.event.kind, began=job.event.when, late=job.late)
+        learned = guest.id, job.event.kind      # a guest that is emulated sets it some ms late
+        result = Correction(guest.name, job.event.kind, began=job.event.when, late=job.late,
+                            lead=self._leads.get(learned, 0))
         try:
             synchronise(guest, self.settings.config, result, job.nudge)
         except (WrongState, NoGuest, HostAway) as problem:
@@ -3818,6 +3825,8 @@ class Monitor:
             return
         finally:
             job.late = result.late
+            if abs(result.missed) <= LEAD_MAX:
+                self._leads[learned] = max(0, min(result.lead - result.missed, LEAD_MAX))
         result.cause = job.event.kind
         self.guests.offsets.setdefault(guest.id, collections.deque(maxlen=OFFSETS)).extend(
             (round(result.when), offset / MS) for offset in
