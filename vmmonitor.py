@@ -10175,14 +10175,15 @@ class MemoryStream:
     def run_state_kept(self) -> Iterator[bool]:
         """When the block fails, let the guest run again if it ran before, which it lends."""
         ran = self.qemu.run_state() == 'running'
-        try:
+        with contextlib.ExitStack() as on_failure:
+            if ran:
+                on_failure.callback(self._go_on)
             yield ran
-        except BaseException as problem:
-            goes_on = not ran or Deadline(QMP_TIMEOUT).poll(self._goes_on)
-            if isinstance(problem, Error) and not goes_on:
-                raise MachineError(f'{explain(problem)}; it stands still now',
-                                   'start it when QEMU answers again') from None
-            raise
+            on_failure.pop_all()
+
+    def _go_on(self) -> None:
+        if not Deadline(QMP_TIMEOUT).poll(self._goes_on):
+            log.warning('%s stands still now; start it when QEMU answers again', self.name)
 
     def _goes_on(self) -> bool:
         """Let it run, which QEMU refuses until a transfer that failed is over; tell whether it
