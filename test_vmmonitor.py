@@ -542,6 +542,8 @@ class Libvirtd:
         self.dir.chmod(0o755)                   # for `group`
         self.uri = f'qemu+unix:///system?socket={self.dir}/libvirt-sock'
         self.process: subprocess.Popen[bytes] | None = None
+        self.options: tuple[str, ...] = ()      # of libvirtd, besides
+        self.outside: socket.socket | None = None       # what serve_tls() listens at
         (self.dir / 'etc').mkdir()
         (self.dir / 'etc/qemu.conf').write_text(QEMU_CONF)
         (self.dir / 'etc/libvirtd.conf').write_text(
@@ -556,6 +558,48 @@ class Libvirtd:
             self.close()
             raise RigError('cannot make a mount name space: needs root and CAP_SYS_ADMIN')
 
+    def serve_tls(self, directory: Path) -> str:
+        """Have it listen, too; return the URI by which it is reached then, with certificates in
+        `directory`. A thread of ours in its network carries what comes to a port of this one."""
+        make_tls_certificates(directory)
+        for name in ('cacert', 'servercert', 'serverkey'):
+            shutil.copy(directory / f'{name}.pem', self.dir)
+        with (self.dir / 'etc/libvirtd.conf').open('a') as conf:
+            conf.write('listen_tls = 1\nlisten_tcp = 0\n' + ''.join(
+                f'{key}_file = "{self.dir}/{name}.pem"\n' for key, name in (
+                    ('ca', 'cacert'), ('cert', 'servercert'), ('key', 'serverkey'))))
+        self.options = ('--listen',)
+        outside = self.outside = socket.create_server(('127.0.0.1', 0))
+        vm.spawn('tls', self._carry_all, outside)
+        return f'qemu+tls://localhost:{outside.getsockname()[1]}/system?pkipath={directory}'
+
+    def _carry_all(self, outside: socket.socket) -> None:
+        setns(f'/proc/{self.holder.pid}/ns/net', CLONE_NEWNET)
+        run('ip', 'link', 'set', 'lo', 'up', timeout=10)
+        with outside, contextlib.suppress(OSError):         # until close()
+            while True:
+                client, _ = outside.accept()
+                try:
+                    server = socket.create_connection(('127.0.0.1', 16514), 10)
+                except OSError:                     # libvirtd was killed
+                    client.close()
+                    continue
+                server.settimeout(None)
+                for source, target in ((client, server), (server, client)):
+                    vm.spawn('tls', self._carry, source, target)
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
     def start(self) -> None:
         """Start libvirtd, again too after kill9() or stop(); return when it serves."""
         if self.alive():
@@ -564,7 +608,7 @@ class Libvirtd:
             self.process = subprocess.Popen(
                 ['nsenter', '-t', str(self.holder.pid), '-m', '-n', '-u', '-r',
                  '/usr/sbin/libvirtd', '-f', '/etc/libvirt/libvirtd.conf',
-                 '-p', f'{self.dir}/libvirtd.pid'],
+                 '-p', f'{self.dir}/libvirtd.pid', *self.options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd='/',
                 start_new_session=True, env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'})
         soon(self.listens, 30, 'libvirtd listens', 0.01)
@@ -596,6 +640,8 @@ class Libvirtd:
     def close(self) -> None:
         """End libvirtd and all guests, and remove every trace of them."""
         atexit.unregister(self.close)
+        if self.outside:
+            self.outside.shutdown(socket.SHUT_RDWR)
         if self.holder.stdin and self.holder.stdout:
             self.holder.stdin.close()
             self.holder.wait(30)
@@ -1297,6 +1343,22 @@ def make_certificate(directory: Path, name: str = 'cert', password: str = '') ->
     subprocess.run([*CERT_ARGS, *secret, '-keyout', str(directory / f'{name}.key'),
                     '-out', str(directory / f'{name}.pem')], check=True, timeout=30,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def make_tls_certificates(directory: Path) -> None:
+    """Make those that libvirt wants, by openssl: cacert, servercert and clientcert, with keys."""
+    for name, subject, *more in (
+            ('ca', '/CN=our CA', 'basicConstraints=critical,CA:TRUE', 'keyUsage=keyCertSign'),
+            ('server', '/CN=localhost', 'basicConstraints=critical,CA:FALSE',
+             'extendedKeyUsage=serverAuth', 'subjectAltName=DNS:localhost'),
+            ('client', '/CN=vmmonitor', 'basicConstraints=critical,CA:FALSE',
+             'extendedKeyUsage=clientAuth')):
+        signer = [] if name == 'ca' else ['-CA', str(directory / 'cacert.pem'),
+                                          '-CAkey', str(directory / 'cakey.pem')]
+        extensions = [word for text in more for word in ('-addext', text)]
+        run('openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '90', '-subj',
+            subject, *signer, *extensions, '-keyout', str(directory / f'{name}key.pem'),
+            '-out', str(directory / f'{name}cert.pem'), timeout=60)
 
 
 def merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -2939,6 +3001,14 @@ class HostsTest(ConfigCase):
         for name in ('nope', 'beta/db', 'gamma/db', 'beta/', '/db'):
             with self.refused(f'no guest is named {name}', kind=vm.NoGuest):
                 self.guests.find(name)
+        only, machine = ScriptedHost(ScriptedGuest('web1')), ScriptedGuest('web1')
+        mine = vm.Machines()
+        with mock.patch.object(mine, 'find', {'web1': machine}.get):
+            guests = vm.Guests([mine, only])
+            self.assertIs(guests.find('machines/web1'), machine)
+            self.assertIs(guests.find('libvirt/web1'), only.guests['web1'])
+            with self.refused('web1 can be machines/web1 or libvirt/web1', kind=vm.Ambiguous):
+                guests.find('web1')
         odd = ScriptedGuest('beta/mail')
         self.alpha.guests[odd.name] = odd
         odd.prefix, odd.name = 'alpha/', 'alpha/beta/mail'
@@ -3019,6 +3089,71 @@ class HostsTest(ConfigCase):
         with mock.patch.object(self.alpha, 'here', True):
             vm.Shutdown(self.guests, config).run()
         self.assertEqual(sorted(off), ['alpha/db', 'alpha/web1'])
+
+    def stepping(self, uri: str, ssh: str = 'exit 255', trust_clock: bool = False) -> vm.Domain:
+        """Return a guest of a host whose ssh is this script."""
+        path = Path(self.path('ssh'))
+        path.write_text(f'#!/bin/sh\necho "$@" >> {path}-asked\n{ssh}\n')
+        path.chmod(0o755)
+        self.enter(mock.patch.dict(os.environ, PATH=f'{path.parent}:{os.environ["PATH"]}'))
+        return vm.Domain(vm.LibvirtHost(uri, 'far', trust_clock), 'uuid', 'web1')
+
+    def test_a_host_in_step_by_ssh(self) -> None:
+        guest = self.stepping('qemu+ssh://me@far.example:2222/system?keyfile=/k', 'date +%s.%N')
+        with self.assertLogs('vmmonitor') as logged:
+            for _ in range(3):
+                guest.check_step(-99 * vm.SECOND)
+        self.assertEqual(len(logged.records), 1)
+        self.assertRegex(logged.output[0], r'libvirt far: its clock is that of this machine to '
+                         r'[01]\.\d\d s, by ssh')
+        self.assertEqual(Path(self.path('ssh-asked')).read_text(), '-T -e none -o BatchMode=yes '
+                         '-p 2222 -l me -i /k -- far.example date +%s.%N\n')
+
+    def test_a_host_out_of_step(self) -> None:
+        guest = self.stepping('qemu+ssh://far/system', 'echo $(($(date +%s) + 3650)).5')
+        with self.assertLogs('vmmonitor') as logged:
+            for event in ('found', 'booted', 'resumed'):
+                guest.host.step.note('uuid', event)
+                with self.refused('far/web1: its clock is left alone: libvirt far: its clock may '
+                                  "be 36", "s off this machine's, by ssh; have both follow NTP, "
+                                  'and set hosts.far.trustClock', kind=vm.OutOfStep):
+                    guest.check_step(0)
+        self.assertEqual(len(logged.records), 1, 'it is said once')
+
+    def test_a_host_of_which_a_boot_tells(self) -> None:
+        for uri in ('qemu+tls://far/system', 'qemu+ssh://far/system', 'qemu+ext:///system'):
+            guest = self.stepping(uri)
+            step = guest.host.step
+            others = threading.Event()
+            self.enter(mock.patch.object(guest.host, 'tell_running', others.set))
+            with self.assertLogs('vmmonitor') as logged:
+                for event in ('found', 'resumed', 'agent connected', 'migrated'):
+                    step.note('uuid', event)
+                    with self.refused('nothing tells yet', 'hosts.far.trustClock'):
+                        guest.check_step(0)
+                for event in ('booted', 'agent connected', 'changed'):
+                    step.note('uuid', event)
+                guest.check_step(-vm.SECOND)
+                self.assertTrue(others.wait(10))
+                guest.check_step(-99 * vm.SECOND)       # the clock of a guest, not of the host
+            levels = [record.levelname for record in logged.records]
+            self.assertEqual(levels, ['WARNING', 'INFO'])
+            self.assertIn('1.00 s, by web1, which has just booted there', logged.output[1])
+            step.note('uuid', 'booted')
+            with self.refused('its clock may be 60.0 s off'):
+                guest.check_step(-60 * vm.SECOND)
+            step.note('uuid', 'booted')
+            guest.check_step(0)
+            jumped = vm.HostClock.now()._replace(real=0)
+            with mock.patch.object(vm.HostClock, 'now', return_value=jumped), \
+                    self.refused('nothing tells yet'):
+                guest.check_step(0)
+
+    def test_hosts_that_are_trusted(self) -> None:
+        for uri, trusted in (('qemu:///system', False), ('qemu:///session', False),
+                             ('qemu+unix:///system?socket=/x', False),
+                             ('qemu+tls://far/system', True)):
+            self.stepping(uri, trust_clock=trusted).check_step(-60 * vm.SECOND)
 
     def test_start_list(self) -> None:
         """What is away delays nothing on the others, and starts when it is back."""
@@ -3477,6 +3612,48 @@ class CauseTest(GuestCase):
         program.wait_log('mover: clock corrected, cause=migrated before=-(39|40|41)')
         Vm(there, 'mover').wait_agent()
         self.right(Vm(there, 'mover'))
+
+    def test_moved_between_two_hosts(self) -> None:
+        """One of them reached by TLS with certificates of our own; libvirtd is killed at each."""
+        self.only('mover')
+        guest = self.vm('mover')
+        there = Libvirtd()
+        self.addCleanup(there.close)
+        beta = there.serve_tls(self.directory)
+        there.start()
+        port = free_port()
+        program = self.program('--monitor', '--listen', config=self.write({
+            'hosts': {'alpha': self.host.uri, 'beta': beta}, 'listener': {'port': port}},
+            name='hosts.json'))
+        program.wait_log('libvirt (alpha|beta): connected after', count=2)
+        guest.skew(-40)             # so that there is something to see: downtime is too short
+        guest.virsh('migrate', beta, '--live', '--migrateuri',
+                    f'unix://{there.dir}/migration.sock', timeout=90)
+        program.wait_log('libvirt beta: nothing tells yet whether its clock is that of this '
+                         "machine, .*: its guests' clocks are left alone; .* hosts.beta.trustClock")
+        self.host.kill9()           # what moved has nothing to do with it any more
+        moved, other = Vm(there, 'mover'), Vm(there, 'other')
+        other.define()
+        other.start()
+        program.wait_log(r'libvirt beta: its clock is that of this machine to [01]\.\d\d s, by '
+                         'other, which has just booted there', 60)
+        program.wait_log('beta/mover: clock corrected, cause=found before=-(39|40|41)')
+        self.right(moved)
+        found = self.answers(port, 'start&target=mover', 'start&target=alpha/mover', 'list')
+        self.assertEqual(found['start&target=mover'], (200, 'beta/mover: already running'))
+        self.assertEqual(found['start&target=alpha/mover'][0], 503)
+        self.assertRegex(found['list'][1], '(?s)beta/mover running.*libvirt alpha is away: ')
+        self.assertNotIn('alpha/', found['list'][1])
+        there.kill9()
+        self.host.start()
+        there.start()
+        program.wait_log('libvirt (alpha|beta): connected after', count=4)
+        moved.skew_by_pause(3)
+        program.wait_log('beta/mover: clock corrected, cause=resumed before=-3')
+        self.right(moved)
+        status, text = self.answers(port, 'start&target=mover')['start&target=mover']
+        self.assertEqual((status, text), (
+            409, 'mover can be alpha/mover or beta/mover; say which'))
 
     def test_excluded(self) -> None:
         guest, program = self.vm('web1'), self.monitor({'monitor': {'exclude': ['we?1']}})

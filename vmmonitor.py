@@ -214,6 +214,7 @@ class Error(Exception):
          +- Busy              another command has not ended
          +- AgentError        its guest agent: `trouble` says which row of AGENT_TROUBLES
          +- ClockError        its clock could not be corrected
+         +- OutOfStep         its host's clock is not shown to be in step with ours
          +- MachineError      QEMU failed or does not answer
              +- QemuRefused   ... or answered with an error: its class, its text
              +- DamagedFile   a machine.json that can't be used
@@ -340,6 +341,10 @@ class Busy(GuestError):
 
 class ClockError(GuestError):
     """A guest's clock could not be corrected."""
+
+
+class OutOfStep(GuestError):
+    """Nothing shows that a guest's host is in step with this machine, whose time it would get."""
 
 
 class MachineError(GuestError):
@@ -1892,6 +1897,10 @@ class Guest:
         """Return what is known of the guest agent without asking it, in a word."""
         raise NotImplementedError
 
+    def check_step(self, offset: int) -> None:
+        """Raise OutOfStep if this machine's time may not be that of its host; `offset` is how
+        far the guest's clock is off, in ns."""
+
     def agent_answers(self) -> bool:
         """Tell whether the guest agent answers."""
         with contextlib.suppress(GuestError):
@@ -2296,6 +2305,7 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction |
 def _correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction) -> Correction:
     found = measure(guest, tolerance, result.cause in result.BEHIND)
     result.late = False
+    guest.check_step(found.offset)
     if not result.seen:
         result.before, result.seen = found.offset, True
     problem: AgentError | None = None
@@ -2474,6 +2484,7 @@ RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket 
 LOOP_TICK_MS = 500             # the event loop shows this often that it runs
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
 OPEN_TIMEOUT = 10.0            # for one attempt to connect; ssh over a slow line takes seconds
+STEP_LIMIT = 1.5               # seconds: two hosts are in step; what a boot tells is no finer
 OPEN_GRACE = 1.0               # for an attempt to end when what it started was killed
 START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
 START_ATTEMPTS = 3             # the same action on the same state, before giving up
@@ -2995,10 +3006,98 @@ def is_local(uri: str) -> bool:
     return bool(re.match(r'\w+(\+unix)?:///', uri))
 
 
+def ssh_date(uri: str) -> list[str]:
+    """Return the command that shows the clock of the host of a qemu+ssh URI, by the ssh that
+    libvirt would run; [] for another URI."""
+    parts = urllib.parse.urlsplit(uri)
+    if not parts.scheme.endswith('+ssh') or not parts.hostname:
+        return []
+    more = urllib.parse.parse_qs(parts.query)
+    words = ['timeout', f'{OPEN_TIMEOUT:g}', more.get('command', ['ssh'])[0], '-T', '-e', 'none',
+             '-o', 'BatchMode=yes']
+    for option, value in (('-p', parts.port), ('-l', parts.username),
+                          ('-i', more.get('keyfile', [''])[0])):
+        words += [option, urllib.parse.unquote(str(value))] if value else []
+    return [*words, '--', parts.hostname, 'date +%s.%N']
+
+
+class HostStep:
+    """Whether a host's clock is in step with this machine's: only then do its guests get their
+    time from here.
+
+    What tells is ssh; or a guest that has just booted there, whose clock came from that host's, to
+    the second. It counts until the clock of this machine is set.
+    """
+
+    def __init__(self, host: LibvirtHost, trusted: bool) -> None:
+        self.host, self.date = host, ssh_date(host.uri)
+        self.sure = trusted or is_local(host.uri)
+        self.fresh: set[str] = set()        # UUIDs of guests that booted, and were not set since
+        self.off: float | None = None       # seconds that it may be off; None: nothing tells
+        self.by = ''                        # what tells that
+        self.state = ''                     # what was said last: in step, out of step, not known
+        self._unasked = bool(self.date)     # ssh was not asked since the host was connected
+        self._seen = HostClock.now()
+        self._lock = threading.Lock()       # guards all this; ssh holds it for OPEN_TIMEOUT
+
+    def connected(self) -> None:
+        """Have ssh asked again: the host may have booted."""
+        self._unasked = bool(self.date)
+
+    def note(self, uuid: str, event: str) -> None:
+        """Note what happened to a guest; after its boot, its clock is its host's for a while."""
+        if event == 'booted':
+            self.fresh.add(uuid)
+        elif event not in ('agent connected', 'changed'):
+            self.fresh.discard(uuid)
+
+    def check(self, guest: Domain, offset: int) -> bool:
+        """Raise OutOfStep unless it is in step; tell whether it was not until now."""
+        if self.sure:
+            return False
+        with self._lock:
+            self._measure(guest, offset)
+            was, self.state = self.state, 'not known' if self.off is None else \
+                'in step' if self.off <= STEP_LIMIT else 'out of step'
+            if self.state == 'in step':
+                if self.state != was:
+                    log.info('%s: its clock is that of this machine to %.2f s, by %s',
+                             self.host.name, self.off, self.by)
+                return bool(was) and self.state != was
+        why = 'nothing tells yet whether its clock is that of this machine, as a guest that ' \
+            'boots there would' if self.off is None else \
+            f"its clock may be {self.off:.1f} s off this machine's, by {self.by}"
+        hint = f'have both follow NTP, and set hosts.{self.host.label}.trustClock'
+        if self.state != was:
+            log.warning('%s: %s: its guests\' clocks are left alone; %s', self.host.name, why, hint)
+        raise OutOfStep(f'{guest.name}: its clock is left alone: {self.host.name}: {why}', hint)
+
+    def _measure(self, guest: Domain, offset: int) -> None:
+        """Find out how far it may be off, if something tells now."""
+        seen, self._seen = self._seen, HostClock.now()
+        if self._seen.jump_since(seen):
+            self.off, self._unasked = None, bool(self.date)
+        if self._unasked:
+            self.off, self.by, self._unasked = self._ask(), 'ssh', False
+        if guest.uuid in self.fresh and (self.off is None or self.by != 'ssh'):
+            self.off, self.by = abs(offset) / SECOND, f'{guest.own}, which has just booted there'
+        self.fresh.discard(guest.uuid)
+
+    def _ask(self) -> float | None:
+        """Return how far the host's clock may be off, by ssh; None if that tells nothing."""
+        asked, began = time.time(), time.monotonic()
+        try:
+            seen = float(run(self.date, OPEN_TIMEOUT + OPEN_GRACE).stdout)
+        except (Error, ValueError) as problem:
+            log.debug('%s: its clock: %s', self.host.name, explain(problem))
+            return None
+        return max(abs(seen - asked), abs(seen - asked - (time.monotonic() - began)))
+
+
 class LibvirtHost:
     """One libvirt: its domains, its events, and the connections for each kind of call."""
 
-    def __init__(self, uri: str, label: str = '') -> None:
+    def __init__(self, uri: str, label: str = '', trust_clock: bool = False) -> None:
         self.uri, self.name = uri, f'libvirt {label or uri}'
         self.label, self.prefix = label or LIBVIRT_LABEL, label and f'{label}/'
         self.here = not label or is_local(uri)
@@ -3018,8 +3117,10 @@ class LibvirtHost:
         self.up = threading.Event()                     # connected, with events registered
         self.stopping = threading.Event()
         self.problem: LibvirtError | None = None     # why the last attempt failed
+        self.step = HostStep(self, trust_clock)
         self._subscription: Subscription | None = None
         self._thread: threading.Thread | None = None
+        self._receive: Callable[[GuestEvent], None] = lambda _: None
 
     # Events
 
@@ -3029,23 +3130,32 @@ class LibvirtHost:
         After every connect, all running guests are given as 'found': what happened while there
         was no connection is lost.
         """
-        self._thread = spawn('libvirt-link', self._link, receive)
+        self._receive = receive
+        self._thread = spawn('libvirt-link', self._link)
 
-    def _link(self, receive: Callable[[GuestEvent], None]) -> None:
-        def notify(uuid: str, name: str, kind: str) -> None:
-            guest = Domain(self, uuid, name)
-            self._forget(uuid)
-            if kind in ('agent connected', 'stopped'):
-                self.silent.pop(guest.id, None)     # a new agent may be a better one
-            if kind != 'changed':
-                receive(GuestEvent(guest, kind, time.monotonic()))
+    def _notify(self, uuid: str, name: str, kind: str) -> None:
+        guest = Domain(self, uuid, name)
+        self._forget(uuid)
+        self.step.note(uuid, kind)
+        if kind in ('agent connected', 'stopped'):
+            self.silent.pop(guest.id, None)         # a new agent may be a better one
+        if kind != 'changed':
+            self._receive(GuestEvent(guest, kind, time.monotonic()))
+
+    def tell_running(self) -> None:
+        """Give all running guests as 'found'."""
+        with contextlib.suppress(LibvirtError):     # away: when it is back, it does that anyway
+            for guest in self.all(running=True):
+                self._receive(GuestEvent(guest, 'found', time.monotonic()))
+
+    def _link(self) -> None:
         pause, since = RECONNECT_FIRST, time.monotonic()
         while not self.stopping.is_set():
             try:
                 connection = Connection(self.uri)
                 try:
                     pause = RECONNECT_FIRST
-                    self._follow(connection, notify, since)
+                    self._follow(connection, since)
                 finally:
                     self.up.clear()
                     connection.close()
@@ -3057,10 +3167,11 @@ class LibvirtHost:
             self.stopping.wait(pause)
             pause = min(pause * 2, RECONNECT_LAST)
 
-    def _follow(self, connection: Connection, notify: Notify, since: float) -> None:
+    def _follow(self, connection: Connection, since: float) -> None:
         """Register for events, report what runs, and stay until the connection is lost."""
-        self._subscription = subscription = Subscription(connection, notify)
+        self._subscription = subscription = Subscription(connection, self._notify)
         try:
+            self.step.connected()
             running = connection.domains(LIST_RUNNING)
             self.problem = None
             self._forget()
@@ -3068,7 +3179,7 @@ class LibvirtHost:
             log.info('%s: connected after %.1f s, version %s, %d guests running',
                      self.name, time.monotonic() - since, connection.version(), len(running))
             for uuid, name in running:
-                notify(uuid, name, 'found')
+                self._notify(uuid, name, 'found')
             while not subscription.lost.wait(1.0) and connection.alive():
                 pass
             if not self.stopping.is_set():
@@ -3437,6 +3548,12 @@ class Domain(Guest):
     def _look(self) -> tuple[Status, str]:
         status, channel = self.host.look_at(self)
         return status, self._heard(channel)
+
+    def check_step(self, offset: int) -> None:
+        """Raise OutOfStep unless its host is in step; when that is news, its others are looked
+        at, too."""
+        if self.host.step.check(self, offset):
+            spawn(f'check {self.host.name}', self.host.tell_running)
 
     def set_time(self, when: Callable[[], int] | None) -> None:
         """Set its clock (guest-set-time).
@@ -3811,7 +3928,7 @@ class Monitor:
                             lead=self._leads.get(learned, 0))
         try:
             synchronise(guest, self.settings.config, result, job.nudge)
-        except (WrongState, NoGuest, HostAway) as problem:
+        except (WrongState, NoGuest, HostAway, OutOfStep) as problem:
             # It was stopped or paused meanwhile, or libvirt is: an event will bring us back.
             log.debug('%s: clock left alone: %s', guest.name, explain(problem))
             return
@@ -12649,7 +12766,7 @@ def notify_systemd(*lines: str) -> None:
 
 def libvirt_hosts(config: Config) -> list[LibvirtHost]:
     """Return the libvirts of the configuration."""
-    return [LibvirtHost(host.uri, host.name) for host in config.libvirts()]
+    return [LibvirtHost(host.uri, host.name, host.trust_clock) for host in config.libvirts()]
 
 
 @contextlib.contextmanager
