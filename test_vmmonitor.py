@@ -9443,7 +9443,7 @@ class OneShotTest(GuestCase):
 
         def verb(*words: str) -> tuple[int, str, str]:
             return vmmonitor(*words, *options, env=own)
-        self.assertEqual(verb('list')[:2], (0, 'web3  off\nweb1  off\nweb2  off\n'))
+        self.assertEqual(verb('list', 'web?')[:2], (0, 'web3  off\nweb1  off\nweb2  off\n'))
         self.assertEqual(verb('list', '--names', 'web[12]')[1], 'web1\nweb2\n')
         self.assertEqual(verb('start', 'web[12]', '--wait', 'agent'),
                          (0, 'web1: started\nweb2: started\n', ''))
