@@ -9677,6 +9677,40 @@ class DaemonTest(GuestCase):
         self.assertEqual(self.answers(port, 'start&target=web1')['start&target=web1'],
                          (200, 'web1: already running'))
 
+    def test_one_of_two_hosts_hangs(self) -> None:
+        self.only('web1')
+        guest, there, port = self.vm('web1'), Libvirtd(), free_port()
+        self.addCleanup(there.close)
+        there.start()
+        path = there.dir / 'mail.xml'
+        path.write_text(self.NAMELESS % 'mail')
+        there.virsh('define', str(path))
+        config = self.write({'hosts': {'alpha': self.host.uri, 'beta': there.uri},
+                             'listener': {'port': port}})
+        program = self.program('--monitor', '--listen', config=config)
+        program.wait_log('libvirt (alpha|beta): connected after', count=2)
+        self.assertEqual(self.answers(port, 'status&target=mail').popitem()[1][0], 200)
+        assert there.process
+        there.process.send_signal(signal.SIGSTOP)
+        try:
+            for name in ('web1', 'alpha/web1'):
+                self.assertEqual(self.answers(port, f'start&target={name}').popitem()[1],
+                                 (200, 'alpha/web1: already running'))
+            guest.skew_by_pause(1)
+            program.wait_log('alpha/web1: clock corrected, cause=resumed')
+            status, out, err = vmmonitor('--config', config, '--status')
+            self.assertEqual(status, 1)
+            self.assertRegex(out, r'(?m)^alpha/web1 +running +answers')
+            self.assertIn('libvirt beta: no answer within 10 s', err)
+            program.wait_log('libvirt beta: connection lost')
+            status, text = self.answers(port, 'list').popitem()[1]
+            self.assertEqual(status, 200)
+            self.assertRegex(text, '(?s)alpha/web1 running .*libvirt beta is away')
+        finally:
+            there.process.send_signal(signal.SIGCONT)
+        program.wait_log('libvirt beta: connected after', count=2)
+        self.assertEqual(self.answers(port, 'status&target=mail').popitem()[1][0], 200)
+
     def test_a_save_whose_libvirtd_dies_is_said_to_have_failed(self) -> None:
         self.only('web1')
         guest, port = self.vm('web1'), free_port()

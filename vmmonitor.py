@@ -3211,6 +3211,11 @@ class LibvirtHost:
             raise HostAway(f'{self.name} is away: {self.problem or "not connected yet"}',
                            hint='try again in a moment')
 
+    def version(self) -> str:
+        """Return the version of its libvirt."""
+        with self.queries.connection(QUERY_TIMEOUT) as connection:
+            return connection.version()
+
     def _forget(self, uuid: str = '') -> None:
         """Something happened to a domain, or may have happened to all."""
         with self._memory:
@@ -3633,7 +3638,8 @@ def outlast(name: bytes, deadline: Deadline) -> bool:
     return True
 
 
-OTHERS_WAIT = 2.0              # for a host that is silent, when another one has told something
+OTHERS_WAIT = 2.0              # for a host that is silent, when another one has told something ...
+NAMED_WAIT = 0.2               # ... when that one is the HOST of HOST/NAME
 
 
 class Guests:
@@ -3662,40 +3668,37 @@ class Guests:
         self._free = threading.Condition()          # guards _busy; notified when one ends
 
     def ask(self, question: Callable[[GuestHost], Result], timeout: float = ANSWER_TIMEOUT,
-            hosts: Sequence[GuestHost] | None = None) -> list[tuple[GuestHost, Result | Error]]:
+            hosts: Sequence[GuestHost] | None = None, named: bool = False
+            ) -> list[tuple[GuestHost, Result | Error]]:
         """Ask all hosts at once and return their answers, or why there is none.
 
         When another one has had something to tell, a host that is connected and silent is waited
-        for no longer than OTHERS_WAIT.
+        for no longer than OTHERS_WAIT; any host for NAMED_WAIT when the right one was `named`.
         """
         asked: dict[concurrent.futures.Future[Result], GuestHost] = {
             in_thread(host.name, question, host): host
             for host in (self.hosts if hosts is None else hosts)}
         deadline = Deadline(timeout)
-        done, late = concurrent.futures.wait(asked, min(OTHERS_WAIT, timeout))
+        done, late = concurrent.futures.wait(
+            asked, min(NAMED_WAIT if named else OTHERS_WAIT, timeout))
         while late and not deadline.passed() and not (
-                all(asked[future].up.is_set() for future in late)
+                (named or all(asked[future].up.is_set() for future in late))
                 and any(not future.exception() and future.result() for future in done)):
             news, late = concurrent.futures.wait(late, deadline.left(), 'FIRST_COMPLETED')
             done |= news
         answers: list[tuple[GuestHost, Result | Error]] = []
         for future, host in asked.items():
-            answer = self._answer(host, future)
+            answer: Result | Error
+            try:
+                answer = future.result(0)
+            except concurrent.futures.TimeoutError:
+                answer = HostAway(f'{host.name} does not answer', hint='try again in a moment')
+            except Error as problem:
+                answer = problem
+                if host.prefix and host.name not in problem.message:
+                    problem.message = f'{host.name}: {problem.message}'
             answers.append((host, answer))
         return answers
-
-    @staticmethod
-    def _answer(host: GuestHost, future: concurrent.futures.Future[Result]) -> Result | Error:
-        if not future.done():
-            return HostAway(f'{host.name} does not answer', hint='try again in a moment')
-        try:
-            return future.result()
-        except LibvirtError as problem:
-            if host.prefix and host.name not in problem.message:
-                problem.message = f'{host.name}: {problem.message}'
-            return problem
-        except Error as problem:
-            return problem
 
     def meanings(self, name: str) -> list[tuple[GuestHost, str]]:
         """Return what a name means, as (host, the guest's own name there), but for names with a
@@ -3717,7 +3720,7 @@ class Guests:
         def look(host: GuestHost) -> Guest | None:
             found = (host.find(own) for own in dict.fromkeys((name, meant.get(host, name))))
             return next((guest for guest in found if guest and reached(guest)), None)
-        answers = self.ask(look, timeout)
+        answers = self.ask(look, timeout, named=len(meant) < len(self.hosts))
         found = [(host, guest) for host, guest in answers
                  if guest and not isinstance(guest, Error)]
         found = [row for row in found if not row[1].damage] or found     # which hides no other
@@ -12938,24 +12941,16 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         yield from _check_listener(config)
     if networks_used():
         yield from check_networks()
-    asked = [(host, in_thread(host.name, _libvirt_version, host)) for host in libvirt_hosts(config)]
+    hosts: list[GuestHost] = [] if service and not service.machines else [Machines()]
+    asked = [(host, in_thread(host.name, host.version)) for host in libvirt_hosts(config)]
     for host, version in asked:
         try:
             yield Check(True, f'{host.name}: version {version.result()}')
+            hosts.insert(0, host)
         except LibvirtError as problem:
             yield Check(False, f'{host.name}: {explain(problem)}')
-    if all(version.exception() for _, version in asked):
-        return
-    yield from _check_guests(config, roles, not service or service.machines)
-
-
-def _libvirt_version(host: LibvirtHost) -> str:
-    """Return the version of a host's libvirt."""
-    connection = Connection(host.uri)
-    try:
-        return connection.version()
-    finally:
-        connection.close()
+    if not all(version.exception() for _, version in asked):
+        yield from _check_guests(config, roles, hosts)
 
 
 def _check_service(service: Service, config: Config) -> Iterator[Check]:
@@ -13015,9 +13010,9 @@ def _is_served(config: Config) -> bool:
         return False
 
 
-def _check_guests(config: Config, roles: Sequence[str], with_machines: bool) -> Iterator[Check]:
+def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
+                  ) -> Iterator[Check]:
     """Check at the guests: their agent channels, and the names in the startup list."""
-    hosts: list[GuestHost] = [*libvirt_hosts(config), *([Machines()] if with_machines else [])]
     guests: dict[str, list[Guest]] = collections.defaultdict(list)      # by NAME and HOST/NAME
     found: list[Guest] = []
     for host, answer in Guests(hosts).ask(lambda host: host.all()):
