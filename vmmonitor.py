@@ -115,6 +115,7 @@ import errno
 import fcntl
 import fnmatch
 import functools
+import glob
 import grp
 import hashlib
 import hmac
@@ -5536,8 +5537,7 @@ SCHEMAS.update({
 
 
 class Feature(NamedTuple):
-    """What a kernel may lack: how that shows in what an operation is refused with, and how it is
-    tried beforehand."""
+    """What a kernel may lack: how that shows, and how it is tried beforehand."""
 
     name: str
     modules: str                # for modprobe
@@ -5614,22 +5614,17 @@ def carry_out(ops: Iterable[Op], force: bool = False, keep: Sequence[int] = ()
     The first that fails raises its NetworkError; with `force` all are tried, and the errors
     returned. What is run inherits the descriptors `keep`.
     """
+    def batched(op: Op) -> bool:    # a batch reads # as a comment, and quotes its own way
+        return op.tool in ('ip', 'tc') and not set(op.line) & set('#"\'\\')
     errors: list[NetworkError] = []
-    for (_, _, runner), group in itertools.groupby(
-            ops, lambda op: (op.tool, op.namespace, _runner(op))):
-        for op, said in runner(list(group), force, keep):
+    for (batch, *_), group in itertools.groupby(
+            ops, lambda op: (batched(op), op.tool, op.namespace)):
+        todo = list(group)
+        for op, said in _batch(todo, force, keep) if batch else _one_by_one(todo, keep):
             errors.append(net_error(op, said))
             if not force:
                 raise errors[0]
     return errors
-
-
-def _runner(op: Op) -> Callable[..., Iterator[tuple[Op, str]]]:
-    """Return what carries out an operation: a batch reads # as a comment, and quotes its own way,
-    so that lines with such names go alone."""
-    if op.tool == 'sysctl':
-        return _sysctl
-    return _batch if op.tool in ('ip', 'tc') and not set(op.line) & set('#"\'\\') else _single
 
 
 def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int], before: Sequence[str] = ()
@@ -5652,19 +5647,16 @@ def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int], before: Sequence
             yield from _batch(ops[place + 1:], force, keep, before)
 
 
-def _sysctl(ops: Sequence[Op], _force: bool, _keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
-    """Write values below /proc/sys."""
+def _one_by_one(ops: Sequence[Op], keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
+    """Write a value below /proc/sys, or run a program, for each operation."""
     for op in ops:
-        path, _, value = op.line.rpartition('=')
-        try:
-            Path('/proc/sys', path).write_text(value)
-        except OSError as problem:
-            yield op, explain(problem)
-
-
-def _single(ops: Sequence[Op], _force: bool, keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
-    """Run a program that has no batch, once for each operation."""
-    for op in ops:
+        if op.tool == 'sysctl':
+            path, _, value = op.line.rpartition('=')
+            try:
+                Path('/proc/sys', path).write_text(value)
+            except OSError as problem:
+                yield op, explain(problem)
+            continue
         where = ['-n', op.namespace] if op.namespace else []
         done = run([op.tool, *where, *shlex.split(op.line)], IP_TIMEOUT, check=False, keep=keep)
         if done.returncode:
@@ -5714,10 +5706,6 @@ class Route:
     def uses(self, device: str) -> bool:
         """Tell whether a next hop of it goes out at `device`."""
         return any(hop.device == device for hop in self.hops)
-
-    def key(self) -> tuple[Any, ...]:
-        """Return what `ip route replace` takes for the same route."""
-        return self.v6, self.table, self.to, self.metric, self.raw.get('tos')
 
     def strange(self) -> list[str]:
         """Return what it has that line() can't say."""
@@ -5843,9 +5831,11 @@ class NetworkState(NamedTuple):
         """Return the interface of this name, or other name (altname); or raise NoInterface."""
         found = self.links.get(name) or next(
             (link for link in self.links.values() if name in link.names), None)
-        if found is None:
-            raise _no_interface(name, self.links, namespace)
-        return found
+        if found:
+            return found
+        near = difflib.get_close_matches(name, list(self.links), 1)
+        raise NoInterface(f'{name}: no such interface' + (namespace and f' in {namespace}'),
+                          f'did you mean {near[0]}?' if near else 'see ip link')
 
     def ports(self, master: str) -> list[Link]:
         """Return the ports of a bridge or bond."""
@@ -5938,27 +5928,21 @@ def mark_of(group: int) -> str:
     return f'vmmonitor:{group:08x}'
 
 
-def _no_interface(name: str, known: Iterable[str], namespace: str = '') -> NoInterface:
-    """Return the error for a name that no interface has, with the closest one that there is."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return NoInterface(f'{name}: no such interface' + (namespace and f' in {namespace}'),
-                       f'did you mean {near[0]}?' if near else 'see ip link')
-
-
-def open_device(what: str, path: str, prepare: Callable[[int], object]) -> int:
-    """Open a device and `prepare` the descriptor; an OSError is the NetworkError that it means."""
-    device = -1
-    try:
-        device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        prepare(device)
-    except BaseException as problem:
-        if device >= 0:
-            os.close(device)
-        if isinstance(problem, OSError):
+def open_for(what: str, path: str, prepare: Callable[[int], object], make: bool = False) -> int:
+    """Open a device, or a file of ours that it may have to `make`, and `prepare` the descriptor;
+    an OSError is the NetworkError that it means."""
+    with contextlib.ExitStack() as opened:
+        try:
+            if make:
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o600)
+            opened.callback(os.close, file)
+            prepare(file)
+        except OSError as problem:
             said = problem.strerror or str(problem)
             raise net_error(Op(what, path, tool='open'), said) from None
-        raise
-    return device
+        opened.pop_all()
+        return file
 
 
 # === registry ===================================================================================
@@ -6027,9 +6011,10 @@ def namespace_id(name: str) -> str:
 
 
 def same_namespace(row: Record) -> bool:
-    """Tell whether the namespace of a Record is there, and not a later one of that name."""
+    """Tell whether the namespace of a Record is there, and not a later one of that name; it counts
+    as the same while that was not yet written down."""
     now, made = namespace_id(row.facts['space']), str(row.facts['inode'])
-    return bool(now) and made in (now, now.partition(' ')[0])       # the latter by old versions
+    return bool(now) and made in ('', now, now.partition(' ')[0])   # the last by old versions
 
 
 def closure(start: Iterable[str], follow: Callable[[set[str]], Iterable[str]]) -> set[str]:
@@ -6101,21 +6086,12 @@ class Registry:
 
     def lock(self) -> int:
         """Have the registry to oneself until the descriptor that this returns is closed."""
-        path = self.path.with_suffix('.lock')
-        try:
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as problem:
-            raise net_error(Op('write down what is made', str(path), tool='open'),
-                            problem.strerror or str(problem)) from None
-        try:
-            if lock_one([lock], Deadline(LOCK_TIMEOUT)) == 0:
-                return lock
-            raise InUse(f'another process has been changing the network for {LOCK_TIMEOUT:g} s',
-                        f'see fuser {path}')
-        except BaseException:
-            os.close(lock)
-            raise
+        def take(lock: int) -> None:
+            if lock_one([lock], Deadline(LOCK_TIMEOUT)) < 0:
+                raise InUse('another process has been changing the network for '
+                            f'{LOCK_TIMEOUT:g} s', f'see fuser {path}')
+        path = str(self.path.with_suffix('.lock'))
+        return open_for('write down what is made', path, take, make=True)
 
     def plugged(self, nic: str) -> tuple[str, str]:
         """Return the cable that is in a nic, and the nic at its other end; '' for none."""
@@ -6146,26 +6122,18 @@ def open_taps() -> dict[str, str]:
     """Return who has taps open: /dev/tapN, or the name of a plain tap -> "machine web", or
     "process 12 (socat)". This process does not count."""
     found = {}
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        numbers = []
-        with contextlib.suppress(OSError):          # it ended, or is somebody else's
-            numbers = os.listdir(f'/proc/{pid}/fd') if int(pid) != os.getpid() else []
-        for number in numbers:
-            with contextlib.suppress(OSError):      # closed meanwhile
-                tap = _tap_of(pid, number)
-                if tap:
-                    found[tap] = _process_name(pid)
+    for path in glob.iglob('/proc/[0-9]*/fd/*'):
+        pid = path.split('/')[2]
+        with contextlib.suppress(OSError):      # it ended, or closed it meanwhile
+            tap = os.readlink(path)
+            if tap == '/dev/net/tun':
+                shown = Path(path.replace('/fd/', '/fdinfo/')).read_text()
+                tap = ''.join(re.findall(r'^iff:[ \t]*(\S+)$', shown, re.MULTILINE))
+            elif not tap.startswith('/dev/tap'):
+                continue
+            if int(pid) != os.getpid():
+                found[tap] = _process_name(pid)
     return found
-
-
-def _tap_of(pid: str, number: str) -> str:
-    """Return the tap that a descriptor of a process is, or ''."""
-    path = os.readlink(f'/proc/{pid}/fd/{number}')
-    if path == '/dev/net/tun':
-        shown = Path(f'/proc/{pid}/fdinfo/{number}').read_text()
-        named = re.search(r'^iff:[ \t]*(\S+)$', shown, re.MULTILINE)
-        return named.group(1) if named else ''
-    return path if path.startswith('/dev/tap') else ''
 
 
 def _process_name(pid: str) -> str:
@@ -6216,27 +6184,19 @@ class Transaction:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        made = False
         try:
             if kind is None:
-                self._commit()
-            else:
-                self._roll_back()
-        finally:
-            for descriptor in (*self.taps, self.lock):
-                os.close(descriptor)
-
-    def _commit(self) -> None:
-        try:
-            if self.ops or self.late or self.optional or self.unsaved:
                 self.make()
-        except BaseException:
-            self._roll_back()
-            raise
-
-    def _roll_back(self) -> None:
-        if self.claimed:
-            self.look()
-            self.remove(self.claimed)
+                made = True
+        finally:
+            try:
+                if self.claimed and not made:
+                    self.look()
+                    self.remove(self.claimed)
+            finally:
+                for descriptor in (*self.taps, self.lock):
+                    os.close(descriptor)
 
     def look(self) -> None:
         """See what is there, and what can't be had any more."""
@@ -6321,6 +6281,8 @@ class Transaction:
         One batch for the host, one for each namespace. In namespaces all is brought up, and
         nothing of ours speaks IPv6 on its own.
         """
+        if not (self.claimed or self.unsaved or self.late or self.optional):
+            return
         if self.claimed or self.unsaved:
             self.registry.save()
         mark = f'link set group {self.group} alias {mark_of(self.group)} addrgenmode none'
@@ -6423,9 +6385,7 @@ class Transaction:
         if doomed:
             removal.append(Op(f'delete {", ".join(doomed)}', f'link delete group {self.group}'))
         removal += [Op(f'delete namespace {row.facts["space"]}', f'netns del {row.facts["space"]}')
-                    for row in going.values() if row.kind == 'namespace' and (
-                        same_namespace(row) if row.facts['inode'] else
-                        namespace_id(row.facts['space']))]
+                    for row in going.values() if row.kind == 'namespace' and same_namespace(row)]
         carry_out(removal, keep=[self.lock])
         for name in going:
             del self.records[name]
@@ -6692,9 +6652,10 @@ def port_to_be(plan: Transaction, device: str, master: str, force: bool = False,
 
 def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) -> None:
     """Plan to make an interface a port of a bridge, unless it is; InUse says why it can't."""
-    bridges = [one.name for one in plan.network.links.values() if one.kind == 'bridge']
-    if bridge not in bridges:
-        raise _no_interface(bridge, bridges)
+    target = plan.network.find(bridge)
+    if target.kind != 'bridge':
+        raise NoInterface(f'{bridge}: is no bridge', 'name a Switch, a Router or another bridge')
+    bridge = target.name
     plan_renewal(plan, [bridge])
     link = port_to_be(plan, device, bridge, force)
     if link.master == bridge:
@@ -6706,7 +6667,7 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
                     'or say force=True')
     if link.peer in plan.network.links and plan.network.links[link.peer].master:
         refuse_loop(plan, plan.network.links[link.peer].master, bridge)
-    plan_agreed_mtu(plan, link, plan.network.links[bridge])
+    plan_agreed_mtu(plan, link, target)
     plan.plan_after(f'connect {link.name} to {bridge}',
                     f'link set dev {shlex.quote(link.name)} master {bridge} up')
 
@@ -6761,8 +6722,9 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
     def ways(onto: Mapping[str, str]) -> Iterator[str]:
         known = set()                       # what `replace` would take away again
         for route in moved:
-            yield f'route {"append" if route.key() in known else "replace"} {route.line(onto)}'
-            known.add(route.key())
+            key = route.v6, route.table, route.to, route.metric, route.raw.get('tos')
+            yield f'route {"append" if key in known else "replace"} {route.line(onto)}'
+            known.add(key)
     # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
     bond = owner.kind == 'bond'
     for link in links:
@@ -7120,7 +7082,7 @@ def free_tap_index() -> int:
 
 def tap_open(name: str) -> int:
     """Open the tap `name`, made if there is none; return its descriptor (TUNSETIFF)."""
-    return open_device(f'open tap {name}', '/dev/net/tun', lambda tap: fcntl.ioctl(
+    return open_for(f'open tap {name}', '/dev/net/tun', lambda tap: fcntl.ioctl(
         tap, TUNSETIFF, struct.pack('16sH22x', name.encode(), TAP_FLAGS)))
 
 
@@ -7238,8 +7200,8 @@ class VirtualNic(ManagedInterface):
                               + clip(shown.stderr).strip(), 'delete() the nic and make it again')
         path = f'/dev/tap{self.index}'
         wanted = shown.stdout.decode().strip()
-        return open_device(f'open {self.tap_interface}', path,
-                           lambda tap: self._check_tap(tap, path, wanted))
+        return open_for(f'open {self.tap_interface}', path,
+                        lambda tap: self._check_tap(tap, path, wanted))
 
     def _check_tap(self, tap: int, path: str, wanted: str) -> None:
         """Raise InUse unless the descriptor is this nic's tap."""
