@@ -5881,10 +5881,12 @@ def read_network(namespace: str = '') -> NetworkState:
     return NetworkState(parse_links(rows), parse_routes(ways), time.monotonic())
 
 
-def valid_name(name: str, what: str = 'interface') -> str:
+def valid_name(name: str, what: str = 'interface', empty: bool = False) -> str:
     """Return a name that is safe to give to `ip` and in a path; NetworkError says what is wrong.
-    A namespace may have more characters, as others' have."""
+    A namespace may have more characters, as others' have; `empty` allows ''."""
     length, more = LENGTHS[what], ':@+,' if what == 'namespace' else ''
+    if empty and name == '':
+        return ''
     if not isinstance(name, str) or name in ('lo', 'all', 'default') or not re.fullmatch(
             rf'[A-Za-z0-9_][A-Za-z0-9_.{more}-]{{0,{length - 1}}}', name):
         raise NetworkError(
@@ -6252,13 +6254,12 @@ class Transaction:
 
     def free_mac(self, prefix: str, name: str, wanted: str = '') -> str:
         """Return the MAC for a name: always the same on this host, and never one that is known."""
-        mac, attempt = valid_mac(wanted) if wanted else '', 0
-        while not mac or (mac in self.taken and not wanted):
-            digest = hashlib.sha256(f'{self.host}/{name}/{attempt}'.encode()).hexdigest()
-            mac = ':'.join([prefix, *re.findall('..', digest)])[:17]
-            attempt += 1
-        if mac in self.taken:
+        if wanted in self.taken - {''}:
             raise NameTaken(f'{name}: another interface has the MAC {wanted}', 'choose another')
+        digests = (hashlib.sha256(f'{self.host}/{name}/{attempt}'.encode()).hexdigest()
+                   for attempt in itertools.count())
+        macs = (':'.join([prefix, *re.findall('..', digest)])[:17] for digest in digests)
+        mac = wanted or next(mac for mac in macs if mac not in self.taken)
         self.taken.add(mac)
         return mac
 
@@ -6556,7 +6557,7 @@ class Interfaces(Mapping[str, Interface]):
     """
 
     def __init__(self, namespace: str = '') -> None:
-        self.namespace = namespace and valid_name(namespace, 'namespace')
+        self.namespace = valid_name(namespace, 'namespace', empty=True)
 
     def __repr__(self) -> str:
         return f'Interfaces({self.namespace!r})'
@@ -6585,7 +6586,7 @@ class Routes(Sequence[Route]):
     """All routes of the host, or of a namespace, IPv4 and IPv6; each use looks anew."""
 
     def __init__(self, namespace: str = '') -> None:
-        self.namespace = namespace and valid_name(namespace, 'namespace')
+        self.namespace = valid_name(namespace, 'namespace', empty=True)
 
     def __repr__(self) -> str:
         return f'Routes({self.namespace!r})'
@@ -6607,6 +6608,7 @@ routes = Routes()
 # === switches and nics ==========================================================================
 
 GUEST_MAC = '52:54:00'          # how the MACs of guests begin, unless mac= says another
+NIC_PARTS = {'macvtap': ('sink', 'tap'), 'pair': ('sink',)}     # what a layout has below its port
 TAP_INDEX = range(1_000_000, 1 << 31)   # ifindex of macvtaps, so that /dev/tapN is theirs alone
 
 # How the MACs of our own host interfaces begin: locally administered, and FE keeps a bridge
@@ -6651,12 +6653,17 @@ def port_to_be(plan: Transaction, device: str, master: str, force: bool = False,
 
 
 def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) -> None:
-    """Plan to make an interface a port of a bridge, unless it is; InUse says why it can't."""
+    """Plan to make an interface a port of a bridge, or to join two bridges, unless it is so; InUse
+    says why it can't."""
     target = plan.network.find(bridge)
     if target.kind != 'bridge':
         raise NoInterface(f'{bridge}: is no bridge', 'name a Switch, a Router or another bridge')
     bridge = target.name
-    plan_renewal(plan, [bridge])
+    plan_renewal(plan, [bridge, device])
+    link = plan.network.find(device)
+    if link.kind == 'bridge':
+        plan_join(plan, target, link)
+        return
     link = port_to_be(plan, device, bridge, force)
     if link.master == bridge:
         return
@@ -6672,6 +6679,22 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
                     f'link set dev {shlex.quote(link.name)} master {bridge} up')
 
 
+def plan_join(plan: Transaction, one: Link, other: Link) -> None:
+    """Plan a veth pair between two bridges, unless there is one. One without ports takes over the
+    MTU of the other, else both have the smaller one."""
+    parents = [one.name, other.name]
+    if plan.registry.between(*parents):
+        return
+    refuse_loop(plan, other.name, one.name)
+    fixed = [side.mtu for side in (one, other) if plan.network.ports(side.name)]
+    mtu = min(fixed or [one.mtu])
+    for side in (one, other):
+        if side.mtu != mtu:
+            plan_mtu(plan, side.name, mtu)
+    plan_nic(plan, plan.free_name('-'.join(parents)), 'pair', mtu=mtu, master=one.name,
+             inner=other.name, parents=parents)
+
+
 def refuse_loop(plan: Transaction, one: str, other: str) -> None:
     """Raise InUse when two bridges are connected: frames would go round a loop for ever."""
     if other in plan.joined([one]):
@@ -6679,18 +6702,17 @@ def refuse_loop(plan: Transaction, one: str, other: str) -> None:
                     'disconnect the first way')
 
 
-def plan_mtu(plan: Transaction, bridge: str, size: int) -> None:
-    """Plan to give a bridge, and the nics that are its ports, an MTU."""
-    for link in plan.network.ports(bridge):
-        if link.name in plan.records:
-            plan_nic_mtu(plan, link.name, size)
-    plan.plan_after(f'give {bridge} an MTU of {size}', f'link set dev {bridge} mtu {size}')
-
-
-def plan_nic_mtu(plan: Transaction, nic: str, size: int) -> None:
-    """Plan to give all interfaces of a nic an MTU."""
-    plan.late += [Op(f'give {name} an MTU of {size}', f'link set dev {name} mtu {size}', space)
-                  for name, space in nic_parts(nic, plan.records[nic]).items()]
+def plan_mtu(plan: Transaction, name: str, size: int) -> None:
+    """Plan to give an MTU to an interface; what is below a nic's, and the nics that are ports of
+    a bridge, get it first."""
+    facts = plan.records[name].facts if name in plan.records else {}
+    below = NIC_PARTS.get(facts.get('layout', ''), ())
+    parts = [(facts[part], facts['namespace']) for part in below]
+    for port in plan.network.ports(name):
+        if port.name in plan.records and plan.records[port.name].kind == 'nic':
+            plan_mtu(plan, port.name, size)
+    plan.late += [Op(f'give {one} an MTU of {size}', f'link set dev {one} mtu {size}', space)
+                  for one, space in (*parts, (name, ''))]
 
 
 def plan_agreed_mtu(plan: Transaction, port: Link, bridge: Link) -> None:
@@ -6700,7 +6722,7 @@ def plan_agreed_mtu(plan: Transaction, port: Link, bridge: Link) -> None:
     row = plan.records.get(port.name)
     if row and row.kind == 'nic' and not (row.facts['layout'] == 'pair' and row.parents):
         if port.mtu != bridge.mtu:
-            plan_nic_mtu(plan, port.name, bridge.mtu)
+            plan_mtu(plan, port.name, bridge.mtu)
     elif port.mtu < bridge.mtu or (port.mtu > bridge.mtu and not plan.network.ports(bridge.name)):
         plan_mtu(plan, bridge.name, port.mtu)
 
@@ -6745,9 +6767,7 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
 
 def filtered(program: str) -> bool:
     """Tell whether iptables or ip6tables sees frames that only cross a bridge."""
-    with contextlib.suppress(OSError):
-        return Path(f'/proc/sys/net/bridge/bridge-nf-call-{program}').read_text() == '1\n'
-    return False
+    return in_force(Op('', f'net/bridge/bridge-nf-call-{program}=1', tool='sysctl'))
 
 
 def firewall(what: str, rules: Sequence[tuple[str, str]]) -> tuple[list[Op], list[Op]]:
@@ -6755,20 +6775,6 @@ def firewall(what: str, rules: Sequence[tuple[str, str]]) -> tuple[list[Op], lis
     return ([Op(what, f'-w {rule}', tool=program) for program, rule in rules],
             [Op(f'no longer {what}', '-w ' + re.sub('-[AI] ', '-D ', rule), tool=program)
              for program, rule in rules])
-
-
-def bypass(bridge: str) -> tuple[list[Op], list[Op]]:
-    """Return what keeps the host's firewall from frames that only cross a bridge, and the way back.
-
-    With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
-    counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop the
-    frames, and what is known from the bridge would not be masqueraded any more.
-    """
-    return firewall(f'let frames pass {bridge}', [
-        (program, rule) for program in ('iptables', 'ip6tables')
-        if filtered(program) and which(program) for rule in (
-            f'-t raw -I PREROUTING -i {bridge} -m addrtype ! --dst-type LOCAL -j CT --notrack',
-            f'-I FORWARD -i {bridge} -o {bridge} -j ACCEPT')])
 
 
 def masquerade(bridge: str, trunk: str, subnet: str, by_nft: bool = False
@@ -6812,7 +6818,14 @@ def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
         rules, undo = masquerade(name, row.facts['trunk'], row.facts['subnet'],
                                  any(op.tool == 'nft' for op in row.undo))
         return [*forward, *rules], undo
-    rules, undo = bypass(name)
+    # With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
+    # counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop
+    # what only crosses the bridge, and what is known from there would not be masqueraded any more.
+    rules, undo = firewall(f'let frames pass {name}', [
+        (program, rule) for program in ('iptables', 'ip6tables')
+        if filtered(program) and which(program) for rule in (
+            f'-t raw -I PREROUTING -i {name} -m addrtype ! --dst-type LOCAL -j CT --notrack',
+            f'-I FORWARD -i {name} -o {name} -j ACCEPT')])
     return [*(quiet if row.kind == 'switch' else []), *rules], undo
 
 
@@ -6832,20 +6845,15 @@ def in_force(op: Op) -> bool:
     return not run([op.tool, *rule], IP_TIMEOUT, check=False).returncode
 
 
-def missing_ops(name: str, row: Record) -> list[Op]:
-    """Return what passage_ops() wants and others took away."""
-    return [op for op in passage_ops(name, row)[0] if not in_force(op)]
-
-
 def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
     """Plan to put back what these bridges, and those joined to them, need to pass frames."""
     for name in sorted(plan.joined(bridges)):
         row = plan.records.get(name)
         if not row or row.kind not in ('switch', 'router') or row.stage != 'ready':
             continue
-        missing = missing_ops(name, row)
+        wanted, undo = passage_ops(name, row)
+        missing = [op for op in wanted if not in_force(op)]
         if missing:
-            wanted, undo = passage_ops(name, row)
             tools = {op.tool for op in missing}
             # In a firewall their order counts: what is left of them goes first.
             rules = [op for op in wanted if 'tables' in op.tool]
@@ -6926,14 +6934,9 @@ class Namespace(Managed):
 class ManagedInterface(Managed, Interface):
     """An interface that this program made."""
 
-    def _plug_into(self, bridge: Switch, force: bool) -> None:
-        """Do what bridge.connect() asks for."""
+    def _set_mtu(self, size: int) -> None:
         with Transaction() as plan:
-            plan_port(plan, self.name, bridge.name, force)
-
-    def _plugs(self) -> list[str]:
-        """Return the interfaces by which it is plugged into a bridge."""
-        return [self.name]
+            plan_mtu(plan, plan.network.find(self.name).name, size)
 
 
 class Switch(ManagedInterface):
@@ -6944,8 +6947,7 @@ class Switch(ManagedInterface):
     """
 
     def __init__(self, name: str = '') -> None:
-        if name != '':
-            valid_name(name)
+        valid_name(name, empty=True)
         with Transaction() as plan:
             super().__init__(name or plan.free_name('switch'))
             row = plan.claim(self.name, 'switch')
@@ -6965,10 +6967,6 @@ class Switch(ManagedInterface):
         plan.optional += [op for op in needs if op not in plan.late]
         row.undo += undo
 
-    def _set_mtu(self, size: int) -> None:
-        with Transaction() as plan:
-            plan_mtu(plan, plan.network.find(self.name).name, size)
-
     @property
     def ports(self) -> Mapping[str, Interface]:
         """Its ports by the names of their interfaces."""
@@ -6985,50 +6983,24 @@ class Switch(ManagedInterface):
         """
         name = check('connect', thing, name_of, NetworkError)
         check('force', force, a_bool, NetworkError)
-        if isinstance(thing, ManagedInterface):
-            thing._plug_into(self, force)
+        if isinstance(thing, (Router, VirtualNic)):
+            thing.connect(self)
             return
         with Transaction() as plan:
             plan_port(plan, name, self.name, force)
 
-    def _plug_into(self, bridge: Switch, force: bool) -> None:
-        """Join two switches; one without ports takes over the MTU of the other, else both have
-        the smaller one."""
-        with Transaction() as plan:
-            plan_renewal(plan, [self.name, bridge.name])
-            sides = [plan.network.find(one) for one in (bridge.name, self.name)]
-            if plan.registry.between(self.name, bridge.name):
-                return
-            refuse_loop(plan, self.name, bridge.name)
-            fixed = [side.mtu for side in sides if plan.network.ports(side.name)]
-            mtu = min(fixed or [sides[0].mtu])
-            for side in sides:
-                if side.mtu != mtu:
-                    plan_mtu(plan, side.name, mtu)
-            plan_nic(plan, plan.free_name(f'{bridge.name}-{self.name}'), 'pair', mtu=mtu,
-                     master=bridge.name, inner=self.name, parents=[bridge.name, self.name])
-
     def disconnect(self, thing: Interface | str) -> None:
         """Undo connect(); what is not connected is left alone."""
         name = check('disconnect', thing, name_of, NetworkError)
-        plugs = thing._plugs() if isinstance(thing, ManagedInterface) else [name]
         with Transaction() as plan:
             plan.remove(plan.registry.between(self.name, name))
+            plugs = {name, *(lan for lan, row in plan.records.items() if row.parents == [name])}
             for link in plan.network.ports(self.name):
-                if set(plugs) & set(link.names):
+                if plugs & set(link.names):
                     # What others made stays up: they would lose their routes.
                     down = ' down' if link.name in plan.records else ''
                     plan.plan_after(f'disconnect {link.name}',
                                     f'link set dev {shlex.quote(link.name)} nomaster{down}')
-
-
-def nic_parts(name: str, row: Record) -> dict[str, str]:
-    """Return the interfaces of a nic, each with its namespace, those below others first."""
-    facts = row.facts
-    return {one: space for one, space in (
-        (facts['sink'], facts['namespace']) if facts['layout'] != 'tap' else ('', ''),
-        (facts['tap'], facts['namespace']) if facts['layout'] == 'macvtap' else ('', ''),
-        (name, '')) if one}
 
 
 def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespace: str = '',
@@ -7039,8 +7011,7 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     The port becomes a port of the bridge `master`, the sink one of `inner`.
     """
     name, tap, group = short_name(valid_name(long, 'nic')), short_name(f'{long}-tap'), plan.group
-    row = plan.claim(name, 'nic', parents, layout=layout, sink=sink and valid_name(sink),
-                     namespace=namespace, mac=mac.lower())
+    row = plan.claim(name, 'nic', parents, layout=layout, sink=sink, namespace=namespace, mac=mac)
     if not row:
         return name
     if namespace:
@@ -7099,10 +7070,10 @@ class VirtualNic(ManagedInterface):
 
     def __init__(self, ifname: str = '', sink: str = '', namespace: str = '',
                  mac: str = '') -> None:
-        for text, read in ((ifname, valid_name), (sink, valid_name), (namespace, self._space),
-                           (mac, valid_mac)):
-            if text != '':
-                read(text)
+        valid_name(ifname, empty=True)
+        valid_name(sink, empty=True)
+        valid_name(namespace, 'namespace', empty=True)
+        mac = valid_mac(mac) if mac != '' else ''
         with Transaction() as plan:
             long = ifname or self._free(plan, namespace)
             name = plan_nic(plan, long, 'macvtap' if namespace else 'pair' if sink else 'tap',
@@ -7116,8 +7087,7 @@ class VirtualNic(ManagedInterface):
         `switch` if there is one: in one `ip -batch` for the host and one for the namespace."""
         check('count', count, a_number(0, 1000, whole=True), NetworkError)
         master = check('switch', switch, name_of, NetworkError) if switch is not None else ''
-        if namespace != '':
-            cls._space(namespace)
+        valid_name(namespace, 'namespace', empty=True)
         with Transaction() as plan:
             if master:
                 plan_renewal(plan, [plan.network.find(master).name])
@@ -7134,10 +7104,6 @@ class VirtualNic(ManagedInterface):
         nic = cls.__new__(cls)
         nic._recall(name, row)
         return nic
-
-    @staticmethod
-    def _space(name: str) -> str:
-        return valid_name(name, 'namespace')
 
     @staticmethod
     def _free(plan: Transaction, namespace: str) -> str:
@@ -7167,11 +7133,6 @@ class VirtualNic(ManagedInterface):
         """The port of the nic it is directly connected to, or ''."""
         return Registry.read().plugged(self.name)[1]
 
-    def _set_mtu(self, size: int) -> None:
-        with Transaction() as plan:
-            plan.network.find(self.name)
-            plan_nic_mtu(plan, self.name, size)
-
     def open(self) -> int:
         """Open the tap for a machine and return its descriptor, as for QEMU's `tap,fd=`; close it.
 
@@ -7200,20 +7161,18 @@ class VirtualNic(ManagedInterface):
                               + clip(shown.stderr).strip(), 'delete() the nic and make it again')
         path = f'/dev/tap{self.index}'
         wanted = shown.stdout.decode().strip()
-        return open_for(f'open {self.tap_interface}', path,
-                        lambda tap: self._check_tap(tap, path, wanted))
 
-    def _check_tap(self, tap: int, path: str, wanted: str) -> None:
-        """Raise InUse unless the descriptor is this nic's tap."""
-        info = os.fstat(tap)
-        device = f'{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}'
-        name = ''
-        if stat.S_ISCHR(info.st_mode) and device == wanted:
-            name = fcntl.ioctl(tap, TUNGETIFF, bytes(40))[:16].rstrip(b'\0').decode()
-        if name != self.tap_interface:
-            raise InUse(f'{path}: is device {device}{name and " of " + name}, not the '
-                        f'{wanted} of {self.tap_interface} in {self.namespace}: another namespace '
-                        'has a tap of the same number', 'delete() this nic and make it again')
+        def examine(tap: int) -> None:
+            info = os.fstat(tap)
+            device = f'{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}'
+            name = ''
+            if stat.S_ISCHR(info.st_mode) and device == wanted:
+                name = fcntl.ioctl(tap, TUNGETIFF, bytes(40))[:16].rstrip(b'\0').decode()
+            if name != self.tap_interface:
+                raise InUse(f'{path}: is device {device}{name and " of " + name}, not the {wanted} '
+                            f'of {self.tap_interface} in {self.namespace}: another namespace has '
+                            'a tap of the same number', 'delete() this nic and make it again')
+        return open_for(f'open {self.tap_interface}', path, examine)
 
     def connect(self, target: Interface | str) -> None:
         """Plug it into a Switch, Router or other bridge, or straight into another VirtualNic,
@@ -7231,9 +7190,6 @@ class VirtualNic(ManagedInterface):
                 raise InUse(f'{self.name}: is already connected to {peer}', 'disconnect() it first')
             else:
                 plan_port(plan, self.name, name, force=True)
-
-    def _plug_into(self, bridge: Switch, force: bool) -> None:
-        self.connect(bridge)
 
     def disconnect(self) -> None:
         """Pull it out of whatever it is connected to; the machine sees its cable unplugged."""
@@ -7308,8 +7264,7 @@ class Router(Switch):
         given = check('trunk', trunk, name_of, NetworkError)
         for what, flag in (('force', force), ('nat', nat)):
             check(what, flag, a_bool, NetworkError)
-        if name != '':
-            valid_name(name)
+        valid_name(name, empty=True)
         if subnet != '':
             subnet = valid_address(subnet, ipaddress.IPv4Network)
         with Transaction() as plan:
@@ -7376,12 +7331,6 @@ class Router(Switch):
             with Transaction() as plan:
                 self._plan_lan(plan, label, plan.network.find(self.name).mtu)
         return self.ports[label].connect(target)
-
-    def _plug_into(self, bridge: Switch, force: bool) -> None:
-        self.connect(bridge)
-
-    def _plugs(self) -> list[str]:
-        return [port.name for port in self.ports.values()]
 
 
 def free_subnet(plan: Transaction, wanted: str = '') -> str:
@@ -7524,9 +7473,11 @@ def _check_passages() -> Iterator[Check]:
         yield Check(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
                     'crosses bridges; switches have rules to let it pass')
     for name, row in bridges.items():
-        for op in missing_ops(name, row):
-            yield Check(False, f'{name}: somebody took away what it needs to {op.what}: {op.tool} '
-                        f'{op.line}; connect() or starting a machine on it puts that back')
+        for op in passage_ops(name, row)[0]:
+            if not in_force(op):
+                yield Check(False, f'{name}: somebody took away what it needs to {op.what}: '
+                            f'{op.tool} {op.line}; connect() or starting a machine on it puts '
+                            'that back')
     routed = filtered('iptables') or any(row.facts.get('nat') for row in bridges.values())
     for family, table, chain in dropping_chains() if bridges else ():
         if routed or family == 'bridge':
@@ -7596,10 +7547,8 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
                 log.warning('%s stays: %s uses it; stop that first, or use force', name,
                             ', '.join(holders))
         if not dry_run:
-            for name in found.keys() - plan.records.keys() - plan.registry.damaged.keys():
-                plan.records[name] = Record('nic', plan.group, 'deleting')
-            for name in found.keys() & plan.registry.damaged.keys():
-                del plan.registry.damaged[name]
+            for name in found.keys() - plan.records.keys():
+                plan.registry.damaged.pop(name, None)
                 plan.unsaved = True
                 if name in plan.network.links and plan.network.links[name].ours():
                     plan.records[name] = Record('nic', plan.group, 'deleting')
