@@ -8109,7 +8109,7 @@ class Harddrive:
             said = '; '.join(problem.stderr.splitlines()) or f'ended by signal {-problem.status}'
             for name in (self._explicit(), *map(fd_path, keep)):
                 said = said.replace(name, self.filename)
-            if ' lock' in said:                 # Failed to get "write" lock
+            if ' lock' in said:     # nothing but its words (Failed to get "write" lock) says which
                 raise self.taken() from None
             raise DiskError(f'{self.filename}: qemu-img {arguments[0]}: {said}',
                             problem.hint) from None
@@ -8401,10 +8401,11 @@ class CD:
 
     def _ask(self, live: Attached, command: str, force: bool, **arguments: Any) -> None:
         """Carry out what a guest that has locked the tray may refuse."""
+        before = self.tray
         try:
             live.execute(command, id=live.id, force=force, **arguments)
-        except Error as problem:
-            if 'locked' not in str(problem):
+        except QemuRefused:
+            if before.open or not before.locked:
                 raise
             raise DiskError(f'{self.filename}: the guest has locked the tray',
                             'unmount it in the guest, or use force=True') from None
@@ -9142,7 +9143,8 @@ class Qemu:
 
     def _remedy(self, text: str) -> str:
         """Return what to do about a disk that QEMU can't have ('Failed to get "write" lock'), with
-        who has it, or about a kernel that it may not read; '' for another text."""
+        who has it, or about a kernel that it may not read; '' for another text. Only a remedy is
+        chosen by QEMU's words, which have one class for all of these."""
         for path in (self.file.spec.kernel, self.file.spec.initrd):
             if path and path in text and 'Permission denied' in text:
                 return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
@@ -9859,7 +9861,7 @@ class Devices:
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
         with self.qemu.session() as qmp:
-            gone = self._request_unplug(qmp, device.id, Deadline(timeout))
+            gone = self._request_unplug(qmp, device, Deadline(timeout))
             device.pending = not gone
 
             def removed() -> bool:                      # the device may hold it some ms more
@@ -9872,19 +9874,21 @@ class Devices:
         return gone
 
     @staticmethod
-    def _request_unplug(qmp: QmpSession, id: str, deadline: Deadline) -> bool:
+    def _request_unplug(qmp: QmpSession, device: Device, deadline: Deadline) -> bool:
         """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
         can miss a request."""
+        asked = device.pending
         while True:
             try:
-                qmp.execute('device_del', id=id)
+                qmp.execute('device_del', id=device.id)
             except QemuRefused as problem:
                 if problem.code == 'DeviceNotFound':            # let go since the last request
                     return True
-                if 'in the process of unplug' not in problem.text:
+                if not asked:                   # else it is still in the process of unplug
                     raise
+            asked = True
             event = qmp.event(['DEVICE_DELETED', 'DEVICE_UNPLUG_GUEST_ERROR'],
-                              min(UNPLUG_AGAIN, deadline.left()), device=id)
+                              min(UNPLUG_AGAIN, deadline.left()), device=device.id)
             if event:
                 return bool(event['event'] == 'DEVICE_DELETED')
             if deadline.passed():
@@ -10299,9 +10303,9 @@ class MemoryStream:
 
 
 # === snapshots ==================================================================================
-# What snapshot-load says before it has touched the guest; after anything else it is lost.
-HARMLESS = re.compile(r'does not exist|does not have|not found|No block device|not support|'
-                      r'migration process|already')
+
+SCHEMAS['query-named-block-nodes'] = [
+    {'node-name?': str, 'image': {'snapshots?': [{'name': str}]}}]
 
 
 class MachineSnapshot(NamedTuple):
@@ -10457,9 +10461,11 @@ class Snapshots:
 
     def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
         """Carry out snapshot-save, -load or -delete."""
-        firmware = ['efi-vars'] if self.spec.efi else []
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
-        self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=[*nodes, *firmware], **memory)
+        self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
+
+    def _nodes(self, nodes: Sequence[str]) -> list[str]:
+        return [*nodes, *['efi-vars'] * self.spec.efi]
 
     def load(self, tag: str, disks_only: bool = False) -> str:
         """Put memory and disks back to a snapshot, starting the machine if it is off; with
@@ -10538,16 +10544,24 @@ class Snapshots:
     def _load_or_end(self, tag: str, nodes: Sequence[str]) -> None:
         """Carry out snapshot-load; end a QEMU that it leaves with half the old guest and half the
         new one, which it would let run."""
-        try:
-            with self.qemu.session() as qmp:
+        with self.qemu.session() as qmp:
+            # The job's error does not tell whether it has touched the guest, and there is no other
+            # trace of it; so what it would refuse at once is looked at before.
+            held = {row.get('node-name') for row in qmp.execute('query-named-block-nodes')
+                    if any(one['name'] == tag for one in row['image'].get('snapshots', ()))}
+            lacking = [node for node in self._nodes(nodes) if node not in held]
+            if lacking:
+                raise MachineError(f'{self.name}: {lacking[0]} has no snapshot {tag}',
+                                   'load_snapshot(…, disks_only=True) works when it is off')
+            try:
                 self._snapshot_job(qmp, 'load', tag, nodes)
-        except MachineError as problem:
-            if HARMLESS.search(problem.message):
+            except QemuRefused:                     # the job did not begin
                 raise
-            self.file.move_memory(MemoryAt.LOST)
-            self.qemu.end()
-            raise MachineError(f'{problem.message}; its guest is lost',
-                               'start() boots it, as after a power failure') from None
+            except MachineError as problem:
+                self.file.move_memory(MemoryAt.LOST)
+                self.qemu.end()
+                raise MachineError(f'{problem.message}; its guest is lost',
+                                   'start() boots it, as after a power failure') from None
 
     def delete(self, tag: str) -> None:
         """Delete a snapshot from all disks (snapshot-delete; qemu-img)."""
