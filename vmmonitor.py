@@ -10985,9 +10985,9 @@ class Console:
     def __init__(self, qemu: Qemu) -> None:
         self.qemu, self.name = qemu, qemu.name
         self.position = 0                       # in the log: what read() returned
-        self._keep = contextlib.ExitStack()     # the socket, and the claim on it
-        self._wire: socket.socket | None = None     # to write, and the thread that drains it
-        self._drainer: threading.Thread | None = None
+        self._wire: socket.socket | None = None     # to write
+        self._drainer: threading.Thread | None = None   # has the socket and the claim on it ...
+        self._hung_up: list[Deadline] = []              # ... until QEMU closes it, or this
 
     def __enter__(self) -> Console:
         return self
@@ -10997,15 +10997,23 @@ class Console:
 
     def close(self) -> None:
         """Let another one write, when the guest has read what was typed, or does not."""
-        wire, self._wire = self._wire, None
+        wire = self._wire
+        self._hang_up()
         if wire and self._drainer:
+            self._drainer.join(CONSOLE_TIMEOUT)
             with contextlib.suppress(OSError):
-                wire.shutdown(socket.SHUT_WR)   # QEMU closes it at the end; at once if it hung up
-                self._drainer.join(CONSOLE_TIMEOUT)
                 wire.shutdown(socket.SHUT_RDWR)
-        self._keep.close()
+            self._drainer.join(CONSOLE_TIMEOUT)
 
-    __del__ = close
+    def _hang_up(self) -> None:
+        """Type no more, but wait for nothing, which garbage collection may not."""
+        wire, self._wire = self._wire, None
+        if wire:
+            self._hung_up.append(Deadline(CONSOLE_TIMEOUT))
+            with contextlib.suppress(OSError):
+                wire.shutdown(socket.SHUT_WR)   # QEMU closes it when it has read all
+
+    __del__ = _hang_up
 
     def read(self) -> bytes:
         """Return what was written since the last read(), or since the start, of which CONSOLE_BYTES
@@ -11077,15 +11085,17 @@ class Console:
             wire = LineSocket.connect(qemu.socket('console'), Deadline(QMP_TIMEOUT)).socket
             keep.enter_context(wire)
             wire.settimeout(QMP_TIMEOUT)
-            self._wire, self._keep = wire, keep.pop_all()
-        self._drainer = spawn(f'console {qemu.name}', self._drain, wire)
+            self._wire, self._hung_up = wire, []
+            self._drainer = spawn(f'console {qemu.name}', self._drain, wire, keep.pop_all(),
+                                  self._hung_up)
         return wire
 
     @staticmethod
-    def _drain(wire: socket.socket) -> None:
+    def _drain(wire: socket.socket, keep: contextlib.ExitStack, hung_up: Sequence[Deadline]
+               ) -> None:
         """Throw away what the log has, too: unread, it would stop the guest's writing."""
-        with contextlib.suppress(OSError):              # closed
-            while True:
+        with keep, contextlib.suppress(OSError):        # closed
+            while not (hung_up and hung_up[0].passed()):
                 with contextlib.suppress(socket.timeout):
                     if not wire.recv(65536):
                         return
