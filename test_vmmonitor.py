@@ -1953,6 +1953,7 @@ class FuzzTest(ConfigCase):
         good = merged(self.GOOD, {
             'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'targets': ['a*']}]},
             'startup': {'vmStartupCommands': ['start a', 'wait a 5']},
+            'hosts': {'a': 'qemu:///system', 'b': {'uri': 'qemu+tls://b/', 'trustClock': True}},
             'monitor': {'toleranceMs': 5, 'exclude': ['b']}})
         path = self.write(good, name='fuzzed.json')
         text = Path(path).read_bytes()
@@ -3626,9 +3627,21 @@ class CauseTest(GuestCase):
             'hosts': {'alpha': self.host.uri, 'beta': beta}, 'listener': {'port': port}},
             name='hosts.json'))
         program.wait_log('libvirt (alpha|beta): connected after', count=2)
+        program.wait_log('alpha/mover: clock')
         guest.skew(-40)             # so that there is something to see: downtime is too short
-        guest.virsh('migrate', beta, '--live', '--migrateuri',
-                    f'unix://{there.dir}/migration.sock', timeout=90)
+        move = ('migrate', beta, '--live', '--migrateuri', f'unix://{there.dir}/migration.sock')
+        moving = vm.in_thread('migrate', lambda: guest.virsh(*move, '--bandwidth', '1', timeout=90))
+        soon(lambda: 'Unbounded' in guest.virsh('domjobinfo'), what='it moves')
+        self.host.kill9()
+        with self.assertRaises(RigError):
+            moving.result(90)
+        self.host.start()
+        program.wait_log('alpha/mover: clock corrected, cause=found before=-(39|40|41)')
+        guest.wait_agent()
+        self.right(guest)
+        soon(lambda: not there.virsh('list', '--name'), what='it is at one end alone')
+        guest.skew(-40)
+        guest.virsh(*move, timeout=90)
         program.wait_log('libvirt beta: nothing tells yet whether its clock is that of this '
                          "machine, .*: its guests' clocks are left alone; .* hosts.beta.trustClock")
         self.host.kill9()           # what moved has nothing to do with it any more
@@ -3647,7 +3660,7 @@ class CauseTest(GuestCase):
         there.kill9()
         self.host.start()
         there.start()
-        program.wait_log('libvirt (alpha|beta): connected after', count=4)
+        program.wait_log('libvirt (alpha|beta): connected after', count=5)
         moved.skew_by_pause(3)
         program.wait_log('beta/mover: clock corrected, cause=resumed before=-3')
         self.right(moved)
