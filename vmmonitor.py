@@ -991,6 +991,21 @@ def a_list(read: Reader, what: str = 'strings', of: type = str, place: str = '[{
 texts = a_list(a_text)
 
 
+def read_members(item: Mapping[str, Any], members: Mapping[str, tuple[Reader, Any]], names: str
+                 ) -> list[Any]:
+    """Read an object with these members, each with its reader and default; return the values."""
+    unknown = set(item) - set(members)
+    if unknown:
+        raise InvalidValue(f'unknown key {sorted(unknown)[0]!r}; an entry has {names}')
+    values = []
+    for member, (read, default) in members.items():
+        try:
+            values.append(read(item.get(member, default)))
+        except InvalidValue as problem:
+            raise InvalidValue(f'{member}: {problem}') from None
+    return values
+
+
 def an_address(value: Any) -> str:
     """Read an IP address; the empty string is all of them."""
     text = a_text(value)
@@ -1115,6 +1130,8 @@ def steps(value: Any, forms: Sequence[Form] = STARTUP_FORMS) -> tuple[Step, ...]
 
 
 HOST_NAME = re.compile(r'[\w.-]{1,40}', re.ASCII)
+HOST_MEMBERS: dict[str, tuple[Reader, Any]] = {     # of an entry -> its reader, its default
+    'uri': (a_text, ''), 'trustClock': (a_bool, False)}
 
 
 class HostEntry(NamedTuple):
@@ -1143,12 +1160,9 @@ def _host_entry(item: tuple[str, Any]) -> HostEntry:
     if not HOST_NAME.fullmatch(name) or name == MACHINES_LABEL:
         raise InvalidValue(f'{name!r:.60}: call it by up to 40 letters, digits, ".", "-" and "_"; '
                            f'"{MACHINES_LABEL}" are those of this program')
-    members = value if isinstance(value, dict) else {'uri': value}
-    if not members.keys() <= {'uri', 'trustClock'}:
-        raise InvalidValue(f'{name}: has uri and trustClock, no more')
     try:
-        entry = HostEntry(name, a_text(members.get('uri')),
-                          a_bool(members.get('trustClock', False)))
+        entry = HostEntry(name, *read_members(value if isinstance(value, dict) else {'uri': value},
+                                              HOST_MEMBERS, 'uri, trustClock'))
     except InvalidValue as problem:
         raise InvalidValue(f'{name}: {problem}') from None
     if not entry.uri:
@@ -1244,17 +1258,7 @@ def key_entries(value: Any) -> tuple[KeyEntry, ...]:
 
 def _key_entry(item: Mapping[str, Any]) -> KeyEntry:
     """Read one entry of listener.keys; what is wrong is said without showing the key."""
-    unknown = set(item) - set(KEY_MEMBERS)
-    if unknown:
-        raise InvalidValue(f'unknown key {sorted(unknown)[0]!r}; an entry has name, key or '
-                           'keyFile, commands, targets')
-    values = []
-    for member, (read, default) in KEY_MEMBERS.items():
-        try:
-            values.append(read(item.get(member, default)))
-        except InvalidValue as problem:
-            raise InvalidValue(f'{member}: {problem}') from None
-    entry = KeyEntry(*values)
+    entry = KeyEntry(*read_members(item, KEY_MEMBERS, 'name, key or keyFile, commands, targets'))
     if not entry.name:
         raise InvalidValue('needs a "name"')
     if bool(entry.key) == bool(entry.key_file):
@@ -3081,7 +3085,9 @@ class HostStep:
         if self._unasked:
             self.off, self.by, self._unasked = self._ask(), 'ssh', False
         if guest.uuid in self.fresh and (self.off is None or self.by != 'ssh'):
-            self.off, self.by = abs(offset) / SECOND, f'{guest.own}, which has just booted there'
+            off = abs(offset) / SECOND
+            if self.off is None or off < self.off:      # one of many may have a clock of its own
+                self.off, self.by = off, f'{guest.own}, which has just booted there'
         self.fresh.discard(guest.uuid)
 
     def _ask(self) -> float | None:
