@@ -3041,7 +3041,7 @@ class HostsTest(ConfigCase):
                 ('b*', 'web1', 'beta/web1', False), ('alpha/*', 'web1', 'beta/web1', False),
                 ('beta', 'web1', 'beta/web1', False), ('a/*', 'a/b', 'a/b', True)):
             config = vm.Config(exclude=(pattern,))
-            key = vm.Key('k', b'', targets=(pattern,))
+            key = vm.Key('k', targets=(pattern,))
             self.assertEqual((config.excludes(own, full), key.covers(own, full)), (fits, fits),
                              pattern)
 

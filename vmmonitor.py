@@ -760,12 +760,15 @@ def _remove(name: str, directory: int) -> None:
         os.unlink(name, dir_fd=directory)
 
 
-def write_whole(path: str, data: bytes, replace: bool = False) -> None:
-    """Write a file so that it is there whole, also after a power failure, or not at all."""
+def write_whole(path: str, data: bytes, replace: bool = False,
+                dress: Callable[[int], object] = os.fstat) -> None:
+    """Write a file so that it is there whole, also after a power failure, or not at all; `dress`
+    gives the open file its owner and mode."""
     with whole_file(path, replace) as file:
         try:
             with open(file, 'wb', closefd=False) as stream:
                 stream.write(data)
+            dress(file)
             os.fsync(file)
         except OSError as problem:                  # such as a full disk
             raise write_error(path, problem) from None
@@ -819,6 +822,62 @@ def bytes_locked(fd: int, first: int, count: int) -> bool:
     """Tell whether somebody else has such a lock (F_OFD_GETLK)."""
     told = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, 0, first, count, 0))
     return bool(struct.unpack(FLOCK, told)[0] != fcntl.F_UNLCK)
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Return process and user at the other end of a unix socket (SO_PEERCRED, unix(7))."""
+    process, user, _ = struct.unpack('3i', connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i')))
+    return process, user
+
+
+@contextlib.contextmanager
+def turn(name: str, deadline: Deadline) -> Iterator[int | None]:
+    """Let one block of that name run at a time, in all programs of this host; lend None, or the
+    process that has not ended its own by the deadline.
+
+    The lock is an abstract socket, which ends with its process and needs no directory that all may
+    write. Who is neither root, we, nor one who may talk to libvirt can't hold anybody up by it.
+    """
+    with socket.socket(socket.AF_UNIX) as lock:
+        while True:
+            holder = None
+            try:
+                lock.bind(f'\0{name}')
+                lock.listen()
+            except OSError as problem:
+                if problem.errno == errno.EADDRINUSE:
+                    holder = _outlast(f'\0{name}', deadline)
+            if holder is None or deadline.passed():
+                break
+        yield holder
+
+
+def _outlast(name: str, deadline: Deadline) -> int | None:
+    """Wait until who listens at an abstract socket has ended, or the deadline; return its process,
+    0 when that can't be told, None if it does not count."""
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(STATE_POLL)
+        try:
+            asker.connect(name)
+            process, user = peer_of(asker)
+        except OSError as problem:
+            time.sleep(LOCK_POLL)                   # it has just ended, or does not yet listen
+            return 0 if isinstance(problem, ConnectionRefusedError) else None
+        if user not in (0, os.geteuid()) and not in_group(user, 'libvirt'):
+            return None
+        asker.settimeout(max(deadline.left(), STATE_POLL))
+        with contextlib.suppress(OSError):          # it ends with the listener
+            asker.recv(1)
+    return process
+
+
+def in_group(user: int, group: str) -> bool:
+    """Tell whether the user with that number is in a group."""
+    with contextlib.suppress(KeyError):
+        known = pwd.getpwuid(user)
+        return grp.getgrnam(group).gr_gid in os.getgrouplist(known.pw_name, known.pw_gid)
+    return False
 
 
 # === processes ==================================================================================
@@ -1098,12 +1157,17 @@ def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> 
     if not found:
         raise InvalidValue(f'line {number}: {line!r} is not understood; write {usage(forms)}, '
                            'names with spaces in quotes')
-    port = found.get('PORT', '1')
-    if not re.fullmatch('[0-9]{1,5}', port) or not 0 < int(port) < 1 << 16:
-        raise InvalidValue(f'line {number}: {line!r}: {port!r} is no port from 1 to 65535')
+    for token, kind, low, high, what in (('PORT', int, 1, 65535, 'port'),
+                                         ('SECONDS', float, 0, DAY, 'number of seconds')):
+        text, fits = found.get(token, '1'), False
+        with contextlib.suppress(ValueError):
+            fits = low <= kind(text) <= high
+        if not fits:
+            raise InvalidValue(f'line {number}: {line!r}: {text!r} is no {what} from {low} to '
+                               f'{high}')
     until = [word for token, word in found.items() if token.islower() and token != 'or'][1:]
     return Step(number, words[0], found.get('NAME', ''),
-                _seconds(number, line, found['SECONDS']) if 'SECONDS' in found else form.seconds,
+                float(found.get('SECONDS', form.seconds)),
                 until[0] if until else 'agent' if words[0] == 'wait' else '',
                 found.get('PORT', found.get('PATH', '')), found.get('or', ''))
 
@@ -1111,15 +1175,6 @@ def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> 
 def usage(forms: Sequence[Form]) -> str:
     """Return how the lines of a list are written."""
     return ', '.join(f'"{form}"' for form in forms)
-
-
-def _seconds(number: int, line: str, text: str) -> float:
-    """Read the time of a startup line."""
-    with contextlib.suppress(ValueError):
-        value = float(text)
-        if 0 <= value <= DAY:
-            return value
-    raise InvalidValue(f'line {number}: {line!r}: {text!r} is no number of seconds from 0 to 86400')
 
 
 def steps(value: Any, forms: Sequence[Form] = STARTUP_FORMS) -> tuple[Step, ...]:
@@ -1216,28 +1271,21 @@ def commands_enabled(value: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key of the listener: what it may do, and to which guests."""
+    """One key of the listener, an entry of listener.keys: what it may do, and to which guests."""
 
     name: str
-    digest: bytes = dataclasses.field(repr=False)       # SHA-256: all compare in the same time
+    key: str = dataclasses.field(default='', repr=False)        # as it stands there ...
+    key_file: str = ''                                          # ... or where it is
     commands: tuple[str, ...] = COMMANDS
     targets: tuple[str, ...] = ('*',)                   # shell patterns (fnmatch)
-    guessable: bool = False                             # shorter than KEY_MINIMUM
+    # These are found when keys are read: SHA-256, which all compare in the same time; and whether
+    # it is shorter than KEY_MINIMUM.
+    digest: bytes = dataclasses.field(default=b'', repr=False)
+    guessable: bool = False
 
     def covers(self, own: str, full: str) -> bool:
         """Tell whether the key reaches the guest with this own name, and HOST/NAME."""
         return matches_any(self.targets, own, full)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyEntry:
-    """An entry of listener.keys as it stands in the file, before its keyFile is read."""
-
-    name: str
-    key: str = dataclasses.field(repr=False)
-    key_file: str
-    commands: tuple[str, ...]
-    targets: tuple[str, ...]
 
 
 KEY_MEMBERS: dict[str, tuple[Reader, Any]] = {      # of an entry -> its reader, its default
@@ -1245,9 +1293,9 @@ KEY_MEMBERS: dict[str, tuple[Reader, Any]] = {      # of an entry -> its reader,
     'commands': (a_list(one_of(*COMMANDS)), COMMANDS), 'targets': (texts, ('*',))}
 
 
-def key_entries(value: Any) -> tuple[KeyEntry, ...]:
+def key_entries(value: Any) -> tuple[Key, ...]:
     """Read listener.keys: objects with name, key or keyFile, commands, targets."""
-    entries: tuple[KeyEntry, ...] = a_list(
+    entries: tuple[Key, ...] = a_list(
         _key_entry, 'objects such as {"name": "backup", "keyFile": "backup.key", "commands": '
         '["save", "start"], "targets": ["db*"]}', dict)(value)
     names = [entry.name for entry in entries]
@@ -1256,9 +1304,9 @@ def key_entries(value: Any) -> tuple[KeyEntry, ...]:
     return entries
 
 
-def _key_entry(item: Mapping[str, Any]) -> KeyEntry:
+def _key_entry(item: Mapping[str, Any]) -> Key:
     """Read one entry of listener.keys; what is wrong is said without showing the key."""
-    entry = KeyEntry(*read_members(item, KEY_MEMBERS, 'name, key or keyFile, commands, targets'))
+    entry = Key(*read_members(item, KEY_MEMBERS, 'name, key or keyFile, commands, targets'))
     if not entry.name:
         raise InvalidValue('needs a "name"')
     if bool(entry.key) == bool(entry.key_file):
@@ -1314,7 +1362,7 @@ class Config:
         'listener.commandsEnabled', commands_enabled({}), commands_enabled,
         'what anybody may use; those not named keep their default', shown={
             name: verb.enabled for name, verb in VERBS.items()})
-    key_entries: tuple[KeyEntry, ...] = option(
+    key_entries: tuple[Key, ...] = option(
         'listener.keys', (), key_entries, 'further keys: name, key or keyFile, commands, targets')
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = option(
         'listener.trustedProxies', (), a_list(a_network),
@@ -1492,7 +1540,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
     if config.key and config.key_file:
         problems.append('listener.keyFile: there is a listener.key too; remove one of them')
     elif config.key or config.key_file:
-        entries.insert(0, KeyEntry('main', config.key, config.key_file, COMMANDS, ('*',)))
+        entries.insert(0, Key('main', key=config.key, key_file=config.key_file))
         places.insert(0, 'listener')
     elif not entries:
         problems.append('listener.key: missing; put in what "openssl rand -hex 32" prints')
@@ -1511,8 +1559,8 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
         elif len(secret) < KEY_MINIMUM:
             warnings.append(f'{place}.key is shorter than {KEY_MINIMUM} characters and can be '
                             'guessed; put in what "openssl rand -hex 32" prints')
-        keys.append(Key(entry.name, hashlib.sha256(secret.encode()).digest(), entry.commands,
-                        entry.targets, len(secret) < KEY_MINIMUM))
+        keys.append(dataclasses.replace(entry, digest=hashlib.sha256(secret.encode()).digest(),
+                                        guessable=len(secret) < KEY_MINIMUM))
     if len({key.digest for key in keys}) < len(keys):
         problems.append('listener.keys: two entries have the same key; give each its own')
     return keys
@@ -2344,40 +2392,12 @@ def _correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction)
 @contextlib.contextmanager
 def clock_turn(guest: Guest) -> Iterator[None]:
     """Be the only one, in all programs of this host, who is at the guest's clock: two undo each
-    other's settings.
-
-    What is held is an abstract unix socket: any user can, and it ends with its holder. Who waits
-    is connected to it, and so hears its end.
-    """
-    lock = _take_turn(f'\0vmmonitor-clock-{guest.id}', guest.name, Deadline(TURN_TIMEOUT))
-    try:
+    other's settings. Who waits in vain for its turn goes on."""
+    with turn(f'vmmonitor-clock-{guest.id}', Deadline(TURN_TIMEOUT)) as holder:
+        if holder is not None:
+            log.warning('%s: going on without a turn at its clock: process %d does not end its own',
+                        guest.name, holder)
         yield
-    finally:
-        lock.close()
-
-
-def _take_turn(address: str, name: str, deadline: Deadline) -> socket.socket:
-    """Return a socket that holds the address; or, when another one keeps it, one that does not."""
-    who = 0
-    while True:
-        lock = socket.socket(socket.AF_UNIX)
-        try:
-            lock.bind(address)
-            lock.listen()
-            return lock
-        except OSError as problem:
-            if problem.errno != errno.EADDRINUSE or deadline.passed():
-                log.warning('%s: going on without a turn at its clock: %s', name,
-                            f'process {who} does not end its own' if who else explain(problem))
-                return lock
-        lock.close()
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as other:
-            other.settimeout(max(deadline.left(), STATE_POLL))
-            other.connect(address)
-            who = struct.unpack('3i', other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                                )[0]
-            other.recv(1)                   # nobody sends anything
-        time.sleep(STATE_POLL / 100)        # it may be bound and not yet listen
 
 
 def synchronise(guest: Guest, config: Config, result: Correction, nudge: threading.Event) -> None:
@@ -2418,15 +2438,11 @@ class HostClock(NamedTuple):
     @classmethod
     def now(cls) -> HostClock:
         """Read the three as one: of a few attempts, the one that took the least time."""
-        best: tuple[int, HostClock | None] = (sys.maxsize, None)
-        for _ in range(SAMPLES):
+        def read() -> tuple[int, HostClock]:
             boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-            real, monotonic = time.time_ns(), time.monotonic_ns()
-            took = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot
-            if took < best[0]:
-                best = took, cls(real, boot, monotonic)
-        assert best[1]
-        return best[1]
+            clock = cls(time.time_ns(), boot, time.monotonic_ns())
+            return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - boot, clock
+        return min(read() for _ in range(SAMPLES))[1]
 
     def jump_since(self, earlier: HostClock) -> str:
         """Return what happened to the clocks since `earlier`, or ''."""
@@ -3588,61 +3604,16 @@ RECENT = 100                   # commands and corrections that are remembered ..
 OFFSETS = 60                   # ... and offsets of a guest's clock
 
 
-def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return process and user at the other end of a unix socket (SO_PEERCRED, unix(7))."""
-    process, user, _ = struct.unpack('3i', connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i')))
-    return process, user
-
-
 @contextlib.contextmanager
 def one_program(guest: Guest, deadline: Deadline) -> Iterator[None]:
     """Keep other programs from giving a guest commands meanwhile, the service among them; Busy if
-    one does until the deadline.
-
-    The lock is an abstract socket, which ends with its process and needs no directory that all may
-    write. Who is neither root, we, nor one who may talk to libvirt can't hold anybody up by it.
-    """
-    name = b'\0vmmonitor guest ' + hashlib.sha256(guest.id.encode()).hexdigest()[:32].encode()
-    with socket.socket(socket.AF_UNIX) as lock:
-        while True:
-            try:
-                lock.bind(name)
-                lock.listen()
-                break
-            except OSError:
-                if not outlast(name, deadline):
-                    break
-            if deadline.passed():
-                raise Busy(f'{guest.name} is busy: another program has not ended its command',
-                           'try again later')
+    one does until the deadline."""
+    name = hashlib.sha256(guest.id.encode()).hexdigest()[:32]
+    with turn(f'vmmonitor guest {name}', deadline) as holder:
+        if holder is not None:
+            raise Busy(f'{guest.name} is busy: another program has not ended its command',
+                       'try again later')
         yield
-
-
-def in_group(user: int, group: str) -> bool:
-    """Tell whether the user with that number is in a group."""
-    with contextlib.suppress(KeyError):
-        known = pwd.getpwuid(user)
-        return grp.getgrnam(group).gr_gid in os.getgrouplist(known.pw_name, known.pw_gid)
-    return False
-
-
-def outlast(name: bytes, deadline: Deadline) -> bool:
-    """Wait until who listens at an abstract socket has ended, or the deadline; False if it is
-    neither root, nor we, nor in the group libvirt."""
-    with socket.socket(socket.AF_UNIX) as asker:
-        asker.settimeout(STATE_POLL)
-        try:
-            asker.connect(name)
-            user = peer_of(asker)[1]
-        except OSError as problem:
-            return isinstance(problem, ConnectionRefusedError)      # it has just ended
-        if user not in (0, os.geteuid()) and not in_group(user, 'libvirt'):
-            return False
-        asker.settimeout(max(deadline.left(), STATE_POLL))
-        with contextlib.suppress(OSError):          # it ends with the listener
-            asker.recv(1)
-    return True
 
 
 OTHERS_WAIT = 2.0              # for a host that is silent, when another one has told something ...
@@ -12100,17 +12071,12 @@ class Changes:
 
 def _write_owned(path: str, data: bytes, mode: int, group: int, mtime: int = 0) -> None:
     """Write a file of root's whole; `mtime` (ns) gives it its old time back."""
-    with whole_file(path, replace=True) as file:
-        try:
-            with open(file, 'wb', closefd=False) as stream:
-                stream.write(data)
-            os.chown(file, 0, group)
-            os.chmod(file, mode)
-            if mtime:
-                os.utime(file, ns=(mtime, mtime))
-            os.fsync(file)
-        except OSError as problem:                      # such as a full disk
-            raise write_error(path, problem) from None
+    def own(file: int) -> None:
+        os.chown(file, 0, group)
+        os.chmod(file, mode)
+        if mtime:
+            os.utime(file, ns=(mtime, mtime))
+    write_whole(path, data, replace=True, dress=own)
 
 
 class SetupRecord:
@@ -12970,15 +12936,11 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
             with contextlib.suppress(NoGuest):          # undefined since it was listed
                 if not config.excludes(guest.own, guest.name) and guest.agent_state() == 'absent':
                     yield Check(False, explain(guest.agent_error('not configured')))
-    for step in config.steps if 'startup' in roles else ():
-        named = guests.get(step.name, [])
-        if step.name and len(named) != 1:
-            yield Check(False, f'startup.vmStartupCommands line {step.number}: ' + (
-                f'several hosts have a {step.name}; say HOST/NAME' if named else
-                f'no guest is named {step.name}'))
-        elif step.verb == 'start' and named[0].autostarts():
-            yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
-                       f'virsh autostart --disable {named[0].own}')
+    if 'startup' in roles:
+        yield from _check_list(Startup.key, config.steps, guests)
+    if 'shutdown' in roles:
+        yield from _check_list(Shutdown.key, [step for step in config.shutdown_steps
+                                              if step.name != 'all'], guests)
     if 'startup' in roles and libvirt_guests('ON_BOOT') == 'start':
         yield Check(False, 'libvirt-guests resumes all guests at once when the host boots, which '
                     'undoes the order; set ON_BOOT=ignore in /etc/default/libvirt-guests or '
@@ -12987,11 +12949,21 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
     if afterwards:
         yield Check(True, f'libvirt-guests (ON_SHUTDOWN={afterwards}) acts after '
                     'shutdown.vmShutdownCommands, on the guests that are still on then')
-    for step in config.shutdown_steps if 'shutdown' in roles else ():
-        if step.name != 'all' and step.name and len(guests.get(step.name, [])) != 1:
-            yield Check(False, f'{Shutdown.key} line {step.number}: no guest is named '
-                        f'{step.name}')
     stop_all(hosts)
+
+
+def _check_list(key: str, lines: Iterable[Step], guests: Mapping[str, Sequence[Guest]]
+                ) -> Iterator[Check]:
+    """Check at the names in a list for the way up or down."""
+    for step in lines:
+        named = guests.get(step.name, ())
+        if step.name and len(named) != 1:
+            yield Check(False, f'{key} line {step.number}: ' + (
+                f'several hosts have a {step.name}; say HOST/NAME' if named else
+                f'no guest is named {step.name}'))
+        elif step.verb == 'start' and named[0].autostarts():
+            yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
+                       f'virsh autostart --disable {named[0].own}')
 
 
 def libvirt_guests(setting: str) -> str:
@@ -13010,10 +12982,10 @@ def libvirt_guests(setting: str) -> str:
     return value
 
 
-def show(text: str) -> None:
-    """Print a line at once; OutputLost if nobody takes it."""
+def show(text: str, file: IO[str] | None = None) -> None:
+    """Print lines at once; OutputLost if nobody takes them."""
     try:
-        print(text, flush=True)
+        print(*map(printable, text.split('\n')), sep='\n', file=file, flush=True)
     except OSError as problem:
         raise OutputLost(problem) from None
 
@@ -13024,7 +12996,7 @@ def show_checks(lines: Iterable[Check], as_json: bool) -> int:
     for line in lines:
         found.append(line)
         if not as_json:
-            show(f'{"ok   " if line.good else "FAIL "} {printable(line.text)}')
+            show(f'{"ok   " if line.good else "FAIL "} {line.text}')
     good = all(line.good for line in found)
     if as_json:
         show(json.dumps({'ok': good, 'checks': [
@@ -13032,52 +13004,92 @@ def show_checks(lines: Iterable[Check], as_json: bool) -> int:
     return 0 if good else EXIT_FAILED
 
 
-def command_clean(names: Sequence[str], dry_run: bool, everything: bool, force: bool) -> int:
+def command_clean(options: argparse.Namespace) -> int:
     """--clean: print what is removed."""
-    found = clean(names, dry_run=dry_run, everything=everything, force=force)
+    found = clean(options.clean, dry_run=options.dry_run, everything=options.all,
+                  force=options.force)
     if not found:
         show('nothing to clean up')
     for name, why in found.items():
-        show(printable(f'{"would remove" if dry_run else "removed"} {name}: {why}'))
+        show(f'{"would remove" if options.dry_run else "removed"} {name}: {why}')
     return 0
 
 
-def _ask_chosen(config: Config, names: Sequence[str], running: bool,
-                ask: Callable[[Guest], dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Error]]:
-    """Ask the guests of these names, or all; return the answers, and why a host gave none."""
+def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Guest]:
+    """Return the guests of these names or patterns."""
+    found: dict[str, Guest] = {}
+    everybody: list[Guest] = []
+    for name in names:
+        if not set(name) & set('*?['):
+            fitting = [guests.find(name)]
+        else:
+            everybody = everybody or guests.all(away=away)
+            fitting = [one for one in everybody if matches_any([name], one.own, one.name)]
+            if not fitting:
+                raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
+        found.update((guest.id, guest) for guest in fitting)
+    return list(found.values())
+
+
+Answers = list[dict[str, Any]]
+
+
+def ask_and_show(config: Config, options: argparse.Namespace,
+                 ask: Callable[[Guests, Guest], dict[str, Any]],
+                 lines: Callable[[Answers], Iterable[str]], *, strict: bool = True,
+                 running: bool = False, timeout: float = ASK_TIMEOUT) -> int:
+    """Ask the guests that are named, or all, at once; print their answers, as JSON or as `lines`,
+    and what went wrong. Return the exit status; without `strict`, no guest's error is a failure."""
     away: list[Error] = []
+    over, done = threading.Event(), set[str]()
+
+    def asked(guest: Guest) -> dict[str, Any]:
+        try:
+            return ask(guests, guest)
+        finally:
+            done.add(guest.name)
     with all_guests(config) as guests:
-        chosen = choose(guests, names, away) if names else [
+        chosen = choose(guests, options.names, away) if options.names else [
             guest for guest in guests.all(running, away)
             if not (running and config.excludes(guest.own, guest.name))]
         if away and not chosen:
             raise away[0]
-        answers = ask_all(chosen, ask)
-    return [{'name': known['name'], **told(known['problem'])} if 'problem' in known else known
-            for known in answers], away
-
-
-def _show(answers: Sequence[Mapping[str, Any]], away: Sequence[Error], as_json: bool) -> int:
-    """Print answers as JSON, or warnings and who is away on stderr; return the exit status."""
-    if as_json:
+        if sys.stderr.isatty():
+            spawn('progress', _show_progress, [guest.name for guest in chosen], done, over)
+        answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known
+                   else known for known in ask_all(chosen, asked, timeout)]
+        over.set()
+    if options.json:
         show(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
                                      for known in answers],
                           **({'away': [told(problem) for problem in away]} if away else {})}))
     else:
-        for text in [f'{known["name"]}: {known["warning"]}' for known in answers
-                     if known.get('warning')] + [explain(problem) for problem in away]:
-            print(printable(text), file=sys.stderr)
-    return EXIT_FAILED if away else 0
+        for line in lines(answers):
+            show(line)
+        for known in answers:
+            if 'error' in known and not running:
+                show(str(Error(known['error'], known['hint'])), sys.stderr)
+            elif known.get('warning'):
+                show(f'{known["name"]}: {known["warning"]}', sys.stderr)
+        for problem in away:
+            show(explain(problem), sys.stderr)
+    return EXIT_FAILED if away or strict and any('error' in known for known in answers) else 0
 
 
-def _problem_line(known: Mapping[str, Any]) -> str:
-    """Return the error of an answer as a sentence."""
-    return printable(str(Error(known['error'], known['hint'])))
+def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) -> None:
+    """Say on the terminal what is waited for, once a second."""
+    began = time.monotonic()
+    while not over.wait(1.0):
+        left = [name for name in names if name not in done]
+        print(f'\r\x1b[K{len(names) - len(left)} of {len(names)} done, waiting for '
+              f'{printable(", ".join(left))}: {time.monotonic() - began:.0f} s', end='\r',
+              file=sys.stderr, flush=True)
+    print('\r\x1b[K', end='', file=sys.stderr, flush=True)
 
 
-def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
-    """--status: print state, agent and clock of each guest."""
-    def ask(guest: Guest) -> dict[str, Any]:
+def command_status(config: Config, options: argparse.Namespace) -> int:
+    """status: print state, agent and clock of each guest."""
+    def ask(_guests: Guests, guest: Guest) -> dict[str, Any]:
         status = guest.status()
         known: dict[str, Any] = {'state': status.state.value, 'reason': status.reason,
                                  'agent': guest.agent_state()}
@@ -13090,24 +13102,22 @@ def command_status(config: Config, names: Sequence[str], as_json: bool) -> int:
                 return {**known, **told(problem)}
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
-    answers, away = _ask_chosen(config, names, False, ask)
-    rows = [('NAME', 'STATE', 'AGENT', 'CLOCK')] + [
-        (known['name'], str(Status(State(known['state']), known['reason']))
-         if 'state' in known else '?', known.get('agent', '?'),
-         span(round(known['offsetMs'] * MS)) if 'offsetMs' in known else '-')
-        for known in answers]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows if not as_json else ():
-        show(printable('  '.join(f'{cell:{width}}' for cell, width in zip(row, widths))).rstrip())
-    for known in answers if not as_json else ():
-        if 'error' in known:
-            print(_problem_line(known), file=sys.stderr)
-    return _show(answers, away, as_json)
+
+    def lines(answers: Answers) -> Iterator[str]:
+        rows = [('NAME', 'STATE', 'AGENT', 'CLOCK')] + [
+            (known['name'], str(Status(State(known['state']), known['reason']))
+             if 'state' in known else '?', known.get('agent', '?'),
+             span(round(known['offsetMs'] * MS)) if 'offsetMs' in known else '-')
+            for known in answers]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            yield '  '.join(f'{cell:{width}}' for cell, width in zip(row, widths)).rstrip()
+    return ask_and_show(config, options, ask, lines, strict=False)
 
 
-def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
-    """--sync: correct the clocks of these guests, or of all that run."""
-    def ask(guest: Guest) -> dict[str, Any]:
+def command_sync(config: Config, options: argparse.Namespace) -> int:
+    """sync: correct the clocks of these guests, or of all that run."""
+    def ask(_guests: Guests, guest: Guest) -> dict[str, Any]:
         result = Correction(guest.name)
         try:
             synchronise(guest, config, result, threading.Event())
@@ -13118,35 +13128,40 @@ def command_sync(config: Config, names: Sequence[str], as_json: bool) -> int:
         return {'beforeMs': result.before / MS, 'afterMs': result.after / MS,
                 'corrected': bool(result.method), 'by': result.method, 'warning': result.warning,
                 'text': str(result)}
+
+    def lines(answers: Answers) -> Iterator[str]:
+        for known in answers:
+            yield known.get('text') or str(Error(known['error'], known['hint']))
+        if not answers:
+            yield 'no guest is running'
     # Once, by hand: a guest whose agent does not answer soon is an answer, too.
     config = dataclasses.replace(config, agent_wait=min(config.agent_wait, AGENT_TIMEOUT))
-    answers, away = _ask_chosen(config, names, True, ask)
-    for known in answers if not as_json else ():
-        show(_problem_line(known) if 'error' in known else printable(known['text']))
-    if not answers and not as_json:
-        show('no guest is running')
-    status = _show(answers, away, as_json)
-    return EXIT_FAILED if any('error' in known for known in answers) else status
+    return ask_and_show(config, options, ask, lines, running=True)
 
 
-def command_shutdown(config: Config, dry_run: bool) -> int:
-    """--shutdown: carry out the list for the way down, or show what it would do."""
+def command_list(config: Config, options: argparse.Namespace) -> int:
+    """list: print the guests and their states."""
+    def ask(_guests: Guests, guest: Guest) -> dict[str, Any]:
+        return {'state': '' if options.only_names else guest.state().value}
+
+    def lines(answers: Answers) -> Iterator[str]:
+        width = max((len(known['name']) for known in answers), default=0)
+        for known in answers:
+            yield f'{known["name"]:{width}}  {known.get("state", "?")}'.rstrip()
+    return ask_and_show(config, options, ask, lines, strict=False)
+
+
+def command_list_steps(config: Config, options: argparse.Namespace) -> int:
+    """--shutdown, and --startup or it with --dry-run: carry out the list, or show what it would
+    do."""
     with all_guests(config) as guests:
-        shutdown = Shutdown(guests, config)
-        if dry_run:
-            for line in shutdown.plan():
-                show(printable(line))
+        steps = Shutdown(guests, config) if options.shutdown else Startup(guests, config.steps)
+        if options.dry_run:
+            for line in steps.plan():
+                show(line)
         else:
-            shutdown.run()
-    return EXIT_FAILED if shutdown.has_failed() else 0
-
-
-def command_plan(config: Config) -> int:
-    """--startup --dry-run: show what the list would do."""
-    with all_guests(config) as guests:
-        for line in Startup(guests, config.steps).plan():
-            show(printable(line))
-    return 0
+            steps.run()
+    return EXIT_FAILED if steps.has_failed() else 0
 
 
 # --- verbs: vmmonitor VERB NAME ... ---
@@ -13227,21 +13242,13 @@ def dispatch_verb(options: argparse.Namespace) -> int:
     if options.verb == 'log':
         return command_log(''.join(options.names or ()))
     config = load(path, ('monitor',)) if path else Config()
-    if options.verb == 'list':
-        return command_list(config, options.names, options.json, options.only_names)
-    if options.verb == 'status':
-        return command_status(config, options.names, options.json)
-    if options.verb == 'sync':
-        return command_sync(config, options.names, options.json)
-    if options.verb == 'console':
-        return command_console(config, options.names[0])
-    if not options.names and not options.all:
-        raise Error(f'{options.verb}: no guest is named', 'name some, or say --all')
-    return command_act(config, options.names, act_of(options), options.json)
+    commands = {'list': command_list, 'status': command_status, 'sync': command_sync,
+                'console': command_console}
+    return commands.get(options.verb, command_act)(config, options)
 
 
-def act_of(options: argparse.Namespace) -> Callable[[Guests, Guest], str]:
-    """Return what a verb does to a guest, which returns what was done, in words."""
+def command_act(config: Config, options: argparse.Namespace) -> int:
+    """Do something to guests, all at once, and print what was done to each."""
     def screenshot(_guests: Guests, guest: Guest) -> str:
         write_whole(os.path.abspath(options.file), guest.picture(), replace=True)
         return f'its screen is in {options.file}'
@@ -13259,73 +13266,14 @@ def act_of(options: argparse.Namespace) -> Callable[[Guests, Guest], str]:
                 lambda: GUEST_ENDS[options.wait](guest)):
             raise GuestError(f'{guest.name}: {says}, but not {options.wait}')
         return says
-    return {'screenshot': screenshot, 'delete': delete}.get(options.verb, act)
-
-
-def command_act(config: Config, names: Sequence[str], act: Callable[[Guests, Guest], str],
-                as_json: bool) -> int:
-    """Do something to guests, all at once, and print what was done to each."""
-    away: list[Error] = []
-    done: set[str] = set()
-    with all_guests(config) as guests:
-        def ask(guest: Guest) -> dict[str, Any]:
-            try:
-                return {'result': act(guests, guest)}
-            finally:
-                done.add(guest.name)
-        chosen = choose(guests, names or ['*'], away)
-        over = threading.Event()
-        if sys.stderr.isatty():
-            spawn('progress', _show_progress, [guest.name for guest in chosen], done, over)
-        answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known
-                   else known for known in ask_all(chosen, ask, ACTION_TIMEOUT)]
-        over.set()
-    for known in answers if not as_json else ():
-        if 'error' in known:
-            print(_problem_line(known), file=sys.stderr)
-        else:
-            show(printable(f'{known["name"]}: {known["result"]}'))
-    status = _show(answers, away, as_json)
-    return EXIT_FAILED if any('error' in known for known in answers) else status
-
-
-def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) -> None:
-    """Say on the terminal what is waited for, once a second."""
-    began = time.monotonic()
-    while not over.wait(1.0):
-        left = [name for name in names if name not in done]
-        print(f'\r\x1b[K{len(names) - len(left)} of {len(names)} done, waiting for '
-              f'{printable(", ".join(left))}: {time.monotonic() - began:.0f} s', end='\r',
-              file=sys.stderr, flush=True)
-    print('\r\x1b[K', end='', file=sys.stderr, flush=True)
-
-
-def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Guest]:
-    """Return the guests of these names or patterns."""
-    found: dict[str, Guest] = {}
-    everybody: list[Guest] = []
-    for name in names:
-        if not set(name) & set('*?['):
-            fitting = [guests.find(name)]
-        else:
-            everybody = everybody or guests.all(away=away)
-            fitting = [one for one in everybody if matches_any([name], one.own, one.name)]
-            if not fitting:
-                raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
-        found.update((guest.id, guest) for guest in fitting)
-    return list(found.values())
-
-
-def command_list(config: Config, names: Sequence[str], as_json: bool, only_names: bool) -> int:
-    """list: print the guests and their states."""
-    def ask(guest: Guest) -> dict[str, Any]:
-        return {'state': '' if only_names else guest.state().value}
-    answers, away = _ask_chosen(config, names, False, ask)
-    width = max((len(known['name']) for known in answers), default=0)
-    for known in answers if not as_json else ():
-        state = known.get('state', '?')
-        show(printable(known['name'] if only_names else f'{known["name"]:{width}}  {state}'))
-    return _show(answers, away, as_json)
+    if not options.names and not options.all:
+        raise Error(f'{options.verb}: no guest is named', 'name some, or say --all')
+    options.names = options.names or ['*']
+    do = {'screenshot': screenshot, 'delete': delete}.get(options.verb, act)
+    return ask_and_show(
+        config, options, lambda guests, guest: {'result': do(guests, guest)},
+        lambda answers: (f'{known["name"]}: {known["result"]}' for known in answers
+                         if 'result' in known), timeout=ACTION_TIMEOUT)
 
 
 def command_log(name: str) -> int:
@@ -13336,18 +13284,18 @@ def command_log(name: str) -> int:
         text = line.partition(']: ')[2]
         if not name or re.match(rf'([\w.-]+/)?{re.escape(name)}: ', text) \
                 or f' target={name} ' in text:
-            show(printable(line))
+            show(line)
     return 0
 
 
-def command_console(config: Config, name: str) -> int:
+def command_console(config: Config, options: argparse.Namespace) -> int:
     """console: join a guest's serial console and this terminal, until Ctrl-]."""
     with all_guests(config) as guests:
-        guest = guests.find(name)
+        guest = guests.find(options.names[0])
     if isinstance(guest, Domain):
         os.execvp('virsh', ['virsh', '-c', guest.host.uri, 'console', guest.own])
     if not isinstance(guest, Machine):
-        raise MachineError(f'{name} has no console', 'mend its file first')
+        raise MachineError(f'{guest.name} has no console', 'mend its file first')
     before = termios.tcgetattr(0) if os.isatty(0) else None
     with guest.console() as console:
         try:
@@ -13380,31 +13328,28 @@ def arguments() -> argparse.ArgumentParser:
     roles.add_argument('--startup', action='store_true', help='carry out vmStartupCommands, once')
     roles.add_argument('--listen', action='store_true', help='answer https requests')
     once = parser.add_argument_group('once').add_mutually_exclusive_group()
-    once.add_argument('--check', action='store_true',
-                      help='say whether all is there that is needed, or what to do')
-    once.add_argument('--status', nargs='*', metavar='NAME',
-                      help='show guests, agents and clocks')
-    once.add_argument('--sync', nargs='*', metavar='NAME', help='correct clocks now')
-    once.add_argument('--shutdown', action='store_true',
-                      help='carry out vmShutdownCommands now')
-    once.add_argument('--clean', nargs='*', metavar='NAME',
-                      help='remove what interrupted programs left of networks, or what has this '
-                           'name')
-    once.add_argument('--version', action='store_true', help='show which version this is')
+    names: dict[str, Any] = {'nargs': '*', 'metavar': 'NAME'}
+    flag: dict[str, Any] = {'action': 'store_const', 'const': True}
+    for name, kind, text in (
+            ('check', flag, TASKS['check'].help),
+            ('status', names, 'show guests, agents and clocks'),
+            ('sync', names, TASKS['sync'].help),
+            ('shutdown', flag, 'carry out vmShutdownCommands now'),
+            ('clean', names, 'remove what interrupted programs left of networks, or what has this '
+             'name'),
+            ('version', flag, 'show which version this is'),
+            ('reload', {'type': int}, argparse.SUPPRESS),           # for the unit ...
+            ('setup', {'nargs': '*'}, argparse.SUPPRESS)):          # ... and install.sh
+        once.add_argument(f'--{name}', help=text, **kind)
     parser.add_argument('--config', metavar='FILE',
                         help='the configuration (default: config.json beside this script)')
-    parser.add_argument('--dry-run', action='store_true',
-                        help='with --clean, --startup and --shutdown: only show it')
-    parser.add_argument('--all', action='store_true',
-                        help='with --clean: all that was made by programs that have ended')
-    parser.add_argument('--force', action='store_true',
-                        help='with --clean: also what a running machine uses')
-    parser.add_argument('--json', action='store_true',
-                        help='with --status, --sync and --check: answer in JSON')
-    parser.add_argument('--verbose', action='store_true', help='log every event, too')
-    for name, reads in (('--reload', int), ('--setup', str)):       # for the unit and install.sh
-        once.add_argument(name, nargs='*' if name == '--setup' else None, type=reads,
-                          help=argparse.SUPPRESS)
+    for name, text in (
+            ('dry-run', 'with --clean, --startup and --shutdown: only show it'),
+            ('all', 'with --clean: all that was made by programs that have ended'),
+            ('force', 'with --clean: also what a running machine uses'),
+            ('json', 'with --status, --sync and --check: answer in JSON'),
+            ('verbose', 'log every event, too')):
+        parser.add_argument(f'--{name}', action='store_true', help=text)
     return parser
 
 
@@ -13414,42 +13359,48 @@ def find_config(given: str | None) -> str:
     return path if given or os.path.exists(path) else ''
 
 
+def _refuse_mixed(options: argparse.Namespace, roles: Sequence[str], once: str) -> None:
+    """Refuse options that do not go together."""
+    lists = once in ('clean', 'shutdown') or not once and roles == ['startup']
+    for flag, given, fits, says in (
+            ('--json', options.json, once in ('check', 'status', 'sync', 'shutdown'),
+             'goes with --status, --sync or --check'),
+            (f'--{"".join(roles[:1])}', roles, once not in ('status', 'sync'),
+             'does not go with --status or --sync'),
+            ('--dry-run', options.dry_run, lists,
+             'goes with --clean, --startup alone, or --shutdown'),
+            ('--all, --force', options.all or options.force, once == 'clean',
+             'go with --clean')):
+        if given and not fits:
+            raise ConfigError(flag, [says])
+
+
 def dispatch(options: argparse.Namespace) -> int:
     """Do what the command line says, and return the exit status."""
     path = find_config(options.config)
     roles = [role for role in ROLES[:3] if getattr(options, role)]
-    once = (options.shutdown or options.check or options.status is not None
-            or options.sync is not None)
-    if options.json and not once:
-        raise ConfigError('--json', ['goes with --status, --sync or --check'])
-    list_only = options.shutdown or roles == ['startup']
-    if roles and (options.status is not None or options.sync is not None):
-        raise ConfigError('--' + roles[0], ['does not go with --status or --sync'])
-    if options.dry_run and options.clean is None and not list_only:
-        raise ConfigError('--dry-run', ['goes with --clean, --startup alone, or --shutdown'])
-    if (options.all or options.force) and options.clean is None:
-        raise ConfigError('--all, --force', ['go with --clean'])
-    if options.setup is not None:
+    once = next((name for name in ('check', 'status', 'sync', 'shutdown', 'clean', 'version',
+                                   'reload', 'setup') if getattr(options, name) is not None), '')
+    _refuse_mixed(options, roles, once)
+    if once == 'setup':
         return command_setup(dict(item.split('=', 1) for item in options.setup))
-    if options.version:
+    if once == 'version':
         show(f'vmmonitor {__version__}')
         return 0
-    if options.reload is not None:
+    if once == 'reload':
         return command_reload(options.reload)
-    if options.clean is not None:
-        return command_clean(options.clean, options.dry_run, options.all, options.force)
+    if once == 'clean':
+        return command_clean(options)
     if once:                            # libvirt has no deadline for connecting: let Ctrl-C end it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if options.check:
+    if once == 'check':
         return show_checks(checks(path, roles), options.json)
     if once:
         # The listener's keys are none of these commands' business, nor whether they are right.
         config = load(path, ('monitor',)) if path else Config()
-        if options.shutdown:
-            return command_shutdown(config, options.dry_run)
-        if options.status is not None:
-            return command_status(config, options.status, options.json)
-        return command_sync(config, options.sync, options.json)
+        options.names = getattr(options, once)
+        return {'shutdown': command_list_steps, 'status': command_status, 'sync': command_sync}[
+            once](config, options)
     if not path and set(roles) != {'monitor'}:
         load(find_config(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')))
     config = load(path, roles) if path else Config()
@@ -13459,7 +13410,7 @@ def dispatch(options: argparse.Namespace) -> int:
                                  'listener.enabled or shutdown.enabled, or say --monitor, '
                                  '--startup or --listen'])
     if options.dry_run:
-        return command_plan(config)
+        return command_list_steps(config, options)
     return Daemon(config, roles, once=not options.startup).run()
 
 
