@@ -3087,8 +3087,7 @@ class HostsTest(ConfigCase):
             for guest in host.guests.values():
                 self.enter(mock.patch.object(
                     guest, 'power_off', functools.partial(power_off, guest)))
-        with mock.patch.object(self.alpha, 'here', True):
-            vm.Shutdown(self.guests, config).run()
+        vm.Shutdown(self.guests, config).run()
         self.assertEqual(sorted(off), ['alpha/db', 'alpha/web1'])
 
     def stepping(self, uri: str, ssh: str = 'exit 255', trust_clock: bool = False) -> vm.Domain:
@@ -9710,6 +9709,10 @@ class DaemonTest(GuestCase):
         program = self.program('--monitor', '--listen', config=config)
         program.wait_log('libvirt (alpha|beta): connected after', count=2)
         self.assertEqual(self.answers(port, 'status&target=mail').popitem()[1][0], 200)
+        self.assertEqual(vmmonitor('list', 'beta/*', '--config', config),
+                         (0, 'beta/mail  off\n', ''))
+        self.assertEqual(vmmonitor('start', 'web1', '--config', config)[:2],
+                         (0, 'alpha/web1: already running\n'))
         assert there.process
         there.process.send_signal(signal.SIGSTOP)
         try:

@@ -2126,7 +2126,7 @@ class GuestHost(Protocol):
     name: str                   # for people
     label: str                  # the HOST of HOST/NAME
     prefix: str                 # what its guests' names begin with, "HOST/" if there are several
-    here: bool                  # on this machine, or the only libvirt
+    here: bool                  # on this machine
     up: threading.Event         # whether it can be asked
 
     def find(self, name: str) -> Guest | None:
@@ -3052,7 +3052,7 @@ class HostStep:
 
     def __init__(self, host: LibvirtHost, trusted: bool) -> None:
         self.host, self.date = host, ssh_date(host.uri)
-        self.sure = trusted or is_local(host.uri)
+        self.sure = trusted or host.here
         self.fresh: set[str] = set()        # UUIDs of guests that booted, and were not set since
         self.off: float | None = None       # seconds that it may be off; None: nothing tells
         self.by = ''                        # what tells that
@@ -3123,7 +3123,7 @@ class LibvirtHost:
     def __init__(self, uri: str, label: str = '', trust_clock: bool = False) -> None:
         self.uri, self.name = uri, f'libvirt {label or uri}'
         self.label, self.prefix = label or LIBVIRT_LABEL, label and f'{label}/'
-        self.here = not label or is_local(uri)
+        self.here = is_local(uri)
         self.virsh = f'virsh -c {uri}' if label else 'virsh'        # for hints
         # State, look-ups, XML: quick ones, or libvirt does not answer at all.
         self.queries = ConnectionPool(uri, QUERY_CALLS, HostAway)
@@ -3774,8 +3774,8 @@ class Guests:
 
     def ready(self, stopping: threading.Event, names: Iterable[str], far: bool = True) -> bool:
         """Wait until every host is connected, or those that are have all of `names`; or (False)
-        until `stopping`. Without `far`, other machines than this one are not waited for."""
-        hosts = [host for host in self.hosts if far or host.here]
+        until `stopping`. Without `far`, other machines of several are not waited for."""
+        hosts = [host for host in self.hosts if far or host.here or not host.prefix]
         while not all(host.up.wait(STATE_POLL) for host in hosts):
             if stopping.is_set():
                 return False
@@ -4118,7 +4118,8 @@ class Startup(GuestList):
 
     def _ready(self, name: str) -> bool:
         """Wait until a guest's host is there; False if we are stopping."""
-        if not all(host.here or host.up.is_set() for host, _ in self.guests.meanings(name)):
+        if any(host.prefix and not host.here and not host.up.is_set()
+               for host, _ in self.guests.meanings(name)):
             try:
                 self.guests.find(name)
             except LibvirtError as problem:         # the list does not wait for that
