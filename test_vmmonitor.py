@@ -2153,7 +2153,8 @@ class FuzzTest(ConfigCase):
                 self.assertEqual(vm.png(data, 'web')[:4], b'\x89PNG')
 
     def test_machine_files(self) -> None:
-        device = dataclasses.asdict(vm.Device('disk0', 'disk', facts={'chain': [['/x', 'raw']]}))
+        device = dataclasses.asdict(vm.Device(
+            'disk0', 'disk', facts=vm.Facts(chain=[['/x', 'raw']])))
         kept: dict[str, Any] = {
             **{field.name: '' for field in dataclasses.fields(vm.MachineSpec)},
             'memory': 64, 'cpus': 1,
@@ -7169,7 +7170,7 @@ class TestGuest(Live):
         soon(lambda: sh(m, carrier) == '1\n')
         m.nic_state(nic, False)
         soon(lambda: sh(m, carrier) == '0\n')
-        self.assertFalse(vm.Machine.load('web').devices.find('nic', nic.name).facts['up'])
+        self.assertFalse(vm.Machine.load('web').devices.find('nic', nic.name).facts.up)
         m.nic_state(device.id, True)
         soon(lambda: sh(m, carrier) == '1\n')
         m.freeze()                                      # a guest that does not let go
@@ -7182,7 +7183,7 @@ class TestGuest(Live):
         nic.delete()
         own = m.add_nic()                               # its port and id are free again
         self.assertEqual((own.id, own.bus), (device.id, device.bus))
-        name = own.facts['name']
+        name = own.facts.name
         soon(lambda: 'eth1' in sh(m, 'ls /sys/class/net'))
         m.del_nic(1)
         self.assertNotIn(name, vm.Registry.read().records)
@@ -7548,7 +7549,7 @@ class TestMaking(Live):
         m.del_nic(0)                                    # and its namespace with it
         self.assertEqual(m.start(), 'started')
         m.add_nic()
-        self.assertEqual(m.add_nic('user').facts['own'], False)
+        self.assertEqual(m.add_nic('user').facts.own, False)
         self.assertEqual(len({m.harddrives[0].snapshot() for _ in range(3)}), 3)   # in a second
         self.assertEqual(len({m.snapshot().tag for _ in range(2)}), 2)
         log = m.create_chardev('log', 'file')
@@ -7903,7 +7904,7 @@ class TestLife(Live):
                                  tuple(kind == each for each in kinds))
             m.stop(force=True)
             m = vm.Machine.load('restart')
-        self.assertFalse(m.spec.devices[0].facts['up'])
+        self.assertFalse(m.spec.devices[0].facts.up)
         m.start_vm()
         real = vm.Qemu.agent
 
@@ -8902,10 +8903,16 @@ class TestAsGuests(Live):
         fine = vm.Machine('whole', memory=32)
         path = Path(m.file.path('machine.json'))
         good = json.loads(path.read_text())
-        path.write_text(json.dumps({**good, 'of the future': [1]}))
+        new = {'of the future': [1]}
+        row = good['devices'][0]
+        path.write_text(json.dumps({**good, **new, 'devices': [
+            {**row, **new, 'facts': {**row['facts'], **new}}]}))
         m.start_vm()
         m.stop(force=True)
-        self.assertEqual(json.loads(path.read_text())['of the future'], [1])    # it is kept
+        kept = json.loads(path.read_text())
+        for place in (kept, kept['devices'][0], kept['devices'][0]['facts']):   # it is kept
+            self.assertEqual(place.pop('of the future'), [1])
+        self.assertEqual(kept['devices'], good['devices'])
         device = good['devices'][0]
         for change, why in (
                 ({'name': 5}, '"name" is 5'), ({'memory': '64'}, '"memory" is \'64\''),

@@ -8478,9 +8478,8 @@ HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes 
 
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
     'disk': {'chain': [[str]]}, 'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
-    'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool,
-            'mtu?': int,        # that the guest is told; 0: nothing, it takes 1500
-            'moved_mac?': str}}     # of a guest that was migrated here, which it keeps
+    'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool, 'mtu?': int,
+            'moved_mac?': str}}
 SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
                      'facts': dict}
 SCHEMAS['machine.json'] = {
@@ -8502,6 +8501,37 @@ class MemoryAt(enum.Enum):
     LOST = 'lost'               # nowhere: a snapshot was loaded by half
 
 
+def filled(kind: Callable[..., Result], known: Mapping[str, Any]) -> Result:
+    """Return a dataclass made of an object of the file; `more` gets members that it has not."""
+    own = {field.name for field in dataclasses.fields(kind)} - {'more'}     # type: ignore[arg-type]
+    return kind(**{key: known[key] for key in known.keys() & own},
+                more={key: known[key] for key in known.keys() - own})
+
+
+def spread(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of the file again, for dataclasses.asdict()."""
+    values = dict(pairs)
+    return {**values.pop('more'), **values}
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is kept of a device beyond what each has: the members that FACTS names for its kind."""
+
+    chain: list[list[str]] = dataclasses.field(default_factory=list)    # file and format of an
+    #                             image, then of those it stands on
+    mib: int = 0
+    type: str = ''              # pty, socket or file
+    name: str = ''              # of a chardev, or of a VirtualNic; '' is QEMU's own NAT
+    namespace: str = ''         # of that VirtualNic
+    mac: str = ''
+    up: bool = False            # the cable is plugged in
+    own: bool = False           # the VirtualNic was made for this machine, and goes with it
+    mtu: int = 0                # that the guest is told; 0: nothing, it takes 1500
+    moved_mac: str = ''         # of a guest that was migrated here, which it keeps
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass
 class Device:
     """Something plugged into a machine, as its file keeps it."""
@@ -8511,11 +8541,12 @@ class Device:
     bus: str = ''               # the port that it sits on, see Devices._where
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)     # see FACTS
+    facts: Facts = dataclasses.field(default_factory=Facts)
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def shape(self) -> list[Any]:
         """Return what a snapshot's guest would miss, if it were different."""
-        return [self.id, self.kind, self.bus, self.facts.get('mib', self.facts.get('mtu', 0))]
+        return [self.id, self.kind, self.bus, self.facts.mib or self.facts.mtu]
 
 
 @dataclasses.dataclass
@@ -8574,7 +8605,7 @@ class MachineSpec:
 
     def ram(self) -> int:
         """Return the MiB of memory that it has, with what was plugged in."""
-        return self.memory + int(sum(row.facts['mib'] for row in self.of_kind('dimm')))
+        return self.memory + sum(row.facts.mib for row in self.devices)
 
     def shape(self) -> list[Any]:
         """Return all that must be the same for a memory image to fit."""
@@ -8606,17 +8637,18 @@ class MachineSpec:
             known['memory_at'] = {'': 'here', 'incoming': 'awaited'}.get(at, at)
             known['memory_place'] = old.get(at) if at in ('saved', 'given') else ''
         known['memory_at'] = MemoryAt(known['memory_at'])
-        ours = {field.name for field in dataclasses.fields(cls)} - {'more'}
-        return cls(**{**{key: value for key, value in known.items() if key in ours},
-                      'devices': [Device(**row) for row in known['devices']],
-                      'version': SPEC_VERSION,
-                      'more': {key: known[key] for key in known.keys() - ours}})
+        known['devices'] = [filled(Device, {**row, 'facts': filled(Facts, row['facts'])})
+                            for row in known['devices']]
+        return filled(cls, {**known, 'version': SPEC_VERSION})
 
     def json(self) -> bytes:
         """Return the text of the file."""
-        values = dataclasses.asdict(self)
-        return json.dumps({**values.pop('more'), **values, 'memory_at': self.memory_at.value},
-                          indent=1).encode()
+        values = dataclasses.asdict(self, dict_factory=spread)
+        for row, device in zip(values['devices'], self.devices):
+            row['facts'] = {key: value for key, value in row['facts'].items()
+                            if key in FACTS[device.kind] or key in device.facts.more
+                            or value and f'{key}?' in FACTS[device.kind]}
+        return json.dumps({**values, 'memory_at': self.memory_at.value}, indent=1).encode()
 
 
 class MachineFile:
@@ -9128,8 +9160,7 @@ class Qemu:
                 return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
         if '" lock' not in text:
             return ''
-        for path in (path for row in self.file.spec.devices
-                     for path, _ in row.facts.get('chain', ())):
+        for path in (path for row in self.file.spec.devices for path, _ in row.facts.chain):
             holder = holder_of(path, self.pid())
             if holder:
                 return f'{path}: {holder} has it open; stop that first'
@@ -9541,8 +9572,8 @@ class DriveSlot:
     def alive(self) -> bool:
         """Tell whether the machine runs, and this disk is still in this place."""
         return self.qemu.is_alive() and (not self.filename or any(
-            row.id == self.id and row.facts['chain'][0][0] == self.filename
-            for row in self.qemu.file.now().devices))
+            row.id == self.id and row.facts.chain[0][0] == self.filename
+            for row in self.qemu.file.now().of_kind('disk')))
 
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
@@ -9594,7 +9625,7 @@ class Devices:
     def set_links(self) -> None:
         """Plug in and pull the cables as they were."""
         for device in self.spec.of_kind('nic'):
-            self.qemu.qmp('set_link', name=device.id, up=device.facts['up'])
+            self.qemu.qmp('set_link', name=device.id, up=device.facts.up)
 
     def start_qemu(self) -> None:
         """Start QEMU, stopped, and wait for its greeting."""
@@ -9667,25 +9698,25 @@ class Devices:
     def _same(device: Device, thing: Any) -> bool:
         """Tell whether a thing is the device's: others may have changed what has its id."""
         if isinstance(thing, Harddrive):
-            return bool(device.facts.get('chain') == chain_of(thing))
-        return bool(device.facts.get('name', '') == getattr(thing, 'name', ''))
+            return device.facts.chain == chain_of(thing)
+        return bool(device.facts.name == getattr(thing, 'name', ''))
 
     def _remake(self, device: Device) -> Any:
         facts = device.facts
         if device.kind == 'disk':
             drive: Harddrive | None = None
-            for filename, form in facts['chain'][::-1]:
+            for filename, form in facts.chain[::-1]:
                 if not os.path.exists(filename):
                     raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
                 drive = Harddrive(filename, format=form, backing=drive)
             return drive
-        return self._nic(device) if facts.get('mac') and facts['name'] else None
+        return self._nic(device) if facts.mac and facts.name else None
 
     @staticmethod
     def _nic(device: Device) -> VirtualNic:
         """Return the nic of a device, made again if the host has rebooted since."""
         facts = device.facts
-        return VirtualNic(facts['name'], namespace=facts['namespace'], mac=facts['mac'])
+        return VirtualNic(facts.name, namespace=facts.namespace, mac=facts.mac)
 
     def new_id(self, stem: str) -> str:
         """Return an id that no device has."""
@@ -9724,11 +9755,11 @@ class Devices:
     def plan_disk(self, drive: Harddrive) -> Device:
         """Enter a disk into the machine's file."""
         drive.check()
-        files = {os.path.realpath(row.facts['chain'][0][0]) for row in self.spec.of_kind('disk')}
+        files = {os.path.realpath(row.facts.chain[0][0]) for row in self.spec.of_kind('disk')}
         if os.path.realpath(drive.filename) in files:
             raise DiskError(f'{self.name}: has {drive.filename} already')
-        return self.plan(Device(self.new_id('disk'), 'disk', self._free_port(), facts={
-            'chain': chain_of(drive)}), drive)
+        return self.plan(Device(self.new_id('disk'), 'disk', self._free_port(), facts=Facts(
+            chain=chain_of(drive))), drive)
 
     def plan_nic(self, nic: Nic | None, own: bool) -> Device:
         """Enter a network card into the machine's file."""
@@ -9738,11 +9769,11 @@ class Devices:
             f'{byte:02x}' for byte in digest[:3])])
         if not MAC.fullmatch(mac):
             raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
-        if nic and any(nic.name == device.facts['name'] for device in self.spec.of_kind('nic')):
+        if nic and any(nic.name == device.facts.name for device in self.spec.of_kind('nic')):
             raise MachineError(f'{self.name}: has {nic.name} already')
-        return self.plan(Device(id, 'nic', self._free_port(), facts={
-            'name': nic.name if nic else '', 'namespace': nic.namespace if nic else '',
-            'mac': mac, 'up': True, 'own': own, 'mtu': told_mtu(nic)}), nic)
+        return self.plan(Device(id, 'nic', self._free_port(), facts=Facts(
+            name=nic.name if nic else '', namespace=nic.namespace if nic else '', mac=mac, up=True,
+            own=own, mtu=told_mtu(nic))), nic)
 
     @staticmethod
     def _back_name(device: Device) -> str:
@@ -9754,10 +9785,10 @@ class Devices:
         rows: dict[str, dict[str, Any]] = {
             'disk': {'driver': 'virtio-blk-pci', 'drive': back},
             'nic': {'driver': 'virtio-net-pci', 'netdev': back,
-                    'mac': facts.get('moved_mac') or facts.get('mac'),
-                    **({'host_mtu': facts['mtu']} if facts.get('mtu') else {})},
+                    'mac': facts.moved_mac or facts.mac,
+                    **({'host_mtu': facts.mtu} if facts.mtu else {})},
             'dimm': {'driver': 'pc-dimm', 'memdev': back},
-            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.get('name')}}
+            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.name}}
         told = {**rows[device.kind], 'id': device.id}
         if device.bus:
             told.update(self._where(device.bus))
@@ -9820,16 +9851,16 @@ class Devices:
             tap = {'fd': give.named_fd(thing.open()), **self._vhost(give)} if thing else {}
             return {'id': name, 'type': 'tap' if thing else 'user', **tap}
         if device.kind == 'dimm':
-            return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts['mib'] * MIB}
+            return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts.mib * MIB}
         path = self._port(device)
-        if facts['type'] == 'socket':
+        if facts.type == 'socket':
             data = {'addr': {'type': 'fd', 'data': {'str': give.named_fd(listener(path))}},
                     'server': True, 'wait': False}
-        elif facts['type'] == 'file':
+        elif facts.type == 'file':
             data = {'out': give.fdset(appended(path)), 'append': True}
         else:
             data = {}
-        return {'id': name, 'backend': {'type': facts['type'], 'data': data}}
+        return {'id': name, 'backend': {'type': facts.type, 'data': data}}
 
     def _port(self, device: Device) -> str:
         """Return the path of a chardev's end on the host."""
@@ -9877,7 +9908,7 @@ class Devices:
         rows = self.spec.of_kind(kind)
         wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
         for number, device in enumerate(rows):
-            chain, names = device.facts.get('chain'), [device.id, device.facts.get('name')]
+            chain, names = device.facts.chain, [device.id, device.facts.name]
             if wanted and wanted in names or wanted == number and type(wanted) is int or (
                     chain and isinstance(wanted, (str, os.PathLike))
                     and image_path(wanted) == chain[0][0]):
@@ -9903,7 +9934,7 @@ class Devices:
         thing = self._things.pop(device.id, None)
         if isinstance(thing, Harddrive):
             thing.attached = None
-        if device.facts.get('own'):
+        if device.facts.own:
             self._nic(device).delete()
 
     def remove(self, kind: str, what: Any, timeout: float) -> str:
@@ -9962,7 +9993,7 @@ class Devices:
             device = self.find('nic', nic)
             if self.qemu.is_alive():
                 self.qemu.qmp('set_link', name=device.id, up=up)
-            device.facts['up'] = up
+            device.facts.up = up
 
     def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
         """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
@@ -10016,13 +10047,13 @@ class Devices:
                                'use a name like org.example.0, and pty, socket or file')
 
         def plan() -> Device:
-            if any(row.facts['name'] == name for row in self.spec.of_kind('chardev')):
+            if any(row.facts.name == name for row in self.spec.of_kind('chardev')):
                 raise MachineError(f'{self.name}: has a chardev {name}')
             id = self.new_id('chardev')
             with contextlib.suppress(FileNotFoundError):        # of one that was deleted
                 os.unlink(self.file.path(f'ports/{id}'))
             return self.plan(Device(id, 'chardev', self._free_port('nr'),
-                                     facts={'type': kind, 'name': name}), None)
+                                     facts=Facts(type=kind, name=name)), None)
         self.add(plan)
         return self.chardevs[name]
 
@@ -10037,8 +10068,8 @@ class Devices:
         rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
         ends = {row['label']: row['filename'] for row in rows
                 if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])}
-        return {row.facts['name']: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
-                if row.facts['type'] == 'pty' else self._port(row)
+        return {row.facts.name: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
+                if row.facts.type == 'pty' else self._port(row)
                 for row in self.spec.of_kind('chardev')}
 
 
@@ -10075,7 +10106,7 @@ class Ram:
                 'make the machine with a larger maxmemory=')
         blocks = self._memory_blocks() if self.qemu.is_alive() else {}
         device = self.devices.add(lambda: self.devices.plan(
-            Device(self.devices.new_id('dimm'), 'dimm', facts={'mib': mb}), None))
+            Device(self.devices.new_id('dimm'), 'dimm', facts=Facts(mib=mb)), None))
         return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
 
     def _check_mib(self, mb: int) -> None:
@@ -10770,7 +10801,7 @@ class Migration:
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
                     for device, mac in zip(self.spec.of_kind('nic'), offer.get('macs', ())):
-                        device.facts['moved_mac'] = mac     # for its next start
+                        device.facts.moved_mac = mac     # for its next start
                     self.file.move_memory(MemoryAt.HERE)    # it is this machine's from here on
                     if offer['runs']:
                         self.qemu.qmp('cont')
@@ -11220,7 +11251,7 @@ class Power:
                     'start it where that is there (VMMONITOR_ACCEL=tcg or kvm), or delete_saved()')
             if not saved:                       # else it is told what it was told before
                 for device in self.spec.of_kind('nic'):
-                    device.facts['mtu'] = told_mtu(self.devices.thing(device))
+                    device.facts.mtu = told_mtu(self.devices.thing(device))
             self.devices.start_qemu()
             try:
                 self.devices.after_start()
