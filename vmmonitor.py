@@ -152,7 +152,11 @@ import xml.etree.ElementTree
 import zlib
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
-from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec
+    Parameters = ParamSpec('Parameters')
 
 __version__ = '1.0'
 # What `import *`, help() and tab completion show: the names in the docstring above.
@@ -9166,7 +9170,7 @@ class Qemu:
                 return f'{path}: {holder} has it open; stop that first'
         return 'another program has one of its disks open; stop that first'
 
-    def qmp(self, command: str, **arguments: Any) -> Any:
+    def qmp(self, /, command: str, **arguments: Any) -> Any:
         """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
         with self.session() as session:
             return session.execute(command, **arguments)
@@ -9440,8 +9444,11 @@ class Qemu:
         """Return what the machine is doing."""
         return self.status().state
 
-    def wait(self, what: str, timeout: float) -> float:
-        """Wait for a state, or the agent; return the seconds that it took."""
+    def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
+        """Wait until it is in a state (running, off, paused ...) or its 'agent' answers.
+
+        Returns the seconds that it took; MachineError when they are more than `timeout`.
+        """
         began, states = time.monotonic(), [state.value for state in State]
         if what not in ('agent', *states):
             raise MachineError(f'{self.name}: wait({what!r:.80})',
@@ -9473,6 +9480,18 @@ class Qemu:
                 text.seek(-CONSOLE_BYTES, os.SEEK_END)
                 write_whole(f'{path}.1', text.read(CONSOLE_BYTES), replace=True)
                 text.truncate(0)
+
+
+class Part:
+    """A part of a machine that stands on its QEMU and its file."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu, self.file, self.name = qemu, qemu.file, qemu.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine's file says, as far as is known here."""
+        return self.file.spec
 
 
 # === devices ====================================================================================
@@ -9592,20 +9611,15 @@ def _named(key: str, value: Any) -> dict[str, Any]:
     return {key: value}
 
 
-class Devices:
+class Devices(Part):
     """What is plugged into a machine: the table of devices in its file, made into a command line or
     plugged in and out while it runs, and their boot order."""
 
-    def __init__(self, file: MachineFile, qemu: Qemu, cd: CD) -> None:
-        self.file, self.qemu, self.name = file, qemu, file.name
+    def __init__(self, qemu: Qemu, cd: CD) -> None:
+        super().__init__(qemu)
         self._cd = cd
         cd.attached = DriveSlot(qemu, 'cd0')
         self._things: dict[str, Any] = {}       # id of a device -> its Harddrive or Nic
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
 
     @property
     def cd(self) -> CD:
@@ -10073,16 +10087,12 @@ class Devices:
                 for row in self.spec.of_kind('chardev')}
 
 
-class Ram:
+class Ram(Part):
     """A machine's memory, as its guest has it: plugged in, and ballooned."""
 
     def __init__(self, devices: Devices) -> None:
-        self.devices, self.qemu, self.name = devices, devices.qemu, devices.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.devices.spec
+        super().__init__(devices.qemu)
+        self.devices = devices
 
     def increase_ram(self, mb: int) -> str:
         """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
@@ -10165,16 +10175,8 @@ SCHEMAS.update({
                       'ram?': {'total': int, 'remaining': int}}})
 
 
-class MemoryStream:
+class MemoryStream(Part):
     """A machine's memory on its way into a file or out of one, or to another machine."""
-
-    def __init__(self, file: MachineFile, qemu: Qemu) -> None:
-        self.file, self.qemu, self.name = file, qemu, file.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
 
     def save(self, file: str = '') -> str:
         """Save its memory to a file (or a place of its own) and end it; start goes on from there.
@@ -10327,16 +10329,12 @@ class MachineSnapshot(NamedTuple):
     uncovered: tuple[str, ...]  # ... and the machine's others
 
 
-class Snapshots:
+class Snapshots(Part):
     """Snapshots of a machine's memory and disks."""
 
-    def __init__(self, file: MachineFile, qemu: Qemu, devices: Devices) -> None:
-        self.file, self.qemu, self.devices, self.name = file, qemu, devices, file.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
+    def __init__(self, devices: Devices) -> None:
+        super().__init__(devices.qemu)
+        self.devices = devices
 
     def _layers(self) -> list[tuple[str, Harddrive]]:
         """Return node and disk of all that can hold a snapshot."""
@@ -10596,7 +10594,7 @@ SCHEMAS.update({
     'request arrived': {}, 'request run': {}})
 
 
-class Migration:
+class Migration(Part):
     """One end of a migration.
 
     The programs at its two ends agree over a socket beside the stream of their QEMUs, in requests,
@@ -10604,15 +10602,9 @@ class Migration:
     said "run", and the destination lets it run only when it has heard that.
     """
 
-    def __init__(self, file: MachineFile, qemu: Qemu, devices: Devices, memory: MemoryStream
-                 ) -> None:
-        self.file, self.qemu, self.devices, self.memory = file, qemu, devices, memory
-        self.name = file.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
+    def __init__(self, devices: Devices, memory: MemoryStream) -> None:
+        super().__init__(devices.qemu)
+        self.devices, self.memory = devices, memory
 
     def migrate(self, to: Migration | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT) -> str:
@@ -10857,16 +10849,8 @@ KEYS_OF: dict[str, tuple[str, bool]] = {
 BUTTONS = {1: 'left', 2: 'middle', 3: 'right', 4: 'wheel-up', 5: 'wheel-down'}
 
 
-class Input:
+class Input(Part):
     """A machine's screen, keyboard and mouse."""
-
-    def __init__(self, qemu: Qemu) -> None:
-        self.qemu, self.file, self.name = qemu, qemu.file, qemu.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
 
     def _picture(self, **form: Any) -> bytes:
         """Return what screendump writes, as a PPM or in the format asked for.
@@ -11223,18 +11207,12 @@ def _uid(user: str | int | None, identity: str) -> int:
         raise MachineError(f'user {user!r:.80}: no such user') from None
 
 
-class Power:
+class Power(Part):
     """How a machine comes to run and ends: what needs its QEMU, its devices and its memory."""
 
-    def __init__(self, file: MachineFile, qemu: Qemu, devices: Devices, memory: MemoryStream
-                 ) -> None:
-        self.file, self.qemu, self.devices, self.memory = file, qemu, devices, memory
-        self.name = file.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
+    def __init__(self, devices: Devices, memory: MemoryStream) -> None:
+        super().__init__(devices.qemu)
+        self.devices, self.memory = devices, memory
 
     def start(self, paused: bool) -> str:
         """Start QEMU, from the saved state if there is one; return what was done, in words."""
@@ -11295,8 +11273,13 @@ class Power:
             return 'woken'
         return 'already running'
 
-    def stop(self, force: bool, timeout: float) -> str:
-        """End it in the kindest way that works, and say which that was."""
+    def stop(self, force: bool = False, timeout: float = STOP_STEPS[0][1]) -> str:
+        """Shut it down, and say what did it; return when it is off.
+
+        The power button (system_powerdown, for `timeout` seconds), the agent (guest-shutdown),
+        quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
+        The disks' caches are written by all but the last.
+        """
         if force or not self.qemu.has_live_guest():
             return self.qemu.end()
         return self.qemu.end(('power button', timeout, self._press_power),
@@ -11322,8 +11305,10 @@ class Power:
             return False
         return True
 
-    def delete(self, force: bool) -> None:
-        """Forget the machine, with the nics that were made for it."""
+    def delete(self, force: bool = False) -> None:
+        """Forget the machine, with the nics that were made for it and its saved memory; never
+        its disks, nor a saved state in a file that you named. WrongState while it runs, without
+        `force`. Twice is fine."""
         with contextlib.suppress(NoGuest), self.file.held():
             if self.qemu.is_alive() and not force:
                 raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
@@ -11333,6 +11318,16 @@ class Power:
             self.devices.cd.attached = None
             for left in self.file.forget():
                 log.warning('%s is not of this program, and stays', left)
+
+
+def handed(part: str, method: Callable[Concatenate[Any, Parameters], Result]
+           ) -> Callable[Concatenate[Any, Parameters], Result]:
+    """Return a method of a machine that hands on to one of its `part`, whose docstring it has."""
+    def hand_on(machine: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        does: Callable[Parameters, Result] = getattr(getattr(machine, part), method.__name__)
+        return does(*args, **options)
+    functools.update_wrapper(hand_on, method)
+    return hand_on
 
 
 class Machine(Guest):
@@ -11411,12 +11406,12 @@ class Machine(Guest):
     def _compose_parts(self, file: MachineFile, cd: CD) -> None:
         self.name, self.id, self.home, self.file = file.name, file.uuid, file.home, file
         self.qemu = Qemu(file)
-        self.devices = Devices(file, self.qemu, cd)
+        self.devices = Devices(self.qemu, cd)
         self._ram = Ram(self.devices)
-        self._memory = MemoryStream(file, self.qemu)
-        self._power = Power(file, self.qemu, self.devices, self._memory)
-        self._snapshots = Snapshots(file, self.qemu, self.devices)
-        self._migration = Migration(file, self.qemu, self.devices, self._memory)
+        self._memory = MemoryStream(self.qemu)
+        self._power = Power(self.devices, self._memory)
+        self._snapshots = Snapshots(self.devices)
+        self._migration = Migration(self.devices, self._memory)
         self._input = Input(self.qemu)
 
     @property
@@ -11438,47 +11433,47 @@ class Machine(Guest):
         machine._compose_parts(file, CD())
         return machine
 
-    def pid(self) -> int:
-        """Return the process id of its QEMU, 0 if none runs."""
-        return self.qemu.pid()
-
-    def is_alive(self) -> bool:
-        """Tell whether its QEMU runs, without asking it."""
-        return self.qemu.is_alive()
-
-    def status(self) -> Status:
-        """Return what the machine is doing, and why (query-status)."""
-        return self.qemu.status()
-
-    def monitor(self, timeout: float = 0
-                ) -> contextlib.AbstractContextManager[QmpSession]:
-        """Lend a QMP session with no event from before, for `with`.
-
-        Raises WrongState when the machine is off, Busy, MachineError with QEMU's words.
-        """
-        return self.qemu.session(timeout)
-
-    def qmp(self, command: str, **arguments: Any) -> Any:
-        """Return what QEMU answers to a QMP command; `_` in names stands for `-`."""
-        return self.qemu.qmp(command, **arguments)
-
-    def events(self, timeout: float) -> Iterator[dict[str, Any]]:
-        """Yield QEMU's events as they come, until none came for `timeout` seconds."""
-        return self.qemu.events(timeout)
-
-    def chardev(self, label: str) -> str:
-        """Return what QEMU says of the other end of one of its own chardevs (query-chardev)."""
-        return self.qemu.chardev(label)
+    # What one part does by itself.
+    pid = handed('qemu', Qemu.pid)
+    is_alive = handed('qemu', Qemu.is_alive)
+    status = handed('qemu', Qemu.status)
+    wait = handed('qemu', Qemu.wait)
+    monitor = handed('qemu', Qemu.session)
+    qmp = handed('qemu', Qemu.qmp)
+    events = handed('qemu', Qemu.events)
+    chardev = handed('qemu', Qemu.chardev)
+    agent_state = handed('qemu', Qemu.agent_state)
+    stop = handed('_power', Power.stop)
+    delete = handed('_power', Power.delete)
+    add_nic = handed('devices', Devices.add_nic)
+    del_nic = handed('devices', Devices.del_nic)
+    nic_state = handed('devices', Devices.nic_state)
+    add_harddrive = handed('devices', Devices.add_harddrive)
+    del_harddrive = handed('devices', Devices.del_harddrive)
+    resize_harddrive = handed('devices', Devices.resize_harddrive)
+    change_boot_device = handed('devices', Devices.change_boot_device)
+    create_chardev = handed('devices', Devices.create_chardev)
+    delete_chardev = handed('devices', Devices.delete_chardev)
+    eject = handed('cd', CD.eject)
+    insert = handed('cd', CD.insert)
+    increase_ram = handed('_ram', Ram.increase_ram)
+    balloon = handed('_ram', Ram.balloon)
+    delete_saved = handed('_memory', MemoryStream.delete_saved)
+    dump_memory = handed('_memory', MemoryStream.dump)
+    snapshot = handed('_snapshots', Snapshots.take)
+    delete_snapshot = handed('_snapshots', Snapshots.delete)
+    cancel_migration = handed('_migration', Migration.cancel)
+    send_key = handed('_input', Input.send_key)
+    type_text = handed('_input', Input.type_text)
+    mouse_move = handed('_input', Input.mouse_move)
+    mouse_click = handed('_input', Input.mouse_click)
+    picture = handed('_input', Input.picture)
+    screenshot = handed('_input', Input.screenshot)
 
     def agent(self, command: str, arguments: Arguments = None,
               timeout: float = AGENT_TIMEOUT) -> Any:
         """Return what the guest agent answers, over a socket of its own."""
         return self.qemu.agent(command, arguments, timeout)
-
-    def agent_state(self) -> str:
-        """Return connected or disconnected: whether the guest has the agent's port open
-        (query-chardev)."""
-        return self.qemu.agent_state()
 
     @property
     def cd(self) -> CD:
@@ -11495,71 +11490,6 @@ class Machine(Guest):
         """Its network cards; None is QEMU's own NAT."""
         return self.devices.nics
 
-    def add_nic(self, nic: Nic | str | None = None) -> Device:
-        """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
-        NAT, at once if it runs (getfd, netdev_add, device_add)."""
-        return self.devices.add_nic(nic)
-
-    def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
-
-        When the guest does not let it go, it says so: the card stays until the guest is reset.
-        """
-        return self.devices.del_nic(nic, timeout)
-
-    def nic_state(self, nic: Any, up: bool) -> None:
-        """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
-        self.devices.nic_state(nic, up)
-
-    def add_harddrive(self, drive: DriveLike) -> Device:
-        """Plug in a disk, at once if it runs (blockdev-add, device_add)."""
-        return self.devices.add_harddrive(drive)
-
-    def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
-        return self.devices.del_harddrive(drive, timeout)
-
-    def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
-        """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
-        self.devices.resize_harddrive(drive, size, shrink)
-
-    def eject(self, force: bool = False) -> None:
-        """Take the CD out (CD.eject)."""
-        self.cd.eject(force)
-
-    def insert(self, medium: CD | str, force: bool = False) -> None:
-        """Put a CD in (CD.insert)."""
-        self.cd.insert(medium, force)
-
-    def change_boot_device(self, *devices: Any) -> None:
-        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1.
-
-        It counts from the next reset on, and is kept (qom-set bootindex).
-        """
-        self.devices.change_boot_device(*devices)
-
-    def increase_ram(self, mb: int) -> str:
-        """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
-
-        In steps of 128 MiB, which the agent switches on (guest-set-memory-blocks); a machine
-        that was ballooned down is let out first. Raises MachineError with the reason why not.
-        """
-        return self._ram.increase_ram(mb)
-
-    def balloon(self, mb: int) -> str:
-        """Have the guest use `mb` MiB of its memory, and say what it does (balloon)."""
-        return self._ram.balloon(mb)
-
-    def create_chardev(self, name: str, kind: str = 'socket') -> str:
-        """Give the guest a port /dev/virtio-ports/NAME, and return its other end on the host: a
-        pty, a unix socket, or a file that collects what the guest writes (chardev-add, device_add
-        virtserialport). It is kept over restarts; chardevs tells the paths."""
-        return self.devices.create_chardev(name, kind)
-
-    def delete_chardev(self, name: str, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Take a port away again (device_del, chardev-remove)."""
-        return self.devices.delete_chardev(name, timeout)
-
     @property
     def chardevs(self) -> dict[str, str]:
         """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
@@ -11575,31 +11505,10 @@ class Machine(Guest):
             self._await_waking(whole=True)
         return self._memory.save(file)
 
-    def delete_saved(self) -> str:
-        """Forget the memory of a saved machine, so that it boots anew; what it had not written
-        to its disks is lost. A file that you named to save() stays."""
-        return self._memory.delete_saved()
-
-    def dump_memory(self, filename: str | os.PathLike[str], format: str = 'elf',
-                    progress: Callable[[int, int], object] | None = None) -> str:
-        """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
-
-        It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
-        """
-        return self._memory.dump(filename, format, progress)
-
     @property
     def snapshots(self) -> list[MachineSnapshot]:
         """The snapshots of the machine's disks as they are now, the oldest first."""
         return self._snapshots.all
-
-    def snapshot(self, tag: str = '') -> MachineSnapshot:
-        """Snapshot memory and disks, or of a machine that is off the disks alone.
-
-        It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
-        it. Raises MachineError with the job's own error (snapshot-save).
-        """
-        return self._snapshots.take(tag)
 
     def load_snapshot(self, tag: str, disks_only: bool = False, clock: bool = True) -> str:
         """Put memory and disks back to a snapshot, starting the machine if it is off; with
@@ -11612,10 +11521,6 @@ class Machine(Guest):
         with unbroken():                        # a guest of the snapshot's time is half a load, too
             says = self._snapshots.load(tag, disks_only)
             return says + self._clock_set('reverted', clock and self.is_alive())
-
-    def delete_snapshot(self, tag: str) -> None:
-        """Delete a snapshot from all disks (snapshot-delete; qemu-img)."""
-        self._snapshots.delete(tag)
 
     def migrate(self, to: Machine | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT, clock: bool = True) -> str:
@@ -11645,10 +11550,6 @@ class Machine(Guest):
         self._migration.receive_at(port, timeout, address)
         return 'arrived' + self._clock_set('migrated', clock)
 
-    def cancel_migration(self) -> None:
-        """End a migration that another thread carries out (migrate_cancel)."""
-        self.qmp('migrate_cancel')
-
     def send(self, what: bytes | str) -> str:
         """Press keys, b'ctrl-alt-f2', or run an HMP command, 'info block', and return its text.
 
@@ -11658,32 +11559,6 @@ class Machine(Guest):
             self.send_key(what.decode('ascii', 'replace'))
             return ''
         return str(self.qmp('human-monitor-command', command_line=what))
-
-    def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
-        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key).
-
-        Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
-        """
-        self._input.send_key(keys, hold)
-
-    def type_text(self, text: str) -> None:
-        """Type on a US keyboard, no faster than QEMU takes it (send-key)."""
-        self._input.type_text(text)
-
-    def mouse_move(self, x: int, y: int) -> None:
-        """Move the pointer to a place on the screen, in pixels (input-send-event).
-
-        Raises MachineError when the guest has no driver for an absolute pointer.
-        """
-        self._input.mouse_move(x, y)
-
-    def mouse_click(self, button: int = 1) -> None:
-        """Click where the pointer is: 1 left, 2 middle, 3 right, 4 and 5 the wheel."""
-        self._input.mouse_click(button)
-
-    def screenshot(self, filename: str | os.PathLike[str]) -> str:
-        """Write what the screen shows to a PNG file, and return its path (screendump)."""
-        return self._input.screenshot(filename)
 
     def console(self) -> Console:
         """Return its serial console."""
@@ -11708,15 +11583,6 @@ class Machine(Guest):
         """
         says = self._power.start(paused)
         return says + self._clock_set('restored', clock and says == 'restored')
-
-    def stop(self, force: bool = False, timeout: float = STOP_STEPS[0][1]) -> str:
-        """Shut it down, and say what did it; return when it is off.
-
-        The power button (system_powerdown, for `timeout` seconds), the agent (guest-shutdown),
-        quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
-        The disks' caches are written by all but the last.
-        """
-        return self._power.stop(force, timeout)
 
     def start(self, clock: bool = True) -> str:
         """Make it run, from whatever state: start_vm, cont or system_wakeup. Then set its clock,
@@ -11769,10 +11635,6 @@ class Machine(Guest):
             'pause': self.freeze, 'resume': self.unfreeze, 'reset': self.reset}
         does[verb]()
 
-    def picture(self) -> bytes:
-        """Return a PNG of what its screen shows (screendump)."""
-        return self._input.picture()
-
     def reset(self) -> None:
         """Press the reset button; devices that the guest would not let go are gone with it
         (system_reset)."""
@@ -11780,19 +11642,6 @@ class Machine(Guest):
         self.file.refresh()
         for device in [row for row in self.spec.devices if row.pending]:
             self.devices.remove(device.kind, device.id, UNPLUG_TIMEOUT)
-
-    def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
-        """Wait until it is in a state (running, off, paused ...) or its 'agent' answers.
-
-        Returns the seconds that it took; MachineError when they are more than `timeout`.
-        """
-        return self.qemu.wait(what, timeout)
-
-    def delete(self, force: bool = False) -> None:
-        """Forget the machine, with the nics that were made for it and its saved memory; never
-        its disks, nor a saved state in a file that you named. WrongState while it runs, without
-        `force`. Twice is fine."""
-        self._power.delete(force)
 
     def _clock_set(self, cause: str, wanted: bool = True) -> str:
         """Set the clock of a guest that has stood still, where an agent answers; return what is to
