@@ -5575,6 +5575,11 @@ class Op(NamedTuple):
     tool: str = 'ip'            # or tc; sysctl: path=value; any other program: its arguments
 
 
+def ops_for(what: str, *lines: str, tool: str = 'ip') -> list[Op]:
+    """Return the operations that do something together, on the host."""
+    return [Op(what, line, tool=tool) for line in lines]
+
+
 def net_error(op: Op, said: str) -> NetworkError:
     """Return the error that stands for what a tool said about an operation."""
     said = re.sub(r'^(RTNETLINK answers|Error): |^Command failed.*\n?', '', clip(said.strip()),
@@ -5965,24 +5970,16 @@ class Record:
 
     @classmethod
     def read(cls, row: Any) -> Record:
-        """Return what a row of the file stands for; ValueError if it is damaged."""
-        row = dict(checked('record', row))
-        undo = row.pop('undo', [])
-        if any(len(op) != len(Op._fields) for op in undo):
-            raise ValueError('its way back is no list of operations')
-        known = {field.name for field in dataclasses.fields(cls)} - {'more'}
-        return cls(**{key: value for key, value in row.items() if key in known},
-                   undo=[Op(*op) for op in undo],
-                   more={key: value for key, value in row.items() if key not in known})
+        """Return what a row of the file stands for; ValueError or TypeError if it is damaged."""
+        row = {'undo': [], **checked('record', row)}
+        names = {field.name for field in dataclasses.fields(cls)} - {'more'}
+        known = {key: row.pop(key) for key in names & row.keys()}
+        return cls(**{**known, 'undo': [Op._make(op) for op in known['undo']]}, more=row)
 
     def row(self) -> dict[str, Any]:
         """Return its row for the file."""
         row = dataclasses.asdict(self)
         return {**row.pop('more'), **row, 'undo': [*map(list, self.undo)]}
-
-    def add_undo(self, what: str, *lines: str, tool: str = 'ip') -> None:
-        """Note a way back."""
-        self.undo += [Op(what, line, tool=tool) for line in lines]
 
 
 def namespace_id(name: str) -> str:
@@ -6055,7 +6052,7 @@ class Registry:
         for name, row in things.items():
             try:
                 record = Record.read(row)
-            except ValueError:
+            except (TypeError, ValueError):
                 self.damaged[name] = row
                 continue
             if version == 0 and 'shape' in record.facts:
@@ -6189,10 +6186,6 @@ class Transaction:
                       for word in (*link.names, link.mac, link.group)}
         self.taken |= {word for name, row in self.records.items()
                        for word in (name, row.facts.get('mac', ''))}
-
-    def plan_after(self, what: str, *lines: str, tool: str = 'ip') -> None:
-        """Plan what follows when the interfaces are made and marked."""
-        self.late += [Op(what, line, tool=tool) for line in lines]
 
     def standing(self, name: str) -> Record | None:
         """Return the Record of what stands under a name; what is left of a broken one goes."""
@@ -6390,11 +6383,21 @@ def name_of(thing: Any) -> str:
     return name
 
 
+def shown(name: str, doc: str) -> Any:
+    """Return a property of an Interface: what its Link says at that moment."""
+    return property(lambda self: getattr(self.link(), name), doc=doc)
+
+
 class Interface:
     """A network interface of the host, or of a namespace; what it says is read when asked for.
 
     All of its properties raise NoInterface when it is gone.
     """
+
+    state: str = shown('state', 'Its link, as the kernel sees it: up, down, lowerlayerdown, ...')
+    kind: str = shown('kind', "bridge, veth, bond, tun, ...; '' for hardware and loopback.")
+    master: str = shown('master', "The name of the bridge or bond it is a port of, or ''.")
+    addresses: tuple[str, ...] = shown('addresses', 'With their prefixes, link-local ones last.')
 
     def __init__(self, name: str, namespace: str = '', seen: NetworkState | None = None) -> None:
         self.name: str = check('Interface', name, name_of, NetworkError)
@@ -6433,26 +6436,6 @@ class Interface:
     @mtu.setter
     def mtu(self, size: int) -> None:
         self._set_mtu(check('mtu', size, a_number(*MTU, 'bytes', whole=True), NetworkError))
-
-    @property
-    def state(self) -> str:
-        """What the kernel says of its link: up, down, lowerlayerdown, unknown, ..."""
-        return self.link().state
-
-    @property
-    def kind(self) -> str:
-        """bridge, veth, bond, tun, ...; '' for hardware and loopback."""
-        return self.link().kind
-
-    @property
-    def master(self) -> str:
-        """The name of the bridge or bond it is a port of, or ''."""
-        return self.link().master
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """With their prefixes, link-local ones last."""
-        return self.link().addresses
 
     @property
     def ip(self) -> str:
@@ -6657,8 +6640,8 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
     if link.peer in plan.network.links and plan.network.links[link.peer].master:
         refuse_loop(plan, plan.network.links[link.peer].master, bridge)
     plan_agreed_mtu(plan, link, target)
-    plan.plan_after(f'connect {link.name} to {bridge}',
-                    f'link set dev {shlex.quote(link.name)} master {bridge} up')
+    plan.late += ops_for(f'connect {link.name} to {bridge}',
+                         f'link set dev {shlex.quote(link.name)} master {bridge} up')
 
 
 def plan_join(plan: Transaction, one: Link, other: Link) -> None:
@@ -6733,16 +6716,17 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
     bond = owner.kind == 'bond'
     for link in links:
         name = shlex.quote(link.name)
-        owner.add_undo(f'give {link.name} back', f'address flush dev {master}',
-                       f'link set dev {name} nomaster', f'link set dev {name} {link.admin}',
-                       *(f'address replace {line} dev {name}' for line in link.address_lines(True)))
-        plan.plan_after(
+        owner.undo += ops_for(
+            f'give {link.name} back', f'address flush dev {master}',
+            f'link set dev {name} nomaster', f'link set dev {name} {link.admin}',
+            *(f'address replace {line} dev {name}' for line in link.address_lines(True)))
+        plan.late += ops_for(
             f'make {link.name} a port of {master}', f'address flush dev {name}',
             *([f'link set dev {name} down'] if bond else []),
             f'link set dev {name} master {master}{"" if bond else " up"}',
             *(f'address replace {line} dev {master}' for line in link.address_lines(False)))
-    owner.add_undo('give routes back', *ways({}))
-    plan.plan_after(f'move routes to {master}', *ways(dict.fromkeys(devices, master)))
+    owner.undo += ops_for('give routes back', *ways({}))
+    plan.late += ops_for(f'move routes to {master}', *ways(dict.fromkeys(devices, master)))
 
 
 # --- the host's firewall and sysctls, which others change, too ---
@@ -6935,7 +6919,7 @@ class Switch(ManagedInterface):
             row = plan.claim(self.name, 'switch')
             if row:
                 self._plan(plan, row, plan.free_mac(HOST_MACS['switch'], self.name))
-                plan.plan_after(f'bring up {self.name}', f'link set dev {self.name} up')
+                plan.late += ops_for(f'bring up {self.name}', f'link set dev {self.name} up')
             else:
                 plan_renewal(plan, [self.name])
 
@@ -6981,8 +6965,8 @@ class Switch(ManagedInterface):
                 if plugs & set(link.names):
                     # What others made stays up: they would lose their routes.
                     down = ' down' if link.name in plan.records else ''
-                    plan.plan_after(f'disconnect {link.name}',
-                                    f'link set dev {shlex.quote(link.name)} nomaster{down}')
+                    plan.late += ops_for(f'disconnect {link.name}',
+                                         f'link set dev {shlex.quote(link.name)} nomaster{down}')
 
 
 def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespace: str = '',
@@ -7021,7 +7005,7 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     if name != long:
         plan.ops.append(Op(f'call {name} {long}', f'link property add dev {name} altname {long}'))
     if inner:
-        plan.plan_after(f'connect {sink} to {inner}', f'link set dev {sink} master {inner} up')
+        plan.late += ops_for(f'connect {sink} to {inner}', f'link set dev {sink} master {inner} up')
     return name
 
 
@@ -7178,7 +7162,8 @@ class VirtualNic(ManagedInterface):
         with Transaction() as plan:
             plan.network.find(self.name)
             plan.remove(plan.registry.plugged(self.name)[:1])
-            plan.plan_after(f'disconnect {self.name}', f'link set dev {self.name} nomaster down')
+            plan.late += ops_for(f'disconnect {self.name}',
+                                 f'link set dev {self.name} nomaster down')
 
     def _direct(self, plan: Transaction, other: VirtualNic) -> None:
         """Plan to send what comes in at one port out at the other (tc mirred), both ways."""
@@ -7194,10 +7179,10 @@ class VirtualNic(ManagedInterface):
         row = plan.claim('='.join(ends[0]), 'cable', ends[0])
         what = f'connect {self.name} to {other.name}'
         if row:
-            plan.plan_after(what, *(f'link set dev {here} up' for here, _ in ends))
+            plan.late += ops_for(what, *(f'link set dev {here} up' for here, _ in ends))
             for here, there in ends:
-                row.add_undo(f'dis{what}', f'qdisc del dev {here} ingress', tool='tc')
-                plan.plan_after(
+                row.undo += ops_for(f'dis{what}', f'qdisc del dev {here} ingress', tool='tc')
+                plan.late += ops_for(
                     what, f'qdisc add dev {here} ingress', f'filter add dev {here} parent ffff: '
                     f'protocol all u32 match u8 0 0 action mirred egress redirect dev {there}',
                     tool='tc')
@@ -7271,12 +7256,13 @@ class Router(Switch):
                 row.undo.append(back)
         self._plan(plan, row, plan.free_mac(HOST_MACS['router'], self.name) if nat else link.mac,
                    mtu)
-        plan.plan_after(f'bring up {self.name}', f'link set dev {self.name} addrgenmode eui64 up')
+        plan.late += ops_for(f'bring up {self.name}',
+                             f'link set dev {self.name} addrgenmode eui64 up')
         self._plan_lan(plan, 'p0', mtu)
         if nat:
             network = ipaddress.ip_network(row.facts['subnet'])
-            plan.plan_after(f'give {self.name} its address', f'address replace '
-                            f'{next(network.hosts())}/{network.prefixlen} dev {self.name}')
+            plan.late += ops_for(f'give {self.name} its address', f'address replace '
+                                 f'{next(network.hosts())}/{network.prefixlen} dev {self.name}')
         else:
             take_over(plan, [self.trunk], self.name, row)
 
@@ -7316,22 +7302,19 @@ class Router(Switch):
 
 
 def free_subnet(plan: Transaction, wanted: str = '') -> str:
-    """Return the first 10.77.N.0/24 that overlaps with no address and no route of the host, or
-    `wanted`; InUse names what that overlaps with."""
+    """Return a subnet that overlaps with nothing of the host: `wanted`, or the first 10.77.N.0/24;
+    InUse names what it overlaps with."""
     taken = {f'address {address} of {link.name}': ipaddress.ip_interface(address).network
              for link in plan.network.links.values() for address in link.addresses}
     taken.update({f'route {route.to}': ipaddress.ip_network(route.to)
                   for route in plan.network.routes if route.to not in DEFAULTS})
-    blocked = ''
     for text in [wanted] if wanted else (f'10.77.{number}.0/24' for number in range(256)):
         subnet = ipaddress.ip_network(text)
         blocked = next((what for what, other in taken.items()
                         if subnet.version == other.version and subnet.overlaps(other)), '')
         if not blocked:
             return str(subnet)
-    if wanted:
-        raise InUse(f'subnet {wanted}: overlaps with the {blocked}', 'give another, or none')
-    raise NetworkError('no subnet below 10.77.0.0/16 is free', 'give one with subnet=')
+    raise InUse(f'subnet {text}: overlaps with the {blocked}', 'give another with subnet=')
 
 
 class BondPort(NamedTuple):
@@ -7377,7 +7360,7 @@ class Bond(ManagedInterface):
             plan.ops.append(Op(f'create bond {name}', f'link add name {name} mtu '
                                f'{min(link.mtu for link in links)} group {plan.group} '
                                f'type bond mode {mode} miimon {miimon}'))
-            plan.plan_after(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up')
+            plan.late += ops_for(f'bring up {name}', f'link set dev {name} addrgenmode eui64 up')
             take_over(plan, names, name, row)
 
     @property
