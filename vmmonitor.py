@@ -5701,8 +5701,8 @@ class Route:
             key for row in self.raw.get('metrics', ()) for key in row.keys() - ROUTE_METRICS})
 
     def line(self, onto: Mapping[str, str]) -> str:
-        """Return what follows `ip route replace` to have this route, on the devices that `onto`
-        has for its own; there it lives for ever, as nobody renews it."""
+        """Return what follows `ip route replace` to have this route: on the devices that `onto` has
+        for its own, for ever, as nobody renews it there."""
         raw, several = self.raw, len(self.hops) > 1
         flow = raw.get('flow', {})
         pairs = {'from': raw.get('from'), 'tos': raw.get('tos')}
@@ -5835,8 +5835,7 @@ def parse_links(rows: Iterable[Mapping[str, Any]]) -> dict[str, Link]:
 
 
 def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
-    """Turn the output of `ip -json -details route show table all` into Routes, without those that
-    the kernel keeps for itself."""
+    """Turn the output of `ip -json -details route show table all` into Routes that people make."""
     routes_ = []
     for row in rows:
         if row.get('type', 'unicast') in ('local', 'broadcast', 'multicast', 'anycast'):
@@ -5869,8 +5868,7 @@ def read_network(namespace: str = '') -> NetworkState:
 
 
 def valid_name(name: str, what: str = 'interface', empty: bool = False) -> str:
-    """Return a name that is safe to give to `ip` and in a path; NetworkError says what is wrong.
-    A namespace may have more characters, as others' have; `empty` allows ''."""
+    """Return a name (or '', if it may be `empty`) that is safe to give to `ip` and in a path."""
     length, more = LENGTHS[what], ':@+,' if what == 'namespace' else ''
     if empty and name == '':
         return ''
@@ -5918,8 +5916,7 @@ def mark_of(group: int) -> str:
 
 
 def open_for(what: str, path: str, prepare: Callable[[int], object], make: bool = False) -> int:
-    """Open a device, or a file of ours that it may have to `make`, and `prepare` the descriptor;
-    an OSError is the NetworkError that it means."""
+    """Open a device, or a file that it may have to `make`, and `prepare` the descriptor."""
     with contextlib.ExitStack() as opened:
         try:
             if make:
@@ -5983,8 +5980,7 @@ class Record:
 
 
 def namespace_id(name: str) -> str:
-    """Return what tells a namespace from a later one of the same name, which may even get the same
-    inode number; '' when there is none."""
+    """Return what tells a namespace from a later one of its name, even of that inode, or ''."""
     with contextlib.suppress(OSError):
         info = os.stat(os.path.join(NETNS_DIR, name))
         return f'{info.st_ino} {info.st_ctime_ns}'
@@ -5992,10 +5988,10 @@ def namespace_id(name: str) -> str:
 
 
 def same_namespace(row: Record) -> bool:
-    """Tell whether the namespace of a Record is there, and not a later one of that name; it counts
-    as the same while that was not yet written down."""
+    """Tell whether the namespace of a Record is there, and not a later one of that name."""
     now, made = namespace_id(row.facts['space']), str(row.facts['inode'])
-    return bool(now) and made in ('', now, now.partition(' ')[0])   # the last by old versions
+    # '': it was not yet written down; without the time: by an old version.
+    return bool(now) and made in ('', now, now.partition(' ')[0])
 
 
 def closure(start: Iterable[str], follow: Callable[[set[str]], Iterable[str]]) -> set[str]:
@@ -6100,8 +6096,7 @@ class Registry:
 
 
 def open_taps() -> dict[str, str]:
-    """Return who has taps open: /dev/tapN, or the name of a plain tap -> "machine web", or
-    "process 12 (socat)". This process does not count."""
+    """Return which other processes have taps open: /dev/tapN, or a plain tap's name -> its name."""
     found = {}
     for path in glob.iglob('/proc/[0-9]*/fd/*'):
         pid = path.split('/')[2]
@@ -6118,7 +6113,7 @@ def open_taps() -> dict[str, str]:
 
 
 def _process_name(pid: str) -> str:
-    """Return what a process is called: a QEMU by its guest."""
+    """Return what a process is called: "machine web" for a QEMU, or "process 12 (socat)"."""
     argv = Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='backslashreplace').split('\0')
     named = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', '\0'.join(argv))
     return f'machine {named.group(1)}' if named else \
@@ -6126,13 +6121,7 @@ def _process_name(pid: str) -> str:
 
 
 class Transaction:
-    """Changes of the network, all or none: `with Transaction() as plan`.
-
-    The Registry is locked; what is planned in the block is written down and made at its end. An
-    exception, there or in the making, Ctrl-C included, removes what was claimed and undoes what
-    was done. `ip` inherits the lock, so that nobody looks before an `ip` whose parent was killed
-    has ended: a Record that is not ready while somebody else has the lock is what a crash left.
-    """
+    """Changes of the network, all or none: `with transaction() as plan`."""
 
     def __init__(self) -> None:
         self.registry = Registry()
@@ -6151,33 +6140,6 @@ class Transaction:
         with contextlib.suppress(OSError):
             self.host = Path('/etc/machine-id').read_text()
         self.lock = -1
-
-    def __enter__(self) -> Transaction:
-        self.lock = self.registry.lock()
-        try:
-            self.registry.load()
-            self.look()
-            while not self.group or str(self.group) in self.taken:
-                self.group = random.randrange(GROUP_FIRST, 2 * GROUP_FIRST)
-        except BaseException:
-            os.close(self.lock)
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        made = False
-        try:
-            if kind is None:
-                self.make()
-                made = True
-        finally:
-            try:
-                if self.claimed and not made:
-                    self.look()
-                    self.remove(self.claimed)
-            finally:
-                for descriptor in (*self.taps, self.lock):
-                    os.close(descriptor)
 
     def look(self) -> None:
         """See what is there, and what can't be had any more."""
@@ -6252,11 +6214,8 @@ class Transaction:
         return [key]
 
     def make(self) -> None:
-        """Write down what is claimed, make and mark it, and do the rest that was planned.
-
-        One batch for the host, one for each namespace. In namespaces all is brought up, and
-        nothing of ours speaks IPv6 on its own.
-        """
+        """Write down what is claimed, make and mark it, bring up what is in namespaces, and do the
+        rest that was planned: one batch for the host, one for each namespace."""
         if not (self.claimed or self.unsaved or self.late or self.optional):
             return
         if self.claimed or self.unsaved:
@@ -6303,8 +6262,7 @@ class Transaction:
             there for here, there in pairs if here in found and there))
 
     def users(self) -> dict[str, str]:
-        """Return what machines use at this moment, and which: nics whose tap is open, bridges that
-        these reach, and cables in them."""
+        """Return what running machines use: nics, bridges that these reach, and cables -> whose."""
         links, used = self.network.links, dict[str, str]()
         taps = open_taps() if any(row.kind == 'nic' for row in self.records.values()) else {}
         for name, row in self.records.items():
@@ -6318,9 +6276,8 @@ class Transaction:
         for name, row in self.records.items():      # cables, and what joins bridges
             sides = row.parents if row.kind == 'cable' else \
                 [links[name].master] if row.facts.get('layout') == 'pair' and name in links else []
-            for side in sides:
-                if side in used:
-                    used.setdefault(name, used[side])
+            for side in used.keys() & set(sides):
+                used.setdefault(name, used[side])
         return used
 
     def require_unused(self, names: Iterable[str], force: bool = False) -> None:
@@ -6336,11 +6293,8 @@ class Transaction:
                         'stop that first, or say force=True')
 
     def remove(self, names: Iterable[str]) -> None:
-        """Undo and remove what was made under these names; interfaces first, in one go.
-
-        Deleting one by one takes 22 ms each, a group of any size 30 ms. What can't be undone is
-        logged; what can't be removed raises, and stays in the Registry.
-        """
+        """Undo and remove what was made under these names, as a group: one by one takes 22 ms each.
+        What can't be undone is logged; what can't be removed raises, and stays in the Registry."""
         going = {name: self.records[name] for name in self.registry.with_dependents(names)}
         if not going:
             return
@@ -6366,6 +6320,33 @@ class Transaction:
         for name in going:
             del self.records[name]
         self.registry.save()
+
+
+@contextlib.contextmanager
+def transaction() -> Iterator[Transaction]:
+    """Lock the Registry; what is planned in the block is written down and made at its end.
+
+    An exception, there or in the making, Ctrl-C included, removes what was claimed and undoes what
+    was done. `ip` inherits the lock, so that nobody looks before an `ip` whose parent was killed
+    has ended: a Record that is not ready while somebody else has the lock is what a crash left.
+    """
+    plan = Transaction()
+    plan.lock = plan.registry.lock()
+    try:
+        plan.registry.load()
+        plan.look()
+        while not plan.group or str(plan.group) in plan.taken:
+            plan.group = random.randrange(GROUP_FIRST, 2 * GROUP_FIRST)
+        yield plan
+        plan.make()
+    except BaseException:
+        if plan.claimed:
+            plan.look()
+            plan.remove(plan.claimed)
+        raise
+    finally:
+        for descriptor in (*plan.taps, plan.lock):
+            os.close(descriptor)
 
 
 # === interfaces =================================================================================
@@ -6491,8 +6472,7 @@ class Interface:
         self._set(f'bring up {name}', was)
 
     def move(self, namespace: str) -> None:
-        """Move it to another namespace, where it is down and without addresses (ip link set
-        netns); hardware comes back when that namespace goes."""
+        """Move it to another namespace, down and without addresses (ip link set netns)."""
         valid_name(namespace, 'namespace')
         self._movable('moved')
         self._set(f'move {self.name} to {namespace}', f'netns {namespace}')
@@ -6591,18 +6571,16 @@ TAP_FLAGS = 0x0002 | 0x1000 | 0x4000        # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 
 # --- what becomes a port ---
 
-def port_to_be(plan: Transaction, device: str, master: str, force: bool = False,
-               nat: bool = False) -> Link:
-    """Return the Link of what shall become a port of `master`, or with `nat` only its way out; or
-    say why it can't."""
-    link = plan.network.find(device)
+def require_port(plan: Transaction, link: Link, master: str, force: bool, nat: bool = False
+                 ) -> None:
+    """Raise InUse for what can't become a port of `master`, or with `nat` only its way out."""
     if link.master not in ('', master):
         raise InUse(f'{link.name}: is already a port of {link.master}',
                     f'disconnect it there first: ip link set dev {link.name} nomaster')
     if 'LOOPBACK' in link.flags:
         raise InUse(f'{link.name}: is the loopback', 'take an interface with a cable')
     if nat:
-        return link
+        return
     if not link.mac:
         raise InUse(f'{link.name}: has no MAC, so that it can be no port',
                     'a Router(..., nat=True) can have it as its trunk')
@@ -6614,22 +6592,19 @@ def port_to_be(plan: Transaction, device: str, master: str, force: bool = False,
         raise InUse(f'{link.name}: carries the default route' + (gateways and f' via {gateways}'),
                     'making it a port may cut this host off; take another interface, or say '
                     'force=True')
-    return link
 
 
 def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) -> None:
-    """Plan to make an interface a port of a bridge, or to join two bridges, unless it is so; InUse
-    says why it can't."""
-    target = plan.network.find(bridge)
+    """Plan to make an interface a port of a bridge, or join two bridges; InUse if it can't be."""
+    target, link = plan.network.find(bridge), plan.network.find(device)
     if target.kind != 'bridge':
         raise NoInterface(f'{bridge}: is no bridge', 'name a Switch, a Router or another bridge')
     bridge = target.name
-    plan_renewal(plan, [bridge, device])
-    link = plan.network.find(device)
+    plan_renewal(plan, [bridge, link.name])
     if link.kind == 'bridge':
         plan_join(plan, target, link)
         return
-    link = port_to_be(plan, device, bridge, force)
+    require_port(plan, link, bridge, force)
     if link.master == bridge:
         return
     address = next((one for one in link.addresses if not one.startswith('fe80:')), '')
@@ -6645,8 +6620,7 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
 
 
 def plan_join(plan: Transaction, one: Link, other: Link) -> None:
-    """Plan a veth pair between two bridges, unless there is one. One without ports takes over the
-    MTU of the other, else both have the smaller one."""
+    """Plan a veth pair between two bridges; the smaller MTU counts of those that have ports."""
     parents = [one.name, other.name]
     if plan.registry.between(*parents):
         return
@@ -6668,8 +6642,7 @@ def refuse_loop(plan: Transaction, one: str, other: str) -> None:
 
 
 def plan_mtu(plan: Transaction, name: str, size: int) -> None:
-    """Plan to give an MTU to an interface; what is below a nic's, and the nics that are ports of
-    a bridge, get it first."""
+    """Plan to give an interface an MTU, but first a nic's parts, and a bridge's ports if nics."""
     facts = plan.records[name].facts if name in plan.records else {}
     below = NIC_PARTS.get(facts.get('layout', ''), ())
     parts = [(facts[part], facts['namespace']) for part in below]
@@ -6681,9 +6654,8 @@ def plan_mtu(plan: Transaction, name: str, size: int) -> None:
 
 
 def plan_agreed_mtu(plan: Transaction, port: Link, bridge: Link) -> None:
-    """Plan that what becomes a port and the bridge agree: a machine's nic follows the bridge; a
-    bridge without ports follows what is plugged in first, and is never larger than what comes
-    later, as larger frames would get no further."""
+    """Plan that they agree: a machine's nic follows the bridge; a bridge follows its first port,
+    and is never larger than what comes later, as larger frames would get no further."""
     row = plan.records.get(port.name)
     if row and row.kind == 'nic' and not (row.facts['layout'] == 'pair' and row.parents):
         if port.mtu != bridge.mtu:
@@ -6745,8 +6717,8 @@ def firewall(what: str, rules: Sequence[tuple[str, str]]) -> tuple[list[Op], lis
 
 def masquerade(bridge: str, trunk: str, subnet: str, by_nft: bool = False
                ) -> tuple[list[Op], list[Op]]:
-    """Return what lets `subnet` out through `trunk`, masqueraded, and only answers in; and what
-    takes that back. iptables comes first, because its FORWARD chain is where others drop."""
+    """Return what lets `subnet` out, masqueraded, and only answers in; and what takes that back."""
+    # iptables comes first, because its FORWARD chain is where others drop.
     what, name = f'masquerade {subnet}', shlex.quote(trunk)
     if which('iptables') and not by_nft:
         return firewall(what, [('iptables', rule) for rule in (
@@ -6760,7 +6732,8 @@ def masquerade(bridge: str, trunk: str, subnet: str, by_nft: bool = False
                              'install nftables')
     table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
     inner, outer = f"'\"{bridge}\"'", shlex.quote(f'"{trunk}"')     # nft has words of its own
-    return ([Op(what, rule, tool='nft') for rule in (
+    return (ops_for(
+        what,
         f'add table {table}',
         f'flush table {table}',
         f'add chain {table} vm_out {{ type nat hook postrouting priority 100\\; }}',
@@ -6769,19 +6742,18 @@ def masquerade(bridge: str, trunk: str, subnet: str, by_nft: bool = False
         f'add chain {table} vm_in {{ type filter hook forward priority 0\\; }}',
         f'add rule {table} vm_in iifname {outer} oifname {inner} ct state '
         'established,related accept',
-        f'add rule {table} vm_in iifname != {inner} oifname {inner} drop')],
-        [Op(f'no longer {what}', f'delete table {table}', tool='nft')])
+        f'add rule {table} vm_in iifname != {inner} oifname {inner} drop', tool='nft'),
+        ops_for(f'no longer {what}', f'delete table {table}', tool='nft'))
 
 
 def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
-    """Return all that frames need to pass a switch or router, beside its interfaces, and the way
-    back, as the host is now."""
-    quiet = [Op('keep quiet', f'net/ipv4/conf/{name}/arp_ignore=1', tool='sysctl')]
-    if row.kind == 'router' and row.facts.get('nat'):
+    """Return all else that frames need to pass a switch or router, and the way back."""
+    facts = row.facts
+    if facts.get('nat'):
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
-        forward = [Op('forward', f'net/ipv4/conf/{one}/forwarding=1', tool='sysctl')
-                   for one in (name, row.facts['trunk'])]
-        rules, undo = masquerade(name, row.facts['trunk'], row.facts['subnet'],
+        forward = ops_for('forward', *(f'net/ipv4/conf/{one}/forwarding=1'
+                                       for one in (name, facts['trunk'])), tool='sysctl')
+        rules, undo = masquerade(name, facts['trunk'], facts['subnet'],
                                  any(op.tool == 'nft' for op in row.undo))
         return [*forward, *rules], undo
     # With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
@@ -6792,6 +6764,7 @@ def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
         if filtered(program) and which(program) for rule in (
             f'-t raw -I PREROUTING -i {name} -m addrtype ! --dst-type LOCAL -j CT --notrack',
             f'-I FORWARD -i {name} -o {name} -j ACCEPT')])
+    quiet = ops_for('keep quiet', f'net/ipv4/conf/{name}/arp_ignore=1', tool='sysctl')
     return [*(quiet if row.kind == 'switch' else []), *rules], undo
 
 
@@ -6820,13 +6793,10 @@ def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
         wanted, undo = passage_ops(name, row)
         missing = [op for op in wanted if not in_force(op)]
         if missing:
-            tools = {op.tool for op in missing}
             # In a firewall their order counts: what is left of them goes first.
             rules = [op for op in wanted if 'tables' in op.tool]
-            plan.optional += [back for op, back in zip(rules, undo)
-                              if op.tool in tools and op not in missing]
-            plan.optional += [op for op in wanted if op.tool in tools and (
-                op in missing or op.tool != 'sysctl')]
+            plan.optional += [back for op, back in zip(rules, undo) if op not in missing]
+            plan.optional += wanted
             new = [back for back in undo if back not in row.undo]
             row.undo += new
             plan.unsaved |= bool(new)
@@ -6835,18 +6805,14 @@ def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
 # --- what can be made ---
 
 class Managed:
-    """What this program makes: it stays when the program ends, and goes with delete().
-
-    Making it twice gives the same thing. As a context it is deleted at the end of that.
-    """
+    """What this program makes: it stays until delete(), or the end of a `with`, and making it twice
+    gives the same thing."""
 
     name: str
 
     def delete(self, force: bool = False) -> None:
-        """Remove it, give back what it took, and remove what hangs on it; twice is fine.
-
-        Raises InUse for what a running machine uses, unless `force`.
-        """
+        """Remove it and what hangs on it, and give back what it took; twice is fine. Raises InUse
+        for what a running machine uses, unless `force`."""
         delete_all([self], force)
 
     def __enter__(self: T) -> T:
@@ -6868,7 +6834,7 @@ def delete_all(things: Iterable[Managed], force: bool = False) -> None:
             raise NetworkError(f'delete: {thing!r:.80} was not made by this program',
                                'give a Switch, Router, VirtualNic, Bond or Namespace')
         names.append(thing.name)
-    with Transaction() as plan:
+    with transaction() as plan:
         plan.require_unused(names, force)
         plan.remove(names)
 
@@ -6883,7 +6849,7 @@ class Namespace(Managed):
     def __init__(self, name: str) -> None:
         self.namespace = valid_name(name, 'namespace')
         self.name = f'netns/{name}'         # in the Registry
-        with Transaction() as plan:
+        with transaction() as plan:
             plan.plan_namespace(name, automatic=False)
             plan.records[self.name].facts['automatic'] = False
             plan.unsaved = True
@@ -6901,7 +6867,7 @@ class ManagedInterface(Managed, Interface):
     """An interface that this program made."""
 
     def _set_mtu(self, size: int) -> None:
-        with Transaction() as plan:
+        with transaction() as plan:
             plan_mtu(plan, plan.network.find(self.name).name, size)
 
 
@@ -6914,7 +6880,7 @@ class Switch(ManagedInterface):
 
     def __init__(self, name: str = '') -> None:
         valid_name(name, empty=True)
-        with Transaction() as plan:
+        with transaction() as plan:
             super().__init__(name or plan.free_name('switch'))
             row = plan.claim(self.name, 'switch')
             if row:
@@ -6952,13 +6918,13 @@ class Switch(ManagedInterface):
         if isinstance(thing, (Router, VirtualNic)):
             thing.connect(self)
             return
-        with Transaction() as plan:
+        with transaction() as plan:
             plan_port(plan, name, self.name, force)
 
     def disconnect(self, thing: Interface | str) -> None:
         """Undo connect(); what is not connected is left alone."""
         name = check('disconnect', thing, name_of, NetworkError)
-        with Transaction() as plan:
+        with transaction() as plan:
             plan.remove(plan.registry.between(self.name, name))
             plugs = {name, *(lan for lan, row in plan.records.items() if row.parents == [name])}
             for link in plan.network.ports(self.name):
@@ -7040,7 +7006,7 @@ class VirtualNic(ManagedInterface):
         valid_name(sink, empty=True)
         valid_name(namespace, 'namespace', empty=True)
         mac = valid_mac(mac) if mac != '' else ''
-        with Transaction() as plan:
+        with transaction() as plan:
             long = ifname or self._free(plan, namespace)
             name = plan_nic(plan, long, 'macvtap' if namespace else 'pair' if sink else 'tap',
                             sink, namespace, mac)
@@ -7054,7 +7020,7 @@ class VirtualNic(ManagedInterface):
         check('count', count, a_number(0, 1000, whole=True), NetworkError)
         master = check('switch', switch, name_of, NetworkError) if switch is not None else ''
         valid_name(namespace, 'namespace', empty=True)
-        with Transaction() as plan:
+        with transaction() as plan:
             if master:
                 plan_renewal(plan, [plan.network.find(master).name])
             names = [plan_nic(plan, cls._free(plan, namespace), 'macvtap' if namespace else 'tap',
@@ -7109,7 +7075,7 @@ class VirtualNic(ManagedInterface):
         if self.layout == 'pair':
             raise NetworkError(f'{self.name}: is a veth pair without a tap',
                                'make it with namespace=, or without sink=')
-        with Transaction() as plan:
+        with transaction() as plan:
             plan_renewal(plan, [plan.network.find(self.name).master])
         lock = plan.registry.lock()         # so that it is open before others look who uses it
         try:
@@ -7147,7 +7113,7 @@ class VirtualNic(ManagedInterface):
         Raises InUse when it is connected to something else.
         """
         name = check('connect', target, name_of, NetworkError)
-        with Transaction() as plan:
+        with transaction() as plan:
             plan.network.find(self.name)
             peer = plan.registry.plugged(self.name)[1]
             if isinstance(target, VirtualNic):
@@ -7159,7 +7125,7 @@ class VirtualNic(ManagedInterface):
 
     def disconnect(self) -> None:
         """Pull it out of whatever it is connected to; the machine sees its cable unplugged."""
-        with Transaction() as plan:
+        with transaction() as plan:
             plan.network.find(self.name)
             plan.remove(plan.registry.plugged(self.name)[:1])
             plan.late += ops_for(f'disconnect {self.name}',
@@ -7234,7 +7200,7 @@ class Router(Switch):
         valid_name(name, empty=True)
         if subnet != '':
             subnet = valid_address(subnet, ipaddress.IPv4Network)
-        with Transaction() as plan:
+        with transaction() as plan:
             self.trunk = plan.network.find(given).name
             Interface.__init__(self, name or short_name(
                 re.sub(r'[^A-Za-z0-9_.-]', '_', self.trunk) + '-router'))
@@ -7246,7 +7212,8 @@ class Router(Switch):
 
     def _plan_router(self, plan: Transaction, row: Record, force: bool) -> None:
         nat = row.facts['nat']
-        link = port_to_be(plan, self.trunk, self.name, force, nat)
+        link = plan.network.links[self.trunk]
+        require_port(plan, link, self.name, force, nat)
         mtu = min(max(link.mtu, MTU[0]), MTU[1])
         if nat:
             row.facts['subnet'] = free_subnet(plan, row.facts['subnet'])
@@ -7296,14 +7263,13 @@ class Router(Switch):
         if not re.fullmatch(r'p\d{1,3}', label):
             raise NetworkError(f'{self.name}: {label!r} can\'t be a port', 'take p0, p1, ...')
         if label not in masters:
-            with Transaction() as plan:
+            with transaction() as plan:
                 self._plan_lan(plan, label, plan.network.find(self.name).mtu)
         return self.ports[label].connect(target)
 
 
 def free_subnet(plan: Transaction, wanted: str = '') -> str:
-    """Return a subnet that overlaps with nothing of the host: `wanted`, or the first 10.77.N.0/24;
-    InUse names what it overlaps with."""
+    """Return `wanted`, or the first 10.77.N.0/24, if it overlaps with nothing of the host."""
     taken = {f'address {address} of {link.name}': ipaddress.ip_interface(address).network
              for link in plan.network.links.values() for address in link.addresses}
     taken.update({f'route {route.to}': ipaddress.ip_network(route.to)
@@ -7351,12 +7317,14 @@ class Bond(ManagedInterface):
             # Loaded on demand the module would make a bond0, and this one's name be taken.
             with contextlib.suppress(CommandError):
                 run(['modprobe', '-q', 'bonding', 'max_bonds=0'], IP_TIMEOUT, check=False)
-        with Transaction() as plan:
+        with transaction() as plan:
             names = [plan.network.find(one).name for one in given]
             row = plan.claim(name, 'bond', interfaces=names, mode=mode)
             if not row:
                 return
-            links = [port_to_be(plan, one, name, force) for one in names]
+            links = [plan.network.links[one] for one in names]
+            for link in links:
+                require_port(plan, link, name, force)
             plan.ops.append(Op(f'create bond {name}', f'link add name {name} mtu '
                                f'{min(link.mtu for link in links)} group {plan.group} '
                                f'type bond mode {mode} miimon {miimon}'))
@@ -7381,12 +7349,11 @@ class Bond(ManagedInterface):
 # === network checks =============================================================================
 
 def check_networks() -> Iterator[Check]:
-    """Yield what networks need that is or is not here, what others took away, and what leaked;
-    changes nothing, and goes on after what can't be looked at."""
+    """Yield what is here or missing, what others took away, and what leaked; change nothing."""
     for look in (_check_programs, _check_kernel, _check_passages, _check_leaks):
         try:
             lines = [*look()]
-        except (Error, OSError, ValueError) as problem:
+        except (Error, OSError, ValueError) as problem:     # the others are looked at all the same
             lines = [Check(False, f'networks: {explain(problem)}')]
         yield from lines
 
@@ -7451,8 +7418,7 @@ def _check_passages() -> Iterator[Check]:
 
 
 def dropping_chains() -> list[tuple[str, str, str]]:
-    """Return family, table and name of others' nft chains that drop what is forwarded: by their
-    policy, or by a last rule that counts for all."""
+    """Return family, table and name of others' nft chains that drop what is forwarded."""
     if not which('nft'):
         return []
     tree = parse_json(run(['nft', '-j', 'list', 'ruleset'], IP_TIMEOUT).stdout)
@@ -7480,10 +7446,8 @@ def _check_leaks() -> Iterator[Check]:
 
 
 def leaks(everything: bool = False) -> dict[str, str]:
-    """Return what is left of creations and deletions that were interrupted: name -> why.
-
-    With `everything`, also what stands though the program that made it has ended.
-    """
+    """Return what interrupted changes left, and with `everything`, what stands though the program
+    that made it has ended: name -> why."""
     return clean(dry_run=True, everything=everything)
 
 
@@ -7494,7 +7458,7 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
     for what, flag in (('dry_run', dry_run), ('everything', everything), ('force', force)):
         check(what, flag, a_bool, NetworkError)
     check('names', names, texts, NetworkError)
-    with Transaction() as plan:
+    with transaction() as plan:
         found = _leaks(plan, everything)
         if names:
             known = {**{name: row.kind for name, row in plan.records.items()}, **found}
