@@ -7964,12 +7964,6 @@ class Snapshot(NamedTuple):
     id: str = ''                # QEMU's own number for it in this image
 
 
-def snapshots_of(image: Mapping[str, Any]) -> list[Snapshot]:
-    """Return the snapshots in an ImageInfo of QMP or qemu-img."""
-    return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'], row['id'])
-            for row in image.get('snapshots', [])]
-
-
 class Harddrive:
     """A disk image of format qcow2 or raw; created when the file is absent, never overwritten.
 
@@ -7987,7 +7981,9 @@ class Harddrive:
                             'use qcow2, or raw without a backing file')
         self.filename, self.format = image_path(filename), format
         if backing is not None and not isinstance(backing, Harddrive):
-            self._must_exist(image_path(backing))
+            if not os.path.exists(image_path(backing)):
+                raise DiskError(f'{image_path(backing)}: no such image',
+                                'a backing image must exist')
             backing = Harddrive(backing)
         self.backing = backing
         self.attached: Attached | None = None       # its place in the machine that has it
@@ -7995,11 +7991,6 @@ class Harddrive:
 
     def __repr__(self) -> str:
         return f'Harddrive({self.filename!r}, format={self.format!r})'
-
-    @staticmethod
-    def _must_exist(path: str) -> None:
-        if not os.path.exists(path):
-            raise DiskError(f'{path}: no such image', 'a backing image must exist')
 
     def _bytes(self, size: float) -> int:
         """Return GiB as bytes, in whole sectors."""
@@ -8125,7 +8116,8 @@ class Harddrive:
     @property
     def snapshots(self) -> list[Snapshot]:
         """The snapshots that are in the image now."""
-        return snapshots_of(self.info())
+        return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'], row['id'])
+                for row in self.info().get('snapshots', [])]
 
     def found(self, tag: str) -> Snapshot:
         """Return the one snapshot of exactly this name, whoever made it."""
@@ -8255,32 +8247,34 @@ def put_back_on_failure(drives: Sequence[Harddrive]) -> Iterator[None]:
     """Have disks hold again what they held before when the block fails, by snapshots of them that
     are made first. A QEMU that still has them then has not touched them."""
     tag = free_tag([row.tag for drive in drives for row in drive.snapshots], 'before-load-')
-    made: list[Harddrive] = []
+    snapshot_all(drives, tag)
     try:
-        for drive in drives:
-            drive.snapshot(tag)
-            made.append(drive)
         yield
     except BaseException as problem:
-        back = [drive for drive in made if not drive.in_use()]
+        back = [drive for drive in drives if not drive.in_use()]
         for drive in back:
-            _put_back(drive, tag, problem)
+            try:
+                drive.load_snapshot(tag)
+            except Error as failed:
+                raise DiskError(f'{problem}; {failed}', f'what {drive.filename} held before is in '
+                                f'its snapshot {tag}') from None
         if back and isinstance(problem, Error):
             problem.hint = '; '.join(filter(None, [
                 'the disks were put back to what they held before', problem.hint]))
-        for drive in made:
+        for drive in drives:
             drive.delete_snapshot(tag)
         raise
-    for drive in made:
+    for drive in drives:
         drive.delete_snapshot(tag)
 
 
-def _put_back(drive: Harddrive, tag: str, after: BaseException) -> None:
-    try:
-        drive.load_snapshot(tag)
-    except Error as problem:
-        raise DiskError(f'{after}; {problem}', f'what {drive.filename} held before is in its '
-                        f'snapshot {tag}') from None
+def snapshot_all(drives: Sequence[Harddrive], tag: str) -> None:
+    """Snapshot all disks, or none."""
+    with contextlib.ExitStack() as on_failure:
+        for drive in drives:
+            drive.snapshot(tag)
+            on_failure.callback(drive.delete_snapshot, tag)
+        on_failure.pop_all()
 
 
 class Tray(NamedTuple):
@@ -8856,18 +8850,8 @@ def processor_of(spec: MachineSpec) -> str:
     return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}' if spec.cpu else ''
 
 
-class FdGiver(Protocol):
-    """How QEMU comes by a descriptor, which is closed here."""
-
-    def named_fd(self, fd: int) -> str:
-        """Return the name that it has there, for where QEMU takes a descriptor."""
-
-    def fdset(self, fd: int) -> str:
-        """Return the path that it has there, for where QEMU takes a file."""
-
-
 class QemuCommand:
-    """The command line of a QEMU to be, and the descriptors that it inherits: an FdGiver."""
+    """The command line of a QEMU to be, and the descriptors that it inherits."""
 
     def __init__(self) -> None:
         self.argv: list[str] = []
@@ -8896,7 +8880,7 @@ class QemuCommand:
 
 
 class QmpSession:
-    """One operation's QMP, whose errors are the machine's, in QEMU's words; an FdGiver."""
+    """One operation's QMP, whose errors are the machine's, in QEMU's words."""
 
     def __init__(self, qmp: QMP, error: Callable[[ProtocolError], GuestError]) -> None:
         self.qmp, self._error = qmp, error
@@ -8967,6 +8951,9 @@ class QmpSession:
         finally:
             os.close(fd)
         return f'file:{self.fdset(again)}'
+
+
+FdGiver = Union[QemuCommand, QmpSession]        # both take a descriptor, and close it here
 
 
 class Progress(NamedTuple):
@@ -9459,33 +9446,7 @@ HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 
 SCHEMAS['query-balloon'] = {'actual': int}
 
 
-class Nic(Protocol):
-    """What a machine wants of a network card: VirtualNic has it."""
-
-    @property
-    def name(self) -> str:
-        """Its interface on the host."""
-
-    @property
-    def namespace(self) -> str:
-        """The namespace of its tap, '' for the host's."""
-
-    @property
-    def mac(self) -> str:
-        """The MAC that the machine shall use."""
-
-    @property
-    def mtu(self) -> int:
-        """The MTU of its cable."""
-
-    def open(self) -> int:
-        """Return a new descriptor of its tap."""
-
-    def delete(self) -> None:
-        """Remove its interfaces."""
-
-
-def told_mtu(nic: Nic | None) -> int:
+def told_mtu(nic: VirtualNic | None) -> int:
     """Return the MTU that a guest is told of a card; 0 when it need not be told."""
     mtu = nic.mtu if nic else 0
     return 0 if mtu == 1500 else mtu
@@ -9554,10 +9515,6 @@ class DriveSlot:
             return session.execute(command, **arguments)
 
 
-def _named(key: str, value: Any) -> dict[str, Any]:
-    return {key: value}
-
-
 class Devices(Part):
     """What is plugged into a machine: the table of devices in its file, made into a command line or
     plugged in and out while it runs, and their boot order."""
@@ -9566,7 +9523,7 @@ class Devices(Part):
         super().__init__(qemu)
         self._cd = cd
         cd.attached = DriveSlot(qemu, 'cd0')
-        self._things: dict[str, Any] = {}       # id of a device -> its Harddrive or Nic
+        self._things: dict[str, Any] = {}       # id of a device -> its Harddrive or VirtualNic
 
     @property
     def cd(self) -> CD:
@@ -9639,13 +9596,13 @@ class Devices(Part):
         return [self.thing(device) for device in self.spec.of_kind('disk')]
 
     @property
-    def nics(self) -> list[Nic | None]:
+    def nics(self) -> list[VirtualNic | None]:
         """Its network cards; None is QEMU's own NAT."""
         self.file.refresh()
         return [self.thing(device) for device in self.spec.of_kind('nic')]
 
     def thing(self, device: Device) -> Any:
-        """Return the Harddrive or Nic behind a device, made again after a load()."""
+        """Return the Harddrive or VirtualNic behind a device, made again after a load()."""
         if device.id not in self._things or not self._same(device, self._things[device.id]):
             self.attach(device, self._remake(device))
         return self._things[device.id]
@@ -9671,12 +9628,11 @@ class Devices(Part):
                     raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
                 drive = Harddrive(filename, format=form, backing=drive)
             return drive
-        return self._nic(device) if facts.mac and facts.name else None
+        return self._nic(facts) if facts.mac and facts.name else None
 
     @staticmethod
-    def _nic(device: Device) -> VirtualNic:
-        """Return the nic of a device, made again if the host has rebooted since."""
-        facts = device.facts
+    def _nic(facts: Facts) -> VirtualNic:
+        """Return a nic, made again if the host has rebooted since."""
         return VirtualNic(facts.name, namespace=facts.namespace, mac=facts.mac)
 
     def new_id(self, stem: str) -> str:
@@ -9722,7 +9678,7 @@ class Devices(Part):
         return self.plan(Device(self.new_id('disk'), 'disk', self._free_port(), facts=Facts(
             chain=chain_of(drive))), drive)
 
-    def plan_nic(self, nic: Nic | None, own: bool) -> Device:
+    def plan_nic(self, nic: VirtualNic | None, own: bool) -> Device:
         """Enter a network card into the machine's file."""
         id = self.new_id('nic')
         digest = hashlib.sha256(f'{self.file.uuid} {id}'.encode()).digest()
@@ -9798,7 +9754,7 @@ class Devices(Part):
             try:
                 qmp.execute('device_add', **self.front(device))
             except BaseException:
-                qmp.execute(kind.remove, **_named(kind.key, back[kind.key]))
+                qmp.execute(kind.remove, **{kind.key: back[kind.key]})
                 raise
         device.pending = False
 
@@ -9830,13 +9786,14 @@ class Devices(Part):
     def _unplug(self, device: Device, timeout: float) -> bool:
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
+        back: dict[str, Any] = {kind.key: self._back_name(device)}
         with self.qemu.session() as qmp:
             gone = self._request_unplug(qmp, device, Deadline(timeout))
             device.pending = not gone
 
             def removed() -> bool:                      # the device may hold it some ms more
                 with contextlib.suppress(QemuRefused):
-                    qmp.execute(kind.remove, **_named(kind.key, self._back_name(device)))
+                    qmp.execute(kind.remove, **back)
                     return True
                 return False
             if gone and not Deadline(UNPLUG_TIMEOUT).poll(removed, STATE_POLL / 10):
@@ -9896,7 +9853,7 @@ class Devices(Part):
         if isinstance(thing, Harddrive):
             thing.attached = None
         if device.facts.own:
-            self._nic(device).delete()
+            self._nic(device.facts).delete()
 
     def remove(self, kind: str, what: Any, timeout: float) -> str:
         with self.file.change():
@@ -9908,7 +9865,7 @@ class Devices(Part):
             self.drop(device)
         return f'{device.id} removed'
 
-    def add_nic(self, nic: Nic | str | None = None) -> Device:
+    def add_nic(self, nic: VirtualNic | str | None = None) -> Device:
         """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
         NAT, at once if it runs (getfd, netdev_add, device_add)."""
         if nic not in (None, 'user') and not hasattr(nic, 'mac'):
@@ -10175,18 +10132,15 @@ class MemoryStream(Part):
             on_failure.pop_all()
 
     def _go_on(self) -> None:
-        if not Deadline(QMP_TIMEOUT).poll(self._goes_on):
+        """Let it run, which QEMU refuses until a transfer that failed is over."""
+        def goes_on() -> bool:
+            with contextlib.suppress(GuestError):
+                if self.qemu.is_alive():
+                    self.qemu.qmp('cont')
+                    return self.qemu.run_state() == 'running'
+            return not self.qemu.is_alive()
+        if not Deadline(QMP_TIMEOUT).poll(goes_on):
             log.warning('%s stands still now; start it when QEMU answers again', self.name)
-
-    def _goes_on(self) -> bool:
-        """Let it run, which QEMU refuses until a transfer that failed is over; tell whether it
-        does."""
-        if not self.qemu.is_alive():
-            return True
-        with contextlib.suppress(GuestError):
-            self.qemu.qmp('cont')
-            return self.qemu.run_state() == 'running'
-        return False
 
     def restore(self, path: str) -> str:
         """Fill a QEMU that waits for a migration from a file (migrate-incoming)."""
@@ -10318,21 +10272,22 @@ class Snapshots(Part):
         with self.file.change():
             taken = [row.tag for row in self.all]
             tag = checked_tag(tag or free_tag(taken))
-            if self.qemu.is_alive():
+            alive = self.qemu.is_alive()
+            if alive:
                 self.qemu.require_savable()
+            else:
+                self.qemu.require_not_saved()
             layers = self._layers()
             if not layers:
                 raise MachineError(f'{self.name}: has no qcow2 disk to hold a snapshot',
                                    'save() works without one')
             if tag in taken:
                 raise MachineError(f'{self.name}: has a snapshot {tag}', 'name another')
-            if self.spec.memory_at is MemoryAt.SAVED and not self.qemu.is_alive():
-                raise WrongState(f'{self.name} is saved', 'start it first')
-            if self.qemu.is_alive():
+            if alive:
                 self._live_snapshot(tag, layers)
             else:
                 self.spec.snapshots.pop(tag, None)      # of one that was deleted elsewhere
-                self._disk_snapshots(tag, [drive for _, drive in layers])
+                snapshot_all([drive for _, drive in layers], tag)
             made = self.find(tag)
         if made.uncovered:
             log.warning('%s: snapshot %s is without %s', self.name, tag, ', '.join(made.uncovered))
@@ -10400,19 +10355,6 @@ class Snapshots(Part):
         self.spec.snapshots.pop(tag, None)
         self.file.write()
 
-    @staticmethod
-    def _disk_snapshots(tag: str, drives: Sequence[Harddrive]) -> None:
-        """Snapshot all disks, or none."""
-        done: list[Harddrive] = []
-        try:
-            for drive in drives:
-                drive.snapshot(tag)
-                done.append(drive)
-        except BaseException:
-            for drive in done:
-                drive.delete_snapshot(tag)
-            raise
-
     def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
         """Carry out snapshot-save, -load or -delete."""
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
@@ -10438,9 +10380,8 @@ class Snapshots(Part):
             if memory and bare:                 # its memory would not fit them
                 raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
                                    'delete it, or remove that disk first')
-            if started and self.spec.memory_at is MemoryAt.SAVED:
-                raise WrongState(f'{self.name} is saved, and its memory would not fit the disks',
-                                 'start it, then load the snapshot')
+            if started:
+                self.qemu.require_not_saved()
             if not memory and not started:
                 raise WrongState(f'{self.name} runs, and '
                                  + ('its memory would not fit the disks' if found.ram else
@@ -11066,44 +11007,34 @@ def name_limit() -> int:
     return max(0, min(63, HOME_LENGTH - 1 - len(os.fsencode(MACHINES_DIR))))
 
 
-def _cards(nics: Any, namespace: str) -> list[Nic | None]:
+def _cards(nics: Any, namespace: str) -> list[VirtualNic | None]:
     if isinstance(nics, int):
         return [*VirtualNic.create_many(nics, namespace)] if nics else []
     return [None] if nics == 'user' else _several(nics)
 
 
-def _check_sizes(name: str, memory: int, cpus: int, maxmemory: int, display: str | None,
-                 monitor_port: int | None, cpu: str) -> None:
-    for good, what in (
-            (isinstance(name, str) and (not name or NAME.fullmatch(name)
-                                        and len(name) <= name_limit()),
-             f'as a name use letters, digits, ".", "_", "-", at most {name_limit()} for a '
-             f'machine in {MACHINES_DIR}'),
-            (type(memory) is int and 16 <= memory <= 1 << 24, f'memory {memory!r}: use MiB'),
-            (type(cpus) is int and 1 <= cpus <= 255, f'cpus {cpus!r}: use 1 to 255'),
-            (isinstance(cpu, str) and CPU.fullmatch(cpu),
-             f"cpu {cpu!r:.80}: use auto, or what QEMU's -cpu takes, such as EPYC-v4"),
-            (type(maxmemory) is int and (not maxmemory or maxmemory > memory),
-             f'maxmemory {maxmemory!r}: use MiB, more than memory'),
-            (display in (None, '', 'vnc'), f'display {display!r}: use None or vnc'),
-            (monitor_port is None or type(monitor_port) is int and 0 <= monitor_port < 65536,
-             f'monitor_port {monitor_port!r}')):
-        if not good:
-            raise MachineError(f'machine {name!r:.80}: {what}')
+def _are_nics(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 64 or value == 'user' or not isinstance(
+        value, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(value))
 
 
-def _check_words(name: str, nics: Any, namespace: str, *texts_: str) -> None:
-    if namespace:
-        valid_name(namespace, 'namespace')
-    for text in texts_:
-        if not isinstance(text, str):
-            raise MachineError(f'machine {name}: {text!r:.80} is no string',
-                               'give kernel, initrd and cmdline as strings')
-    good = type(nics) is int and 0 <= nics <= 64 or nics == 'user' or not isinstance(
-        nics, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(nics))
-    if not good:
-        raise MachineError(f'machine {name}: nics {nics!r:.80}',
-                           "use a number, a VirtualNic, a list of them, or 'user'")
+# argument of Machine -> whether a value of it is good, and what to say of another one
+ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
+    'name': (lambda name: isinstance(name, str) and (not name or NAME.fullmatch(name)
+                                                     and len(name) <= name_limit()),
+             'use letters, digits, ".", "_", "-", at most {} for a machine in {}'),
+    'memory': (lambda mib: type(mib) is int and 16 <= mib <= 1 << 24, 'use MiB'),
+    'maxmemory': (lambda mib: type(mib) is int and mib >= 0, 'use MiB, more than memory'),
+    'cpus': (lambda count: type(count) is int and 1 <= count <= 255, 'use 1 to 255'),
+    'cpu': (lambda cpu: isinstance(cpu, str) and CPU.fullmatch(cpu),
+            "use auto, or what QEMU's -cpu takes, such as EPYC-v4"),
+    'display': (lambda display: display in (None, '', 'vnc'), 'use None or vnc'),
+    'monitor_port': (lambda port: port is None or type(port) is int and 0 <= port < 65536,
+                     'use a TCP port'),
+    'nics': (_are_nics, "use a number, a VirtualNic, a list of them, or 'user'"),
+    **{name: (lambda text: isinstance(text, str), 'is no string')
+       for name in ('kernel', 'initrd', 'cmdline')},
+    **{name: (lambda flag: isinstance(flag, bool), 'is no bool') for name in ('efi', 'incoming')}}
 
 
 def _make_home(name: str) -> str:
@@ -11293,19 +11224,19 @@ class Machine(Guest):
     """
 
     def __init__(self, name: str = '', harddrives: DriveLike | Sequence[DriveLike] | None = None,
-                 nics: int | str | Nic | Sequence[Nic | None] | None = 0,
+                 nics: int | str | VirtualNic | Sequence[VirtualNic | None] | None = 0,
                  cd: CD | str | os.PathLike[str] | None = None,
                  memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
                  accel: str = 'auto', kernel: str = '', initrd: str = '', cmdline: str = '',
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
                  user: str | int | None = None, incoming: bool = False, cpu: str = 'auto') -> None:
-        identity = str(uuid.uuid4())
-        _check_sizes(name, memory, cpus, maxmemory, display, monitor_port, cpu)
-        _check_words(name, nics, namespace, kernel, initrd, cmdline)
-        for flag in (efi, incoming):
-            if not isinstance(flag, bool):
-                raise MachineError(f'machine {name}: {flag!r:.80} is no bool',
-                                   'give efi and incoming as True or False')
+        given, identity = {**locals()}, str(uuid.uuid4())
+        for argument, (good, what) in ARGUMENTS.items():
+            if not good(given[argument]) or argument == 'maxmemory' and 0 < maxmemory <= memory:
+                raise MachineError(f'machine {name!r:.80}: {argument} {given[argument]!r:.80}: '
+                                   f'{what.format(name_limit(), MACHINES_DIR)}')
+        if namespace:
+            valid_name(namespace, 'namespace')
         usable_accel(accel)
         uid = _uid(user, identity)
         kernel, initrd = kernel and readable(kernel), initrd and readable(initrd)
@@ -11315,7 +11246,7 @@ class Machine(Guest):
         disc = cd if isinstance(cd, CD) and not cd.attached else CD(
             cd.filename if isinstance(cd, CD) else cd)
         home = _make_home(name)
-        cards: list[Nic | None] = []
+        cards: list[VirtualNic | None] = []
         things: list[Harddrive | CD] = [*drives, disc]
         places = [thing.attached for thing in things]
         try:
@@ -11433,7 +11364,7 @@ class Machine(Guest):
         return self.devices.harddrives
 
     @property
-    def nics(self) -> list[Nic | None]:
+    def nics(self) -> list[VirtualNic | None]:
         """Its network cards; None is QEMU's own NAT."""
         return self.devices.nics
 
