@@ -732,7 +732,7 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
                 file = os.open(draft, mode | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600,
                                dir_fd=home)
             opened.callback(os.close, file)
-            opened.callback(_remove, draft, home)
+            opened.callback(remove_file, draft, home)
         except OSError as problem:
             raise write_error(path, problem) from None
         yield file
@@ -759,9 +759,10 @@ def _linked(file: int, name: str, directory: int) -> bool:
     return False
 
 
-def _remove(name: str, directory: int) -> None:
+def remove_file(path: str, directory: int | None = None) -> None:
+    """Remove a file, if it is there; a relative name is one in the open `directory`."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=directory)
+        os.unlink(path, dir_fd=directory)
 
 
 def write_whole(path: str, data: bytes, replace: bool = False,
@@ -1128,7 +1129,6 @@ class Step(NamedTuple):
 
 
 def _fits(token: str, word: str) -> bool:
-    """Tell whether a word of a line can be that of a Form."""
     if token.islower():
         return word in token.split('|')
     return token != 'PATH' or word.startswith('/')
@@ -1214,7 +1214,6 @@ def host_entries(value: Any) -> tuple[HostEntry, ...]:
 
 
 def _host_entry(item: tuple[str, Any]) -> HostEntry:
-    """Read one entry of hosts."""
     name, value = item
     if not HOST_NAME.fullmatch(name) or name == MACHINES_LABEL:
         raise InvalidValue(f'{name!r:.60}: call it by up to 40 letters, digits, ".", "-" and "_"; '
@@ -1532,7 +1531,6 @@ def _exposed(path: str, secret: str) -> list[str]:
 
 
 def _keys_inside(config: Config) -> Iterator[str]:
-    """Yield the secrets that stand in the file itself."""
     yield from filter(None, [config.key, config.certificate_password,
                              *(entry.key for entry in config.key_entries)])
 
@@ -1584,7 +1582,6 @@ def _secret_file(path: str) -> str:
 
 
 def _check_certificate(config: Config, problems: list[str], warnings: list[str]) -> None:
-    """Add what is wrong with the certificate of the listener."""
     if not config.certificate:
         problems.append('listener.certificate.path: missing; install.sh makes a self-signed one')
         return
@@ -1898,7 +1895,6 @@ class Guest:
         return self._settled(says, before) if verb == 'resume' else says
 
     def _change(self, verb: str) -> None:
-        """Carry out a row of CHANGES."""
         raise NotImplementedError
 
     def picture(self) -> bytes:
@@ -2095,6 +2091,14 @@ def within(deadline: Deadline, who: str, ask: Callable[..., Result], *args: Any)
         raise HostAway(f'{who} does not answer', hint='try again in a moment') from None
 
 
+def reached(who: str, probe: Callable[[], bool], deadline: Deadline) -> bool:
+    """Wait until `probe` is true (True) or time is up (False), even while it hangs."""
+    try:
+        return in_thread(f'wait {who}', deadline.poll, probe).result(deadline.left())
+    except concurrent.futures.TimeoutError:
+        return False
+
+
 def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]],
             timeout: float = ASK_TIMEOUT) -> list[dict[str, Any]]:
     """Ask all guests at once, so that a silent one delays no other; return the answers, each with
@@ -2277,16 +2281,6 @@ def _measure_coarse(guest: Guest, readings: list[Reading]) -> Measurement:
     return Measurement((low + high) // 2, best.delay, abs(high - low) // 2)
 
 
-def _set_explicit(guest: Guest, ahead: int) -> None:
-    """Set the host's time plus `ahead` ns, what the call and its way will take."""
-    guest.set_time(lambda: time.time_ns() + ahead)
-
-
-def _set_from_hardware(guest: Guest, _ahead: int) -> None:
-    """Have the guest read its hardware clock (Linux) or ask its time service (Windows)."""
-    guest.set_time(None)
-
-
 def _set_by_date(guest: Guest, ahead: int) -> None:
     """Run `date` in the guest, started so that it takes effect at a whole second: not every
     date takes fractions."""
@@ -2301,15 +2295,18 @@ class Method(NamedTuple):
     """A way to set a guest's clock."""
 
     name: str
-    apply: Callable[[Guest, int], None]
+    apply: Callable[[Guest, int], None]         # sets the host's time plus so many ns, which the
+    #                                             call and its way will take
     rounds: int                 # tries, each made better by what the last one missed by
     grain: int = 0              # ns: how much it may leave, and so what it can't improve on
     executes: bool = False      # runs a program in the guest
 
 
 METHODS = (                     # from the best to the last resort
-    Method('guest-set-time', _set_explicit, ROUNDS),
-    Method('hardware-clock', _set_from_hardware, 1, grain=SECOND),
+    Method('guest-set-time', lambda guest, ahead: guest.set_time(lambda: time.time_ns() + ahead),
+           ROUNDS),
+    # The guest reads its hardware clock (Linux) or asks its time service (Windows).
+    Method('hardware-clock', lambda guest, _ahead: guest.set_time(None), 1, grain=SECOND),
     Method('guest-exec-date', _set_by_date, ROUNDS, grain=20 * MS, executes=True))
 
 
@@ -2516,12 +2513,9 @@ START_ATTEMPTS = 3             # the same action on the same state, before givin
 
 
 class VirError(ctypes.Structure):
-    """virError of virterror.h."""
+    """The beginning of virError of virterror.h."""
 
-    _fields_ = [('code', ctypes.c_int), ('domain', ctypes.c_int), ('message', ctypes.c_char_p),
-                ('level', ctypes.c_int), ('conn', ctypes.c_void_p), ('dom', ctypes.c_void_p),
-                ('str1', ctypes.c_char_p), ('str2', ctypes.c_char_p), ('str3', ctypes.c_char_p),
-                ('int1', ctypes.c_int), ('int2', ctypes.c_int), ('net', ctypes.c_void_p)]
+    _fields_ = [('code', ctypes.c_int), ('domain', ctypes.c_int), ('message', ctypes.c_char_p)]
 
 
 _INT, _UINT, _PTR, _STR = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_char_p
@@ -2759,7 +2753,7 @@ class Subscription:
         self._all.pop(self.number, None)
 
     @classmethod
-    def deliver(cls, number: int | None, domain: int, kind: str) -> None:
+    def deliver(cls, number: int | None, domain: int, kind: str) -> int:
         """Pass on an event. Runs in the event loop: it copies the names and enqueues, no more."""
         subscription = cls._all.get(number or 0)
         if subscription and kind:
@@ -2767,6 +2761,7 @@ class Subscription:
                 subscription.notify(*subscription.connection.library.identity(domain), kind)
             except Exception:           # a boundary: C can't do anything with an exception
                 log.exception('event %s: unexpected error', kind)
+        return 0
 
     @classmethod
     def close(cls, number: int | None, reason: int) -> None:
@@ -2777,25 +2772,15 @@ class Subscription:
             subscription.lost.set()
 
 
-def _on_lifecycle(_conn: int, domain: int, event: int, detail: int, number: int) -> int:
-    kind = LIFECYCLE_KINDS.get((event, detail), DEFAULT_KINDS.get(event, 'changed'))
-    Subscription.deliver(number, domain, kind)
-    return 0
-
-
-def _on_wakeup(_conn: int, domain: int, _reason: int, number: int) -> None:
-    Subscription.deliver(number, domain, 'woken')
-
-
-def _on_agent(_conn: int, domain: int, state: int, _reason: int, number: int) -> None:
-    Subscription.deliver(number, domain, 'agent connected' if state == 1 else 'changed')
-
-
 _ON_CLOSE = CloseCallback(lambda _conn, reason, number: Subscription.close(number, reason))
 _EVENTS: dict[int, Any] = {         # virDomainEventID -> callback; never 2, RTC_CHANGE: that one
-    0: LifecycleCallback(_on_lifecycle),        # is the echo of our own guest-set-time
-    11: WakeupCallback(_on_wakeup),
-    18: AgentCallback(_on_agent)}
+    #                                 is the echo of our own guest-set-time
+    0: LifecycleCallback(lambda _conn, domain, event, detail, number: Subscription.deliver(
+        number, domain, LIFECYCLE_KINDS.get((event, detail), DEFAULT_KINDS.get(event, 'changed')))),
+    11: WakeupCallback(lambda _conn, domain, _reason, number: Subscription.deliver(
+        number, domain, 'woken')),
+    18: AgentCallback(lambda _conn, domain, state, _reason, number: Subscription.deliver(
+        number, domain, 'agent connected' if state == 1 else 'changed'))}
 
 
 class Opening:
@@ -3011,7 +2996,6 @@ class ConnectionPool:
             connection.close()
 
     def _put(self, connection: Connection) -> None:
-        """Take a connection back."""
         if connection.alive():
             with self.lock:
                 self.idle.append(connection)
@@ -3906,7 +3890,6 @@ class Monitor:
                 job.nudge.clear()
 
     def _run(self, job: ClockJob) -> None:
-        """Correct one clock, and say what came of it."""
         guest = job.event.guest
         learned = guest.id, job.event.kind      # a guest that is emulated sets it some ms late
         result = Correction(guest.name, job.event.kind, began=job.event.when, late=job.late,
@@ -4055,33 +4038,21 @@ class GuestList:
 
     def _wait(self, step: Step) -> bool:
         """Wait until a line's guest, port or path is there, but not longer than the line says;
-        tell whether it is.
-
-        The asking has a thread of its own: an agent or a mount that hangs holds it for long.
-        """
-        reached, deadline, began = threading.Event(), Deadline(step.seconds), time.monotonic()
-
+        tell whether it is."""
         def ask() -> bool:
             with contextlib.suppress(Error):
-                return self.PROBES[step.until](self.guests, step)
-            return self.stopping.is_set()
+                return self.stopping.is_set() or self.PROBES[step.until](self.guests, step)
+            return False
+        began, until = time.monotonic(), ' '.join(filter(None, [step.until, step.what]))
+        there = reached(step.name or step.what, ask, Deadline(step.seconds))
+        if self.stopping.is_set():
+            return False
+        log.log(logging.INFO if there else logging.WARNING, '%s: line %d: %s: %s after %.1f s%s',
+                self.what, step.number, step.name or 'host',
+                until if there else f'not yet "{until}"', time.monotonic() - began,
+                '' if there else '; the list ends here' if step.otherwise else '; going on')
+        return there
 
-        def look() -> None:
-            if deadline.poll(ask):
-                reached.set()
-        spawn(f'wait {step.name or step.what}', look)
-        while not reached.wait(min(STATE_POLL, deadline.left())) and not deadline.passed():
-            if self.stopping.is_set():
-                return False
-        waited = time.monotonic() - began
-        until = ' '.join(filter(None, [step.until, step.what]))
-        if reached.is_set():
-            log.info('%s: %s: %s after %.1f s', self.what, step.name or 'host', until, waited)
-        else:
-            log.warning('%s: line %d: %s: not yet "%s" after %.1f s; %s', self.what, step.number,
-                        step.name or 'host', until, waited,
-                        'the list ends here' if step.otherwise else 'going on')
-        return reached.is_set()
 
 class Startup(GuestList):
     """Carry out startup.vmStartupCommands: once, or with `mark` once since the host booted."""
@@ -4136,7 +4107,6 @@ class Startup(GuestList):
         return ready
 
     def _start(self, name: str) -> None:
-        """Start one guest, trying again START_RETRIES times."""
         for attempt in range(1 + START_RETRIES):
             if attempt:
                 self.stopping.wait(START_RETRY_PAUSE)
@@ -4191,9 +4161,7 @@ class Shutdown(GuestList):
         """Go through the lines, wait for the last guest or for the limit, and sum up."""
         began, away = time.monotonic(), list[Error]()
         self._find(away)
-        work = [spawn('shutdown list', self._work)]
-        while work[0].is_alive() and not self.limit.passed():
-            time.sleep(STATE_POLL)
+        spawn('shutdown list', self._work).join(self.limit.left())
         self.stopping.set()
         for problem in away:
             log.error('shutdown: %s', explain(problem))
@@ -4254,7 +4222,6 @@ class Shutdown(GuestList):
                 thread.join(self.limit.left())
 
     def _end(self, step: Step, guest: Guest) -> None:
-        """End one guest as its line says."""
         self._waits[guest.name] = time.monotonic()
         for verb in filter(None, (step.verb, step.otherwise)):
             if self.stopping.is_set():
@@ -4877,14 +4844,11 @@ def unless_known(request: Request, reply: Reply) -> Reply:
     return reply._replace(content=('application/json', body), headers=(('ETag', tag),))
 
 
-def page_wanted(request: Request) -> bool:
-    """Tell whether it is a browser that asks for the page."""
-    return request.target in ('/', '/?') and request.method in ('GET', 'HEAD') \
-        and 'text/html' in request.headers.get('Accept', '')
-
-
-def page_reply() -> Reply:
-    """Return the page as an answer."""
+def page_reply(request: Request) -> Reply | None:
+    """Return the page, if it is a browser that asks for it."""
+    if request.target not in ('/', '/?') or request.method not in ('GET', 'HEAD') \
+            or 'text/html' not in request.headers.get('Accept', ''):
+        return None
     policy, body = page()
     return Reply(200, '', content=('text/html; charset=utf-8', body), headers=(
         ('Content-Security-Policy', policy), ('Referrer-Policy', 'no-referrer')))
@@ -4905,8 +4869,9 @@ class Dispatcher:
 
     def answer(self, request: Request) -> Reply:
         """Return the answer to any request, and write its audit line."""
-        if self.settings.config.page and page_wanted(request):
-            return page_reply()
+        shown = page_reply(request) if self.settings.config.page else None
+        if shown:
+            return shown
         audit = Audit(request.client(self.trusts))
         try:
             reply = self._dispatch(request, audit)
@@ -5015,25 +4980,18 @@ class Dispatcher:
                          + (f', it is {state["state"]}' if state else ''),
                          {**known, 'result': 'goes on', **state})
         says, known['result'] = f'{guest.name}: {result}', result
+        if not order.until or result == 'already off':
+            return Reply(200, says, {**known, **(self._state_now(guest) if order.until else {})})
         if order.until == 'agent':
-            reached = self._reached(guest, guest.agent_answers, deadline)
-            known['agent'] = 'answers' if reached else 'silent'
-            return Reply(200, f'{says}, its agent answers', known) if reached else Reply(
-                202, f'{says}, but its agent does not answer yet', known)
-        if order.until == 'off' and result != 'already off':
-            reached = self._reached(guest, guest.is_off, deadline)
+            there = reached(guest.name, guest.agent_answers, deadline)
+            known['agent'] = 'answers' if there else 'silent'
+            says += ', its agent answers' if there else ', but its agent does not answer yet'
+        else:
+            there = reached(guest.name, guest.is_off, deadline)
             known.update(self._state_now(guest))
-            return Reply(200, f'{says}, it is off', known) if reached else Reply(
-                202, f'{says}, but it is {known["state"]}; a guest may ignore that', known)
-        return Reply(200, says, {**known, **(self._state_now(guest) if order.until else {})})
-
-    @staticmethod
-    def _reached(guest: Guest, probe: Callable[[], bool], deadline: Deadline) -> bool:
-        """Wait until `probe` is true (True) or time is up (False), even while it hangs."""
-        try:
-            return in_thread(f'wait {guest.name}', deadline.poll, probe).result(deadline.left())
-        except concurrent.futures.TimeoutError:
-            return False
+            says += ', it is off' if there else (
+                f', but it is {known["state"]}; a guest may ignore that')
+        return Reply(200 if there else 202, says, known)
 
     @staticmethod
     def _state_now(guest: Guest) -> dict[str, str]:
@@ -5044,7 +5002,6 @@ class Dispatcher:
 
     @staticmethod
     def _log_late(command: str, guest: Guest, outcome: concurrent.futures.Future[str]) -> None:
-        """Log what became of a command that nobody waits for any more."""
         problem = outcome.exception()
         log.log(logging.WARNING if problem else logging.INFO, '%s %s: %s', command, guest.name,
                 explain(problem) if problem else outcome.result())
@@ -5063,7 +5020,6 @@ class Dispatcher:
 
     @staticmethod
     def _line(known: Mapping[str, Any]) -> str:
-        """Return what is known of a guest as a line for people."""
         if 'error' in known:
             return f'{known["name"]} unknown: {known["error"]}'
         clock, last = known['clock'], known['lastCommand'] or {}
@@ -5282,7 +5238,6 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         return line
 
     def _body(self) -> bytes:
-        """Read the body of the request."""
         coding = self.headers.get_all('Transfer-Encoding', [])
         lengths = self.headers.get_all('Content-Length', [])
         too_large = Refusal(413, f'the body may have {BODY_BYTES} bytes')
@@ -5401,17 +5356,14 @@ class Server:
                     log.error('can\'t accept a connection: %s', explain(problem))
                 continue
             try:
-                self._welcome(Client(connection, plain_address(address[0])))
+                client = Client(connection, plain_address(address[0]))
+                if self._admit(client):
+                    spawn(f'client {client.address}', self._serve, client)
+                else:
+                    connection.close()
             except Exception:           # a boundary: one client must not end the listener
                 log.exception('client %s: unexpected error', address[0])
                 connection.close()
-
-    def _welcome(self, client: Client) -> None:
-        """Take a connection in, at the cost of the oldest idle one when there are too many."""
-        if self._admit(client):
-            spawn(f'client {client.address}', self._serve, client)
-        else:
-            client.connection.close()
 
     def _admit(self, client: Client) -> bool:
         """Count the client in, and drop an idle one for it; False if all others are at work."""
@@ -5430,7 +5382,6 @@ class Server:
             return True
 
     def _serve(self, client: Client) -> None:
-        """Serve one connection, in its own thread."""
         try:
             ClientConnection(client, self)
         except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
@@ -11770,8 +11721,13 @@ class Service(NamedTuple):
 
     def may_read(self, path: str) -> bool:
         """Tell whether it can read a file; only root can ask."""
-        return self.machines or not run(['runuser', '-u', self.account, '--', 'test', '-r', path],
-                                        SYSTEMCTL_TIMEOUT, check=False).returncode
+        return self.machines or as_user(self.account, 'test', '-r', path)
+
+
+def as_user(account: str, *argv: str) -> bool:
+    """Tell whether a program ends well when this user runs it."""
+    return not run(['runuser', '-u', account, '--', *argv], SYSTEMCTL_TIMEOUT,
+                   check=False).returncode
 
 
 class Changes:
@@ -11981,20 +11937,14 @@ class Setup:
                             ['gpasswd', '-d', name, 'libvirt'],
                             f'the user {name} could not be put into the group libvirt')
             self.record.joined = True
-        if not self._as_user(self.python, '-c', ''):
+        if not as_user(self.account, self.python, '-c', ''):
             self.python = '/usr/bin/python3'            # this one is in root's home
-        if not self._as_user(self.python, '-c', ''):
+        if not as_user(self.account, self.python, '-c', ''):
             raise SetupError(f'the user {name} can\'t run {self.python}; install python3 in '
                              '/usr/bin')
         return known.pw_gid
 
-    def _as_user(self, *argv: str) -> bool:
-        """Tell whether a program ends well when the service's user runs it."""
-        return not run(['runuser', '-u', self.account, '--', *argv], SYSTEMCTL_TIMEOUT,
-                       check=False).returncode
-
     def _made(self, name: str, data: bytes, mode: int, group: int = 0) -> None:
-        """Write a file of HERE, and put it on the list."""
         self.changes.put(self.path(name), data, mode, group)
         self.record.files[name] = hashlib.sha256(data).hexdigest()
 
@@ -12002,7 +11952,7 @@ class Setup:
         """Put the new version there; the program itself counts from the rename on."""
         for name, mode in PROGRAM_FILES.items() if self.here != self.source else ():
             self._made(name, Path(self.source, name).read_bytes(), mode)
-        if not self._as_user('test', '-r', self.path('vmmonitor.py')):
+        if not as_user(self.account, 'test', '-r', self.path('vmmonitor.py')):
             raise SetupError(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
                              'say --prefix /opt/vmmonitor, or open the path to it')
 
@@ -12021,13 +11971,10 @@ class Setup:
 
     def _compile(self) -> None:
         """Have the bytecode of the program in HERE/__pycache__, where the command finds it."""
-        program, cached = self.path('vmmonitor.py'), Path(self.path('__pycache__'))
-        made = [*cached.glob('vmmonitor.*.pyc')]
-        if not made or os.stat(made[0]).st_mtime < os.stat(program).st_mtime:
-            run([self.python, '-I', '-m', 'py_compile', program], SYSTEMCTL_TIMEOUT, check=False)
+        run([self.python, '-I', '-m', 'py_compile', self.path('vmmonitor.py')], SYSTEMCTL_TIMEOUT,
+            check=False)
 
     def _make_config(self, group: int) -> Config:
-        """Have a configuration with its certificate, and return it."""
         path = self.path('config.json')
         there = os.path.lexists(path)
         if there:
@@ -12054,7 +12001,6 @@ class Setup:
         return config
 
     def _make_certificate(self, group: int) -> None:
-        """Make a self-signed certificate if there is none."""
         there = [name for name in ('cert.pem', 'key.pem') if os.path.lexists(self.path(name))]
         if len(there) == 1:
             gone = 'key.pem' if there == ['cert.pem'] else 'cert.pem'
@@ -12091,7 +12037,7 @@ class Setup:
         hand = [path for path in named if self.systemd and ends[os.path.basename(path)] == 1
                 and re.fullmatch('[A-Za-z0-9/._+@-]+', path)]
         for path in [config.path, *named]:
-            if path not in hand and not self._as_user('test', '-r', path):
+            if path not in hand and not as_user(self.account, 'test', '-r', path):
                 raise SetupError(f'the user {self.account} can\'t read {path}', self._remedy(path))
         return hand
 
@@ -12125,7 +12071,6 @@ class Setup:
                              '"virsh -c qemu:///system list" works, and run this again')
 
     def _unit(self, named: Sequence[str]) -> str:
-        """Return the unit for this host."""
         text = Path(self.source, 'vmmonitor.service').read_text('utf-8')
         lines = [f'LoadCredential={os.path.basename(path)}:{path}' for path in sorted(named)]
         text = text.replace('/usr/bin/python3', self.python).replace('/opt/vmmonitor', self.here)
@@ -12184,17 +12129,7 @@ class Setup:
         """Take away what install() made; config.json, certificate and key only with `purge`."""
         self.here = self.before.here or self.here
         self.record = SetupRecord(self.here)
-        if os.path.lexists(UNIT):
-            systemctl('disable', '--now', '--quiet', 'vmmonitor')
-            for path in (UNIT, DROPIN):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(DROPIN))
-            systemctl('daemon-reload')
-            systemctl('reset-failed', '--quiet', 'vmmonitor')
-            shutil.rmtree(UNIT_RUN, ignore_errors=True)
-            print(f'removed {UNIT}')
+        self._remove_service()
         named = []
         with contextlib.suppress(OSError, Error):
             values, _ = parse(Path(self.path('config.json')).read_text('utf-8'),
@@ -12203,12 +12138,9 @@ class Setup:
         remove_account(self.account, [self.here, *self.record.places, *named], self.record)
         for cached in Path(self.here).glob('__pycache__/vmmonitor.*.pyc'):
             cached.unlink()
-        with contextlib.suppress(OSError):
-            os.rmdir(self.path('__pycache__'))
         for name in list(self.record.files):
             if name in PROGRAM_FILES or os.path.isabs(name) or (self.purge and self._is_ours(name)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path(name))
+                remove_file(self.path(name))
                 del self.record.files[name]
         if self.purge:
             _purge_state()
@@ -12219,13 +12151,21 @@ class Setup:
         if self.record.files:
             _write_owned(self.record.path, self.record.data(), 0o644, 0)
         else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.record.path)
-        try:
-            os.rmdir(self.here)
-            print(f'removed {self.here}')
-        except OSError:
-            print(f'{self.here} stays, with what is in it now')
+            remove_file(self.record.path)
+        _rmdir(self.path('__pycache__'))
+        left = not _rmdir(self.here)
+        print(f'{self.here} stays, with what is in it now' if left else f'removed {self.here}')
+
+    def _remove_service(self) -> None:
+        if os.path.lexists(UNIT):
+            systemctl('disable', '--now', '--quiet', 'vmmonitor')
+            remove_file(UNIT)
+            remove_file(DROPIN)
+            _rmdir(os.path.dirname(DROPIN))
+            systemctl('daemon-reload')
+            systemctl('reset-failed', '--quiet', 'vmmonitor')
+            shutil.rmtree(UNIT_RUN, ignore_errors=True)
+            print(f'removed {UNIT}')
 
     def _is_ours(self, name: str) -> bool:
         """Tell whether a file of the list still holds what was made; config.json may be edited."""
@@ -12235,13 +12175,18 @@ class Setup:
         return True
 
 
+def _rmdir(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+        return True
+    return False
+
+
 def _exists(database: str, name: str) -> bool:
-    """Tell whether there is a user (passwd) or group of that name."""
     return not run(['getent', database, name], SYSTEMCTL_TIMEOUT, check=False).returncode
 
 
 def _host_name() -> str:
-    """Return this host's full name."""
     with contextlib.suppress(CommandError):
         return run(['hostname', '-f'], QMP_TIMEOUT).stdout.decode().strip() or os.uname().nodename
     return os.uname().nodename
@@ -12263,7 +12208,6 @@ def host_addresses() -> list[str]:
 
 
 def _service_words(since: float) -> str:
-    """Return what the service said last since then, before it ended."""
     with contextlib.suppress(CommandError):
         run(['journalctl', '--sync'], SYSTEMCTL_TIMEOUT, check=False)
         words = run(['journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '--since',
@@ -12322,16 +12266,14 @@ def curl_example(config: Config) -> Iterator[str]:
     """Yield a curl line that this listener answers, and how to know it from elsewhere."""
     if not config.listener_enabled:
         return
-    certificate, host = beside(config, config.certificate), _host_name()
+    certificate, address = beside(config, config.certificate), config.address or 'localhost'
 
     def openssl(*words: str, stdin: bytes = b'') -> bytes:
         return run(['openssl', *words], QMP_TIMEOUT, stdin, check=False).stdout
     shown = openssl('x509', '-noout', '-subject', '-issuer', '-ext', 'subjectAltName', '-in',
                     certificate).decode(errors='replace')
     names = re.findall(r'DNS:([^\s,*]+)', shown) or re.findall(r'CN ?= ?([^\s,/*]+)', shown)
-    if names:
-        host = 'localhost' if 'localhost' in names else names[0]
-    address = config.address or 'localhost'
+    host = 'localhost' if 'localhost' in names else [*names, _host_name()][0]
     words = ['curl', '--cacert', shlex.quote(certificate)]
     if address != host:
         there = f'[{address}]' if ':' in address else address
@@ -12427,8 +12369,7 @@ def notify_systemd(*lines: str) -> None:
     address = os.environ.get('NOTIFY_SOCKET', '')
     if not address:
         return
-    if address.startswith('@'):
-        address = '\0' + address[1:]
+    address = '\0' + address[1:] if address[0] == '@' else address      # an abstract socket
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
         notifier.sendto('\n'.join(lines).encode(), address)
 
@@ -12475,7 +12416,7 @@ class Daemon:
         """Start the roles, serve until SIGTERM or SIGINT, and return the exit status."""
         library = Library.get()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda heard, _frame: self.signals.put(heard))
         log.info('vmmonitor %s: %s', __version__, ', '.join(self.roles))
         for warning in self.settings.config.warnings:
             log.warning('%s', warning)
@@ -12510,9 +12451,6 @@ class Daemon:
             notify_systemd(f'STATUS={shutdown.progress()}', 'WATCHDOG=1',
                            f'EXTEND_TIMEOUT_USEC={EXTEND_TIMEOUT * 1_000_000}')
             work.join(1.0)
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self.signals.put(number)
 
     def _serve(self, library: Library) -> None:
         """Wait for signals; keep systemd's watchdog content as long as events can come."""
@@ -12641,7 +12579,6 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
 
 
 def _check_listener(config: Config) -> Iterator[Check]:
-    """Check at the certificate's end and at the port."""
     try:
         shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend', '1209600', '-in',
                      beside(config, config.certificate)], QMP_TIMEOUT, check=False)
@@ -12678,7 +12615,6 @@ def _is_served(config: Config) -> bool:
 
 def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
                   ) -> Iterator[Check]:
-    """Check at the guests: their agent channels, and the names in the startup list."""
     guests: dict[str, list[Guest]] = collections.defaultdict(list)      # by NAME and HOST/NAME
     found: list[Guest] = []
     for host, answer in Guests(hosts).ask(lambda host: host.all()):
@@ -12713,7 +12649,6 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
 
 def _check_list(key: str, lines: Iterable[Step], guests: Mapping[str, Sequence[Guest]]
                 ) -> Iterator[Check]:
-    """Check at the names in a list for the way up or down."""
     for step in lines:
         named = guests.get(step.name, ())
         if step.name and len(named) != 1:
@@ -12836,7 +12771,6 @@ def ask_and_show(config: Config, options: argparse.Namespace,
 
 
 def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) -> None:
-    """Say on the terminal what is waited for, once a second."""
     began = time.monotonic()
     while not over.wait(1.0):
         left = [name for name in names if name not in done]
@@ -13119,7 +13053,6 @@ def find_config(given: str | None) -> str:
 
 
 def _refuse_mixed(options: argparse.Namespace, roles: Sequence[str], once: str) -> None:
-    """Refuse options that do not go together."""
     lists = once in ('clean', 'shutdown') or not once and roles == ['startup']
     for flag, given, fits, says in (
             ('--json', options.json, once in ('check', 'status', 'sync', 'shutdown'),
