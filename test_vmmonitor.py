@@ -9276,26 +9276,27 @@ class WayDownTest(GuestCase):
     """The list for a host that goes down, with real guests. That systemd waits for it is shown on a
     fresh machine, by Fresh.goes_down()."""
 
-    LINES = ('stop web1 30', 'delay 0.2', 'stop web2 2 or off', 'save all')
+    LINES = ('stop down1 30', 'delay 0.2', 'stop down2 2 or off', 'save all')
 
     def setUp(self) -> None:
-        self.only('web1', 'web2', 'web3')
-        self.guests = [self.vm(name) for name in ('web1', 'web2', 'web3')]
+        self.only()                 # one that slept before can't power itself off
+        self.guests = [self.vm(name) for name in ('down1', 'down2', 'down3')]
         self.guests[1].exec(['sh', '-c', 'echo "#!/bin/sh" > /sbin/shutdown'])      # ignores it
         self.list = self.config({'shutdown': {
             'enabled': True, 'timeout': 60, 'vmShutdownCommands': list(self.LINES)}})
 
     def ended(self, log: str) -> None:
-        for text in ('shutdown: web1: shut down; ', 'stop web2: did not shut down within 2 s',
-                     'shutdown: web2: powered off; ', 'shutdown: web3: saved; ', '3 of 3 off'):
+        for text in ('shutdown: down1: shut down; ', 'stop down2: did not shut down within 2 s',
+                     'shutdown: down2: powered off; ', 'shutdown: down3: saved; ', '3 of 3 off'):
             self.assertIn(text, log)
         self.assertEqual([guest.state() for guest in self.guests], ['shut off'] * 3)
         self.assertIn('saved', self.guests[2].virsh('domstate', '--reason'))
 
     def test_by_hand(self) -> None:
         status, out, err = vmmonitor('--config', self.list, '--shutdown', '--dry-run')
-        self.assertEqual((status, out, err), (0, 'stop web1, 30 s at most\ndelay 0.2 s\nstop web2, '
-                                              '2 s at most, then off\nsave web3\n', ''))
+        self.assertEqual((status, out, err), (
+            0, 'stop down1, 30 s at most\ndelay 0.2 s\nstop down2, 2 s at most, then off\n'
+            'save down3\n', ''))
         self.assertEqual(self.guests[0].state(), 'running')
         status, _, err = vmmonitor('--config', self.list, '--shutdown', timeout=120)
         self.assertEqual(status, 0, err)
@@ -9324,7 +9325,7 @@ class WayDownTest(GuestCase):
             program.wait_log('connected after')
             program.process.send_signal(signal.SIGTERM)
             seen = ''
-            while not re.search(r'STATUS=\d of 3 off, waiting for web2: \d+ s\nWATCHDOG=1\n'
+            while not re.search(r'STATUS=\d of 3 off, waiting for down2: \d+ s\nWATCHDOG=1\n'
                                 r'EXTEND_TIMEOUT_USEC=30000000', seen):
                 seen += systemd.recv(4096).decode() + '\n'
             self.assertEqual(program.process.wait(60), 0)
@@ -9334,12 +9335,12 @@ class WayDownTest(GuestCase):
         os.kill(self.guests[2].pid(), signal.SIGSTOP)          # its save does not end
         try:
             path = self.config({'shutdown': {'enabled': True, 'timeout': 4, 'vmShutdownCommands': [
-                'save web3', 'off web2', 'wait web2 off 3 or stop']}})
+                'save down3', 'off down2', 'wait down2 off 3 or stop']}})
             status, _, err = vmmonitor('--config', path, '--shutdown', timeout=60)
         finally:
             os.kill(self.guests[2].pid(), signal.SIGCONT)
         self.assertEqual(status, 1)
-        self.assertRegex(err, r'shutdown: ended after 4\.\d s: web2 powered off; failed: web3 '
+        self.assertRegex(err, r'shutdown: ended after 4\.\d s: down2 powered off; failed: down3 '
                          r'\(still on after [34] s\)')
         self.guests[2].wait_state('shut off')
 
@@ -9354,9 +9355,9 @@ class WayDownTest(GuestCase):
 
     def test_startup_dry_run(self) -> None:
         path = self.config({'startup': {'vmStartupCommands': [
-            'start web1', 'delay 5', 'wait web1 port 80 9 or stop', 'start nope']}})
+            'start down1', 'delay 5', 'wait down1 port 80 9 or stop', 'start nope']}})
         self.assertEqual(vmmonitor('--config', path, '--startup', '--dry-run'), (
-            0, 'start web1: it is running\ndelay 5 s\nwait web1 port 80, 9 s at most, or stop\n'
+            0, 'start down1: it is running\ndelay 5 s\nwait down1 port 80, 9 s at most, or stop\n'
             'start nope: no guest is named nope; --status lists them\n', ''))
 
 
