@@ -7521,7 +7521,6 @@ class LineSocket:
             raise PeerClosed(f'{self.path}: {explain(problem)}') from None
 
     def _more(self, deadline: Deadline) -> None:
-        """Wait for more bytes."""
         if deadline.passed():
             raise PeerSilent(f'{self.path}: did not answer in time')
         self.socket.settimeout(max(deadline.left(), 0.001))
@@ -7569,8 +7568,7 @@ class LineSocket:
         return self.returned(command, self.receive(deadline))
 
     def asked(self, command: str, timeout: float) -> dict[str, Any]:
-        """Return the arguments of a command, its schema "request COMMAND", which has to come
-        now."""
+        """Return the arguments of the command that has to come now."""
         request = self.receive(Deadline(timeout))
         if not matches(request, {'execute': str, 'arguments': SCHEMAS[f'request {command}']}) \
                 or request['execute'] != command:
@@ -7581,8 +7579,7 @@ class LineSocket:
         """Tell whether the other end has closed it, and waits for nothing any more."""
         with contextlib.suppress(OSError):
             ready = select.select([self.socket], [], [], 0)[0]
-            return bool(ready and not self.buffer
-                        and not self.socket.recv(1, socket.MSG_PEEK))
+            return bool(ready and not self.buffer and not self.socket.recv(1, socket.MSG_PEEK))
         return True
 
     def returned(self, command: str, reply: Mapping[str, Any]) -> Any:
@@ -7664,8 +7661,7 @@ class QMP:
             return self.wire.returned(command, answer)
 
     def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any]:
-        """Return the next event whose name is in `names` (any, if that is empty) and whose data
-        have these members, dropping others; PeerSilent if none comes."""
+        """Return the next event of these names (of any if none) and data; or PeerSilent."""
         wanted, deadline = set(names), Deadline(timeout)
         with self.lock:
             while True:
@@ -7698,12 +7694,10 @@ class GuestAgent:
                 members = arguments() if callable(arguments) else arguments or {}
                 wire.send({'execute': command, 'arguments': dict(members)}, deadline)
                 answer = wire.receive(deadline)
-        except PeerSilent:
-            raise agent_error(self.name, 'did not answer') from None
-        except PeerClosed as problem:
-            raise agent_error(self.name, f'not connected: {problem.message}') from None
         except ProtocolError as problem:
-            raise agent_error(self.name, problem.message) from None
+            raise agent_error(self.name, 'did not answer' if isinstance(problem, PeerSilent) else
+                              'not connected: ' * isinstance(problem, PeerClosed)
+                              + problem.message) from None
         if 'error' in answer:
             refusal = reply_error(self.path, answer)
             raise agent_error(self.name, f'{refusal.code}: {refusal.text}'.lstrip(': '))
@@ -7847,8 +7841,7 @@ def qcow2_header(path: str) -> Header | None:
 
 
 def foreign(path: str) -> tuple[str, str]:
-    """Return what a file is that holds a disk as neither raw nor qcow2 does, by its magic, and
-    the command that makes a disk of it; ('', '') if it is none."""
+    """Return what a foreign image is, and the command that makes a disk of it; or ""."""
     first, last = image_at(path, 0, -512)
     for place, magic, what, remedy in FOREIGN:
         if (last if place < 0 else first)[max(place, 0):].startswith(magic):
@@ -7857,8 +7850,7 @@ def foreign(path: str) -> tuple[str, str]:
 
 
 def warn_of_foreign(path: str, use: str) -> None:
-    """Log what a file looks like that is used as a raw disk or a CD; no more, since a guest may
-    have written that into its disk."""
+    """Only log what a raw disk or a CD looks like: a guest may have written that."""
     what, remedy = foreign(path)
     if not what and image_at(path, 0)[0].startswith(QCOW2_MAGIC):
         what, remedy = 'a qcow2 image', "say Harddrive(…, format='qcow2')"
@@ -7950,8 +7942,7 @@ class Harddrive:
         return -(-round(size * GIB) // 512) * 512
 
     def create(self, size: float = 5) -> None:
-        """Create the image, of `size` GiB, if it is absent (qemu-img create); one that is there
-        is only checked."""
+        """Create the image, of `size` GiB, if it is absent (qemu-img create), and check it."""
         if not os.path.exists(self.filename):
             base = self.backing.info()['virtual-size'] if self.backing else 0
             self._write(max(self._bytes(size), base))
@@ -8036,8 +8027,7 @@ class Harddrive:
             raise DiskError(explain(problem)) from None
 
     def in_use(self) -> bool:
-        """Tell whether a QEMU has the image open, or writes to one that it stands on, by the locks
-        that it then holds."""
+        """Tell by its locks whether a QEMU has the image open, or writes to its base."""
         for layer in self.chain():
             with layer._opened('rb') as image:
                 if bytes_locked(image.fileno(), *(IMAGE_LOCKS if layer is self else WRITER_LOCK)):
@@ -8170,8 +8160,7 @@ class Harddrive:
 
     def blockdev(self, node: str, name: Callable[[str, bool], str], top: bool = True
                  ) -> dict[str, Any]:
-        """Return the BlockdevOptions of the image; `name` gives QEMU's name for a path (and
-        whether it is written to)."""
+        """Return its BlockdevOptions; `name` gives QEMU's path for (path, is written to)."""
         told: dict[str, Any] = {
             'node-name': node, 'driver': self.format, 'read-only': not top,
             'file': {'node-name': f'{node}-file', 'driver': 'file', 'read-only': not top,
@@ -8489,8 +8478,7 @@ class MachineSpec:
                                    'add or remove devices until they are the same', hint])))
 
     def cpu_option(self, accel: str) -> str:
-        """Return the processor for QEMU: under TCG all that it can emulate, since distributions of
-        today need more than its default has."""
+        """Return the processor for QEMU; its default is too old for distributions of today."""
         if self.cpu in ('', 'auto'):
             return 'host' if accel == 'kvm' else 'max' if self.cpu else 'qemu64'
         return self.cpu
@@ -8611,8 +8599,7 @@ class MachineFile:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[MachineSpec]:
-        """Have the machine to oneself, with what its file says now; Busy while another thread or
-        program has it for BUSY_TIMEOUT seconds."""
+        """Have the machine to oneself, as its file is now; Busy after BUSY_TIMEOUT."""
         deadline = Deadline(BUSY_TIMEOUT)
         with self.one_of('change', 1, deadline):
             if not self._changing.acquire(timeout=deadline.left() + STATE_POLL):
@@ -8671,20 +8658,19 @@ class MachineFile:
         write_whole(path, spec.json())
         return cls(home, spec)
 
-    def forget(self) -> list[str]:
-        """Remove HOME with all that this program makes in it, never another file; return what is
-        left."""
-        left = []
+    def forget(self) -> None:
+        """Remove HOME with what this program makes in it, and say what is left."""
+        left = False
         for entry in os.scandir(self.home):
             if entry.name in HOME_DIRECTORIES and entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
             elif HOME_FILES.fullmatch(entry.name):
                 os.unlink(entry.path)
             else:
-                left.append(entry.path)
+                left = True
+                log.warning('%s is not of this program, and stays', entry.path)
         if not left:
             os.rmdir(self.home)
-        return left
 
 
 HOME_DIRECTORIES = ('sockets', 'ports', 'vnc', 'run')       # `run` is of versions before 1.1
@@ -8708,8 +8694,7 @@ QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
 LAST_WORDS = 4096               # bytes at the end of qemu.log that are looked at
 SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
-NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all',
-                 '--no-new-privs')
+NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all', '--no-new-privs')
 # What stop() tries, from the kindest: (name, seconds until the next one)
 STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SIGTERM', 5.0),
               ('SIGKILL', 5.0))
@@ -8780,8 +8765,7 @@ def kvm_opens(uid: int) -> bool:
 
 
 def usable_accel(wanted: str, uid: int = 0) -> str:
-    """Return kvm if it is wanted, or 'auto', and /dev/kvm opens; else tcg. VMMONITOR_ACCEL
-    overrides both."""
+    """Return kvm if wanted, or 'auto', and usable, else tcg; VMMONITOR_ACCEL overrides both."""
     for name in (wanted, os.environ.get('VMMONITOR_ACCEL') or wanted):
         if name not in ('auto', 'kvm', 'tcg'):
             raise MachineError(f'accelerator {name!r:.80}', 'use auto, kvm or tcg')
@@ -8861,8 +8845,7 @@ class QmpSession:
             raise self._error(problem) from None
 
     def event(self, names: Iterable[str], timeout: float, **data: Any) -> dict[str, Any] | None:
-        """Return the next event of these names (any, if there are none) and these data; None if
-        it does not come within `timeout` seconds."""
+        """Return the next event of these names (or any) and data; None if none comes."""
         try:
             return self.qmp.event(names, timeout, **data)
         except PeerSilent:
@@ -8872,19 +8855,19 @@ class QmpSession:
 
     def named_fd(self, fd: int) -> str:
         """Hand over a descriptor under a name (getfd)."""
+        self._names.append(f'fd{fd}')
+        self._give('getfd', fd, fdname=f'fd{fd}')
+        return f'fd{fd}'
+
+    def _give(self, command: str, fd: int, **arguments: Any) -> Any:
         try:
-            self._names.append(f'fd{fd}')
-            self.execute('getfd', fds=[fd], fdname=f'fd{fd}')
+            return self.execute(command, fds=[fd], **arguments)
         finally:
             os.close(fd)
-        return f'fd{fd}'
 
     def fdset(self, fd: int) -> str:
         """Hand over a descriptor for where QEMU takes a file, until the session's end (add-fd)."""
-        try:
-            self._sets.append(self.execute('add-fd', fds=[fd])['fdset-id'])
-        finally:
-            os.close(fd)
+        self._sets.append(self._give('add-fd', fd)['fdset-id'])
         return f'/dev/fdset/{self._sets[-1]}'
 
     def stream(self, fd: int, access: int) -> str:
@@ -9030,7 +9013,6 @@ class Qemu:
                 yield session
 
     def _error(self, problem: ProtocolError) -> GuestError:
-        """Return the machine's error for one of its QMP."""
         if isinstance(problem, ReplyError):
             refused = QemuRefused(self.name, problem.code, problem.text)
             refused.hint = self._remedy(problem.text) or refused.hint
@@ -9129,7 +9111,7 @@ class Qemu:
                            'its disk or network storage hangs: see dmesg')
 
     def _push(self, way: str, process: int) -> bool:
-        """Have it end in a way that needs no guest; tell whether to wait for it."""
+        """Have it end without its guest; tell whether to wait for it."""
         with contextlib.suppress(ProcessLookupError, GuestError):   # it may end before it answers
             if way == 'quit':
                 with self.session(STOP_STEPS[2][1]) as session:
@@ -9142,8 +9124,7 @@ class Qemu:
         """Return what the machine is doing, and why (query-status)."""
         self.file.refresh()
         if not self.is_alive():
-            return Status(State.SAVED if self.spec.memory_at is MemoryAt.SAVED
-                          else State.OFF)
+            return Status(State.SAVED if self.spec.memory_at is MemoryAt.SAVED else State.OFF)
         try:
             told = self.run_state()
         except WrongState:                      # it ended meanwhile
@@ -9152,7 +9133,6 @@ class Qemu:
             told, State.RUNNING)
         plain = state not in (State.PAUSED, State.CRASHED) or told in ('paused', 'running')
         return Status(state, '' if plain else QEMU_REASONS.get(told, told))
-
 
     def events(self, timeout: float) -> Iterator[dict[str, Any]]:
         """Yield QEMU's events as they come, until none came for `timeout` seconds."""
@@ -9187,8 +9167,7 @@ class Qemu:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
         # One that was made for its cards goes with the last of them.
         space, cards = self.spec.namespace, self.spec.of_kind('nic')
-        argv = ['ip', 'netns', 'exec', space] if space and (cards or namespace_id(space)) \
-            else []
+        argv = ['ip', 'netns', 'exec', space] if space and (cards or namespace_id(space)) else []
         uid = self.spec.uid
         if os.geteuid() == 0 and uid:
             kvm = usable_accel(self.spec.accel, uid) == 'kvm' and os.stat('/dev/kvm').st_gid
@@ -9260,8 +9239,7 @@ class Qemu:
             launch.add('-mon', 'chardev=hmp,mode=readline')
 
     def require_savable(self) -> None:
-        """Raise WrongState unless its memory can be kept: one that sleeps would be there again
-        without a way to wake it."""
+        """Raise WrongState unless its memory can be kept; one asleep could not be woken."""
         state = self.state()
         if state not in (State.RUNNING, State.PAUSED):
             raise WrongState(f'{self.name} is {state.value}: its memory can\'t be kept',
@@ -9314,8 +9292,7 @@ class Qemu:
                 raise
 
     def agent_state(self) -> str:
-        """Return connected or disconnected: whether the guest has the agent's port open
-        (query-chardev)."""
+        """Return connected or disconnected: whether the guest has its port open."""
         return 'connected' if self._agent_open(QMP_TIMEOUT) else 'disconnected'
 
     def _agent_open(self, timeout: float) -> bool | None:
@@ -9357,8 +9334,7 @@ class Qemu:
         Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
 
     def trim_console(self) -> None:
-        """Keep the last CONSOLE_BYTES of its console's log in console.log.1, and begin the log
-        anew, when it has as many: a guest may write for ever."""
+        """Begin a log of CONSOLE_BYTES anew, and keep those: a guest may write for ever."""
         path = self.file.path('console.log')
         with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as text:
             if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
@@ -9430,8 +9406,7 @@ KINDS = {
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested QMP structure in the command line's form, which has the outer `type` only,
-    for a file's name `path`, and for a descriptor's `fd`."""
+    """Return a nested QMP structure in the form of -netdev, -object and -chardev."""
     told: dict[str, Any] = {}
     for key, value in values.items():
         inner = flat(value) if isinstance(value, dict) else {
@@ -9467,8 +9442,7 @@ class DriveSlot:
 
 
 class Devices(Part):
-    """What is plugged into a machine: the table of devices in its file, made into a command line or
-    plugged in and out while it runs, and their boot order."""
+    """What is plugged into a machine, and how it comes in and out, and their boot order."""
 
     def __init__(self, qemu: Qemu, cd: CD) -> None:
         super().__init__(qemu)
@@ -9524,7 +9498,6 @@ class Devices(Part):
         self.qemu.start(wrapper, launch)
 
     def _fixed_devices(self) -> Iterator[str]:
-        """Yield the devices that every machine has."""
         for number in range(self.spec.ports if 'q35' in self.spec.type else 0):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
@@ -9592,8 +9565,7 @@ class Devices(Part):
         return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
 
     def _free_port(self, stem: str = 'rp') -> str:
-        """Return a port that is free: rpN for PCI, nrN of the virtio serial device, whose first
-        two are a console's and the agent's."""
+        """Return a free port: rpN for PCI, nrN of virtio serial (0, 1: console, agent)."""
         taken = {device.bus for device in self.spec.devices}
         ports = range(self.spec.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
         free = [f'{stem}{n}' for n in ports if f'{stem}{n}' not in taken]
@@ -9603,8 +9575,7 @@ class Devices(Part):
         return free[0]
 
     def _where(self, port: str) -> dict[str, Any]:
-        """Return where a port is, so that a device is there again after a restart, and in a
-        memory image: q35 has root ports to plug into, of `pc` it is a place."""
+        """Return where a port is: of q35 a root port, to plug into, of `pc` a place."""
         if port.startswith('nr'):
             return {'bus': 'serial.0', 'nr': int(port[2:])}
         if 'q35' in self.spec.type:
@@ -9670,7 +9641,6 @@ class Devices(Part):
             raise DiskError(f'{self.name}: {drive.taken()}', 'stop that one first')
 
     def _compose_device(self, launch: QemuCommand, device: Device) -> None:
-        """Put a device into the command line."""
         thing = self.thing(device)
         if device.kind == 'disk':
             thing.check()
@@ -9686,8 +9656,7 @@ class Devices(Part):
 
     @staticmethod
     def _vhost(give: FdGiver) -> dict[str, Any]:
-        """Return the options for the kernel's virtio, where it is there: without it, QEMU aborts
-        on vhost=on."""
+        """Use the kernel's virtio where it is there: without it, QEMU aborts on vhost=on."""
         try:
             return {'vhost': True, 'vhostfd': give.named_fd(os.open('/dev/vhost-net',
                                                                     os.O_RDWR | os.O_CLOEXEC))}
@@ -9731,7 +9700,6 @@ class Devices(Part):
         return {'id': name, 'backend': {'type': facts.type, 'data': data}}
 
     def _port(self, device: Device) -> str:
-        """Return the path of a chardev's end on the host."""
         return self.file.path(f'ports/{device.id}')
 
     def _unplug(self, device: Device, timeout: float) -> bool:
@@ -9753,8 +9721,7 @@ class Devices(Part):
 
     @staticmethod
     def _request_unplug(qmp: QmpSession, device: Device, deadline: Deadline) -> bool:
-        """Ask for a device until the guest lets it go: one that is just finding it, or overloaded,
-        can miss a request."""
+        """Ask until the guest lets it go: one that is just finding it can miss a request."""
         asked = device.pending
         while True:
             try:
@@ -9963,12 +9930,10 @@ class Ram(Part):
                 return self.balloon(actual + mb)
         room = self.spec.maxmemory - self.spec.ram()
         if mb % DIMM_MIB or mb > room:
-            raise MachineError(
-                f'{self.name}: can\'t get {mb} MiB more: '
-                + ('Linux takes memory in blocks of 128 MiB' if mb % DIMM_MIB else
-                   f'there is room for {max(room, 0)} MiB'),
-                f'use a multiple of {DIMM_MIB}' if mb % DIMM_MIB else
-                'make the machine with a larger maxmemory=')
+            why, remedy = (f'Linux takes memory in blocks of {DIMM_MIB} MiB', 'use a multiple of it'
+                           ) if mb % DIMM_MIB else (f'there is room for {max(room, 0)} MiB',
+                                                    'make the machine with a larger maxmemory=')
+            raise MachineError(f'{self.name}: can\'t get {mb} MiB more: {why}', remedy)
         blocks = self._memory_blocks() if self.qemu.is_alive() else {}
         device = self.devices.add(lambda: self.devices.plan(
             Device(self.devices.new_id('dimm'), 'dimm', facts=Facts(mib=mb)), None))
@@ -10109,8 +10074,7 @@ class MemoryStream(Part):
 
     @staticmethod
     def receive(qmp: QmpSession, fd: int, late: bool = False) -> None:
-        """Have a QEMU that waits for a migration read it from a descriptor; with `late` it opens
-        its disks only when the guest runs."""
+        """Have a waiting QEMU read from a descriptor; `late`: it opens disks when it runs."""
         qmp.execute('migrate-set-capabilities', capabilities=[
             {'capability': 'events', 'state': True},
             {'capability': 'late-block-activate', 'state': late}])
@@ -10249,17 +10213,17 @@ class Snapshots(Part):
         self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
         self.file.write()
         try:
-            with self.qemu.session() as qmp:
-                self._snapshot_job(qmp, 'save', tag, [node for node, _ in layers])
+            self._snapshot_job('save', tag, [node for node, _ in layers])
             made = layers[0][1].found(tag)
             self.spec.snapshots[tag] = [*self._saved_shape(layers),
                                         ['made', made.id, made.when, made.ram]]
             layers[0][1].note(tag, self.spec.snapshots[tag])
         except BaseException as problem:
             if isinstance(problem, KeyboardInterrupt):
-                with contextlib.suppress(GuestError), self.qemu.session() as qmp:
-                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
-            self._forget(tag)
+                with contextlib.suppress(GuestError):
+                    self._snapshot_job('delete', tag, [node for node, _ in layers])
+            del self.spec.snapshots[tag]
+            self.file.write()
             if isinstance(problem, MachineError):
                 raise MachineError(str(problem), f'its memory, up to {self.spec.ram()} MiB, goes '
                                    f'into {layers[0][1].filename}: is there space?') from None
@@ -10269,8 +10233,7 @@ class Snapshots(Part):
                 self.qemu.qmp('cont')
 
     def _saved_shape(self, layers: Sequence[tuple[str, Harddrive]]) -> list[Any]:
-        """Return what must be the same for a snapshot's memory to fit: the machine, and of several
-        disks which is which."""
+        """Return what must be the same for its memory to fit; of several disks which is which."""
         files = [['file', node, drive.filename] for node, drive in layers]
         return [*self.spec.shape(), *(files if len(files) > 1 else ())]
 
@@ -10302,14 +10265,10 @@ class Snapshots(Part):
         raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
                            'known', hint)
 
-    def _forget(self, tag: str) -> None:
-        self.spec.snapshots.pop(tag, None)
-        self.file.write()
-
-    def _snapshot_job(self, qmp: QmpSession, verb: str, tag: str, nodes: Sequence[str]) -> None:
-        """Carry out snapshot-save, -load or -delete."""
+    def _snapshot_job(self, verb: str, tag: str, nodes: Sequence[str]) -> None:
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
-        self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
+        with self.qemu.session() as qmp:
+            self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
 
     def _nodes(self, nodes: Sequence[str]) -> list[str]:
         return [*nodes, *['efi-vars'] * self.spec.efi]
@@ -10341,29 +10300,26 @@ class Snapshots(Part):
                 if started:
                     self.spec.processor = processor_of(self.spec)
                 self._check_memory(tag, layers)
-                self._load_whole(tag, layers, started)
+                self._load(tag, layers, started)
                 return f'put back to {tag}'
             with put_back_on_failure([drive for _, drive in layers]):
                 for _, drive in layers:
                     drive.load_snapshot(tag)
             return f'disks put back to {tag}'
 
-    def _load_whole(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
-        """Load memory and disks."""
-        if started:
-            self.devices.start_qemu()
-        try:
+    def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
+        """Load memory and disks, and leave the run state as it was."""
+        with contextlib.ExitStack() as on_failure:
             if started:
+                self.devices.start_qemu()
+                on_failure.callback(self.qemu.end)
                 self.devices.after_start()
-            self._load(tag, layers, started)
-        except BaseException:
-            if started:
-                self.qemu.end()
-            raise
+            self._load_stopped(tag, layers, started)
+            on_failure.pop_all()
         self.devices.set_links()
 
-    def _load(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool) -> None:
-        """Carry out snapshot-load, and leave the run state as it was."""
+    def _load_stopped(self, tag: str, layers: Sequence[tuple[str, Harddrive]], started: bool
+                      ) -> None:
         asleep = self.qemu.run_state() == 'suspended'   # it would be with the other guest
         ran = started or asleep or self.qemu.run_state() == 'running'
         drives = [drive for _, drive in layers]
@@ -10388,26 +10344,24 @@ class Snapshots(Part):
             self.qemu.qmp('cont')
 
     def _load_or_end(self, tag: str, nodes: Sequence[str]) -> None:
-        """Carry out snapshot-load; end a QEMU that it leaves with half the old guest and half the
-        new one, which it would let run."""
-        with self.qemu.session() as qmp:
-            # The job's error does not tell whether it has touched the guest, and there is no other
-            # trace of it; so what it would refuse at once is looked at before.
-            held = {row.get('node-name') for row in qmp.execute('query-named-block-nodes')
-                    if any(one['name'] == tag for one in row['image'].get('snapshots', ()))}
-            lacking = [node for node in self._nodes(nodes) if node not in held]
-            if lacking:
-                raise MachineError(f'{self.name}: {lacking[0]} has no snapshot {tag}',
-                                   'load_snapshot(…, disks_only=True) works when it is off')
-            try:
-                self._snapshot_job(qmp, 'load', tag, nodes)
-            except QemuRefused:                     # the job did not begin
-                raise
-            except MachineError as problem:
-                self.file.move_memory(MemoryAt.LOST)
-                self.qemu.end()
-                raise MachineError(f'{problem.message}; its guest is lost',
-                                   'start() boots it, as after a power failure') from None
+        """Carry out snapshot-load; end a QEMU that it leaves with half of each guest."""
+        # The job's error does not tell whether it has touched the guest, and there is no other
+        # trace of it; so what it would refuse at once is looked at before.
+        held = {row.get('node-name') for row in self.qemu.qmp('query-named-block-nodes')
+                if any(one['name'] == tag for one in row['image'].get('snapshots', ()))}
+        lacking = [node for node in self._nodes(nodes) if node not in held]
+        if lacking:
+            raise MachineError(f'{self.name}: {lacking[0]} has no snapshot {tag}',
+                               'load_snapshot(…, disks_only=True) works when it is off')
+        try:
+            self._snapshot_job('load', tag, nodes)
+        except QemuRefused:                         # the job did not begin
+            raise
+        except MachineError as problem:
+            self.file.move_memory(MemoryAt.LOST)
+            self.qemu.end()
+            raise MachineError(f'{problem.message}; its guest is lost',
+                               'start() boots it, as after a power failure') from None
 
     def delete(self, tag: str) -> None:
         """Delete a snapshot from all disks (snapshot-delete; qemu-img)."""
@@ -10415,8 +10369,7 @@ class Snapshots(Part):
             found = self.find(tag)
             layers = [row for row in self._layers() if row[1].filename in found.disks]
             if self.qemu.is_alive():
-                with self.qemu.session() as qmp:
-                    self._snapshot_job(qmp, 'delete', tag, [node for node, _ in layers])
+                self._snapshot_job('delete', tag, [node for node, _ in layers])
             else:
                 for _, drive in layers:
                     drive.delete_snapshot(tag)
@@ -10506,8 +10459,7 @@ class Migration(Part):
         peer.ask('arrived', ARRIVAL_TIMEOUT + QMP_TIMEOUT)
 
     def _hand_over(self, peer: LineSocket, ran: bool) -> None:
-        """Have the other end run the guest: from here on it may be there, unless that end says
-        that it is not."""
+        """Have the other end run the guest: from here on it may be there."""
         try:
             self.file.move_memory(MemoryAt.GIVEN, peer.path)    # before anybody hears it
             # Longer than the other end tries, and then ends its QEMU: an error is a sure answer.
@@ -10525,8 +10477,7 @@ class Migration(Part):
                 'unfreeze(force=True) it') from None
 
     def disk_identities(self) -> list[dict[str, Any]]:
-        """Return what tells its disks and CD from others: format and size, and on this host the
-        file itself."""
+        """Return what tells its disks and CD from others, on this host the file itself."""
         host = boot_id()
         layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
                   for device in self.spec.of_kind('disk')
@@ -10557,9 +10508,7 @@ class Migration(Part):
         arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
         """
         self.file.refresh()
-        if self.spec.memory_at is not MemoryAt.AWAITED or not self.qemu.is_alive():
-            raise WrongState(f'{self.name} does not wait for a migration',
-                             'make it with incoming=True, and start it')
+        self._require_waiting()
         deadline, why = Deadline(timeout), ''
         try:
             with socket.create_server((address, port)) as server:
@@ -10572,6 +10521,11 @@ class Migration(Part):
         if self.spec.memory_at is MemoryAt.AWAITED:
             raise MachineError(f'{self.name}: the guest did not arrive: '
                                f'{why or f"nobody came to port {port}"}')
+
+    def _require_waiting(self) -> None:
+        if self.spec.memory_at is not MemoryAt.AWAITED or not self.qemu.is_alive():
+            raise WrongState(f'{self.name} does not wait for a migration',
+                             'make it with incoming=True, and start it')
 
     def cancel(self) -> None:
         """End a migration that another thread carries out (migrate_cancel)."""
@@ -10611,8 +10565,7 @@ class Migration(Part):
     def _take_in(self, peer: LineSocket, stream: Callable[[], socket.socket]) -> None:
         offer = peer.asked('receive', QMP_TIMEOUT)
         with stream() as carrier, self.file.change():
-            if self.spec.memory_at is not MemoryAt.AWAITED or not self.qemu.is_alive():
-                raise WrongState(f'{self.name} does not wait for a migration')
+            self._require_waiting()
             if self.qemu.run_state() != 'inmigrate':
                 raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
             self.spec.check_fits(offer['shape'], 'the guest comes from another kind of machine')
@@ -10848,8 +10801,7 @@ class Console:
     __del__ = _hang_up
 
     def read(self) -> bytes:
-        """Return what was written since the last read(), or since the start, of which CONSOLE_BYTES
-        at a time."""
+        """Return what was written since the last read(), CONSOLE_BYTES at a time."""
         path = self.qemu.file.path('console.log')
         with contextlib.suppress(FileNotFoundError), open(path, 'rb') as text:
             if os.fstat(text.fileno()).st_size < self.position:     # it was begun anew
@@ -10995,27 +10947,23 @@ def _make_home(name: str) -> str:
             if not os.path.isdir(place):
                 os.makedirs(place)
                 os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
-        return _make_place(name)
+        closed = [str(place) for place in (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents)
+                  if not place.stat().st_mode & stat.S_IXOTH]
+        if closed and os.geteuid() == 0:
+            raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
+                               f'{closed[-1]}, and QEMU runs as one',
+                               f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
+        for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
+            home = os.path.join(MACHINES_DIR, chosen)
+            if len(chosen) > name_limit():
+                raise MachineError(f'{home}: this path is too long for sockets in it',
+                                   'say VMMONITOR_MACHINES= with a shorter one')
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(home)
+                os.chmod(home, 0o711)   # nosec B103  # ... here, too
+                return home
     except OSError as problem:
         raise write_error(os.path.join(MACHINES_DIR, name), problem) from None
-
-
-def _make_place(name: str) -> str:
-    closed = [place for place in map(str, (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents))
-              if not os.stat(place).st_mode & stat.S_IXOTH]
-    if closed and os.geteuid() == 0:
-        raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
-                           f'{closed[-1]}, and QEMU runs as one',
-                           f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
-    for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
-        home = os.path.join(MACHINES_DIR, chosen)
-        if len(chosen) > name_limit():
-            raise MachineError(f'{home}: this path is too long for sockets in it',
-                               'say VMMONITOR_MACHINES= with a shorter one')
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(home)
-            os.chmod(home, 0o711)   # nosec B103  # ... here, too
-            return home
     raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
                        'delete() removes it')
 
@@ -11116,23 +11064,21 @@ class Power(Part):
 
     def _press_power(self) -> bool:
         with contextlib.suppress(GuestError):       # it may end before it answers
-            if not self.qemu.is_alive():
-                return False
-            self.resume(self.qemu.state())              # else it would not hear the button
-            self.qemu.qmp('system_powerdown')
-            return True
+            if self.qemu.is_alive():
+                self.resume(self.qemu.state())      # else it would not hear the button
+                self.qemu.qmp('system_powerdown')
+                return True
         return False
 
     def _ask_agent(self) -> bool:
         try:
-            if self.qemu.agent_state() != 'connected':
-                return False
-            self.qemu.agent('guest-shutdown', {'mode': 'powerdown'})
-        except AgentError as problem:               # guest-shutdown has no answer
-            return problem.trouble.name in ('silent', 'not connected')
-        except GuestError:
-            return False
-        return True
+            if self.qemu.agent_state() == 'connected':
+                self.qemu.agent('guest-shutdown', {'mode': 'powerdown'})
+                return True
+        except GuestError as problem:               # guest-shutdown has no answer
+            return isinstance(problem, AgentError) and problem.trouble.name in ('silent',
+                                                                                'not connected')
+        return False
 
     def delete(self, force: bool = False) -> None:
         """Forget the machine, with the nics that were made for it and its saved memory; never
@@ -11145,8 +11091,7 @@ class Power(Part):
             for device in [*self.spec.devices]:
                 self.devices.drop(device)
             self.devices.cd.attached = None
-            for left in self.file.forget():
-                log.warning('%s is not of this program, and stays', left)
+            self.file.forget()
 
 
 def handed(part: str, method: Callable[Concatenate[Any, Parameters], Result]
@@ -11456,25 +11401,22 @@ class Machine(Guest):
         return 'resumed' + self._clock_set('resumed', clock)
 
     def _change(self, verb: str) -> None:
-        if verb == 'reboot':
-            if not self._shut_down_by_agent('reboot'):
-                self.send_key('ctrl-alt-del')       # there is no ACPI button for it
-            return
         does: dict[str, Callable[[], object]] = {
             'pause': self.freeze, 'resume': self.unfreeze, 'reset': self.reset}
-        does[verb]()
+        if verb in does:
+            does[verb]()
+        elif not self._shut_down_by_agent('reboot'):
+            self.send_key('ctrl-alt-del')           # there is no ACPI button for it
 
     def reset(self) -> None:
-        """Press the reset button; devices that the guest would not let go are gone with it
-        (system_reset)."""
+        """Press the reset button, which also ends unplugging (system_reset)."""
         self.qmp('system_reset')
         self.file.refresh()
         for device in [row for row in self.spec.devices if row.pending]:
             self.devices.remove(device.kind, device.id, UNPLUG_TIMEOUT)
 
     def _clock_set(self, cause: str, wanted: bool = True) -> str:
-        """Set the clock of a guest that has stood still, where an agent answers; return what is to
-        be said of it."""
+        """Set the clock of a guest that has stood still, if it can be; return ', ' and how."""
         if not wanted or self.qemu.run_state() != 'running' or self.agent_state() != 'connected':
             return ''
         try:
@@ -11537,14 +11479,12 @@ class DamagedMachine(Guest):
     shut_down = power_off = stop
 
     def delete(self, force: bool = True) -> None:
-        """Forget it, and end its QEMU; its disks stay, and so do its nics (--clean removes
-        them). WrongState while it runs, without `force`."""
+        """Forget it; disks stay, and nics until --clean. WrongState if it runs, without `force`."""
         if self._qemu.is_alive() and not force:
             raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
         with self._file.one_of('change', 1, Deadline(BUSY_TIMEOUT)):
             self._qemu.end()
-            for left in self._file.forget():
-                log.warning('%s is not of this program, and stays', left)
+            self._file.forget()
 
 
 class Machines:
@@ -11574,20 +11514,14 @@ class Machines:
 
     def all(self, running: bool = False) -> list[Guest]:
         """Return all machines, or those that run, by name; not those that hang."""
-        found: list[Guest] = []
         names: list[str] = []
         with contextlib.suppress(OSError):          # there are none, or none of ours
             names += sorted(os.listdir(MACHINES_DIR))
-        for name in names:
-            with contextlib.suppress(NoGuest):
-                guest = self.find(name)
-                if guest:
-                    found.append(guest)
+        found = [guest for guest in map(self.find, names) if guest]
         if not running:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
-        return [guest for guest, known in zip(found, states)
-                if known.get('state') is State.RUNNING]
+        return [guest for guest, known in zip(found, states) if known.get('state') is State.RUNNING]
 
     def watch(self, receive: Callable[[GuestEvent], None]) -> None:
         """Give the events of all machines to `receive`, which only enqueues, for ever."""
@@ -11600,7 +11534,10 @@ class Machines:
                 try:
                     self._look_at(machine, kind, receive)
                 except (Error, OSError) as problem:
-                    self._warn(machine.name, explain(problem))
+                    why = explain(problem)
+                    if self._warned.get(machine.name) != why:
+                        self._warned[machine.name] = why
+                        log.warning('%s', why)
             kind = 'started'
             self.stopping.wait(MACHINES_POLL)
 
@@ -11613,14 +11550,7 @@ class Machines:
                 self._followed.add(machine.name)
                 spawn(f'events {machine.name}', self._follow, machine, kind, receive)
 
-    def _warn(self, name: str, why: str) -> None:
-        """Warn of what is wrong with a machine, once."""
-        if self._warned.get(name) != why:
-            self._warned[name] = why
-            log.warning('%s', why)
-
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
-        """Pass on the events of one machine until it ends."""
         try:
             with QMP(machine.qemu.socket('events')) as qmp:
                 receive(GuestEvent(machine, kind, time.monotonic()))
