@@ -4684,6 +4684,8 @@ class TestErrors(NetCase):
             nic.connect(two)
         with self.refused('onee: no such interface', 'did you mean one?', kind=vm.NoInterface):
             nic.connect('onee')
+        with self.refused('lo: is no bridge', 'name a Switch', kind=vm.NoInterface):
+            nic.connect('lo')
         with self.refused('theirs: no such interface', kind=vm.NoInterface):
             one.connect('theirs')
         other, third = vm.VirtualNic(), vm.VirtualNic()
@@ -5498,6 +5500,8 @@ class TestSwitch(NetCase):
         a, b = vm.VirtualNic(), vm.VirtualNic()
         a.connect(one)
         b.connect(two)
+        ip('link property add dev two altname second')
+        one.connect('second')                       # whoever names it, and however
         one.connect(two)
         two.connect(one)                            # again, from the other side: harmless
         self.assertEqual(len(one.ports), 2)
@@ -6063,6 +6067,10 @@ class TestInGuest(NetCase):
                 self.assertEqual(set(bond.status), {'e0', 'e1'})
                 self.assertEqual(bond.link().data['mode'], mode)
                 self.assertEqual({bond.mtu, *(one.mtu for one in bond_ends())}, {1400})
+                with vm.Switch('lan') as lan:
+                    lan.connect(bond)
+                    lan.mtu = 1300                  # of a bond that is a port, too
+                    self.assertEqual((lan.mtu, bond.mtu), (1300, 1400))
         with self.refused('e0: is already a port of bond1', kind=vm.InUse):
             vm.Bond('bond1', ['e0'])
             vm.Bond('bond2', ['e0'])

@@ -5645,11 +5645,13 @@ class Route:
         """Tell whether a next hop of it goes out at `device`."""
         return any(hop.device == device for hop in self.hops)
 
-    def strange(self) -> list[str]:
-        """Return what it has that line() can't say."""
-        rows = [self.raw, *self.raw.get('nexthops', ())]
-        return sorted({key for row in rows for key in row.keys() - ROUTE_MEMBERS} | {
-            key for row in self.raw.get('metrics', ()) for key in row.keys() - ROUTE_METRICS})
+    def strange(self) -> Iterator[str]:
+        """Yield what it has that line() can't say, in words."""
+        odd = {key for row in (self.raw, *self.raw.get('nexthops', ()))
+               for key in row.keys() - ROUTE_MEMBERS}
+        odd |= {key for row in self.raw.get('metrics', ()) for key in row.keys() - ROUTE_METRICS}
+        if odd:
+            yield f'route {self.to} ({", ".join(sorted(odd))})'
 
     def line(self, onto: Mapping[str, str]) -> str:
         """Return what follows `ip route replace` to have this route: on the devices that `onto` has
@@ -5742,20 +5744,17 @@ class Link:
             if raw.get('temporary') or (v6 and raw['scope'] == 'link' and not back):
                 continue
             peer = f' peer {raw["address"]}' if 'address' in raw else ''
-            valid, preferred = (raw.get(f'{key}_life_time', FOR_EVER)
-                                for key in ('valid', 'preferred'))
-            if not back:
-                valid, preferred = FOR_EVER, preferred and FOR_EVER
-            lives = [f'{word} {"forever" if seconds == FOR_EVER else seconds}'
-                     for word, seconds in (('valid_lft', valid), ('preferred_lft', preferred))]
             pairs = {'broadcast': raw.get('broadcast'), 'scope': raw['scope'],
                      'label': back and raw.get('label', self.name) != self.name and shlex.quote(
                          raw['label']), 'metric': raw.get('metric')}
+            for key in 'valid', 'preferred':
+                seconds = raw.get(f'{key}_life_time', FOR_EVER)
+                if seconds == 0 or (back and seconds != FOR_EVER):
+                    pairs[f'{key}_lft'] = str(seconds)
             yield ' '.join([
                 f'{raw["local"]}{peer}/{raw["prefixlen"]}',
                 *(f'{key} {value}' for key, value in pairs.items() if value),
-                *(['nodad'] if v6 else []), *(flag for flag in ADDRESS_FLAGS if raw.get(flag)),
-                *(lives if (valid, preferred) != (FOR_EVER, FOR_EVER) else [])])
+                *(['nodad'] if v6 else []), *(flag for flag in ADDRESS_FLAGS if raw.get(flag))])
 
 
 class NetworkState(NamedTuple):
@@ -5846,8 +5845,7 @@ def valid_address(address: str, kind: Callable[[str], object] = ipaddress.ip_int
 def valid_mac(mac: str) -> str:
     """Return a MAC that an interface can have, in small letters."""
     small = mac.lower() if isinstance(mac, str) else ''
-    if not MAC_FORM.fullmatch(small) or int(small[:2], 16) & 1 or not int(small.replace(':', ''),
-                                                                         16):
+    if not MAC_FORM.fullmatch(small) or int(small[:2], 16) & 1 or not set(small) - set('0:'):
         raise NetworkError(f'{mac!r:.80} is no MAC for an interface',
                            'write six bytes such as 52:54:00:12:34:56, the first one even')
     return small
@@ -5973,13 +5971,13 @@ class Registry:
 
     @classmethod
     def read(cls) -> Registry:
-        """Return what the file says now; what is not there yet is empty."""
+        """Return what the file says now."""
         registry = cls()
         registry.load()
         return registry
 
     def load(self) -> None:
-        """Read the file."""
+        """Read the file; what is not there yet is empty."""
         try:
             tree = parse_json(self.path.read_bytes())
             if isinstance(tree, dict) and not isinstance(tree.get('version'), int):
@@ -6385,9 +6383,9 @@ class Interface:
     def gateway(self) -> str:
         """The gateway of the default route that goes out here, or ''; the main table's first."""
         name = self.link().name
-        return next((hop.gateway for route in sorted(self.routes, key=lambda one: one.table
-                                                     != 'main')
-                     for hop in route.hops if route.to == 'default' and hop.device == name), '')
+        found = sorted(self.routes, key=lambda route: route.table != 'main')
+        return next((hop.gateway for route in found if route.to == 'default'
+                     for hop in route.hops if hop.device == name), '')
 
     def _set_mtu(self, size: int) -> None:
         self._set(f'give {self.name} an MTU of {size}', f'mtu {size}')
@@ -6622,8 +6620,8 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
     moved = sorted((route for route in plan.network.routes if any(map(route.uses, devices))
                     and (route.protocol != 'kernel' or route.to not in own)),
                    key=lambda route: any(hop.gateway for hop in route.hops))
-    strange = [*(words for link in links for words in link.strange_addresses()), *(
-        f'route {route.to} ({", ".join(route.strange())})' for route in moved if route.strange())]
+    strange = [*(words for link in links for words in link.strange_addresses()),
+               *(words for route in moved for words in route.strange())]
     if strange:
         raise InUse(f'{" and ".join(devices)}: could not be given back as it is: '
                     + '; '.join(strange),
@@ -7116,17 +7114,15 @@ class VirtualNic(ManagedInterface):
             check(what, value, a_number(0, most, unit), NetworkError)
         worse = (f'{f" delay {delay * 1e6:.0f}us {jitter * 1e6:.0f}us" if delay or jitter else ""}'
                  f'{f" loss {loss:g}%" if loss else ""}{f" rate {rate:.0f}bit" if rate else ""}')
-        ends = {self.name: '', **({self.sink: self.namespace} if self.sink else {})}
-        try:
-            if worse:
-                carry_out(Op(f'impair {name}', f'qdisc replace dev {name} root netem limit 10000'
-                             + worse, namespace, 'tc') for name, namespace in ends.items())
+        ends = [(self.name, ''), *([(self.sink, self.namespace)] if self.sink else [])]
+        netem = 'replace dev {} root netem limit 10000' + worse if worse else 'del dev {} root'
+        try:                    # what has no qdisc to delete is as it should be
+            carry_out((Op(f'impair {name}', 'qdisc ' + netem.format(name), namespace, 'tc')
+                       for name, namespace in ends), force=not worse)
         except BaseException:
-            self.impair()
+            if worse:
+                self.impair()
             raise
-        if not worse:           # what has no qdisc to delete is as it should be
-            carry_out((Op(f'mend {name}', f'qdisc del dev {name} root', namespace, 'tc')
-                       for name, namespace in ends.items()), force=True)
 
 
 class Router(Switch):
@@ -7209,8 +7205,8 @@ class Router(Switch):
         if to is None:
             if target in masters.values():
                 return None
-            label = next(label for label in (f'p{number}' for number in itertools.count())
-                         if not masters.get(label))
+            labels = (f'p{number}' for number in itertools.count())
+            label = next(label for label in labels if not masters.get(label))
         if not re.fullmatch(r'p\d{1,3}', label):
             raise NetworkError(f'{self.name}: {label!r} can\'t be a port', 'take p0, p1, ...')
         if label not in masters:
@@ -7301,7 +7297,10 @@ class Bond(ManagedInterface):
 
 def check_networks() -> Iterator[Check]:
     """Yield what is here or missing, what others took away, and what leaked; change nothing."""
-    for look in (_check_programs, _check_kernel, _check_passages, _check_leaks):
+    def left() -> Iterator[Check]:
+        for name, why in leaks().items():
+            yield Check(False, f'{name}: {why}; {CLEAN} removes it')
+    for look in (_check_programs, _check_kernel, _check_passages, left):
         try:
             lines = [*look()]
         except (Error, OSError, ValueError) as problem:     # the others are looked at all the same
@@ -7389,11 +7388,6 @@ def dropping_chains() -> list[tuple[str, str, str]]:
     return [(str(family), str(table), str(name)) for (family, table, name), drops in chains.items()
             if drops and (family, table, name) not in ours
             and not str(table).startswith('vmmonitor_')]
-
-
-def _check_leaks() -> Iterator[Check]:
-    for name, why in leaks().items():
-        yield Check(False, f'{name}: {why}; {CLEAN} removes it')
 
 
 def leaks(everything: bool = False) -> dict[str, str]:
