@@ -6523,24 +6523,21 @@ TAP_FLAGS = 0x0002 | 0x1000 | 0x4000        # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 def require_port(plan: Transaction, link: Link, master: str, force: bool, nat: bool = False
                  ) -> None:
     """Raise InUse for what can't become a port of `master`, or with `nat` only its way out."""
-    if link.master not in ('', master):
-        raise InUse(f'{link.name}: is already a port of {link.master}',
-                    f'disconnect it there first: ip link set dev {link.name} nomaster')
-    if 'LOOPBACK' in link.flags:
-        raise InUse(f'{link.name}: is the loopback', 'take an interface with a cable')
-    if nat:
-        return
-    if not link.mac:
-        raise InUse(f'{link.name}: has no MAC, so that it can be no port',
-                    'a Router(..., nat=True) can have it as its trunk')
     default = [route for route in plan.network.routes
                if route.uses(link.name) and route.to in DEFAULTS and route.table == 'main']
-    if default and not force:
-        gateways = ' and '.join(hop.gateway for hop in default[0].hops
-                                if hop.device == link.name and hop.gateway)
-        raise InUse(f'{link.name}: carries the default route' + (gateways and f' via {gateways}'),
-                    'making it a port may cut this host off; take another interface, or say '
-                    'force=True')
+    gateways = [hop.gateway for route in default[:1] for hop in route.hops
+                if hop.device == link.name and hop.gateway]
+    via = f' via {" and ".join(gateways)}' if gateways else ''
+    for wrong, what, hint in (
+            (link.master not in ('', master), f'is already a port of {link.master}',
+             f'disconnect it there first: ip link set dev {link.name} nomaster'),
+            ('LOOPBACK' in link.flags, 'is the loopback', 'take an interface with a cable'),
+            (not link.mac and not nat, 'has no MAC, so that it can be no port',
+             'a Router(..., nat=True) can have it as its trunk'),
+            (default and not force and not nat, f'carries the default route{via}',
+             'making it a port may cut this host off; take another interface, or say force=True')):
+        if wrong:
+            raise InUse(f'{link.name}: {what}', hint)
 
 
 def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) -> None:
