@@ -5658,20 +5658,18 @@ class Route:
         for its own, for ever, as nobody renews it there."""
         raw, several = self.raw, len(self.hops) > 1
         flow = raw.get('flow', {})
-        pairs = {'from': raw.get('from'), 'tos': raw.get('tos')}
-        more = {'proto': self.protocol, 'table': self.table, 'src': raw.get('prefsrc'),
-                'metric': self.metric, 'scope': not self.v6 and raw.get('scope'),
-                'realms': flow and '/'.join(str(flow[key]) for key in ('from', 'to')
-                                            if key in flow),
-                'pref': raw.get('pref'), 'expires': not onto and raw.get('expires')}
+        pairs = {'proto': self.protocol, 'table': self.table, 'src': raw.get('prefsrc'),
+                 'metric': self.metric, 'scope': not self.v6 and raw.get('scope'),
+                 'from': raw.get('from'), 'tos': raw.get('tos'),
+                 'realms': '/'.join(str(flow[key]) for key in ('from', 'to') if key in flow),
+                 'pref': raw.get('pref'), 'expires': not onto and raw.get('expires')}
         metrics = [word for row in raw.get('metrics', ()) for key, value in row.items()
                    for word in (METRIC_WORDS.get(key, key), key if key == 'ecn' else f'{value}')]
         return ' '.join([
             raw.get('type', 'unicast'),
             '::/0' if self.v6 and self.to == 'default' else self.to,
-            *(f'{key} {value}' for key, value in pairs.items() if value),
             *([] if several else self.hops[0].words(onto, self.v6)),
-            *(f'{key} {value}' for key, value in more.items() if value), *metrics,
+            *(f'{key} {value}' for key, value in pairs.items() if value), *metrics,
             *(word for hop in self.hops if several for word in (
                 'nexthop', *hop.words(onto, self.v6), 'weight', f'{hop.weight}'))])
 
@@ -5723,7 +5721,7 @@ class Link:
             if not raw.get('noprefixroute'):
                 whole = f'{raw.get("address", raw["local"])}/{raw["prefixlen"]}'
                 network = ipaddress.ip_network(whole, strict=False)
-                found.add(str(network if network.num_addresses > 1 else network.network_address))
+                found.add(str(network).removesuffix(f'/{network.max_prefixlen}'))
         return found
 
     def strange_addresses(self) -> Iterator[str]:
@@ -5790,11 +5788,12 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
     for row in rows:
         if row.get('type', 'unicast') in ('local', 'broadcast', 'multicast', 'anycast'):
             continue
-        hops = tuple(Hop(hop.get('gateway') or hop.get('via', {}).get('host', ''),
-                         hop.get('dev', ''), hop.get('weight', 1), 'onlink' in hop.get('flags', ()))
-                     for hop in row.get('nexthops') or [row])
-        v6 = 'pref' in row or ':' in row['dst'] or any(
-            ':' in hop.get('gateway', '') for hop in row.get('nexthops') or [row])
+        ways = row.get('nexthops') or [row]
+        hops = tuple(Hop(way.get('gateway') or way.get('via', {}).get('host', ''),
+                         way.get('dev', ''), way.get('weight', 1), 'onlink' in way.get('flags', ()))
+                     for way in ways)
+        v6 = 'pref' in row or any(':' in text for text in (
+            row['dst'], *(way.get('gateway', '') for way in ways)))
         alone = hops[0] if len(hops) == 1 else Hop('', '', 1, False)
         routes_.append(Route(row['dst'], alone.gateway, alone.device, row.get('metric', 0),
                              row.get('table', 'main'), row.get('protocol', ''), v6, hops, row))
@@ -6023,10 +6022,8 @@ class Registry:
         """Return the cable that is in a nic, and the nic at its other end; '' for none."""
         if nic not in self.records:
             raise NoInterface(f'{nic}: is not one of ours any more', 'make it again')
-        for name, row in self.records.items():
-            if row.kind == 'cable' and nic in row.parents:
-                return name, next(end for end in row.parents if end != nic)
-        return '', ''
+        return next(((name, end) for name, row in self.records.items() if row.kind == 'cable'
+                     and nic in row.parents for end in row.parents if end != nic), ('', ''))
 
     def between(self, one: str, other: str) -> list[str]:
         """Return what connects two switches, or two nics: a nic, or a cable."""
@@ -6400,14 +6397,12 @@ class Interface:
 
     def add_address(self, address: str) -> None:
         """Add an address such as 192.0.2.1/24; there already is fine (ip address replace)."""
-        self._change(f'add {address} to {self.name}',
-                     f'address replace {valid_address(address)} dev {shlex.quote(self.name)}')
+        self._set(f'add {address} to {self.name}', valid_address(address), 'address replace')
 
     def remove_address(self, address: str) -> None:
         """Remove an address, written with its prefix; not there is fine (ip address del)."""
         if valid_address(address) in self.addresses:
-            self._change(f'remove {address} from {self.name}',
-                         f'address del {valid_address(address)} dev {shlex.quote(self.name)}')
+            self._set(f'remove {address} from {self.name}', valid_address(address), 'address del')
 
     def rename(self, name: str) -> None:
         """Give it another name; it is taken down for that, if it is up (ip link set name)."""
@@ -6434,13 +6429,10 @@ class Interface:
                         'delete() it and make another')
         return link
 
-    def _set(self, what: str, text: str) -> None:
-        self._change(what, f'link set dev {shlex.quote(self.name)} {text}')
-
-    def _change(self, what: str, line: str) -> None:
+    def _set(self, what: str, text: str, command: str = 'link set') -> None:
         self._seen = None
         self.link()                         # or NoInterface, with a hint
-        carry_out([Op(what, line, self._where)])
+        carry_out([Op(what, f'{command} dev {shlex.quote(self.name)} {text}', self._where)])
 
 
 class Interfaces(Mapping[str, Interface]):
@@ -6786,11 +6778,8 @@ def delete_all(things: Iterable[Managed], force: bool = False) -> None:
 
 
 class Namespace(Managed):
-    """A network namespace by name (ip netns), made if there is none.
-
-    One that VirtualNic made by itself goes with the last VirtualNic in it; this one stays until
-    delete(), which removes the nics in it first.
-    """
+    """A network namespace by name (ip netns), made if there is none. One that VirtualNic made goes
+    with the last nic in it; this one stays until delete(), which removes the nics in it first."""
 
     def __init__(self, name: str) -> None:
         self.namespace = valid_name(name, 'namespace')
@@ -6884,10 +6873,8 @@ class Switch(ManagedInterface):
 def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespace: str = '',
              mac: str = '', master: str = '', inner: str = '', mtu: int = 0,
              parents: Sequence[str] = ()) -> str:
-    """Plan a nic, three operations at most, unless it stands; return the name of its port.
-
-    The port becomes a port of the bridge `master`, the sink one of `inner`.
-    """
+    """Plan a nic, three operations at most, unless it stands; return the name of its port, which
+    becomes a port of the bridge `master`, as its sink of `inner`."""
     name, tap, group = short_name(valid_name(long, 'nic')), short_name(f'{long}-tap'), plan.group
     row = plan.claim(name, 'nic', parents, layout=layout, sink=sink, namespace=namespace, mac=mac)
     if not row:
