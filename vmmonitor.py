@@ -60,7 +60,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     monitor                triggers -> at most one clock job per guest
     startup                the lists for the way up and the way down
     page                   what a browser is shown
-    listener               Server, ClientConnection (the wire), Dispatcher (and all error policy)
+    listener               Listener, ClientConnection (the wire), Dispatcher (all error policy)
   part 2: networks
     ip                     reading links and routes, changing them, and what is refused
     registry               what was made, in a file; Transaction: all of a change, or none
@@ -2082,6 +2082,13 @@ class Guest:
                 left = left[done['count']:]
 
 
+# What lists, requests and the command line wait for -> whether it is so
+GUEST_ENDS: dict[str, Callable[[Guest], bool]] = {
+    'agent': lambda guest: guest.agent_answers(),
+    'running': lambda guest: guest.state() is State.RUNNING,
+    'off': lambda guest: guest.is_off()}
+
+
 def within(deadline: Deadline, who: str, ask: Callable[..., Result], *args: Any) -> Result:
     """Return what `ask` returns; HostAway if it has not returned at the deadline: libvirt's calls
     have none of their own, and one that hangs must hold up a thread, not who asked."""
@@ -3406,7 +3413,6 @@ class Domain(Guest):
         except (GuestError, LibvirtError, ValueError) as problem:   # it is restored all the same
             log.debug('%s: query-status: %s', self.name, explain(problem))
 
-
     def _shut_down_by_agent(self, mode: str = 'powerdown') -> bool:
         asked = super()._shut_down_by_agent(mode)
         if asked:
@@ -4010,28 +4016,16 @@ class GuestList:
     key = ''                    # of the list in the configuration
     what = ''                   # for the log
 
-    # what a line waits for -> whether it is there
-    PROBES: dict[str, Callable[[Guests, Step], bool]] = {
-        'agent': lambda guests, step: guests.find(step.name).agent_answers(),
-        'running': lambda guests, step: guests.find(step.name).state() is State.RUNNING,
-        'off': lambda guests, step: guests.find(step.name).is_off(),
-        'port': lambda guests, step: guests.find(step.name).serves(int(step.what)),
-        'path': lambda guests, step: os.path.exists(step.what)}
-
     def __init__(self, guests: Guests, lines: Sequence[Step]) -> None:
         self.guests, self.steps = guests, lines
         self.stopping = threading.Event()
         self._results: dict[str, str] = {}          # guest -> what was done, in words
-        self._failed: dict[str, str] = {}           # guest -> why not
+        self.failed: dict[str, str] = {}            # guest -> why not
         self._waiting: set[str] = set()             # guests whose host, another one, is away
-
-    def has_failed(self) -> bool:
-        """Tell whether something could not be done."""
-        return bool(self._failed)
 
     def _sum_up(self, began: float) -> None:
         done = ', '.join(f'{name} {says}' for name, says in self._results.items())
-        failed = ', '.join(f'{name} ({why})' for name, why in self._failed.items())
+        failed = ', '.join(f'{name} ({why})' for name, why in self.failed.items())
         log.log(logging.WARNING if failed else logging.INFO,
                 '%s: ended after %.1f s: %s%s', self.what, time.monotonic() - began,
                 done or 'nothing was to be done', failed and f'; failed: {failed}')
@@ -4040,8 +4034,8 @@ class GuestList:
         """Wait until a line's guest, port or path is there, but not longer than the line says;
         tell whether it is."""
         def ask() -> bool:
-            with contextlib.suppress(Error):
-                return self.stopping.is_set() or self.PROBES[step.until](self.guests, step)
+            with contextlib.suppress(Error, OSError):
+                return self.stopping.is_set() or self._there(step)
             return False
         began, until = time.monotonic(), ' '.join(filter(None, [step.until, step.what]))
         there = reached(step.name or step.what, ask, Deadline(step.seconds))
@@ -4052,6 +4046,13 @@ class GuestList:
                 until if there else f'not yet "{until}"', time.monotonic() - began,
                 '' if there else '; the list ends here' if step.otherwise else '; going on')
         return there
+
+    def _there(self, step: Step) -> bool:
+        if step.until == 'path':
+            return os.path.exists(step.what)
+        guest = self.guests.find(step.name)
+        return guest.serves(int(step.what)) if step.until == 'port' else \
+            GUEST_ENDS[step.until](guest)
 
 
 class Startup(GuestList):
@@ -4098,7 +4099,7 @@ class Startup(GuestList):
             try:
                 self.guests.find(name)
             except LibvirtError as problem:         # the list does not wait for that
-                self._failed[name] = explain(problem)
+                self.failed[name] = explain(problem)
                 self._waiting.add(name)
             except GuestError:
                 pass                                # the start will say it
@@ -4115,13 +4116,13 @@ class Startup(GuestList):
             try:
                 says = self.guests.act('start', self.guests.find(name))
             except Error as problem:
-                self._failed[name] = explain(problem)
+                self.failed[name] = explain(problem)
                 left = START_RETRIES - attempt
                 log.log(logging.WARNING if left else logging.ERROR,
                         'startup: start %s failed: %s; %s', name, explain(problem),
                         f'{left} more tries' if left else 'given up')
             else:
-                self._failed.pop(name, None)
+                self.failed.pop(name, None)
                 self._results[name] = says
                 log.info('startup: %s %s', name, says)
                 return
@@ -4166,7 +4167,7 @@ class Shutdown(GuestList):
         for problem in away:
             log.error('shutdown: %s', explain(problem))
         for name, since in list(self._waits.items()):
-            self._failed.setdefault(name, f'still on after {time.monotonic() - since:.0f} s')
+            self.failed.setdefault(name, f'still on after {time.monotonic() - since:.0f} s')
         self._sum_up(began)
 
     def _find(self, away: list[Error]) -> None:
@@ -4230,14 +4231,14 @@ class Shutdown(GuestList):
                 says = self.guests.act(verb, guest)
                 patience = Deadline(min(step.seconds, self.limit.left()))
                 if verb != 'stop' or patience.poll(guest.is_off):
-                    self._failed.pop(guest.name, None)
+                    self.failed.pop(guest.name, None)
                     self._results[guest.name] = 'shut down' if verb == 'stop' else says
                     self._on.pop(guest.name, None)
                     break
-                self._failed[guest.name] = f'did not shut down within {step.seconds:g} s'
+                self.failed[guest.name] = f'did not shut down within {step.seconds:g} s'
             except Error as problem:
-                self._failed[guest.name] = explain(problem)
-            log.warning('shutdown: %s %s: %s', verb, guest.name, self._failed[guest.name])
+                self.failed[guest.name] = explain(problem)
+            log.warning('shutdown: %s %s: %s', verb, guest.name, self.failed[guest.name])
         self._waits.pop(guest.name, None)
         log.info('shutdown: %s: %s; %s', guest.name, self._results.get(guest.name) or 'still on',
                  self.progress())
@@ -4600,7 +4601,7 @@ def page() -> tuple[str, bytes]:
 
 
 # === listener ===================================================================================
-# Server: socket policy. ClientConnection: the wire. Dispatcher: dispatch, and all error policy.
+# Listener: socket policy. ClientConnection: the wire. Dispatcher: dispatch, and all error policy.
 
 HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
 REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
@@ -4982,12 +4983,11 @@ class Dispatcher:
         says, known['result'] = f'{guest.name}: {result}', result
         if not order.until or result == 'already off':
             return Reply(200, says, {**known, **(self._state_now(guest) if order.until else {})})
+        there = reached(guest.name, lambda: GUEST_ENDS[order.until](guest), deadline)
         if order.until == 'agent':
-            there = reached(guest.name, guest.agent_answers, deadline)
             known['agent'] = 'answers' if there else 'silent'
             says += ', its agent answers' if there else ', but its agent does not answer yet'
         else:
-            there = reached(guest.name, guest.is_off, deadline)
             known.update(self._state_now(guest))
             says += ', it is off' if there else (
                 f', but it is {known["state"]}; a guest may ignore that')
@@ -5126,7 +5126,7 @@ class Failures:
 
 
 class Client:
-    """A connection, as the Server sees it."""
+    """A connection, as the Listener sees it."""
 
     def __init__(self, connection: socket.socket, address: str) -> None:
         self.connection, self.address = connection, address
@@ -5143,12 +5143,12 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     """The wire: handshake, limits, time-outs, and one write per response."""
 
     protocol_version = 'HTTP/1.1'
-    server: Server                          # type: ignore[assignment]
+    server: Listener                        # type: ignore[assignment]
     command = ''                            # the method; parse_request() may leave it unset
     close_connection = True
     refused = False                         # it may be sending still
 
-    def __init__(self, client: Client, server: Server) -> None:
+    def __init__(self, client: Client, server: Listener) -> None:
         self.client = client
         super().__init__(client.connection, (client.address, 0), server)    # type: ignore[arg-type]
 
@@ -5325,19 +5325,25 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         """Log nothing: the Audit does."""
 
 
-class Server:
-    """The socket that listens: who may connect, and how many at once."""
+class Listener:
+    """The https trigger: the socket that listens, who may connect, and how many at once."""
 
-    def __init__(self, config: Config, router: Dispatcher) -> None:
-        self.router = router
-        self.context = tls_context(config)
+    def __init__(self, guests: Guests, settings: Settings,
+                 corrections: Mapping[str, Correction]) -> None:
+        self.router = Dispatcher(guests, settings, corrections)
         self.clients: dict[Client, None] = {}       # in the order in which they came
         self.lock = threading.Lock()                # guards clients
         self.closing = threading.Event()
         self.failures = Failures(self.closing)
+        self.name = ''                              # address and port
+        self.socket: socket.socket | None = None    # once it is bound
+
+    def bind(self, config: Config) -> None:
+        """Take the port that `config` names; Error if that can't be."""
+        self.context = tls_context(config)
         address, port = config.address, int(config.port)
         self.name = f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
-        six = ':' in address or not address and _has_ipv6()
+        six = ':' in address or not address and socket.has_dualstack_ipv6()
         try:
             self.socket = socket.create_server(
                 (address, port), family=socket.AF_INET6 if six else socket.AF_INET, backlog=128,
@@ -5346,11 +5352,21 @@ class Server:
             raise Error(f'can\'t listen on {self.name}: {os.strerror(problem.errno or 0)}',
                         'set listener.port and listener.address to what is free here') from None
 
-    def serve(self) -> None:
-        """Accept connections until stop()."""
+    def open(self, config: Config) -> None:
+        """Listen where `config` says; Error if that can't be."""
+        self.bind(config)
+        spawn('listener', self._accept, self.socket)
+        log.info('listening on %s', self.name)
+
+    def reload(self, config: Config) -> None:
+        """Take over the new certificate; with an InvalidValue, the old one stays."""
+        if self.socket:
+            self.context = tls_context(config)
+
+    def _accept(self, listening: socket.socket) -> None:
         while not self.closing.is_set():
             try:
-                connection, address = self.socket.accept()
+                connection, address = listening.accept()
             except OSError as problem:
                 if not self.closing.wait(STATE_POLL):       # such as too many open files
                     log.error('can\'t accept a connection: %s', explain(problem))
@@ -5394,49 +5410,17 @@ class Server:
             with contextlib.suppress(OSError):
                 client.connection.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Accept no more, and end the connections that are idle."""
         self.closing.set()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)      # ends accept()
-        self.socket.close()
+        if self.socket:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)      # ends accept()
+            self.socket.close()
         with self.lock:
             for client in self.clients:
                 if client.idle:
                     client.drop()
-
-
-def _has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
-        probe.bind(('::', 0))
-        return True
-    return False
-
-
-class Listener:
-    """The https trigger: the Server, and the Dispatcher that it asks."""
-
-    def __init__(self, guests: Guests, settings: Settings,
-                 corrections: Mapping[str, Correction]) -> None:
-        self.router = Dispatcher(guests, settings, corrections)
-        self.server: Server | None = None
-
-    def open(self, config: Config) -> None:
-        """Listen where `config` says; Error if that can't be."""
-        self.server = Server(config, self.router)
-        spawn('listener', self.server.serve)
-        log.info('listening on %s', self.server.name)
-
-    def reload(self, config: Config) -> None:
-        """Take over the new certificate; with an InvalidValue, the old one stays."""
-        if self.server:
-            self.server.context = tls_context(config)
-
-    def close(self) -> None:
-        """Stop listening."""
-        if self.server:
-            self.server.stop()
-            self.server = None
 
 
 # ### part 2: networks ############################################################################
@@ -11588,12 +11572,6 @@ program = sys.modules['vmmonitor'] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(program)
 program.exit_now(program.main())
 """
-RESTART_LIMIT = """StartLimitIntervalSec=60
-StartLimitBurst=25
-"""
-RESTART_STEPS = """RestartSteps=8
-RestartMaxDelaySec=5
-"""
 
 
 class SetupError(Error):
@@ -11985,8 +11963,10 @@ class Setup:
         text = text.replace('User=vmmonitor\n', '\n'.join([f'User={self.account}', *lines, '']))
         version = re.search(rb'systemd (\d+)', systemctl('--version').stdout)
         if version and int(version[1]) >= STEPPED_RESTARTS:
-            text = text.replace(RESTART_LIMIT, 'StartLimitIntervalSec=0\n')
-            text = text.replace('RestartSec=100ms\n', 'RestartSec=100ms\n' + RESTART_STEPS)
+            text = text.replace('StartLimitIntervalSec=60\nStartLimitBurst=25\n',
+                                'StartLimitIntervalSec=0\n')
+            text = text.replace('RestartSec=100ms\n', 'RestartSec=100ms\nRestartSteps=8\n'
+                                'RestartMaxDelaySec=5\n')
         return text
 
     def _drop_in(self) -> str:
@@ -12208,6 +12188,7 @@ LIBVIRT_GUESTS = ('/usr/lib/libvirt/libvirt-guests.sh', '/usr/libexec/libvirt-gu
                   '/etc/default/libvirt-guests', '/etc/sysconfig/libvirt-guests')
 SYSTEMCTL_TRIES = 5             # until it says whether the host goes down
 EXTEND_TIMEOUT = 30             # s that systemd waits for the next sign of life when it stops us
+OWN_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 EXAMPLES = """examples:
@@ -12495,15 +12476,16 @@ def _check_listener(config: Config) -> Iterator[Check]:
                    + ('' if shown.returncode == 0 else '; renew it'))
     except CommandError:
         yield Check(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
+    listener = Listener(Guests([]), Settings(config), {})
     try:
-        server = Server(config, Dispatcher(Guests([]), Settings(config), {}))
+        listener.bind(config)
     except Error as problem:
         served = _is_served(config)
         yield Check(served, f'port: {config.port} is served with this certificate, by the daemon'
                    if served else explain(problem))
     else:
-        yield Check(True, f'port: can listen on {server.name}')
-        server.stop()
+        yield Check(True, f'port: can listen on {listener.name}')
+        listener.close()
 
 
 def _is_served(config: Config) -> bool:
@@ -12762,7 +12744,7 @@ def command_list_steps(config: Config, options: argparse.Namespace) -> int:
                 show(line)
         else:
             steps.run()
-    return EXIT_FAILED if steps.has_failed() else 0
+    return EXIT_FAILED if steps.failed else 0
 
 
 # --- verbs: vmmonitor VERB NAME ... ---
@@ -12770,8 +12752,6 @@ def command_list_steps(config: Config, options: argparse.Namespace) -> int:
 LOG_TIMEOUT = 60.0             # seconds; for a journal of years
 ACTION_TIMEOUT = 3600.0        # seconds for what is asked of guests; Ctrl-C ends it earlier
 CONSOLE_LEAVES = b'\x1d'       # Ctrl-], as of virsh console
-GUEST_ENDS = {'agent': Guest.agent_answers, 'running': lambda guest: guest.state() is State.RUNNING,
-              'off': Guest.is_off}          # what --wait waits for
 
 
 class Task(NamedTuple):
@@ -12956,8 +12936,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def find_config(given: str | None) -> str:
     """Return the configuration file to read, or '' if none is given and none is there."""
-    path = given or os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
-    return path if given or os.path.exists(path) else ''
+    return given or (OWN_CONFIG if os.path.exists(OWN_CONFIG) else '')
 
 
 def _refuse_mixed(options: argparse.Namespace, roles: Sequence[str], once: str) -> None:
@@ -13002,7 +12981,7 @@ def dispatch(options: argparse.Namespace) -> int:
         return {'shutdown': command_list_steps, 'status': command_status, 'sync': command_sync}[
             once](config, options)
     if not path and set(roles) != {'monitor'}:
-        load(find_config(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')))
+        load(OWN_CONFIG)                # ConfigError
     config = load(path, roles) if path else Config()
     roles = roles or enabled_roles(config)
     if not roles:
