@@ -8914,12 +8914,13 @@ class TestAsGuests(Live):
         new = {'of the future': [1]}
         row = good['devices'][0]
         path.write_text(json.dumps({**good, **new, 'devices': [
-            {**row, **new, 'facts': {**row['facts'], **new}}]}))
+            {**row, **new, 'facts': {**row['facts'], **new, 'mib': 'of another kind'}}]}))
         m.start_vm()
         m.stop(force=True)
         kept = json.loads(path.read_text())
         for place in (kept, kept['devices'][0], kept['devices'][0]['facts']):   # it is kept
             self.assertEqual(place.pop('of the future'), [1])
+        self.assertEqual(kept['devices'][0]['facts'].pop('mib'), 'of another kind')
         self.assertEqual(kept['devices'], good['devices'])
         device = good['devices'][0]
         for change, why in (

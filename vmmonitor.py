@@ -8102,10 +8102,8 @@ class Harddrive:
                         replace=True)
 
     def resize(self, size: float, shrink: bool = False) -> None:
-        """Give the disk a new size in GiB (block_resize, qemu-img resize).
-
-        DiskError for a smaller one, which cuts off what is there, without `shrink`.
-        """
+        """Give the disk a new size in GiB (block_resize, qemu-img resize); a smaller one, which
+        cuts off what is there, only with `shrink`."""
         wanted, now = self._bytes(size), self.info()['virtual-size']
         if wanted < now and not shrink:
             raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
@@ -8236,11 +8234,8 @@ class CD:
                             'unmount it in the guest, or use force=True') from None
 
     def eject(self, force: bool = False) -> None:
-        """Take the medium out (QMP eject).
-
-        DiskError when the guest has locked the tray: it is then asked to open it, and may; with
-        `force` it is not asked.
-        """
+        """Take the medium out (QMP eject). A guest that has locked the tray is asked to open it,
+        and DiskError is raised, unless `force`."""
         if self.drive:
             self._in().eject(force)
             self.drive = None
@@ -8276,10 +8271,7 @@ class CD:
     @classmethod
     def seed(cls, user_data: str, meta_data: str = '', filename: str | os.PathLike[str]
              = 'seed.iso') -> CD:
-        """Make a cloud-init NoCloud image with xorriso, genisoimage or mkisofs.
-
-        DiskError when none of them is installed, or `filename` exists.
-        """
+        """Make a cloud-init NoCloud image in a new file (xorriso, genisoimage or mkisofs)."""
         path = image_path(filename)
         try:
             files = {'user-data': raw_bytes(user_data), 'meta-data': raw_bytes(meta_data)}
@@ -8348,9 +8340,9 @@ class MemoryAt(enum.Enum):
     LOST = 'lost'               # nowhere: a snapshot was loaded by half
 
 
-def filled(kind: Callable[..., Result], known: Mapping[str, Any]) -> Result:
-    """Return a dataclass made of an object of the file; `more` gets members that it has not."""
-    own = {field.name for field in dataclasses.fields(kind)} - {'more'}     # type: ignore[arg-type]
+def filled(kind: Callable[..., Result], known: Mapping[str, Any], own: Iterable[str]) -> Result:
+    """Return a dataclass made of an object of the file; `more` gets what is not its `own`."""
+    own = {key.rstrip('?') for key in own}
     return kind(**{key: known[key] for key in known.keys() & own},
                 more={key: known[key] for key in known.keys() - own})
 
@@ -8483,17 +8475,20 @@ class MachineSpec:
             known['memory_at'] = {'': 'here', 'incoming': 'awaited'}.get(at, at)
             known['memory_place'] = old.get(at) if at in ('saved', 'given') else ''
         known['memory_at'] = MemoryAt(known['memory_at'])
-        known['devices'] = [filled(Device, {**row, 'facts': filled(Facts, row['facts'])})
-                            for row in known['devices']]
-        return filled(cls, {**known, 'version': SPEC_VERSION})
+        known['devices'] = [filled(Device, {
+            **row, 'facts': filled(Facts, row['facts'], FACTS[row['kind']])}, SCHEMAS['device'])
+            for row in known['devices']]
+        ours = {field.name for field in dataclasses.fields(cls)} - {'more'}
+        return filled(cls, {**known, 'version': SPEC_VERSION}, ours)
 
     def json(self) -> bytes:
         """Return the text of the file."""
         values = dataclasses.asdict(self, dict_factory=spread)
         for row, device in zip(values['devices'], self.devices):
-            row['facts'] = {key: value for key, value in row['facts'].items()
-                            if key in FACTS[device.kind] or key in device.facts.more
-                            or value and f'{key}?' in FACTS[device.kind]}
+            own = FACTS[device.kind]
+            row['facts'] = {**device.facts.more, **{
+                key: value for key, value in dataclasses.asdict(device.facts).items()
+                if key in own or value and f'{key}?' in own}}
         return json.dumps({**values, 'memory_at': self.memory_at.value}, indent=1).encode()
 
 
@@ -8913,23 +8908,21 @@ class Qemu:
 
     def _known(self) -> dict[str, Any]:
         """Return what is written down of the process; of an unfinished record what is found."""
-        nothing = {'pid': 0, 'started': '', 'sockets': 'sockets'}
+        nothing: dict[str, Any] = {'pid': 0, 'started': '', 'sockets': 'sockets'}
+        known = nothing
         try:
-            known = checked('process.json', parse_json(Path(self.file.path('process.json'))
-                                                       .read_bytes()))
-            sockets = known['sockets']
+            known = dict(checked('process.json', parse_json(
+                Path(self.file.path('process.json')).read_bytes())))
             if known['machine'] != self.name or known['boot'] != boot_id():
                 return nothing                  # of the machine that this one was copied from
         except FileNotFoundError:
-            known, sockets = nothing, 'run'
             if not os.path.isdir(self.file.path('run')):
                 return nothing
+            known = {**nothing, 'sockets': 'run'}
         except (OSError, ValueError):
-            known, sockets = nothing, 'sockets'
-        if not known['pid']:
-            found = self._search()
-            return self._record(found, sockets) if found else {**nothing, 'sockets': sockets}
-        return dict(known)
+            pass
+        found = 0 if known['pid'] else self._search()
+        return self._record(found, known['sockets']) if found else known
 
     def _search(self) -> int:
         """Return the pid of a QEMU with this machine's uuid, that runs as its user; 0 if none."""
@@ -8960,8 +8953,7 @@ class Qemu:
 
     @contextlib.contextmanager
     def session(self, timeout: float = 0) -> Iterator[QmpSession]:
-        """Lend a QMP session with no event from before; it is waited for, for QMP_TIMEOUT if
-        nothing else is said.
+        """Lend a QMP session with no event from before, for `with`; it is waited for.
 
         Raises WrongState when the machine is off, Busy, MachineError with QEMU's words.
         """
@@ -9018,7 +9010,7 @@ class Qemu:
 
     # The process
 
-    def start(self, argv: Sequence[str], command: QemuCommand) -> None:
+    def start(self, command: QemuCommand) -> None:
         """Run QEMU, and wait for its greeting; MachineError with its own last words."""
         try:
             self._record(0)
@@ -9027,7 +9019,7 @@ class Qemu:
             log_ = appended(self.file.path('qemu.log'))
             try:
                 process = subprocess.Popen(
-                    [*argv, QEMU, *command.argv], stdin=subprocess.DEVNULL, stdout=log_,
+                    [*self.wrapper(), QEMU, *command.argv], stdin=subprocess.DEVNULL, stdout=log_,
                     stderr=log_, cwd='/', start_new_session=True, pass_fds=command.fds)
             finally:
                 os.close(log_)
@@ -9105,7 +9097,7 @@ class Qemu:
                     return
                 yield event
 
-    def job(self, qmp: QmpSession, command: str, **arguments: Any) -> None:
+    def job(self, command: str, **arguments: Any) -> None:
         """Carry out a command that is a job, whose answer says nothing of its end."""
         job = f'vmmonitor-{os.urandom(6).hex()}'
 
@@ -9113,15 +9105,16 @@ class Qemu:
             row = {row['id']: row for row in qmp.execute('query-jobs')}.get(job)
             return Progress(row['status'] == 'concluded', row.get('error', '')) if row else \
                 Progress(True, 'somebody has dismissed it')
-        for row in qmp.execute('query-jobs'):           # of a program that was killed
-            if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
-                qmp.execute('job-dismiss', id=row['id'])
-        qmp.execute(command, job_id=job, **arguments)
-        try:
-            error = follow(look, JOB_TIMEOUT)
-        finally:
-            with contextlib.suppress(GuestError):
-                qmp.execute('job-dismiss', id=job)
+        with self.session() as qmp:
+            for row in qmp.execute('query-jobs'):           # of a program that was killed
+                if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
+                    qmp.execute('job-dismiss', id=row['id'])
+            qmp.execute(command, job_id=job, **arguments)
+            try:
+                error = follow(look, JOB_TIMEOUT)
+            finally:
+                with contextlib.suppress(GuestError):
+                    qmp.execute('job-dismiss', id=job)
         if error:
             raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {error}')
 
@@ -9269,10 +9262,8 @@ class Qemu:
         return self.status().state
 
     def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
-        """Wait until it is in a state (running, off, paused ...) or its 'agent' answers.
-
-        Returns the seconds that it took; MachineError when they are more than `timeout`.
-        """
+        """Wait for a state (running, off, paused ...), or until its 'agent' answers; return the
+        seconds that it took. MachineError when they are more than `timeout`."""
         began, states = time.monotonic(), [state.value for state in State]
         if what not in ('agent', *states):
             raise MachineError(f'{self.name}: wait({what!r:.80})',
@@ -9443,21 +9434,16 @@ class Devices(Part):
                 os.chown(self.file.path(place), owner, owner)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.file.path('console.log'), self.file.path('console.log.1'))
-        launch = QemuCommand()
-        try:
-            self.qemu.compose(launch)
-            for text in self._fixed_devices():
-                launch.add('-device', text)
-            for device in self.spec.devices:
-                self._compose_device(launch, device)
-            wrapper = self.qemu.wrapper()
-        except OSError as problem:
-            launch.close()
-            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
-        except BaseException:
-            launch.close()
-            raise
-        self.qemu.start(wrapper, launch)
+        with contextlib.closing(QemuCommand()) as launch:
+            try:
+                self.qemu.compose(launch)
+                for text in self._fixed_devices():
+                    launch.add('-device', text)
+                for device in self.spec.devices:
+                    self._compose_device(launch, device)
+            except OSError as problem:
+                raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
+            self.qemu.start(launch)
 
     def _fixed_devices(self) -> Iterator[str]:
         for number in range(self.spec.ports if 'q35' in self.spec.type else 0):
@@ -9765,10 +9751,8 @@ class Devices(Part):
         return self.add(plan)
 
     def del_nic(self, nic: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
-        """Unplug a network card: the object, its id, or its number (device_del, netdev_del).
-
-        When the guest does not let it go, it says so: the card stays until the guest is reset.
-        """
+        """Unplug a network card: the object, its id, or its number (device_del, netdev_del). One
+        that the guest does not let go stays until it is reset, and the answer says so."""
         return self.remove('nic', nic, timeout)
 
     def add_harddrive(self, drive: DriveLike) -> Device:
@@ -9804,10 +9788,8 @@ class Devices(Part):
             device.boot = ids.index(device.id) + 1 if device.id in ids else 0
 
     def change_boot_device(self, *devices: Any) -> None:
-        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1.
-
-        It counts from the next reset on, and is kept (qom-set bootindex).
-        """
+        """Boot from these, in this order: 'cd', a Harddrive, a nic, or an id such as disk1. It
+        counts from the next reset on, and is kept (qom-set bootindex)."""
         with self.file.change():
             ids = [self._boot_id(device) for device in devices]
             twice = [id for id in ids if ids.count(id) > 1]
@@ -9961,10 +9943,7 @@ class MemoryStream(Part):
     """A machine's memory on its way into a file or out of one, or to another machine."""
 
     def save(self, file: str = '') -> str:
-        """Save its memory to a file (or a place of its own) and end it; start goes on from there.
-
-        Also with raw disks (QMP stop, getfd, migrate). On failure it goes on running.
-        """
+        """Save its memory and end it (QMP stop, getfd, migrate)."""
         with self.file.change():
             if self.qemu.state() is State.SAVED:
                 return 'already saved'
@@ -10067,10 +10046,8 @@ class MemoryStream(Part):
 
     def dump(self, filename: str | os.PathLike[str], format: str = 'elf',
              progress: Callable[[int, int], object] | None = None) -> str:
-        """Write the guest's memory to a new file, as elf or kdump-zlib, and return its path.
-
-        It stands still meanwhile (dump-guest-memory); `progress` gets bytes done and in all.
-        """
+        """Write the guest's memory to a new file, as elf or kdump-zlib; it stands still meanwhile
+        (dump-guest-memory). `progress` gets bytes done and in all."""
         path = image_path(filename)
         with self.file.change(), whole_file(path) as file, self.qemu.session() as qmp:
             qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
@@ -10116,9 +10093,9 @@ class Snapshots(Part):
 
     def _layers(self) -> list[tuple[str, Harddrive]]:
         """Return node and disk of all that can hold a snapshot."""
-        return [(f'{device.id}-node', drive) for device, drive in
-                ((device, self.devices.thing(device)) for device in self.spec.of_kind('disk'))
-                if drive.format == 'qcow2']
+        drives = [(f'{device.id}-node', self.devices.thing(device))
+                  for device in self.spec.of_kind('disk')]
+        return [(node, drive) for node, drive in drives if drive.format == 'qcow2']
 
     @property
     def all(self) -> list[MachineSnapshot]:
@@ -10229,25 +10206,19 @@ class Snapshots(Part):
 
     def _snapshot_job(self, verb: str, tag: str, nodes: Sequence[str]) -> None:
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
-        with self.qemu.session() as qmp:
-            self.qemu.job(qmp, f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
+        self.qemu.job(f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
 
     def _nodes(self, nodes: Sequence[str]) -> list[str]:
         return [*nodes, *['efi-vars'] * self.spec.efi]
 
     def load(self, tag: str, disks_only: bool = False) -> str:
-        """Put memory and disks back to a snapshot, starting the machine if it is off; with
-        `disks_only`, or a snapshot of the disks alone, the disks of a machine that is off.
-
-        Memory that is not known to fit this machine is refused before anything is touched; when it
-        fails none the less, the disks are put back (snapshot-load).
-        """
+        """Put memory and disks back, as Machine.load_snapshot() does, but for the clock."""
         with self.file.change():
             found = self.find(tag)
             self.qemu.require_not_given()
-            layers = [row for row in self._layers() if row[1].filename in found.disks]
-            bare = [drive.filename for _, drive in self._layers()
-                    if drive.filename not in found.disks]
+            mine = self._layers()
+            layers = [row for row in mine if row[1].filename in found.disks]
+            bare = [drive.filename for _, drive in mine if drive.filename not in found.disks]
             memory, started = found.ram and not disks_only, not self.qemu.is_alive()
             if memory and bare:                 # its memory would not fit them
                 raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
@@ -10463,12 +10434,7 @@ class Migration(Part):
                                    'give both machines the same disks and CD')
 
     def receive_at(self, port: int, timeout: float = 60.0, address: str = '') -> None:
-        """Wait on a TCP port for migrate('host:port') to this machine, which was started with
-        incoming=True; return when the guest runs here.
-
-        Raises MachineError when nobody came within `timeout` seconds, or the guest did not
-        arrive. Open the port to hosts that you trust only: it takes the guest from anybody.
-        """
+        """Wait on a TCP port for the guest of a migrate() to this machine."""
         self.file.refresh()
         self._require_waiting()
         deadline, why = Deadline(timeout), ''
@@ -10565,9 +10531,7 @@ class Migration(Part):
     def _await_arrival(self, qmp: QmpSession, peer: LineSocket) -> None:
         """Wait until QEMU has read a whole guest, and the other end still wants it to."""
         deadline = Deadline(ARRIVAL_TIMEOUT)
-        while True:
-            if qmp.event(['MIGRATION'], STATE_POLL, status='completed'):
-                return
+        while not qmp.event(['MIGRATION'], STATE_POLL, status='completed'):
             if deadline.passed() or peer.closed():
                 raise MachineError(f'{self.name}: its QEMU does not take the guest in')
 
@@ -10648,10 +10612,7 @@ class Input(Part):
         time.sleep(KEY_PAUSE + hold / 1000)
 
     def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
-        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key).
-
-        Raises MachineError for a name that QEMU does not know, WrongState when it does not run.
-        """
+        """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key)."""
         self._awake()
         spoken = [KEY_NAMES.get(key.lower(), key)
                   for key in re.findall(r'[^-]+|-(?=-|$)', str(keys))]
@@ -10688,10 +10649,8 @@ class Input(Part):
                 self._press(qmp, [*['shift'] * shift, key])
 
     def mouse_move(self, x: int, y: int) -> None:
-        """Move the pointer to a place on the screen, in pixels (input-send-event).
-
-        Raises MachineError when the guest has no driver for an absolute pointer.
-        """
+        """Move the pointer to a place on the screen, in pixels (input-send-event), which takes a
+        guest with a driver for tablets."""
         for place in (x, y):
             if not isinstance(place, (int, float)) or not math.isfinite(place):
                 raise MachineError(f'{self.name}: mouse_move({x!r:.40}, {y!r:.40})',
@@ -10777,8 +10736,7 @@ class Console:
     def expect(self, pattern: str | bytes, timeout: float = 30) -> str:
         """Read until the regular expression matches; return all up to the match's end.
 
-        MachineError, with the last lines, when it does not within `timeout` seconds; what was
-        read is then still there for the next one.
+        MachineError when it does not within `timeout` seconds; the next one reads that again.
         """
         deadline, seen = Deadline(timeout), b''
         try:
@@ -10800,11 +10758,8 @@ class Console:
             time.sleep(STATE_POLL / 5)
 
     def write(self, data: bytes | str) -> None:
-        """Type into the console.
-
-        Raises Busy when somebody else has it open to write, MachineError when the guest does not
-        read what is typed.
-        """
+        """Type into the console; Busy when another one does, MachineError when the guest does not
+        read what is typed."""
         name = self.name
         try:
             typed = raw_bytes(data)
@@ -11287,10 +11242,8 @@ class Machine(Guest):
         return 'arrived' + self._clock_set('migrated', clock)
 
     def send(self, what: bytes | str) -> str:
-        """Press keys, b'ctrl-alt-f2', or run an HMP command, 'info block', and return its text.
-
-        HMP has no errors, only text (human-monitor-command).
-        """
+        """Press keys, b'ctrl-alt-f2', or run an HMP command, 'info block', and return its text,
+        in which errors are, too (human-monitor-command)."""
         if isinstance(what, bytes):
             self.send_key(what.decode('ascii', 'replace'))
             return ''
