@@ -5506,7 +5506,7 @@ class TestSwitch(NetCase):
         two.connect(one)                            # again, from the other side: harmless
         self.assertEqual(len(one.ports), 2)
         self.all_frames(a, b)
-        one.disconnect(two)
+        one.disconnect('second')
         self.assertEqual(set(one.ports), {a.name})
         self.assertEqual(names(), {'one', 'two', a.name, b.name})
 

@@ -6844,10 +6844,12 @@ class Switch(ManagedInterface):
         """Undo connect(); what is not connected is left alone."""
         name = check('disconnect', thing, name_of, NetworkError)
         with transaction() as plan:
+            name = next((link.name for link in plan.network.links.values() if name in link.names),
+                        name)
             plan.remove(plan.registry.between(self.name, name))
             plugs = {name, *(lan for lan, row in plan.records.items() if row.parents == [name])}
             for link in plan.network.ports(self.name):
-                if plugs & set(link.names):
+                if link.name in plugs:
                     # What others made stays up: they would lose their routes.
                     down = ' down' if link.name in plan.records else ''
                     plan.late += ops_for(f'disconnect {link.name}',
@@ -7382,8 +7384,8 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
             found = {name: known[name] for name in names}
         used = plan.users() if found and not force else {}
         for name in list(found):
-            family = plan.registry.with_dependents([name])
-            holders = sorted({used[one] for one in family if one in used})
+            holders = sorted({used[one] for one in plan.registry.with_dependents([name])
+                              if one in used})
             if holders:
                 del found[name]
                 log.warning('%s stays: %s uses it; stop that first, or use force', name,
