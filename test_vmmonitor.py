@@ -2331,7 +2331,7 @@ class ConfigTest(ConfigCase):
                           for step in config.steps],
                          [(1, 'start', 'vm1', 0), (2, 'start', 'vm2', 0), (3, 'delay', '', 5),
                           (6, 'start', 'vm3', 0)])
-        self.assertEqual((config.allows('save'), config.allows('stop')), (True, False))
+        self.assertEqual(('save' in config.enabled, 'stop' in config.enabled), (True, False))
         self.assertEqual(vm.enabled_roles(config), ['monitor', 'startup', 'listen'])
         self.assertEqual(vm.enabled_roles(vm.Config(shutdown_enabled=True)),
                          ['monitor', 'shutdown'])

@@ -1390,10 +1390,6 @@ class Config:
     keys: tuple[Key, ...] = ()                          # listener.key and listener.keys, read
     warnings: tuple[str, ...] = ()                      # what works but should not stay so
 
-    def allows(self, command: str) -> bool:
-        """Tell whether `command` is switched on in listener.commandsEnabled."""
-        return command in self.enabled
-
     def excludes(self, own: str, full: str) -> bool:
         """Tell whether the monitor shall leave the guest with this own name, and HOST/NAME,
         alone."""
@@ -1417,6 +1413,7 @@ OPTIONS: dict[str, tuple[str, Option]] = {      # key in the file -> (attribute 
 
 ROLES = ('monitor', 'startup', 'listen', 'shutdown')
 
+FRESH_KEY = 'put in what "openssl rand -hex 32" prints'
 # Keys that stand in documentation, here or elsewhere: whoever left one in has no key at all.
 SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KEY', 'PSK',
                          'SECRET', 'KEY', 'PASSWORD'))
@@ -1545,7 +1542,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
         entries.insert(0, Key('main', key=config.key, key_file=config.key_file))
         places.insert(0, 'listener')
     elif not entries:
-        problems.append('listener.key: missing; put in what "openssl rand -hex 32" prints')
+        problems.append(f'listener.key: missing; {FRESH_KEY}')
     keys: list[Key] = []
     for place, entry in zip(places, entries):
         try:
@@ -1556,11 +1553,10 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
             problems.append(f'{place}.keyFile: {problem}')
             continue
         if secret.upper() in SAMPLE_KEYS:
-            problems.append(f'{place}.key: still the sample\'s; put in what "openssl rand -hex 32" '
-                            'prints')
+            problems.append(f'{place}.key: still the sample\'s; {FRESH_KEY}')
         elif len(secret) < KEY_MINIMUM:
             warnings.append(f'{place}.key is shorter than {KEY_MINIMUM} characters and can be '
-                            'guessed; put in what "openssl rand -hex 32" prints')
+                            f'guessed; {FRESH_KEY}')
         keys.append(dataclasses.replace(entry, digest=hashlib.sha256(secret.encode()).digest(),
                                         guessable=len(secret) < KEY_MINIMUM))
     if len({key.digest for key in keys}) < len(keys):
@@ -4915,7 +4911,7 @@ class Dispatcher:
                           f'target is missing: the name of the guest to {command}')
         if target and not self._may_reach(key, target):
             raise self.throttle.wrong(f'key {key.name}')        # not to be told from a wrong key
-        if not self.settings.config.allows(command):
+        if command not in self.settings.config.enabled:
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
         if command not in key.commands:
             raise Refusal(403, f'this key may not {command}')
@@ -5051,7 +5047,7 @@ class Dispatcher:
             **({'away': [told(problem) for problem in away]} if away else {}),
             'lists': [f'{name}: {text}' for name, text in self.guests.lists.items()],
             'commands': [command for command in key.commands
-                         if self.settings.config.allows(command)],
+                         if command in self.settings.config.enabled],
             'logged': self.guests.serial})
 
     def _log(self, key: Key) -> Reply:
@@ -11508,7 +11504,7 @@ UNIT = '/etc/systemd/system/vmmonitor.service'
 UNIT_RUN = '/run/vmmonitor-service'     # its RuntimeDirectory=
 DROPIN = f'{UNIT}.d/machines.conf'
 CREATED_BY = 'vmmonitor service'    # in the account of a user that was made here
-SYSTEMCTL_TIMEOUT = 90              # seconds; of a start, stop or reload
+SETUP_TIMEOUT = 90                  # seconds; of a program, such as a start by systemctl
 CERTIFICATE_ADDRESSES = 50          # at most in a certificate
 LIBVIRT_WAIT = 10                   # seconds for a libvirt that was started to answer
 STEPPED_RESTARTS = 254              # the systemd that can restart with growing pauses
@@ -11565,10 +11561,19 @@ class Service(NamedTuple):
         return self.machines or as_user(self.account, 'test', '-r', path)
 
 
+def attempt(*argv: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a program, whatever comes of it."""
+    return run(argv, SETUP_TIMEOUT, check=False)
+
+
+def systemctl(*words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run systemctl, whatever comes of it."""
+    return attempt('systemctl', *words)
+
+
 def as_user(account: str, *argv: str) -> bool:
     """Tell whether a program ends well when this user runs it."""
-    return not run(['runuser', '-u', account, '--', *argv], SYSTEMCTL_TIMEOUT,
-                   check=False).returncode
+    return not attempt('runuser', '-u', account, '--', *argv).returncode
 
 
 class Changes:
@@ -11590,9 +11595,9 @@ class Changes:
 
     def do(self, argv: Sequence[str], back: Sequence[str], why: str) -> None:
         """Run a program, and `back` if it is to be taken back; SetupError(why) if it fails."""
-        self.step(lambda: run(back, SYSTEMCTL_TIMEOUT, check=False))
+        self.step(lambda: attempt(*back))
         try:
-            run(argv, SYSTEMCTL_TIMEOUT)
+            run(argv, SETUP_TIMEOUT)
         except CommandError as problem:
             raise SetupError(f'{why}: {problem.stderr.strip() or problem}') from None
 
@@ -11671,11 +11676,6 @@ def named_files(config: Config) -> list[str]:
     names = [config.certificate, config.certificate_key, config.key_file,
              *(entry.key_file for entry in config.key_entries)] if config.listener_enabled else []
     return list(dict.fromkeys(beside(config, name) for name in names if name))
-
-
-def systemctl(*words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run systemctl, whatever comes of it."""
-    return run(['systemctl', *words], SYSTEMCTL_TIMEOUT, check=False)
 
 
 @dataclasses.dataclass
@@ -11801,7 +11801,7 @@ class Setup:
         """Put `vmmonitor` into PATH, and what completes its words in bash."""
         program = COMMAND_TEXT.format(python=self.python, here=self.here)
         words = run([sys.executable, '-I', '-B', os.path.join(self.source, 'vmmonitor.py'),
-                     'completion'], SYSTEMCTL_TIMEOUT).stdout
+                     'completion'], SETUP_TIMEOUT).stdout
         for path, data, mode in ((COMMAND, program.encode(), 0o755), (COMPLETIONS, words, 0o644)):
             if os.path.lexists(path) and path not in self.record.files and (
                     b'vmmonitor' not in Path(path).read_bytes()):
@@ -11812,8 +11812,7 @@ class Setup:
 
     def _compile(self) -> None:
         """Have the bytecode of the program in HERE/__pycache__, where the command finds it."""
-        run([self.python, '-I', '-m', 'py_compile', self.path('vmmonitor.py')], SYSTEMCTL_TIMEOUT,
-            check=False)
+        attempt(self.python, '-I', '-m', 'py_compile', self.path('vmmonitor.py'))
 
     def _make_config(self, group: int) -> Config:
         path = self.path('config.json')
@@ -11853,11 +11852,10 @@ class Setup:
         names = [f'DNS:{host}', 'DNS:localhost', 'IP:127.0.0.1', 'IP:::1',
                  *(f'IP:{address}' for address in host_addresses())]
         with tempfile.TemporaryDirectory() as work:
-            made = run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
-                        'ec_paramgen_curve:P-256', '-nodes', '-days', '3650', '-subj',
-                        f'/CN={host:.64}', '-addext', f'subjectAltName={",".join(names)}',
-                        '-keyout', f'{work}/key.pem', '-out', f'{work}/cert.pem'],
-                       SYSTEMCTL_TIMEOUT, check=False)
+            made = attempt('openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                           'ec_paramgen_curve:P-256', '-nodes', '-days', '3650', '-subj',
+                           f'/CN={host:.64}', '-addext', f'subjectAltName={",".join(names)}',
+                           '-keyout', f'{work}/key.pem', '-out', f'{work}/cert.pem')
             if made.returncode:
                 raise SetupError(f'openssl could not make a certificate for {host}; put cert.pem '
                                  f'and key.pem into {self.here}, and a config.json that names them')
@@ -11955,7 +11953,7 @@ class Setup:
     def _show_end(self, config: Config) -> None:
         """Print what --check finds, how to ask the service, and what was given away."""
         program = self.path('vmmonitor.py')
-        shown = run([self.python, '-I', '-B', program, '--check'], SYSTEMCTL_TIMEOUT, check=False)
+        shown = attempt(self.python, '-I', '-B', program, '--check')
         print(shown.stdout.decode(errors='replace'), end='')
         if shown.returncode:
             print('(mend what failed above; meanwhile the service goes on trying)')
@@ -12026,7 +12024,7 @@ def _rmdir(path: str) -> bool:
 
 
 def _exists(database: str, name: str) -> bool:
-    return not run(['getent', database, name], SYSTEMCTL_TIMEOUT, check=False).returncode
+    return not attempt('getent', database, name).returncode
 
 
 def _host_name() -> str:
@@ -12040,7 +12038,7 @@ def host_addresses() -> list[str]:
     libvirt's networks, which may not be up yet."""
     def shown(*argv: str) -> str:
         with contextlib.suppress(CommandError):
-            return run(argv, SYSTEMCTL_TIMEOUT, check=False).stdout.decode(errors='replace')
+            return attempt(*argv).stdout.decode(errors='replace')
         return ''
     virsh = ('virsh', '-q', '-c', 'qemu:///system')
     found = shown('hostname', '-I').split()
@@ -12052,10 +12050,10 @@ def host_addresses() -> list[str]:
 
 def _service_words(since: float) -> str:
     with contextlib.suppress(CommandError):
-        run(['journalctl', '--sync'], SYSTEMCTL_TIMEOUT, check=False)
-        words = run(['journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '--since',
-                     f'@{int(since)}', '-o', 'cat', '-p', 'err', '--no-pager'], SYSTEMCTL_TIMEOUT,
-                    check=False).stdout.decode(errors='replace').splitlines()
+        attempt('journalctl', '--sync')
+        words = attempt('journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '--since',
+                        f'@{int(since)}', '-o', 'cat', '-p', 'err', '--no-pager'
+                        ).stdout.decode(errors='replace').splitlines()
         if words:
             return words[-1]
     return 'see: journalctl -u vmmonitor -n 20'
@@ -12076,12 +12074,12 @@ def remove_account(name: str, places: Sequence[str], record: SetupRecord | None 
                 if os.lstat(path).st_gid == known.pw_gid:
                     os.chown(path, -1, 0, follow_symlinks=False)
     if ours:
-        if run(['userdel', name], SYSTEMCTL_TIMEOUT, check=False).returncode:
+        if attempt('userdel', name).returncode:
             raise SetupError(f'the user {name} can\'t be removed; end what runs as it (pgrep -u '
                              f'{name}) and run this again')
         print(f'removed the user {name}')
     elif record and record.joined:
-        run(['gpasswd', '-d', name, 'libvirt'], SYSTEMCTL_TIMEOUT, check=False)
+        attempt('gpasswd', '-d', name, 'libvirt')
 
 
 def _purge_state() -> None:
