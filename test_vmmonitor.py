@@ -8778,7 +8778,7 @@ class TestNetwork(Live):
             m.agent('guest-exec', {'path': 'nc', 'arg': ['-l', '-p', '5432']})
             thread.join(60)
         self.assertRegex(str(logged.output), 'line 1: served: not yet "port 5432" after 1')
-        self.assertRegex(str(logged.output), 'startup: served: port 5432 after')
+        self.assertRegex(str(logged.output), 'startup: line 2: served: port 5432 after')
         self.assertIn('served already running', str(logged.output))
 
     def test_examples_of_the_help(self) -> None:
