@@ -1534,17 +1534,15 @@ def _keys_inside(config: Config) -> Iterator[str]:
 
 def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list[Key]:
     """Return the keys of the listener, their files read; add what is wrong with them."""
-    entries = list(config.key_entries)
-    places = [f'listener.keys[{number}]' for number in range(len(entries))]
+    entries = [(f'listener.keys[{number}]', key) for number, key in enumerate(config.key_entries)]
     if config.key and config.key_file:
         problems.append('listener.keyFile: there is a listener.key too; remove one of them')
     elif config.key or config.key_file:
-        entries.insert(0, Key('main', key=config.key, key_file=config.key_file))
-        places.insert(0, 'listener')
+        entries.insert(0, ('listener', Key('main', config.key, config.key_file)))
     elif not entries:
         problems.append(f'listener.key: missing; {FRESH_KEY}')
     keys: list[Key] = []
-    for place, entry in zip(places, entries):
+    for place, entry in entries:
         try:
             path = beside(config, entry.key_file)
             secret = entry.key or _secret_file(path)
@@ -2962,8 +2960,7 @@ class ConnectionPool:
     """Connections for one kind of call, so that calls of another kind never wait for these.
 
     A connection is lent to one call at a time. libvirt's client allows more, but up to 10.1 it
-    can lose the wake-up of the second thread: measured on 9.0, a healthy guest's agent was
-    pinged 9 times in 15 s beside a call to a hung one, against 5,710 times on another connection.
+    can lose the wake-up of the second thread, which then waits for the call of the first.
     """
 
     def __init__(self, uri: str, calls: int, full: type[Error] = Busy) -> None:
