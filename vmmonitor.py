@@ -11809,7 +11809,10 @@ class Setup:
 
     def _compile(self) -> None:
         """Have the bytecode of the program in HERE/__pycache__, where the command finds it."""
-        attempt(self.python, '-I', '-m', 'py_compile', self.path('vmmonitor.py'))
+        program = self.path('vmmonitor.py')
+        made = [*Path(self.here).glob('__pycache__/vmmonitor.*.pyc')]
+        if not made or os.stat(made[0]).st_mtime < os.stat(program).st_mtime:
+            attempt(self.python, '-I', '-m', 'py_compile', program)
 
     def _make_config(self, group: int) -> Config:
         path = self.path('config.json')
