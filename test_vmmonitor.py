@@ -6247,6 +6247,10 @@ class TestDoctor(NetCase):
                          'would remove lan: switch\nwould remove dmz: switch\n')
         self.assertEqual(self.program('--clean', 'lan')[1], 'removed lan: switch\n')
         self.assertEqual((lan.exists, dmz.exists), (False, True))
+        self.assertEqual(self.program('clean', 'dmz', '--dry-run')[1],
+                         'would remove dmz: switch\n')
+        self.assertEqual(self.program('clean', 'dmz'), (0, 'removed dmz: switch\n'))
+        self.assertFalse(dmz.exists)
 
     def program(self, *args: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, HERE / 'vmmonitor.py', *args], text=True, timeout=30,

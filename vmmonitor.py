@@ -12718,7 +12718,8 @@ TASKS = {
     'sync': Task('correct clocks now'),
     'check': Task('say whether all is there that is needed, or what to do', None),
     'console': Task('its serial console; Ctrl-] leaves it', 1),
-    'delete': Task('remove machines, with the disks that were made for them', '+'),
+    'delete': Task('forget machines and the nics that were made for them; disks stay', '+'),
+    'clean': Task('remove what interrupted programs left of networks, or what has this name'),
     'log': Task('what was done, from the journal', '?'),
     'completion': Task('print what completes these words in bash; in zsh after bashcompinit', None)}
 
@@ -12750,12 +12751,16 @@ def verb_arguments() -> argparse.ArgumentParser:
             one.add_argument('names', nargs=names, metavar='NAME')
         if verb == 'screenshot':
             one.add_argument('file', metavar='FILE')
+        if verb == 'clean':
+            for flag, text in (('--dry-run', 'only show it'), ('--force', 'also what a running '
+                               'machine uses'), ('--all', 'all of programs that have ended')):
+                one.add_argument(flag, action='store_true', help=text)
         if verb == 'list':
             one.add_argument('--only-names', '--names', action='store_true', help='nothing else')
         if isinstance(row, Verb) and row.act:
             one.add_argument('--all', action='store_true', help='all guests')
             one.add_argument('--wait', choices=GUEST_ENDS, help='then wait until it is so')
-        if verb not in ('console', 'screenshot', 'completion', 'log'):
+        if verb not in ('console', 'screenshot', 'completion', 'log', 'clean'):
             one.add_argument('--json', action='store_true', help='answer in JSON')
         one.add_argument('--config', metavar='FILE', help='the configuration')
         one.add_argument('--verbose', action='store_true', help='log every event, too')
@@ -12769,6 +12774,9 @@ def dispatch_verb(options: argparse.Namespace) -> int:
         path = ''                       # the service's; whoever may not read it has the defaults
     if options.verb == 'check':
         return show_checks(checks(path, ()), options.json)
+    if options.verb == 'clean':
+        options.clean = options.names
+        return command_clean(options)
     if options.verb == 'completion':
         flags = sorted(flag for action in arguments()._actions for flag in action.option_strings)
         show(COMPLETION % ('\n'.join([*flags, '--wait']), '\n'.join([*VERBS, *TASKS])))
