@@ -9591,13 +9591,14 @@ class Browser:
 
     def __init__(self, case: unittest.TestCase) -> None:
         self.place = f'http://127.0.0.1:{free_port()}'
+        home = tempfile.mkdtemp(prefix=OURS)
+        case.addCleanup(shutil.rmtree, home, ignore_errors=True)
         driver = subprocess.Popen(['chromedriver', f'--port={self.place.rpartition(":")[2]}'],
+                                  env={**os.environ, 'TMPDIR': home},
                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         case.addCleanup(driver.wait, 20)
         case.addCleanup(driver.terminate)
         soon(self._ready, 20, 'chromedriver')
-        home = tempfile.mkdtemp(prefix=OURS)
-        case.addCleanup(shutil.rmtree, home, ignore_errors=True)
         capabilities = {'alwaysMatch': {
             'acceptInsecureCerts': True, 'goog:loggingPrefs': {'browser': 'ALL'},
             'goog:chromeOptions': {'args': [
