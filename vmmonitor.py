@@ -2581,7 +2581,7 @@ QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 # virErrorNumber
-ERR_INTERNAL, ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 1, 38, 42, 45, 55
+ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 38, 42, 45, 55
 ERR_TIMEOUT, ERR_AUTH_CANCELLED, ERR_ACCESS_DENIED, ERR_AUTH_UNAVAILABLE = 68, 79, 88, 94
 FROM_RPC = 7                                            # virErrorDomain of a lost connection
 LIST_RUNNING = 1 << 4                                   # virConnectListAllDomainsFlags
