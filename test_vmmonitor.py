@@ -37,6 +37,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pty
 import pwd
 import random
 import re
@@ -53,6 +54,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -7269,6 +7271,34 @@ class TestGuest(Live):
         unraisable.assert_not_called()
         m.console().expect('and-line-0\r\nand-line-1\r\nand-line-2', 10)
 
+    def test_console_on_a_terminal(self) -> None:
+        m = self.machine
+        sh(m, 'echo marker-2 > /dev/ttyS0')
+        terminal, end = pty.openpty()
+        before = termios.tcgetattr(end)
+        verb = subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', 'console', m.name],
+                                stdin=end, stdout=end, stderr=end,
+                                env={**os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR})
+        self.addCleanup(os.close, terminal)
+        self.addCleanup(os.close, end)
+        self.addCleanup(verb.wait, 20)
+        self.addCleanup(verb.kill)
+        seen = bytearray()
+
+        def says(text: bytes) -> bool:
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen.extend(os.read(terminal, 65536))
+            return text in seen
+        soon(lambda: says(b'marker-2'), 20)
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'head -n1 < /dev/ttyS0 | sed s/^/heard-/ > /dev/ttyS0']})
+        time.sleep(0.5)
+        os.write(terminal, b'hello\n')
+        soon(lambda: says(b'heard-hello'), 20)
+        os.write(terminal, b'\x1d')
+        self.assertEqual(verb.wait(20), 0)
+        self.assertEqual(termios.tcgetattr(end), before)
+
     def test_console_without_end(self) -> None:
         m, log = self.machine, Path(self.machine.file.path('console.log'))
         console = m.console()
@@ -10744,6 +10774,10 @@ class Fresh(unittest.TestCase):
         since = self.cursor()
         self.assertEqual(self.ask('start&target=web1'), (200, 'web1: restored'))
         self.logged(since, 'web1: clock corrected, cause=.* before=-[1-9]')
+        told = self.sh('cd /; vmmonitor log web1')
+        self.assertRegex(told, r'web1: clock corrected(.*\n)*.* target=web1 result=200')
+        self.assertNotIn('listening on', told)
+        self.assertIn('listening on', self.sh('cd /; vmmonitor log'))
         offset, error = self._offset()
         print(f'    offset of the clock {offset * 1000:+.1f} ms, measured to {error * 1000:.1f} ms')
         self.assertLess(abs(offset), error + 0.01)

@@ -12835,7 +12835,7 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
     with all_guests(config) as guests:
         guest = guests.find(options.names[0])
     if isinstance(guest, Domain):
-        os.execvp('virsh', ['virsh', '-c', guest.host.uri, 'console', guest.own])
+        os.execvp('virsh', ['virsh', '-c', guest.host.uri, 'console', '--', guest.own])
     if not isinstance(guest, Machine):
         raise MachineError(f'{guest.name} has no console', 'mend its file first')
     before = termios.tcgetattr(0) if os.isatty(0) else None
