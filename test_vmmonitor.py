@@ -7477,12 +7477,49 @@ class TestMaking(Live):
         self.assertFalse([name for name in vm.Registry.read().records if name.startswith('full')])
         self.assertEqual(sorted(os.listdir(self.home)), before)
         self.bios('one')
-        with self.refused('one exists', 'load'):
-            self.bios('one')
+        with self.refused('one exists, made with memory 32, not 64', 'load'):
+            self.bios('one', memory=64)
         with self.assertRaises(vm.NoGuest):
             vm.Machine.load('absent')
         with self.assertRaises(vm.NoGuest):
             vm.Machine.load('../m/one')
+
+    def test_making_twice(self) -> None:
+        """The same arguments give the same machine; others are refused, and named."""
+        Path(self.path('c.iso')).write_bytes(bytes(2048))
+
+        def make(**more: Any) -> vm.Machine:
+            card = vm.VirtualNic('twice0', namespace='twice')
+            return self.bios('twice', **{
+                'harddrives': [vm.Harddrive(self.path('a.qcow2'), 0.01), self.path('b.qcow2')],
+                'nics': [card, None], 'cd': self.path('c.iso'), 'maxmemory': 512, **more})
+        before = make()
+        before.start_vm()
+        before.eject()                          # what was changed since does not count
+        drive = vm.Harddrive(self.path('a.qcow2'))
+        again = make(harddrives=[drive, self.path('b.qcow2')])
+        self.assertEqual((again.id, again.pid(), again.cd.filename), (before.id, before.pid(), ''))
+        self.assertIs(again.harddrives[0], drive)
+        drive.resize(0.02)                      # it is that machine's, live
+        for more, why in (({'memory': 64}, 'memory 32, not 64'),
+                          ({'nics': 1}, "nics ['twice0', None], not 1"),
+                          ({'maxmemory': 0}, 'maxmemory 512, not 0'),
+                          ({'harddrives': drive}, 'b.qcow2'),
+                          ({'cpus': 2}, 'cpus 1, not 2')):
+            with self.subTest(why), self.refused('twice exists', why):
+                make(**more)
+        path = Path(before.file.path('machine.json'))
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'made': None}))
+        with self.refused('twice exists', 'earlier version'):
+            make()
+        before.delete(force=True)
+        for name in ('one', 'many'):            # of two that make it at once, one finds it
+            machines = [vm.in_thread(name, functools.partial(self.bios, name, nics=1))
+                        for _ in range(3)]
+            self.assertEqual(len({one.result(60).id for one in machines}), 1)
+        killed_at('write .*/half/machine.json', 'vm.Machine("half", memory=32, nics=1)')
+        half = self.bios('half', nics=1)
+        self.assertEqual(vm.Machine.load('half').id, half.id)
 
     def test_bad_calls(self) -> None:
         """Whatever a function is given, it says what is wrong with it."""

@@ -121,6 +121,7 @@ import hashlib
 import hmac
 import http
 import http.server
+import inspect
 import io
 import ipaddress
 import itertools
@@ -8322,7 +8323,8 @@ SCHEMAS['machine.json'] = {
     'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
     'cd?': str, 'cd_boot?': int, 'memory_at?': str, 'memory_place?': str,
     'saved?': str, 'incoming?': bool, 'given?': str, 'lost?': bool,        # until version 1
-    'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}, 'cpu?': str, 'processor?': str}
+    'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}, 'cpu?': str, 'processor?': str,
+    'made?': (dict, None)}
 
 
 class MemoryAt(enum.Enum):
@@ -8411,6 +8413,8 @@ class MachineSpec:
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
     cpu: str = ''               # auto, or as QEMU takes it; '': made before it could be chosen
     processor: str = ''         # what that was at the last start
+    made: dict[str, Any] | None = None      # the arguments of Machine() that it was made with, but
+    #                             for defaults; None: by a version that did not keep them
     version: int = SPEC_VERSION
     more: dict[str, Any] = dataclasses.field(default_factory=dict)  # members that are not ours
 
@@ -9474,6 +9478,20 @@ class Devices(Part):
             self.attach(device, self._remake(device))
         return self._things[device.id]
 
+    def recognise(self, things: Iterable[Any]) -> None:
+        """Take these Harddrives and VirtualNics for those of its devices that they are."""
+        for device in self.spec.devices:
+            for thing in things:
+                if device.kind == ('disk' if isinstance(thing, Harddrive) else 'nic') \
+                        and thing and self._same(device, thing):
+                    self._keep(device, thing)
+
+    def _keep(self, device: Device, thing: Any) -> None:
+        if self.spec.memory_at is MemoryAt.AWAITED:     # a disk is its other machine's until then
+            self._things[device.id] = thing
+        else:
+            self.attach(device, thing)
+
     def attach(self, device: Device, thing: Any) -> None:
         self._things[device.id] = thing
         if isinstance(thing, Harddrive):
@@ -9528,10 +9546,7 @@ class Devices(Part):
     def plan(self, device: Device, thing: Any) -> Device:
         """Enter a device into the machine's file."""
         self.spec.devices.append(device)
-        if self.spec.memory_at is MemoryAt.AWAITED:     # a disk is its other machine's until then
-            self._things[device.id] = thing
-        else:
-            self.attach(device, thing)
+        self._keep(device, thing)
         return device
 
     def plan_disk(self, drive: Harddrive) -> Device:
@@ -10853,7 +10868,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 def _make_home(name: str) -> str:
-    """Make the directory of a machine `name`, or of the first free machineN."""
+    """Return the directory of a machine `name`, or of the first free machineN; it is made if
+    there is none."""
     try:
         for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
             if not os.path.isdir(place):
@@ -10876,8 +10892,21 @@ def _make_home(name: str) -> str:
                 return home
     except OSError as problem:
         raise write_error(os.path.join(MACHINES_DIR, name), problem) from None
-    raise MachineError(f'machine {name} exists', f'Machine.load({name!r}) takes it; its '
-                       'delete() removes it')
+    return os.path.join(MACHINES_DIR, name)
+
+
+def defaults_of(maker: Callable[..., object]) -> dict[str, Any]:
+    """Return the arguments of a function or class, and their defaults."""
+    return {name: row.default for name, row in inspect.signature(maker).parameters.items()}
+
+
+def as_kept(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is kept in a file of a machine's arguments: those that are no defaults."""
+    given = {name: arguments[name] for name, default in defaults_of(Machine).items()
+             if name != 'name' and arguments[name] not in (default, [])}
+    return dict(json.loads(json.dumps(given, default=lambda thing: (
+        chain_of(thing) if isinstance(thing, Harddrive) else os.fsdecode(thing)
+        if isinstance(thing, os.PathLike) else thing.name))))
 
 
 def _uid(user: str | int | None, identity: str) -> int:
@@ -11027,8 +11056,8 @@ class Machine(Guest):
     for a migration. `cpu` is the processor, as QEMU's -cpu takes it, such as 'EPYC-v4' or
     'host,-arch-capabilities'; 'auto' is the host's ('host') under KVM, which only hosts of the same
     kind can take over, and without KVM all that QEMU can emulate ('max'). A machine stays when the
-    program ends: Machine.load(name) finds it again. Raises MachineError when there is one of that
-    name.
+    program ends: Machine.load(name) finds it again, and so does making it with the same arguments,
+    whatever was changed since. Raises MachineError when there is one that was made with others.
     """
 
     def __init__(self, name: str = '', harddrives: DriveLike | Sequence[DriveLike] | None = None,
@@ -11053,19 +11082,48 @@ class Machine(Guest):
         # A CD object that is in another machine's drive goes on speaking of that one.
         disc = cd if isinstance(cd, CD) and not cd.attached else CD(
             cd.filename if isinstance(cd, CD) else cd)
+        given.update(harddrives=drives, cd=disc.filename or None, kernel=kernel,
+                     initrd=initrd, nics=nics if isinstance(nics, (int, str)) else _several(nics))
         home = _make_home(name)
+        file = MachineFile(home, MachineSpec(
+            os.path.basename(home), identity, '', memory, cpus,
+            maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0), namespace, efi, accel,
+            kernel, initrd, cmdline, display or '', monitor_port, uid, 0, disc.filename, cpu=cpu,
+            memory_at=MemoryAt.AWAITED if incoming else MemoryAt.HERE, made=as_kept(given)))
+        with file.one_of('change', 1, Deadline(BUSY_TIMEOUT)):
+            if os.path.exists(file.path('machine.json')):
+                self._take(file, [*drives, *given['nics']] if isinstance(given['nics'], list)
+                           else drives, disc)
+            else:                               # also what is left of a program that was killed
+                self._make(file, drives, nics, disc)
+
+    def _take(self, file: MachineFile, things: Sequence[Any], disc: CD) -> None:
+        """Be the machine that is there, if it was made with the same arguments."""
+        there = MachineFile.open(file.name)
+        other = ['arguments that an earlier version did not keep']
+        if there.spec.made is not None:
+            made, wanted = ({**defaults_of(Machine), **(spec.made or {})}
+                            for spec in (there.spec, file.spec))
+            other = [f'{key} {made[key]!r}, not {wanted[key]!r}' for key in wanted
+                     if made[key] != wanted[key]]
+        if other:
+            raise MachineError(f'machine {file.name} exists, made with {"; ".join(other)}',
+                               f'Machine.load({file.name!r}) takes it as it is; its delete() '
+                               'removes it')
+        self._compose_parts(there, disc)
+        self.devices.recognise(things)
+
+    def _make(self, file: MachineFile, drives: Sequence[Harddrive], nics: Any, disc: CD) -> None:
         cards: list[VirtualNic | None] = []
         things: list[Harddrive | CD] = [*drives, disc]
-        places = [thing.attached for thing in things]
+        places, spec = [thing.attached for thing in things], file.spec
         try:
-            cards += _cards(nics, namespace or os.path.basename(home))
-            self._compose_parts(MachineFile(home, MachineSpec(
-                os.path.basename(home), identity, newest_type(), memory, cpus,
-                maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0),
-                namespace or next((card.namespace for card in cards if card), ''), efi, accel,
-                kernel, initrd, cmdline, display or '', monitor_port, uid,
-                min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS), PORTS_MAX), disc.filename,
-                cpu=cpu, memory_at=MemoryAt.AWAITED if incoming else MemoryAt.HERE)), disc)
+            spec.type = newest_type()
+            cards += _cards(nics, spec.namespace or file.name)
+            spec.namespace = spec.namespace or next(
+                (card.namespace for card in cards if card), '')
+            spec.ports = min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS), PORTS_MAX)
+            self._compose_parts(file, disc)
             for drive in drives:
                 self.devices.plan_disk(drive)
             for card in cards:
@@ -11078,7 +11136,7 @@ class Machine(Guest):
             for card in cards if isinstance(nics, int) else ():
                 if card:
                     card.delete()
-            shutil.rmtree(home)
+            file.forget()
             raise
 
     def __repr__(self) -> str:
