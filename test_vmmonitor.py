@@ -1140,6 +1140,39 @@ class ScriptedHost(vm.LibvirtHost):
                 if not running or guest.state() is vm.State.RUNNING]
 
 
+@contextlib.contextmanager
+def crowd(count: int) -> Iterator[tuple[vm.LibvirtHost, vm.Connection]]:
+    """Lend libvirt's own mock with so many guests that run, and another connection to it."""
+    connection = vm.Connection('test:///default')
+    define = ctypes.CDLL('libvirt.so.0').virDomainCreateXML
+    define.argtypes, define.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint), \
+        ctypes.c_void_p
+    for number in range(1, count):                  # it has one already
+        assert define(connection.handle, b'<domain type="test"><name>guest%d</name><memory>1'
+                      b'</memory><os><type>hvm</type></os></domain>' % number, 0)
+    host = vm.LibvirtHost('test:///default')
+    host.watch(lambda _: None)
+    try:
+        soon(host.up.is_set, 10)
+        yield host, connection
+    finally:
+        host.stop()
+        connection.close()
+
+
+@contextlib.contextmanager
+def calls_of_libvirt() -> Iterator[list[str]]:
+    """Lend the list of the functions of libvirt that are called meanwhile."""
+    calls: list[str] = []
+    real = vm.Library.call
+
+    def call(library: vm.Library, name: str, *arguments: Any) -> Any:
+        calls.append(name)
+        return real(library, name, *arguments)
+    with mock.patch.object(vm.Library, 'call', call):
+        yield calls
+
+
 # === networks of our own ========================================================================
 
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
@@ -2894,6 +2927,62 @@ class LibvirtTest(GuestCase):
         with self.assertRaisesRegex(vm.GuestError, '/tmp/data has more than 9 bytes'):
             found.read_file('/tmp/data', 9)
 
+    def test_two_hundred_from_memory(self) -> None:
+        """What has not changed needs no call of libvirt; what has, is right at once."""
+        with crowd(200) as (host, connection):
+            guests = vm.Guests([vm.Machines(), host])
+            router = vm.Dispatcher(guests, vm.Settings(vm.load(self.write())), {})
+
+            def ask(query: str) -> dict[str, Any]:
+                headers = email.message.Message()
+                headers['Authorization'], headers['Accept'] = f'Bearer {KEY}', 'application/json'
+                reply = router.answer(vm.Request('::1', 'GET', f'/?cmd={query}', headers, b''))
+                self.assertEqual(reply.status, 200)
+                return json.loads(reply.content[1]) if reply.content else dict(reply.data)
+            states = {row['name']: row['state'] for row in ask('list')['guests']}
+            self.assertEqual((len(states), set(states.values())), (200, {'running'}))
+            with calls_of_libvirt() as calls:
+                ask('list')
+                self.assertEqual(ask('status&target=guest7')['state'], 'running')
+                self.assertEqual(calls, [])
+                with connection.named('guest7') as domain:
+                    connection.call('virDomainSuspend', domain)
+                soon(lambda: ask('status&target=guest7')['state'] == 'paused', 5)
+                states['guest7'] = 'paused'
+                self.assertEqual({row['name']: row['state'] for row in ask('list')['guests']},
+                                 states)
+                calls.clear()
+                ask('list')
+                ask('status&target=guest7')
+                self.assertEqual(calls, [])
+
+    def test_what_is_remembered_and_what_not(self) -> None:
+        guest, other = self.vm('web1'), self.vm('web2')
+        host = vm.LibvirtHost(self.host.uri)
+        host.watch(lambda _: None)
+        self.addCleanup(host.stop)
+        soon(host.up.is_set, 10)
+        found, second = host.find('web1'), host.find('web2')
+        assert found and second
+        guest.virsh('managedsave')
+        soon(lambda: found.seen()[0].state is vm.State.SAVED, 10)
+        guest.virsh('managedsave-remove')           # of which no event tells
+        self.assertIs(found.seen()[0].state, vm.State.OFF)
+        # What happens while there is no connection is seen when there is one.
+        self.assertIs(second.seen()[0].state, vm.State.RUNNING)
+        pid = other.pid()
+        self.host.kill9()
+        soon(lambda: not host.up.is_set(), 10)
+        os.kill(pid, signal.SIGKILL)
+        self.host.start()
+        soon(host.up.is_set, 10)
+        soon(lambda: second.seen()[0].state is vm.State.OFF, 10)
+
+        def remembers() -> bool:
+            with calls_of_libvirt() as calls:
+                return second.seen()[0].state is vm.State.OFF and not calls
+        soon(remembers, 10)
+
     def test_reconnects_leave_no_descriptors(self) -> None:
         program = self.monitor()
 
@@ -3007,7 +3096,7 @@ class HostsTest(ConfigCase):
                 self.guests.find(name)
         only, machine = ScriptedHost(ScriptedGuest('web1')), ScriptedGuest('web1')
         mine = vm.Machines()
-        with mock.patch.object(mine, 'find', {'web1': machine}.get):
+        with mock.patch.multiple(mine, find={'web1': machine}.get, known=lambda: None):
             guests = vm.Guests([mine, only])
             self.assertIs(guests.find('machines/web1'), machine)
             self.assertIs(guests.find('libvirt/web1'), only.guests['web1'])
@@ -11331,7 +11420,9 @@ def benchmark_listener() -> None:
     case = ListenerTest('test_keep_alive_and_one_write')
     case.setUpClass()
     case.setUp()
-    form = f'key={KEY}&cmd=status&target=web1'.encode()
+    crowded = crowd(200)
+    case.guests.hosts[:] = [vm.Machines(), crowded.__enter__()[0]]
+    form = f'key={KEY}&cmd=status&target=guest7'.encode()
     head = b'POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % len(form)
     vm.log.setLevel(logging.ERROR)
     fork = multiprocessing.get_context('fork')
@@ -11345,6 +11436,7 @@ def benchmark_listener() -> None:
             print(f'{count:2}, in {len(parts)} write(s)        {len(times) / 3:10.0f} '
                   f'{times[len(times) // 2] * 1000:6.1f} ms '
                   f'{times[len(times) * 99 // 100] * 1000:6.1f} ms')
+    crowded.__exit__(None, None, None)
     case.doCleanups()
     case.doClassCleanups()
 

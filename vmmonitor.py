@@ -2145,6 +2145,9 @@ class GuestHost(Protocol):
     def all(self, running: bool = False) -> list[Guest]:
         """Return all guests, or those that run, by name."""
 
+    def known(self) -> Mapping[str, Guest] | None:
+        """Return all guests by name, if that needs asking nobody."""
+
     def watch(self, receive: Callable[[GuestEvent], None]) -> None:
         """Give every event to `receive`, which only enqueues, for ever."""
 
@@ -3124,7 +3127,7 @@ class LibvirtHost:
         # asked. A look that an event overtook is not kept.
         self._memory = threading.Lock()                 # guards these
         self._serial = 0                                # of the last event
-        self._names: dict[str, str] | None = None       # name -> UUID of all domains
+        self._names: dict[str, Guest] | None = None     # name -> domain: all that there are
         self._seen: dict[str, tuple[Status, str]] = {}  # UUID -> status, state of its agent
         self.up = threading.Event()                     # connected, with events registered
         self.stopping = threading.Event()
@@ -3249,18 +3252,21 @@ class LibvirtHost:
         """Return status and agent of a domain, and remember them."""
         serial = self._serial
         found = domain.status(), domain.channel_state()
-        with self._memory:
-            if serial == self._serial:
+        with self._memory:          # that a saved state was removed, no event tells
+            if serial == self._serial and found[0].state is not State.SAVED:
                 self._seen[domain.uuid] = found
         return found
 
-    def find(self, name: str) -> Guest | None:
-        """Return the domain `name`, or None (virDomainLookupByName)."""
-        self.reachable()
+    def known(self) -> Mapping[str, Guest] | None:
+        """Return all domains by name, if nothing happened since they were listed."""
         with self._memory:
-            uuid = (self._names or {}).get(name) if self._follows() else None
-        if uuid:
-            return Domain(self, uuid, name)
+            return self._names if self._follows() else None
+
+    def find(self, name: str) -> Guest | None:
+        """Return the domain `name`, or None."""
+        self.reachable()
+        if self._follows():             # list them: so the next one need not be asked for
+            return next((guest for guest in self.all() if guest.own == name), None)
         try:
             with self.queries.connection(QUERY_TIMEOUT) as connection, \
                     connection.named(name) as handle:
@@ -3273,16 +3279,15 @@ class LibvirtHost:
     def all(self, running: bool = False) -> list[Guest]:
         """Return all domains, or those that run, by name."""
         self.reachable()
+        serial = self._serial
+        with self.queries.connection(QUERY_TIMEOUT) as connection:
+            found = connection.domains(LIST_RUNNING if running else 0)
+        names: dict[str, Guest] = {name: Domain(self, uuid, name)
+                                   for name, uuid in sorted((name, uuid) for uuid, name in found)}
         with self._memory:
-            serial, names = self._serial, self._names if self._follows() else None
-        if running or names is None:
-            with self.queries.connection(QUERY_TIMEOUT) as connection:
-                found = connection.domains(LIST_RUNNING if running else 0)
-            names = {name: uuid for uuid, name in found}
-            with self._memory:
-                if not running and serial == self._serial:
-                    self._names = names
-        return [Domain(self, names[name], name) for name in sorted(names)]
+            if not running and serial == self._serial:
+                self._names = names
+        return [*names.values()]
 
 
 class Domain(Guest):
@@ -3634,37 +3639,44 @@ class Guests:
         self._free = threading.Condition()          # guards _busy; notified when one ends
 
     def ask(self, question: Callable[[GuestHost], Result], timeout: float = ANSWER_TIMEOUT,
-            hosts: Sequence[GuestHost] | None = None, named: bool = False
+            hosts: Sequence[GuestHost] | None = None, named: bool = False,
+            recall: Callable[[GuestHost, Mapping[str, Guest]], Result] | None = None
             ) -> list[tuple[GuestHost, Result | Error]]:
-        """Ask all hosts at once and return their answers, or why there is none.
+        """Ask all hosts at once and return their answers, or why there is none; of a host whose
+        guests are known, what `recall` makes of these.
 
         When another one has had something to tell, a host that is connected and silent is waited
         for no longer than OTHERS_WAIT; any host for NAMED_WAIT when the right one was `named`.
         """
+        hosts = self.hosts if hosts is None else hosts
+        answers: dict[GuestHost, Result | Error] = {}
+        if recall:
+            answers = {host: recall(host, known) for host in hosts
+                       for known in [host.known()] if known is not None}
+        if len(answers) == len(hosts):
+            return [*answers.items()]
         asked: dict[concurrent.futures.Future[Result], GuestHost] = {
-            in_thread(host.name, question, host): host
-            for host in (self.hosts if hosts is None else hosts)}
+            in_thread(host.name, question, host): host for host in hosts if host not in answers}
         deadline = Deadline(timeout)
         done, late = concurrent.futures.wait(
             asked, min(NAMED_WAIT if named else OTHERS_WAIT, timeout))
         while late and not deadline.passed() and not (
                 (named or all(asked[future].up.is_set() for future in late))
-                and any(not future.exception() and future.result() for future in done)):
+                and (any(not future.exception() and future.result() for future in done)
+                     or any(answers.values()))):
             news, late = concurrent.futures.wait(late, deadline.left(), 'FIRST_COMPLETED')
             done |= news
-        answers: list[tuple[GuestHost, Result | Error]] = []
         for future, host in asked.items():
-            answer: Result | Error
             try:
-                answer = future.result(0)
+                answers[host] = future.result(0)
             except concurrent.futures.TimeoutError:
-                answer = HostAway(f'{host.name} does not answer', hint='try again in a moment')
+                answers[host] = HostAway(f'{host.name} does not answer',
+                                         hint='try again in a moment')
             except Error as problem:
-                answer = problem
+                answers[host] = problem
                 if host.prefix and host.name not in problem.message:
                     problem.message = f'{host.name}: {problem.message}'
-            answers.append((host, answer))
-        return answers
+        return [(host, answers[host]) for host in hosts]
 
     def meanings(self, name: str) -> list[tuple[GuestHost, str]]:
         """Return what a name means, as (host, the guest's own name there), but for names with a
@@ -3683,10 +3695,12 @@ class Guests:
         """
         meant = dict(self.meanings(name))
 
-        def look(host: GuestHost) -> Guest | None:
-            found = (host.find(own) for own in dict.fromkeys((name, meant.get(host, name))))
+        def look(host: GuestHost, find: Callable[[str], Guest | None]) -> Guest | None:
+            found = (find(own) for own in dict.fromkeys((name, meant.get(host, name))))
             return next((guest for guest in found if guest and reached(guest)), None)
-        answers = self.ask(look, timeout, named=len(meant) < len(self.hosts))
+        answers = self.ask(lambda host: look(host, host.find), timeout,
+                           named=len(meant) < len(self.hosts),
+                           recall=lambda host, known: look(host, known.get))
         found = [(host, guest) for host, guest in answers
                  if guest and not isinstance(guest, Error)]
         found = [row for row in found if not row[1].damage] or found     # which hides no other
@@ -3705,7 +3719,8 @@ class Guests:
         """Return all guests, or those that run, by name; add to `away` why a host can't be asked,
         or raise that."""
         found: list[Guest] = []
-        for _, answer in self.ask(lambda host: host.all(running), timeout, hosts):
+        for _, answer in self.ask(lambda host: host.all(running), timeout, hosts, recall=None
+                                  if running else lambda _, known: [*known.values()]):
             if not isinstance(answer, Error):
                 found += answer
             elif away is None:
@@ -4920,8 +4935,10 @@ class Dispatcher:
             return self._log(key)
         guest = self.guests.find(target, reached=lambda guest: key.covers(guest.own, guest.name))
         if command == 'status':
-            known = within(deadline, guest.name, self._describe, guest)
-            return Reply(200, self._line(known), known)
+            seen = guest.remembered()
+            known = self._describe(guest, seen) if seen else within(
+                deadline, guest.name, self._describe, guest)
+            return Reply(200, self._line(known), {'version': 1, **known})
         if command == 'screenshot':
             picture = within(deadline, guest.name, guest.picture)
             return Reply(200, '', content=('image/png', picture))
@@ -5000,9 +5017,9 @@ class Dispatcher:
         log.log(logging.WARNING if problem else logging.INFO, '%s %s: %s', command, guest.name,
                 explain(problem) if problem else outcome.result())
 
-    def _describe(self, guest: Guest) -> dict[str, Any]:
-        """Return what is known of a guest."""
-        status, agent = guest.seen()
+    def _describe(self, guest: Guest, seen: tuple[Status, str] | None = None) -> dict[str, Any]:
+        """Return what is known of a guest, which was `seen` so, or is looked at."""
+        status, agent = seen or guest.seen()
         last = self.corrections.get(guest.id)
         clock = last and {
             'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
@@ -5029,7 +5046,8 @@ class Dispatcher:
         away: list[Error] = []
         guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
                   if key.covers(guest.own, guest.name)]
-        found = {guest.id: self._describe(guest) for guest in guests if guest.remembered()}
+        found = {guest.id: self._describe(guest, seen) for guest in guests
+                 for seen in [guest.remembered()] if seen}
         unknown = [guest for guest in guests if guest.id not in found]
         found.update(zip((guest.id for guest in unknown),
                          ask_all(unknown, self._describe, deadline.left())))
@@ -11490,6 +11508,13 @@ class Machines:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
         return [guest for guest, known in zip(found, states) if known.get('state') is State.RUNNING]
+
+    def known(self) -> Mapping[str, Guest] | None:
+        """Return {} if there are none: what else there is, files must be read for."""
+        try:
+            return None if os.listdir(MACHINES_DIR) else {}
+        except OSError as problem:
+            return {} if problem.errno == errno.ENOENT else None
 
     def watch(self, receive: Callable[[GuestEvent], None]) -> None:
         """Give the events of all machines to `receive`, which only enqueues, for ever."""
