@@ -8941,6 +8941,62 @@ class TestNetwork(Live):
         self.assertRegex(str(logged.output), 'startup: line 2: served: port 5432 after')
         self.assertIn('served already running', str(logged.output))
 
+    def test_ports_of_the_host_lead_to_a_guest(self) -> None:
+        here, late, taken = (f'tcp:127.0.0.1:{free_port()}:22' for _ in range(3))
+        m = self.guest('reached', memory=112, nics='user', forwards=[here, 'udp:0.0.0.0:5353:53'])
+        self.addCleanup(m.delete, True)
+
+        def said(forward: str) -> bytes:
+            with contextlib.suppress(OSError), socket.create_connection(
+                    ('127.0.0.1', int(forward.split(':')[2])), 5) as wire:
+                return wire.recv(100)
+            return b''
+        m.start_vm()
+        m.wait('agent', BOOT)
+        sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
+           'ip link set eth0 up; ip address add 10.0.2.15/24 dev eth0')
+        m.agent('guest-exec', {'path': 'nc', 'arg': ['-ll', '-p', '22', '-e', 'echo', 'hello']})
+        soon(lambda: said(here) == b'hello\n')
+        m.set_forwards(0, [late])
+        self.assertEqual((said(here), said(late)), (b'', b'hello\n'))
+        with socket.create_server(('127.0.0.1', int(taken.split(':')[2]))):
+            with self.refused('host forwarding rule', 'another program has that port'):
+                m.set_forwards(0, [here, taken])
+            self.assertEqual((said(here), said(late)), (b'', b'hello\n'))
+            with self.refused('host forwarding rule', 'another program has that port'):
+                m.add_nic('user', [taken])
+            other = self.bios('other', nics='user', forwards=[taken])
+            with self.refused('host forwarding rule', 'another program has that port'):
+                other.start()
+        self.assertEqual(other.start(), 'started')
+        other.delete(force=True)
+        m.stop(force=True)
+        m.set_forwards('nic0', [here, late])
+        m = self.guest('reached', memory=112, nics='user', forwards=[here, 'udp:0.0.0.0:5353:53'])
+        m.start_vm(paused=True)
+        self.assertEqual(re.findall(r'TCP\[HOST_FORWARD\].* 10[.]0[.]2[.]15 +(\d+) ',
+                                    m.send('info usernet')), ['22', '22'])
+
+    def test_forwards_that_can_not_be(self) -> None:
+        for forwards, why in (
+                (['tcp:127.0.0.1:22:22'], "ports below 1024 are root's"), (['22:22'], 'it is not'),
+                ('tcp::2222:22', 'it is not PROTOCOL'), ([5], 'it is not'),
+                ('tcp:1.2:2222:22', 'no IP address'), (['tcp:127.0.0.1:70000:22'], 'a port is'),
+                (['tcp:127.0.0.1:2222:0'], 'a port is'),
+                (['tcp:127.0.0.1:2222:22,id=x'], 'it is not'),
+                (['tcp:127.0.0.1:2222:22'] * 2, 'twice'), (None, 'it is not')):
+            with self.subTest(why), self.refused(why):
+                self.bios('no', nics='user', forwards=forwards)
+        with self.refused('only for a nic', "nics='user'"):
+            self.bios('no', nics=1, forwards=['tcp:127.0.0.1:2222:22'])
+        self.assertFalse((self.home / 'no').exists())
+        m = self.bios('some', nics=1)
+        self.addCleanup(m.delete)
+        for refused in (lambda: m.set_forwards(0, ['tcp:127.0.0.1:2222:22']),
+                        lambda: m.add_nic(None, ['tcp:127.0.0.1:2222:22'])):
+            with self.refused('only for a nic'):
+                refused()
+
     def test_examples_of_the_help(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(os.path.dirname(self.path('x')))

@@ -8332,7 +8332,7 @@ HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes 
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
     'disk': {'chain': [[str]]}, 'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
     'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool, 'mtu?': int,
-            'moved_mac?': str}}
+            'moved_mac?': str, 'forwards?': [str]}}
 SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
                      'facts': dict}
 SCHEMAS['machine.json'] = {
@@ -8383,6 +8383,7 @@ class Facts:
     own: bool = False           # the VirtualNic was made for this machine, and goes with it
     mtu: int = 0                # that the guest is told; 0: nothing, it takes 1500
     moved_mac: str = ''         # of a guest that was migrated here, which it keeps
+    forwards: list[str] = dataclasses.field(default_factory=list)   # of a nic 'user', as given
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -8669,6 +8670,7 @@ CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer
 LAST_WORDS = 4096               # bytes at the end of qemu.log that are looked at
 SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
 NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all', '--no-new-privs')
+FORWARD_HINT = 'another program has that port, or the host not that address: see ss -lntup'
 # What stop() tries, from the kindest: (name, seconds until the next one)
 STOP_STEPS = (('power button', 30.0), ('guest agent', 15.0), ('quit', 5.0), ('SIGTERM', 5.0),
               ('SIGKILL', 5.0))
@@ -8706,10 +8708,11 @@ def boot_id() -> str:
 
 
 def options(head: str, values: Mapping[str, Any]) -> str:
-    """Return QEMU's key=value form, with commas doubled."""
+    """Return QEMU's key=value form, with commas doubled; of a list, one for each."""
     def told(value: Any) -> str:
         return ('off', 'on')[value] if isinstance(value, bool) else str(value).replace(',', ',,')
-    return ','.join([head, *(f'{key}={told(value)}' for key, value in values.items())])
+    return ','.join([head, *(f'{key}={told(one)}' for key, value in values.items()
+                             for one in (value if isinstance(value, list) else [value]))])
 
 
 def listener(path: str) -> int:
@@ -9000,6 +9003,8 @@ class Qemu:
         for path in (self.file.spec.kernel, self.file.spec.initrd):
             if path and path in text and 'Permission denied' in text:
                 return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
+        if 'host forwarding rule' in text:
+            return FORWARD_HINT
         if '" lock' not in text:
             return ''
         for path in (path for row in self.file.spec.devices for path, _ in row.facts.chain):
@@ -9354,6 +9359,38 @@ def chain_of(drive: Harddrive) -> list[list[str]]:
     return [[row.filename, row.format] for row in drive.chain()]
 
 
+def host_forward(text: str) -> tuple[str, str]:
+    """Return what a forward such as tcp:127.0.0.1:2222:22 takes of the host, and the guest's port:
+    with a - between them, QEMU's hostfwd. MachineError says what is wrong with another."""
+    found = re.fullmatch(r'((?:tcp|udp):([0-9.]+):(\d{1,5})):(\d{1,5})', text, re.ASCII) \
+        if isinstance(text, str) else None
+    wrong = 'it is not PROTOCOL:ADDRESS:PORT:PORT OF THE GUEST'
+    if found:
+        taken, address, port, inner = found.groups()
+        valid_address(address, ipaddress.IPv4Address)
+        wrong = 'a port is 1 to 65535' if not all(0 < int(one) < 65536 for one in (port, inner)) \
+            else 'the host\'s ports below 1024 are root\'s, and QEMU has no rights' \
+            if int(port) < 1024 else ''
+        if not wrong:
+            return taken, f':{inner}'
+    raise MachineError(f'forward {text!r:.80}: {wrong}', 'write one such as tcp:127.0.0.1:2222:22, '
+                       'with 0.0.0.0 for all addresses of the host')
+
+
+def checked_forwards(forwards: Any, user: bool) -> list[str]:
+    """Return forwards in a list, each of which takes something else of the host; none, unless it is
+    for a nic 'user'."""
+    given = list(forwards) if isinstance(forwards, (list, tuple)) else [forwards]
+    taken = [host_forward(one)[0] for one in given]
+    twice = next((one for one in taken if taken.count(one) > 1), '')
+    if twice:
+        raise MachineError(f'forwards: {twice} twice', 'give each a port of the host of its own')
+    if given and not user:
+        raise MachineError('forwards: only for a nic of QEMU\'s own NAT', "say nics='user'; a "
+                           'VirtualNic has an address of its own on its switch')
+    return given
+
+
 DriveLike = Union[Harddrive, str, 'os.PathLike[str]']
 
 
@@ -9379,6 +9416,8 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a nested QMP structure in the form of -netdev, -object and -chardev."""
     told: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list):
+            value = [row['str'] for row in value]
         inner = flat(value) if isinstance(value, dict) else {
             {'out': 'path', 'str': 'fd'}.get(key, key): value}
         told = {**inner, **told}
@@ -9576,7 +9615,7 @@ class Devices(Part):
         return self.plan(Device(self.new_id('disk'), 'disk', self._free_port(), facts=Facts(
             chain=chain_of(drive))), drive)
 
-    def plan_nic(self, nic: VirtualNic | None, own: bool) -> Device:
+    def plan_nic(self, nic: VirtualNic | None, own: bool, forwards: Sequence[str] = ()) -> Device:
         """Enter a network card into the machine's file."""
         id = self.new_id('nic')
         digest = hashlib.sha256(f'{self.file.uuid} {id}'.encode()).digest()
@@ -9588,7 +9627,7 @@ class Devices(Part):
             raise MachineError(f'{self.name}: has {nic.name} already')
         return self.plan(Device(id, 'nic', self._free_port(), facts=Facts(
             name=nic.name if nic else '', namespace=nic.namespace if nic else '', mac=mac, up=True,
-            own=own, mtu=told_mtu(nic))), nic)
+            own=own, mtu=told_mtu(nic), forwards=list(forwards))), nic)
 
     @staticmethod
     def _back_name(device: Device) -> str:
@@ -9662,7 +9701,9 @@ class Devices(Part):
                 path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))))
         if device.kind == 'nic':
             tap = {'fd': give.named_fd(thing.open()), **self._vhost(give)} if thing else {}
-            return {'id': name, 'type': 'tap' if thing else 'user', **tap}
+            leads = {'hostfwd': [{'str': '-'.join(host_forward(text))} for text in facts.forwards]}
+            return {'id': name, 'type': 'tap' if thing else 'user', **tap,
+                    **(leads if facts.forwards else {})}
         if device.kind == 'dimm':
             return {'id': name, 'qom-type': 'memory-backend-ram', 'size': facts.mib * MIB}
         path = self._port(device)
@@ -9759,16 +9800,18 @@ class Devices(Part):
             self.drop(device)
         return f'{device.id} removed'
 
-    def add_nic(self, nic: VirtualNic | str | None = None) -> Device:
+    def add_nic(self, nic: VirtualNic | str | None = None, forwards: Sequence[str] = ()) -> Device:
         """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
-        NAT, at once if it runs (getfd, netdev_add, device_add)."""
+        NAT, with `forwards` as Machine has them, at once if it runs (getfd, netdev_add,
+        device_add)."""
         if nic not in (None, 'user') and not hasattr(nic, 'mac'):
             raise MachineError(f'{self.name}: nic {nic!r:.80}',
                                "give a VirtualNic, 'user', or nothing")
+        leads = checked_forwards(forwards, nic == 'user')
 
         def plan() -> Device:
             if isinstance(nic, str):
-                return self.plan_nic(None, own=False)
+                return self.plan_nic(None, False, leads)
             card = nic or VirtualNic.create_many(1, self.spec.namespace or self.name)[0]
             try:
                 return self.plan_nic(card, own=nic is None)
@@ -9804,6 +9847,33 @@ class Devices(Part):
             if self.qemu.is_alive():
                 self.qemu.qmp('set_link', name=device.id, up=up)
             device.facts.up = up
+
+    def set_forwards(self, nic: Any, forwards: Sequence[str]) -> None:
+        """Have these ports of the host, and no others, lead to the guest behind a nic 'user', at
+        once if it runs, and kept (hostfwd_add, hostfwd_remove)."""
+        def console(verb: str, rule: str) -> str:
+            line = f'hostfwd_{verb} {self._back_name(device)} {rule}'
+            return str(self.qemu.qmp('human-monitor-command', command_line=line)).strip()
+
+        def lead(away: Iterable[str], here: Iterable[str]) -> None:
+            for text in away:
+                console('remove', host_forward(text)[0])
+            for text in here:
+                said = console('add', '-'.join(host_forward(text)))
+                if said:                                # nothing, when it is well
+                    raise MachineError(f'{self.name}: {said}', FORWARD_HINT)
+        with self.file.change():
+            device = self.find('nic', nic)
+            leads = checked_forwards(forwards, not device.facts.name)
+            old, new = ([one for one in a if one not in b] for a, b in (
+                (device.facts.forwards, leads), (leads, device.facts.forwards)))
+            if self.qemu.is_alive():
+                try:
+                    lead(old, new)
+                except BaseException:
+                    lead(new, old)
+                    raise
+            device.facts.forwards = leads
 
     def resize_harddrive(self, drive: Any, size: float, shrink: bool = False) -> None:
         """Give a disk a new size in GiB (Harddrive.resize: block_resize, qemu-img resize)."""
@@ -11067,7 +11137,8 @@ class Machine(Guest):
     """A virtual machine under this program: QEMU, driven over QMP.
 
     `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
-    number of them to be made, or 'user' for QEMU's own NAT without any right. `memory` and
+    number of them to be made, or 'user' for QEMU's own NAT without any right, with `forwards` such
+    as 'tcp:127.0.0.1:2222:22': that port of the host leads to port 22 of the guest. `memory` and
     `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on the socket `vnc`.
     `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
     who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
@@ -11084,7 +11155,8 @@ class Machine(Guest):
                  memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
                  accel: str = 'auto', kernel: str = '', initrd: str = '', cmdline: str = '',
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
-                 user: str | int | None = None, incoming: bool = False, cpu: str = 'auto') -> None:
+                 user: str | int | None = None, incoming: bool = False, cpu: str = 'auto',
+                 forwards: Sequence[str] = ()) -> None:
         given, identity = {**locals()}, str(uuid.uuid4())
         for argument, (good, what) in ARGUMENTS.items():
             if not good(given[argument]) or argument == 'maxmemory' and 0 < maxmemory <= memory:
@@ -11093,6 +11165,7 @@ class Machine(Guest):
         if namespace:
             valid_name(namespace, 'namespace')
         usable_accel(accel)
+        leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
         uid = _uid(user, identity)
         kernel, initrd = kernel and readable(kernel), initrd and readable(initrd)
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
@@ -11100,7 +11173,7 @@ class Machine(Guest):
         # A CD object that is in another machine's drive goes on speaking of that one.
         disc = cd if isinstance(cd, CD) and not cd.attached else CD(
             cd.filename if isinstance(cd, CD) else cd)
-        given.update(harddrives=drives, cd=disc.filename or None, kernel=kernel,
+        given.update(harddrives=drives, cd=disc.filename or None, kernel=kernel, forwards=leads,
                      initrd=initrd, nics=nics if isinstance(nics, (int, str)) else _several(nics))
         home = _make_home(name)
         file = MachineFile(home, MachineSpec(
@@ -11146,6 +11219,9 @@ class Machine(Guest):
                 self.devices.plan_disk(drive)
             for card in cards:
                 self.devices.plan_nic(card, own=isinstance(nics, int))
+            leads = (spec.made or {}).get('forwards')
+            if leads:
+                self.spec.of_kind('nic')[cards.index(None)].facts.forwards = leads
             self.devices.set_boot_order([*(row.id for row in self.spec.of_kind('disk')), 'cd0'])
             self.file.write()
         except BaseException:
@@ -11210,6 +11286,7 @@ class Machine(Guest):
     add_nic = handed('devices', Devices.add_nic)
     del_nic = handed('devices', Devices.del_nic)
     nic_state = handed('devices', Devices.nic_state)
+    set_forwards = handed('devices', Devices.set_forwards)
     add_harddrive = handed('devices', Devices.add_harddrive)
     del_harddrive = handed('devices', Devices.del_harddrive)
     resize_harddrive = handed('devices', Devices.resize_harddrive)
