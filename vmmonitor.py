@@ -5933,9 +5933,8 @@ def namespace_id(name: str) -> str:
 
 def same_namespace(row: Record) -> bool:
     """Tell whether the namespace of a Record is there, and not a later one of that name."""
-    now, made = namespace_id(row.facts['space']), str(row.facts['inode'])
-    # '': it was not yet written down; without the time: by an old version.
-    return bool(now) and made in ('', now, now.partition(' ')[0])
+    now = namespace_id(row.facts['space'])
+    return bool(now) and row.facts['inode'] in ('', now)        # '': it was not yet written down
 
 
 def closure(start: Iterable[str], follow: Callable[[set[str]], Iterable[str]]) -> set[str]:
@@ -5974,10 +5973,7 @@ class Registry:
     def load(self) -> None:
         """Read the file; what is not there yet is empty."""
         try:
-            tree = parse_json(self.path.read_bytes())
-            if isinstance(tree, dict) and not isinstance(tree.get('version'), int):
-                tree = {'version': 0, 'things': tree}       # as it was before it had one
-            self.more = dict(checked('registry', tree))
+            self.more = dict(checked('registry', parse_json(self.path.read_bytes())))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as problem:
@@ -5986,18 +5982,14 @@ class Registry:
                 f'move the file away and run {CLEAN}: that removes what is marked as ours, but '
                 'gives no addresses back') from None
         version, things = self.more.pop('version'), self.more.pop('things')
-        if version > self.VERSION:
+        if version != self.VERSION:
             raise NetworkError(f'{self.path}: is of version {version}, and this program knows '
-                               f'{self.VERSION}', 'use the newer vmmonitor.py that wrote it')
+                               f'{self.VERSION}', 'use the vmmonitor.py that wrote it')
         for name, row in things.items():
             try:
-                record = Record.read(row)
+                self.records[name] = Record.read(row)
             except (TypeError, ValueError):
                 self.damaged[name] = row
-                continue
-            if version == 0 and 'shape' in record.facts:
-                record.facts['layout'] = record.facts.pop('shape')
-            self.records[name] = record
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
@@ -8326,7 +8318,7 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     '/var/lib/vmmonitor/machines' if os.geteuid() == 0 else
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
-SPEC_VERSION = 2                # of machine.json; a file without one is of version 1
+SPEC_VERSION = 2                # of machine.json
 HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes at most
 
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
@@ -8336,13 +8328,11 @@ FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
 SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
                      'facts': dict}
 SCHEMAS['machine.json'] = {
-    'version?': int, 'name': str, 'uuid': str, 'type': str, 'memory': int, 'cpus': int,
+    'version': int, 'name': str, 'uuid': str, 'type': str, 'memory': int, 'cpus': int,
     'maxmemory': int, 'namespace': str, 'efi': bool, 'accel': str, 'kernel': str, 'initrd': str,
     'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
-    'cd?': str, 'cd_boot?': int, 'memory_at?': str, 'memory_place?': str,
-    'saved?': str, 'incoming?': bool, 'given?': str, 'lost?': bool,        # until version 1
-    'devices': [SCHEMAS['device']], 'snapshots?': {'*': [list]}, 'cpu?': str, 'processor?': str,
-    'made?': (dict, None)}
+    'cd': str, 'cd_boot': int, 'memory_at': str, 'memory_place': str, 'cpu': str, 'processor': str,
+    'devices': [SCHEMAS['device']], 'snapshots': {'*': [list]}, 'made?': (dict, None)}
 
 
 class MemoryAt(enum.Enum):
@@ -8393,7 +8383,7 @@ class Device:
 
     id: str                     # disk0, nic0, dimm0, port0
     kind: str                   # a row of KINDS
-    bus: str = ''               # the port that it sits on, see Devices._where
+    bus: str = ''               # the port that it sits on: rpN for PCI, nrN of virtio serial
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: Facts = dataclasses.field(default_factory=Facts)
@@ -8430,7 +8420,7 @@ class MachineSpec:
     memory_place: str = ''
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
-    cpu: str = ''               # auto, or as QEMU takes it; '': made before it could be chosen
+    cpu: str = 'auto'           # or as QEMU takes it
     processor: str = ''         # what that was at the last start
     made: dict[str, Any] | None = None      # the arguments of Machine() that it was made with, but
     #                             for defaults; None: by a version that did not keep them
@@ -8451,9 +8441,7 @@ class MachineSpec:
 
     def cpu_option(self, accel: str) -> str:
         """Return the processor for QEMU; its default is too old for distributions of today."""
-        if self.cpu in ('', 'auto'):
-            return 'host' if accel == 'kvm' else 'max' if self.cpu else 'qemu64'
-        return self.cpu
+        return self.cpu if self.cpu != 'auto' else 'host' if accel == 'kvm' else 'max'
 
     def of_kind(self, kind: str) -> list[Device]:
         """Return its devices of a kind."""
@@ -8466,7 +8454,7 @@ class MachineSpec:
     def shape(self) -> list[Any]:
         """Return all that must be the same for a memory image to fit."""
         return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
-                *([['processor', self.processor]] if self.processor else ()),
+                ['processor', self.processor],
                 *sorted(device.shape() for device in self.devices)]
 
     @classmethod
@@ -8475,8 +8463,9 @@ class MachineSpec:
         known, schema = parse_json(data, unique=True), SCHEMAS['machine.json']
         if not isinstance(known, dict):
             raise ValueError('it is no JSON object')
-        if isinstance(known.get('version'), int) and known['version'] > SPEC_VERSION:
-            raise ValueError(f'version {known["version"]} was written by a newer vmmonitor')
+        if known.get('version') != SPEC_VERSION:
+            raise ValueError(f'it is of version {known.get("version")!r:.40}, and this vmmonitor '
+                             f'knows {SPEC_VERSION}')
         for key, inner in schema.items():
             if not matches(known, {key: inner}):
                 raise ValueError(f'"{key.rstrip("?")}" is '
@@ -8487,17 +8476,12 @@ class MachineSpec:
                 raise ValueError(f'the device {row["id"]!r:.40} is {row!r:.80}')
         if known['name'] != name:
             raise ValueError(f'it is the file of the machine {known["name"]!r:.80}')
-        if 'memory_at' not in known:
-            old = {name: known.pop(name, '') for name in ('lost', 'incoming', 'saved', 'given')}
-            at = next((name for name, value in old.items() if value), '')
-            known['memory_at'] = {'': 'here', 'incoming': 'awaited'}.get(at, at)
-            known['memory_place'] = old.get(at) if at in ('saved', 'given') else ''
         known['memory_at'] = MemoryAt(known['memory_at'])
         known['devices'] = [filled(Device, {
             **row, 'facts': filled(Facts, row['facts'], FACTS[row['kind']])}, SCHEMAS['device'])
             for row in known['devices']]
         ours = {field.name for field in dataclasses.fields(cls)} - {'more'}
-        return filled(cls, {**known, 'version': SPEC_VERSION}, ours)
+        return filled(cls, known, ours)
 
     def json(self) -> bytes:
         """Return the text of the file."""
@@ -8648,7 +8632,7 @@ class MachineFile:
             os.rmdir(self.home)
 
 
-HOME_DIRECTORIES = ('sockets', 'ports', 'vnc', 'run')       # `run` is of versions before 1.1
+HOME_DIRECTORIES = ('sockets', 'ports', 'vnc')
 HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.log|'
                         r'console\.log(\.1)?|(change|qmp|agent|console)\d+\.lock|memory|'
                         r'efi-vars\.qcow2|screen-[0-9a-f]+|\.vmmonitor-.*')
@@ -8699,7 +8683,7 @@ SCHEMAS.update({
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
     'query-status': {'status': str}})
 SCHEMAS['human-monitor-command'] = DATA
-SCHEMAS['process.json'] = {'machine': str, 'boot': str, 'pid': int, 'started': str, 'sockets': str}
+SCHEMAS['process.json'] = {'machine': str, 'boot': str, 'pid': int, 'started': str}
 
 
 def boot_id() -> str:
@@ -8753,13 +8737,13 @@ def usable_accel(wanted: str, uid: int = 0) -> str:
 
 def processor_of(spec: MachineSpec) -> str:
     """Return what tells the processor of a machine's next start from others; where that is the
-    host's own, which. '' for a machine that was made before it could be chosen."""
+    host's own, which."""
     accel = usable_accel(spec.accel, spec.uid)
     cpu = spec.cpu_option(accel)
     own = None
     if accel == 'kvm' and cpu.split(',')[0] in ('host', 'max'):
         own = re.search(r'^model name\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-    return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}' if spec.cpu else ''
+    return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}'
 
 
 class QemuCommand:
@@ -8909,7 +8893,7 @@ class Qemu:
 
     HOME/process.json, which only root writes, names it by pid, start time and boot. It is written
     with pid 0 before the process is made, so that one whose maker was killed in between is looked
-    for; so is one of an earlier version, which had HOME/run instead.
+    for.
     """
 
     def __init__(self, file: MachineFile) -> None:
@@ -8920,29 +8904,25 @@ class Qemu:
         """What the machine's file says, as far as is known here."""
         return self.file.spec
 
-    def _record(self, pid: int, sockets: str = 'sockets') -> dict[str, Any]:
-        known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid),
-                 'sockets': sockets}
+    def _record(self, pid: int) -> dict[str, Any]:
+        known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid)}
         write_whole(self.file.path('process.json'), json.dumps(known).encode(), replace=True)
         return known
 
     def _known(self) -> dict[str, Any]:
         """Return what is written down of the process; of an unfinished record what is found."""
-        nothing: dict[str, Any] = {'pid': 0, 'started': '', 'sockets': 'sockets'}
-        known = nothing
+        known = nothing = {'pid': 0, 'started': ''}
         try:
             known = dict(checked('process.json', parse_json(
                 Path(self.file.path('process.json')).read_bytes())))
             if known['machine'] != self.name or known['boot'] != boot_id():
                 return nothing                  # of the machine that this one was copied from
         except FileNotFoundError:
-            if not os.path.isdir(self.file.path('run')):
-                return nothing
-            known = {**nothing, 'sockets': 'run'}
+            return nothing
         except (OSError, ValueError):
             pass
         found = 0 if known['pid'] else self._search()
-        return self._record(found, known['sockets']) if found else known
+        return self._record(found) if found else known
 
     def _search(self) -> int:
         """Return the pid of a QEMU with this machine's uuid, that runs as its user; 0 if none."""
@@ -8967,7 +8947,7 @@ class Qemu:
 
     def socket(self, name: str) -> str:
         """Return the path of one of its sockets."""
-        return self.file.path(os.path.join(self._known()['sockets'], name))
+        return self.file.path(f'sockets/{name}')
 
     # Sessions
 
@@ -9334,7 +9314,6 @@ class Part:
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports
 SPARE_PORTS = 8                 # ... and at least this many are free at first
-PC_SLOT = 8                     # on a `pc`, as machines of earlier versions are, the first slot
 PORTS_MAX = 15 * 8
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
@@ -9502,7 +9481,7 @@ class Devices(Part):
             self.qemu.start(launch)
 
     def _fixed_devices(self) -> Iterator[str]:
-        for number in range(self.spec.ports if 'q35' in self.spec.type else 0):
+        for number in range(self.spec.ports):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
                 'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
@@ -9592,14 +9571,6 @@ class Devices(Part):
                                'remove one first')
         return free[0]
 
-    def _where(self, port: str) -> dict[str, Any]:
-        """Return where a port is: of q35 a root port, to plug into, of `pc` a place."""
-        if port.startswith('nr'):
-            return {'bus': 'serial.0', 'nr': int(port[2:])}
-        if 'q35' in self.spec.type:
-            return {'bus': port}
-        return {'bus': 'pci.0', 'addr': hex(PC_SLOT + int(port[2:]))}
-
     def plan(self, device: Device, thing: Any) -> Device:
         """Enter a device into the machine's file."""
         self.spec.devices.append(device)
@@ -9644,8 +9615,10 @@ class Devices(Part):
             'dimm': {'driver': 'pc-dimm', 'memdev': back},
             'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.name}}
         told = {**rows[device.kind], 'id': device.id}
-        if device.bus:
-            told.update(self._where(device.bus))
+        if device.bus.startswith('nr'):
+            told.update({'bus': 'serial.0', 'nr': int(device.bus[2:])})
+        elif device.bus:
+            told['bus'] = device.bus            # a root port
         if device.boot:
             told['bootindex'] = device.boot
         return told
@@ -10290,14 +10263,10 @@ class Snapshots(Part):
             raise MachineError(f'{self.name}: {others[0]} has another snapshot whose id is {tag}',
                                hint)
         for rows in (self.spec.snapshots.get(tag), layers[0][1].notes().get(tag)):
-            mine = self._saved_shape(layers)
-            if rows and not self.spec.cpu and not any(row[0] == 'made' for row in rows):
-                # By a version that did not note which it is; a machine made since never lacks it.
-                rows = [*rows, ['made', made.id, made.when, made.ram]]
-                mine = self.spec.shape()
             if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
                 self.spec.check_fits([row for row in rows if row[0] != 'made'],
-                                 f'snapshot {tag} is of other devices', hint, mine)
+                                     f'snapshot {tag} is of other devices', hint,
+                                     self._saved_shape(layers))
                 return
         raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
                            'known', hint)
@@ -10412,7 +10381,7 @@ ARRIVAL_TIMEOUT = 30.0          # from the last byte of a migration to the word 
 
 # What the destination is asked, and with what.
 SCHEMAS.update({
-    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'macs?': [str], 'disks': [
+    'request receive': {'shape': [list], 'runs': bool, 'seconds': int, 'macs': [str], 'disks': [
         {'format': str, 'size': int, 'host': str, 'name': str, 'file': [int]}]},
     'request arrived': {}, 'request run': {}})
 
@@ -10596,7 +10565,7 @@ class Migration(Part):
                 raise WrongState(f'{self.name} has taken a guest in, but was not told to run it')
             self.spec.check_fits(offer['shape'], 'the guest comes from another kind of machine')
             self.check_same_disks(offer['disks'])
-            if not all(map(MAC.fullmatch, offer.get('macs', ()))):
+            if not all(map(MAC.fullmatch, offer['macs'])):
                 raise MachineError(f'{self.name}: the guest comes with {offer["macs"]!r:.80}')
             landed = False
             try:
@@ -10610,7 +10579,7 @@ class Migration(Part):
                 peer.send({'return': {}}, Deadline(QMP_TIMEOUT))
                 peer.asked('run', ARRIVAL_TIMEOUT)
                 with unbroken():
-                    for device, mac in zip(self.spec.of_kind('nic'), offer.get('macs', ())):
+                    for device, mac in zip(self.spec.of_kind('nic'), offer['macs']):
                         device.facts.moved_mac = mac     # for its next start
                     self.file.move_memory(MemoryAt.HERE)    # it is this machine's from here on
                     if offer['runs']:
@@ -11806,14 +11775,11 @@ class SetupRecord:
         self.path = os.path.join(here, '.installed')
         self.known: dict[str, Any] = {}                 # the file, with members of later versions
         with contextlib.suppress(FileNotFoundError):
-            text = Path(self.path).read_text('utf-8')
             try:
-                self.known = dict(parse_json(text))
+                self.known = dict(parse_json(Path(self.path).read_bytes()))
             except ValueError:
-                if text.split(None, 1)[:1] != ['copied']:
-                    raise SetupError(f'{self.path}: damaged; see what is in that directory, remove '
-                                     'that file and what install.sh made there') from None
-                self.known = {'files': dict.fromkeys(PROGRAM_FILES, '')}        # by version 1.0
+                raise SetupError(f'{self.path}: damaged; see what is in that directory, remove '
+                                 'that file and what install.sh made there') from None
         # name in HERE -> SHA-256 of what was written
         self.files: dict[str, str] = {
             name: str(digest) for name, digest in dict(self.known.get('files') or {}).items()}
