@@ -6392,31 +6392,6 @@ class Interface:
         if valid_address(address) in self.addresses:
             self._set(f'remove {address} from {self.name}', valid_address(address), 'address del')
 
-    def rename(self, name: str) -> None:
-        """Give it another name; it is taken down for that, if it is up (ip link set name)."""
-        valid_name(name)
-        was = self._movable('renamed').admin
-        if any(name in link.names for link in self._look().links.values()):
-            raise NameTaken(f'{name}: an interface of that name exists', 'choose another name')
-        for text in ('down', f'name {name}'):
-            self._set(f'rename {self.name} to {name}', text)
-        self.name = name
-        self._set(f'bring up {name}', was)
-
-    def move(self, namespace: str) -> None:
-        """Move it to another namespace, down and without addresses (ip link set netns)."""
-        valid_name(namespace, 'namespace')
-        self._movable('moved')
-        self._set(f'move {self.name} to {namespace}', f'netns {namespace}')
-        self.namespace = self._where = namespace
-
-    def _movable(self, what: str) -> Link:
-        link = self.link()
-        if link.ours():
-            raise InUse(f'{self.name}: made by this program and can\'t be {what}',
-                        'delete() it and make another')
-        return link
-
     def _set(self, what: str, text: str, command: str = 'link set') -> None:
         self._seen = None
         self.link()                         # or NoInterface, with a hint
