@@ -5442,7 +5442,7 @@ class Listener:
 # functions that turn its JSON into Link and Route. Changing is carry_out(): a list of Op, run by
 # one `ip -batch` per namespace.
 
-IP_TIMEOUT = 60.0              # for one run of ip, tc, iptables or nft
+IP_TIMEOUT = 60.0              # for one run of ip, tc or iptables
 NAME_LENGTH = 15               # the kernel's IFNAMSIZ, less its final zero byte
 LENGTHS = {'interface': NAME_LENGTH, 'namespace': 100, 'nic': 127}  # a nic's can be an altname
 MAC_FORM = re.compile('([0-9a-f]{2}:){5}[0-9a-f]{2}')
@@ -6616,35 +6616,19 @@ def firewall(what: str, rules: Sequence[tuple[str, str]]) -> tuple[list[Op], lis
              for program, rule in rules])
 
 
-def masquerade(bridge: str, trunk: str, subnet: str, by_nft: bool = False
-               ) -> tuple[list[Op], list[Op]]:
-    """Return what lets `subnet` out, masqueraded, and only answers in; and what takes that back."""
-    # iptables comes first, because its FORWARD chain is where others drop.
+def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]]:
+    """Return what lets `subnet` out, masqueraded, and only answers in; and what takes that back.
+
+    By iptables, and not nft: its FORWARD chain is where others, such as Docker, drop.
+    """
     what, name = f'masquerade {subnet}', shlex.quote(trunk)
-    if which('iptables') and not by_nft:
-        return firewall(what, [('iptables', rule) for rule in (
-            f'-t nat -A POSTROUTING -s {subnet} ! -d {subnet} -o {name} -j MASQUERADE',
-            f'-I FORWARD -o {bridge} ! -i {bridge} -j DROP',
-            f'-I FORWARD -i {name} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED '
-            '-j ACCEPT',
-            f'-I FORWARD -i {bridge} -o {name} -s {subnet} -j ACCEPT')])
-    if not which('nft'):
-        raise MissingFeature(f'can\'t {what}: there is neither iptables nor nft',
-                             'install nftables')
-    table = f'ip vmmonitor_{re.sub("[^A-Za-z0-9]", "_", bridge)}'
-    inner, outer = f"'\"{bridge}\"'", shlex.quote(f'"{trunk}"')     # nft has words of its own
-    return (ops_for(
-        what,
-        f'add table {table}',
-        f'flush table {table}',
-        f'add chain {table} vm_out {{ type nat hook postrouting priority 100\\; }}',
-        f'add rule {table} vm_out ip saddr {subnet} ip daddr != {subnet} oifname {outer} '
-        'masquerade',
-        f'add chain {table} vm_in {{ type filter hook forward priority 0\\; }}',
-        f'add rule {table} vm_in iifname {outer} oifname {inner} ct state '
-        'established,related accept',
-        f'add rule {table} vm_in iifname != {inner} oifname {inner} drop', tool='nft'),
-        ops_for(f'no longer {what}', f'delete table {table}', tool='nft'))
+    if not which('iptables'):
+        raise MissingFeature(f'can\'t {what}: there is no iptables', 'install iptables')
+    return firewall(what, [('iptables', rule) for rule in (
+        f'-t nat -A POSTROUTING -s {subnet} ! -d {subnet} -o {name} -j MASQUERADE',
+        f'-I FORWARD -o {bridge} ! -i {bridge} -j DROP',
+        f'-I FORWARD -i {name} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT',
+        f'-I FORWARD -i {bridge} -o {name} -s {subnet} -j ACCEPT')])
 
 
 def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
@@ -6654,8 +6638,7 @@ def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
         forward = ops_for('forward', *(f'net/ipv4/conf/{one}/forwarding=1'
                                        for one in (name, facts['trunk'])), tool='sysctl')
-        rules, undo = masquerade(name, facts['trunk'], facts['subnet'],
-                                 any(op.tool == 'nft' for op in row.undo))
+        rules, undo = masquerade(name, facts['trunk'], facts['subnet'])
         return [*forward, *rules], undo
     # With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
     # counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop
@@ -6676,11 +6659,6 @@ def in_force(op: Op) -> bool:
         with contextlib.suppress(OSError):              # of an interface that is gone
             return Path('/proc/sys', path).read_text().strip() == value
         return False
-    if op.tool == 'nft':
-        words = shlex.split(op.line)
-        shown = run(['nft', 'list', 'table', *words[2:4]], IP_TIMEOUT, check=False)
-        return not shown.returncode and (
-            words[1] != 'rule' or words[-1] in shown.stdout.decode(errors='replace'))
     rule = shlex.split(re.sub('-[AI] ', '-C ', op.line))
     return not run([op.tool, *rule], IP_TIMEOUT, check=False).returncode
 
@@ -7081,7 +7059,7 @@ class Router(Switch):
     bridge, which has the trunk's MAC and MTU, and come back with delete(), or clean() after a
     crash. The LAN ports p0, p1, ... go to switches. With `nat` the trunk stays as it is: the
     bridge has `subnet` (by default a free /24) and its first address, forwarding between the two,
-    and masquerading by iptables or nft, whichever there is.
+    and masquerading by iptables.
 
     Raises InUse for the interface of the default route, unless `force`, as the host is cut off if
     it goes wrong, for what is a port of something else, and for a route or address that could not
@@ -7271,12 +7249,10 @@ def _check_programs() -> Iterator[Check]:
     admin = _has_rights()
     yield Check(admin, 'rights: ' + ('CAP_NET_ADMIN' if admin else 'needs root or CAP_NET_ADMIN'))
     for program, use in (('ip', 'all of it'), ('tc', 'VirtualNic.impair()'),
-                         ('iptables nft', 'Router(nat=True)')):
-        found = next(filter(None, map(which, program.split())), '')
-        package = PACKAGES.get(program, 'nftables')
-        yield Check(bool(found), f'program {found}' if found else
-                    f'program {program.replace(" ", " or ")}: missing, for {use}; install '
-                    f'{package}')
+                         ('iptables', 'Router(nat=True)')):
+        found = which(program)
+        yield Check(bool(found), f'program {found or program}' + (
+            '' if found else f': missing, for {use}; install {PACKAGES.get(program, program)}'))
 
 
 def _check_kernel() -> Iterator[Check]:
@@ -7335,8 +7311,7 @@ def dropping_chains() -> list[tuple[str, str, str]]:
     # iptables' own chain is where our rules stand before the others.
     ours = ('ip', 'filter', 'FORWARD'), ('ip6', 'filter', 'FORWARD')
     return [(str(family), str(table), str(name)) for (family, table, name), drops in chains.items()
-            if drops and (family, table, name) not in ours
-            and not str(table).startswith('vmmonitor_')]
+            if drops and (family, table, name) not in ours]
 
 
 def leaks(everything: bool = False) -> dict[str, str]:
