@@ -5074,33 +5074,25 @@ class TestOwnership(NetCase):
         vm.clean(['web1-p0', 'lan'])
         self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
 
-    def test_damaged_rows_are_in_nobodys_way(self) -> None:
+    def test_damaged_file(self) -> None:
         vm.Switch('lan')
-        vm.Switch('dmz')
         path = vm.Registry().path
         tree = json.loads(path.read_text())
-        tree['things']['lan']['undo'] = [['what']]
-        tree['things']['odd'] = None
-        path.write_text(json.dumps(tree))
-        nic = vm.VirtualNic()
-        nic.connect('dmz')
-        with self.refused('lan: its row in', 'is damaged', '--clean lan', kind=vm.NameTaken):
-            vm.Switch('lan')
-        lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
-        self.assertIn(f'lan: its row in {path} is damaged', lines)
-        self.assertIn('odd: its row', lines)
-        self.assertEqual(vm.clean(['odd'], dry_run=True).keys(), {'odd'})
-        self.assertEqual(set(vm.clean()), {'lan', 'odd'})
-        self.assertEqual(names(), {'dmz', nic.name})
-        vm.Switch('lan')
         with mock.patch.object(vm, 'which', lambda _: '/bin/x'), mock.patch.object(
                 vm, 'run', lambda *_, **__: subprocess.CompletedProcess([], 0, b'what?', b'')):
             bad = [one.text for one in vm.check_networks() if not one.good]
         self.assertIn('networks: ', '\n'.join(bad))             # and nothing was raised
+        for row in (None, {**tree['things']['lan'], 'undo': [['what']]}, {'kind': 'switch'}):
+            path.write_text(json.dumps({**tree, 'things': {'lan': row}}))
+            with self.refused(f'{path}: what was made of networks can\'t be read', 'move the file'):
+                vm.Switch('lan')
         path.write_text('{broken')
         lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
         self.assertIn(f'{path}: what was made of networks can\'t be read', lines)
         self.assertIn('kernel: bridge', '\n'.join(one.text for one in vm.check_networks()))
+        path.unlink()                                           # as the remedy says
+        self.assertEqual(set(vm.clean()), {'lan'})
+        self.assertEqual(names(), set())
 
     def test_one_thing_by_its_name(self) -> None:
         lan, nic = vm.Switch('lan'), vm.VirtualNic(namespace='web1')

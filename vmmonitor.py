@@ -5948,11 +5948,7 @@ def closure(start: Iterable[str], follow: Callable[[set[str]], Iterable[str]]) -
 
 
 class Registry:
-    """What this program made in this network namespace, in a file: name -> Record.
-
-    A row that can't be read is kept as it is, in `damaged`, and named by clean() and
-    check_networks(); it is in the way of nothing but its own name.
-    """
+    """What this program made in this network namespace, in a file: name -> Record."""
 
     VERSION = 1
 
@@ -5960,7 +5956,6 @@ class Registry:
         inode = os.stat('/proc/thread-self/ns/net').st_ino
         self.path = Path(STATE_DIR, f'net-{inode}.json')
         self.records: dict[str, Record] = {}
-        self.damaged: dict[str, Any] = {}
         self.more: dict[str, Any] = {}      # members of the file that are not ours
 
     @classmethod
@@ -5974,26 +5969,23 @@ class Registry:
         """Read the file; what is not there yet is empty."""
         try:
             self.more = dict(checked('registry', parse_json(self.path.read_bytes())))
+            version, things = self.more.pop('version'), self.more.pop('things')
+            if version == self.VERSION:
+                self.records.update({name: Record.read(row) for name, row in things.items()})
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as problem:
+        except (OSError, TypeError, ValueError) as problem:
             raise NetworkError(
                 f'{self.path}: what was made of networks can\'t be read: {explain(problem)}',
                 f'move the file away and run {CLEAN}: that removes what is marked as ours, but '
                 'gives no addresses back') from None
-        version, things = self.more.pop('version'), self.more.pop('things')
         if version != self.VERSION:
             raise NetworkError(f'{self.path}: is of version {version}, and this program knows '
                                f'{self.VERSION}', 'use the vmmonitor.py that wrote it')
-        for name, row in things.items():
-            try:
-                self.records[name] = Record.read(row)
-            except (TypeError, ValueError):
-                self.damaged[name] = row
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
-        things = {**self.damaged, **{name: row.row() for name, row in self.records.items()}}
+        things = {name: row.row() for name, row in self.records.items()}
         tree = {**self.more, 'version': self.VERSION, 'things': things}
         write_whole(str(self.path), json.dumps(tree).encode(), replace=True)
 
@@ -6103,9 +6095,6 @@ class Transaction:
             had = ', '.join(f'{key} {value}' for key, value in other.items())
             raise NameTaken(f'{name}: exists already, as a {row.kind}{had and " with " + had}',
                             'choose another name, or delete() it first')
-        if name in self.registry.damaged:
-            raise NameTaken(f'{name}: its row in {self.registry.path} is damaged',
-                            f'choose another name, or remove it: {CLEAN} {name}')
         holder = next((link for link in self.network.links.values() if name in link.names), None)
         if holder:
             raise NameTaken(f'{name}: a {holder.kind or "network"} interface of that name exists '
@@ -6120,8 +6109,7 @@ class Transaction:
     def free_name(self, stem: str) -> str:
         """Return `stem` with the lowest number that makes it a free name."""
         return next(name for name in (f'{stem}{number}' for number in itertools.count())
-                    if short_name(name) not in self.taken
-                    and short_name(name) not in self.registry.damaged)
+                    if short_name(name) not in self.taken)
 
     def free_mac(self, prefix: str, name: str, wanted: str = '') -> str:
         """Return the MAC for a name: always the same on this host, and never one that is known."""
@@ -7346,10 +7334,7 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
                             ', '.join(holders))
         if not dry_run:
             for name in found.keys() - plan.records.keys():
-                plan.registry.damaged.pop(name, None)
-                plan.unsaved = True
-                if name in plan.network.links and plan.network.links[name].ours():
-                    plan.records[name] = Record('nic', plan.group, 'deleting')
+                plan.records[name] = Record('nic', plan.group, 'deleting')
             plan.remove(found)
     return found
 
@@ -7364,9 +7349,7 @@ def _leaks(plan: Transaction, everything: bool) -> dict[str, str]:
             found[name] = f'{row.kind}, of which a part is gone'
         elif everything and process_start(row.pid) != row.started:
             found[name] = f'{row.kind}, made by process {row.pid}, which has ended'
-    found.update(dict.fromkeys(plan.registry.damaged, f'its row in {plan.registry.path} is '
-                               'damaged, and can\'t tell what it took'))
-    parts = {*plan.records, *found, *(row.facts.get('sink') for row in plan.records.values())}
+    parts = {*plan.records, *(row.facts.get('sink') for row in plan.records.values())}
     for link in plan.network.links.values():
         if link.ours() and link.name not in parts:
             found[link.name] = f'{link.kind}, marked as ours but not written down'
