@@ -2179,10 +2179,6 @@ class FuzzTest(ConfigCase):
             with self.only(data, vm.DiskError):
                 vm.foreign(str(path))
                 vm.Harddrive(path).check()
-        rows = zlib.compress(json.dumps({'s': [['made', '1', 2, 3]]}).encode())
-        for data in mutants(rows, rows[:20], b'{}'):
-            os.setxattr(drive.filename, vm.NOTES, data[:2000])
-            self.assertIsInstance(drive.notes(), dict)
         for data in mutants(b'P6\n2 2\n255\n' + bytes(12)):
             with self.only(data, vm.GuestError):
                 self.assertEqual(vm.png(data, 'web')[:4], b'\x89PNG')
@@ -7831,11 +7827,8 @@ class TestLife(Live):
         m = self.bios('cpu', harddrives=disk, cpu='Nehalem,-vme')
         m.start_vm()
         self.assertEqual((told(m), vm.Machine.load('cpu').spec.cpu), ('Nehalem,-vme',) * 2)
-        m.snapshot('s')
         m.delete(force=True)
         m = self.bios('cpu', harddrives=disk)
-        with self.refused('other devices', 'tcg Nehalem,-vme', 'tcg max'):
-            m.load_snapshot('s')
         m.start_vm()
         self.assertEqual(told(m), 'max')
         m.save()
@@ -8281,7 +8274,6 @@ class TestSnapshots(Live):
         with self.refused('no qcow2 disk'):
             self.bios('diskless').snapshot('x')
 
-
     def test_snapshot_that_does_not_fit(self) -> None:
         """It is refused while the disk still has its newer data."""
         disk = self.path('q.qcow2')
@@ -8289,31 +8281,31 @@ class TestSnapshots(Live):
         m.start_vm()
         m.snapshot('clean')
         m.stop(force=True)
-        m.delete()
         self.io(disk, 'write -P 0xbb 0 64k')
         before = Path(disk).read_bytes()
         others: list[tuple[dict[str, Any], str]] = [
-            ({'memory': 64}, '48'), ({'nics': 'user'}, 'nic0'), ({'cpus': 2}, '1')]
+            ({'memory': 64}, '48'), ({'cpu': 'Nehalem'}, 'tcg max'), ({'cpus': 2}, '1')]
         for options, why in others:
-            m = self.bios('fits', harddrives=disk, **{'memory': 48, **options})
+            with m.file.change() as spec:
+                kept = {name: getattr(spec, name) for name in options}
+                vars(spec).update(options)
             with self.refused('snapshot clean is of other devices', why, 'disks_only=True'):
                 m.load_snapshot('clean')
             self.assertIs(m.state(), vm.State.OFF)
-            m.delete()
+            with m.file.change() as spec:
+                vars(spec).update(kept)
         self.assertEqual(Path(disk).read_bytes(), before)
-        m = self.bios('fits', harddrives=disk, memory=48)       # the same one, made anew
         self.assertIn('put back to clean', m.load_snapshot('clean'))
         with self.refused('runs', 'would not fit', 'stop it first'):
             m.load_snapshot('clean', disks_only=True)
         m.delete(force=True)
         self.io(disk, 'read -P 0 0 64k')
         self.io(disk, 'write -P 0xcc 0 64k')
-        m = self.bios('fits', harddrives=disk, memory=64)
+        m = self.bios('fits', harddrives=disk, memory=48)       # which did not make it
+        with self.refused('what machine', 'is not known'):
+            m.load_snapshot('clean')
         self.assertEqual(m.load_snapshot('clean', disks_only=True), 'disks put back to clean')
         self.io(disk, 'read -P 0 0 64k')
-        shutil.copyfile(disk, self.path('copy.qcow2'))          # without what is noted with it
-        with self.refused('what machine', 'is not known'):
-            self.bios('fits2', harddrives=self.path('copy.qcow2'), memory=48).load_snapshot('clean')
 
     def test_snapshots_of_others(self) -> None:
         """Made by QEMU alone, with memory: their disks can be put back, by their exact names."""
@@ -8358,9 +8350,6 @@ class TestSnapshots(Live):
             m.add_harddrive(path)
         with self.refused('is not known'):
             m.load_snapshot('s')
-        m.delete()
-        with self.refused('is not known'):
-            self.bios('places', harddrives=[two, one]).load_snapshot('s')
 
     def test_load_that_fails_midway(self) -> None:
         """QEMU lets the guest "run" afterwards; it must not."""
@@ -8375,11 +8364,14 @@ class TestSnapshots(Live):
         m.start_vm()
         with self.refused('of other devices'):
             m.load_snapshot('s')
+        with m.file.change() as spec:           # a note that is wrong: it is found out midway only
+            spec.snapshots['s'] = [*spec.shape(), *(
+                row for row in spec.snapshots['s'] if row[0] == 'made')]
         self.io(disk, 'write -P 0xbb 0 64k', off=m)
-        for off in (False, True):               # it is found out midway only
+        for off in (False, True):
             if not off:
                 m.start_vm()
-            with mock.patch.object(vm.Snapshots, '_check_memory'), self.refused(
+            with self.refused(
                     'its guest is lost', 'the disks were put back to what they held before'):
                 m.load_snapshot('s')
             self.assertIs(m.state(), vm.State.OFF)
@@ -8387,9 +8379,8 @@ class TestSnapshots(Live):
             self.assertEqual([row.tag for row in m.snapshots], ['s'])
         full = vm.DiskError('no space')
         m.start_vm()
-        with mock.patch.object(vm.Snapshots, '_check_memory'), mock.patch.object(
-                vm.Harddrive, 'load_snapshot', side_effect=full), self.refused(
-                    'no space', f'what {disk} held before is in its snapshot before-load-'):
+        with mock.patch.object(vm.Harddrive, 'load_snapshot', side_effect=full), self.refused(
+                'no space', f'what {disk} held before is in its snapshot before-load-'):
             m.load_snapshot('s')
         kept = next(row.tag for row in m.snapshots if row.tag != 's')
         m.load_snapshot(kept)                   # by hand, then

@@ -7659,12 +7659,10 @@ IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that i
 WRITER_LOCK = 101, 1            # ... and this one if it writes to it
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
-NOTES = 'user.vmmonitor.snapshots'      # what machines an image's snapshots are of: see note()
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 SCHEMAS.update({
     'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
-    NOTES: {'*': [list]},
     'qemu-img info': {
         'virtual-size': int, 'cluster-size?': int, 'format-specific?': {'data?': dict},
         'snapshots?': [{'id': str, 'name': str, 'date-sec': int, 'vm-state-size': int}]}})
@@ -7860,7 +7858,7 @@ class Harddrive:
                 old = os.stat(self.filename)
                 os.fchown(file, old.st_uid, old.st_gid)
                 os.fchmod(file, stat.S_IMODE(old.st_mode))
-                for key in {*os.listxattr(self.filename)} - {NOTES}:    # such as an ACL, a label
+                for key in os.listxattr(self.filename):     # such as an ACL, a label
                     with contextlib.suppress(OSError):
                         os.setxattr(file, key, os.getxattr(self.filename, key))
 
@@ -8000,23 +7998,6 @@ class Harddrive:
                          id=row.id)
         else:                                           # this one takes names only
             self._img('snapshot', '-q', '-d', name, self._explicit())
-
-    def notes(self) -> dict[str, list[Any]]:
-        """Return what note() has kept: a snapshot's name -> its rows."""
-        try:
-            packed = os.getxattr(self.filename, NOTES)
-            text = zlib.decompressobj().decompress(packed, JSON_BYTES)
-            return dict(checked(NOTES, parse_json(text)))
-        except (OSError, ValueError, zlib.error):
-            return {}
-
-    def note(self, tag: str, rows: list[Any]) -> None:
-        """Keep with the image what machine a snapshot is of, where the file system can do that
-        (an extended attribute): so it is known though that machine was deleted."""
-        there = {row.tag for row in self.snapshots}
-        known = {key: value for key, value in {**self.notes(), tag: rows}.items() if key in there}
-        with contextlib.suppress(OSError):
-            os.setxattr(self.filename, NOTES, zlib.compress(json.dumps(known).encode()))
 
     def wipe(self, snapshots_only: bool = False) -> None:
         """Make it empty (or what its backing image is), or only delete its snapshots.
@@ -10160,7 +10141,6 @@ class Snapshots(Part):
             made = layers[0][1].found(tag)
             self.spec.snapshots[tag] = [*self._saved_shape(layers),
                                         ['made', made.id, made.when, made.ram]]
-            layers[0][1].note(tag, self.spec.snapshots[tag])
         except BaseException as problem:
             if isinstance(problem, KeyboardInterrupt):
                 with contextlib.suppress(GuestError):
@@ -10184,8 +10164,8 @@ class Snapshots(Part):
         """Raise MachineError unless the memory in a snapshot is known to fit.
 
         QEMU itself puts the disks back before it looks, and takes a guest that lacks a device. The
-        memory does not tell its processor; so it counts only where the snapshot was noted when it
-        was made, by this machine or in the image, and is still that one.
+        memory does not tell its processor; so it counts only where this machine noted the snapshot
+        when it made it, and it is still that one.
         """
         hint = ('load_snapshot(…, disks_only=True) puts back the disks alone when it is off; '
                 'snapshot() first keeps what they hold now')
@@ -10195,14 +10175,12 @@ class Snapshots(Part):
         if others:                              # QEMU would take that one
             raise MachineError(f'{self.name}: {others[0]} has another snapshot whose id is {tag}',
                                hint)
-        for rows in (self.spec.snapshots.get(tag), layers[0][1].notes().get(tag)):
-            if rows and made.ram and ['made', made.id, made.when, made.ram] in rows:
-                self.spec.check_fits([row for row in rows if row[0] != 'made'],
-                                     f'snapshot {tag} is of other devices', hint,
-                                     self._saved_shape(layers))
-                return
-        raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is not '
-                           'known', hint)
+        rows = self.spec.snapshots.get(tag, ())
+        if not made.ram or ['made', made.id, made.when, made.ram] not in rows:
+            raise MachineError(f'{self.name}: what machine the memory in snapshot {tag} is of is '
+                               'not known', hint)
+        self.spec.check_fits([row for row in rows if row[0] != 'made'],
+                             f'snapshot {tag} is of other devices', hint, self._saved_shape(layers))
 
     def _snapshot_job(self, verb: str, tag: str, nodes: Sequence[str]) -> None:
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
