@@ -5117,18 +5117,18 @@ class TestOwnership(NetCase):
             os.close(fd)
         before = self.records().keys()
         for thing in (used, lan, dmz, far, near, vm.Namespace('web1')):
-            with self.subTest(thing), self.refused('machine web uses it', 'stop that first',
+            with self.subTest(thing), self.refused(': machine web (', 'uses it', 'stop that first',
                                                    'force=True', kind=vm.InUse):
                 thing.delete()
         ip('link set dev lan down')                         # the truth is not what a link says
-        with self.refused('web1-p0: machine web uses it'):
+        with self.refused('web1-p0: machine web ('):
             vm.delete_all([spare, used])
         self.assertEqual(self.records().keys(), before)
         with self.assertLogs('vmmonitor', 'WARNING') as said, \
                 mock.patch.object(vm, 'process_start', return_value='ended'):
             gone = vm.clean(everything=True)
         self.assertEqual(set(gone), {idle.name, plain.name, 'spare'})
-        self.assertIn(f'{used.name} stays: machine web uses it', '\n'.join(said.output))
+        self.assertIn(f'{used.name} stays: machine web (', '\n'.join(said.output))
         with self.assertLogs('vmmonitor', 'WARNING'):
             self.assertEqual(vm.clean(['lan']), {})
         used.delete(force=True)
@@ -8874,11 +8874,11 @@ class TestNetwork(Live):
                                          property='host_mtu'), mtu)
         before = vm.Registry.read().records.keys()
         for thing in (plain, lan, *machine.nics):
-            with self.refused('machine used uses it', 'force=True', kind=vm.InUse):
+            with self.refused('machine used (', 'uses it', 'force=True', kind=vm.InUse):
                 thing.delete()                                  # type: ignore[union-attr]
         with self.assertLogs('vmmonitor', 'WARNING') as said:
             self.assertEqual(vm.clean(['lan', plain.name]), {})
-        self.assertIn('lan stays: machine used uses it', said.output[0])
+        self.assertIn('lan stays: machine used (', said.output[0])
         self.assertEqual(vm.Registry.read().records.keys(), before)
         machine.stop(force=True)
         machine.delete()

@@ -940,6 +940,15 @@ def sys_command(cmd: str | Sequence[str], timeout: float = SYS_COMMAND_TIMEOUT) 
         raise CommandError([shown], problem.status, problem.stderr, problem.hint) from None
 
 
+def process_name(pid: str) -> str:
+    """Return what a process is called: "socat (process 12)", and of a QEMU its machine."""
+    line = Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='backslashreplace')
+    guest = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', line)
+    program = os.path.basename(line.partition('\0')[0])
+    return f'machine {guest[1]} ({program}, process {pid})' if guest else \
+        f'{program} (process {pid})'
+
+
 def process_start(pid: int) -> str:
     """Return when a process began, in clock ticks (proc(5), field 22); '' when it has ended."""
     with contextlib.suppress(OSError):
@@ -6034,16 +6043,8 @@ def open_taps() -> dict[str, str]:
             elif not tap.startswith('/dev/tap'):
                 continue
             if int(pid) != os.getpid():
-                found[tap] = _process_name(pid)
+                found[tap] = process_name(pid)
     return found
-
-
-def _process_name(pid: str) -> str:
-    """Return what a process is called: "machine web" for a QEMU, or "process 12 (socat)"."""
-    argv = Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='backslashreplace').split('\0')
-    named = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', '\0'.join(argv))
-    return f'machine {named.group(1)}' if named else \
-        f'process {pid} ({os.path.basename(argv[0])})'
 
 
 class Transaction:
@@ -7766,11 +7767,7 @@ def holder_of(path: str, but: int = 0) -> str:
             mine = [fd.name for fd in (process / 'fd').iterdir() if _is_file(str(fd), path)]
             if int(process.name) not in (os.getpid(), but) and any(
                     'lock:' in (process / 'fdinfo' / fd).read_text() for fd in mine):
-                line = (process / 'cmdline').read_text(errors='replace')
-                guest = re.search(r'\0-name\0(?:guest=)?([^,\0]+)', line)
-                program = os.path.basename(line.split('\0')[0])
-                return f'machine {guest[1]} ({program}, process {process.name})' if guest else \
-                    f'{program} (process {process.name})'
+                return process_name(process.name)
     return ''
 
 
