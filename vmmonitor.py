@@ -128,6 +128,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pwd
 import queue
@@ -8405,6 +8406,11 @@ class MachineSpec:
         return json.dumps({**values, 'memory_at': self.memory_at.value}, indent=1).encode()
 
 
+def of_part(path: str, doc: str = "What the machine's file says, as far as is known here.") -> Any:
+    """Return a property that is one of a part's, such as 'file.spec'."""
+    return property(operator.attrgetter(path), doc=doc)
+
+
 class MachineFile:
     """HOME and its machine.json; `spec` is what that says, as far as is known here."""
 
@@ -8807,13 +8813,10 @@ class Qemu:
     for.
     """
 
+    spec: MachineSpec = of_part('file.spec')
+
     def __init__(self, file: MachineFile) -> None:
         self.file, self.name = file, file.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
 
     def _record(self, pid: int) -> dict[str, Any]:
         known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid)}
@@ -9212,13 +9215,10 @@ class Qemu:
 class Part:
     """A part of a machine that stands on its QEMU and its file."""
 
+    spec: MachineSpec = of_part('file.spec')
+
     def __init__(self, qemu: Qemu) -> None:
         self.qemu, self.file, self.name = qemu, qemu.file, qemu.name
-
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
 
 
 # === devices ====================================================================================
@@ -11129,11 +11129,6 @@ class Machine(Guest):
         self._migration = Migration(self.devices, self._memory)
         self._input = Input(self.qemu)
 
-    @property
-    def spec(self) -> MachineSpec:
-        """What the machine's file says, as far as is known here."""
-        return self.file.spec
-
     @classmethod
     def load(cls, name: str, repair: bool = False) -> Machine:
         """Return the machine `name`, running or not, that any program made; NoGuest if none.
@@ -11148,7 +11143,16 @@ class Machine(Guest):
         machine._compose_parts(file, CD())
         return machine
 
-    # What one part does by itself.
+    # What one part has, or does, by itself.
+    spec: MachineSpec = of_part('file.spec')
+    cd: CD = of_part('devices.cd', 'Its CD drive.')
+    harddrives: list[Harddrive] = of_part('devices.harddrives', 'Its disks.')
+    nics: list[VirtualNic | None] = of_part(
+        'devices.nics', "Its network cards; None is QEMU's own NAT.")
+    chardevs: dict[str, str] = of_part('devices.chardevs', "The host's ends of the guest's ports: "
+                                       "name -> path ('' for a pty while it is off).")
+    snapshots: list[MachineSnapshot] = of_part(
+        '_snapshots.all', "The snapshots of the machine's disks as they are now, the oldest first.")
     pid = handed('qemu', Qemu.pid)
     is_alive = handed('qemu', Qemu.is_alive)
     status = handed('qemu', Qemu.status)
@@ -11191,26 +11195,6 @@ class Machine(Guest):
         """Return what the guest agent answers, over a socket of its own."""
         return self.qemu.agent(command, arguments, timeout)
 
-    @property
-    def cd(self) -> CD:
-        """Its CD drive."""
-        return self.devices.cd
-
-    @property
-    def harddrives(self) -> list[Harddrive]:
-        """Its disks."""
-        return self.devices.harddrives
-
-    @property
-    def nics(self) -> list[VirtualNic | None]:
-        """Its network cards; None is QEMU's own NAT."""
-        return self.devices.nics
-
-    @property
-    def chardevs(self) -> dict[str, str]:
-        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
-        return self.devices.chardevs
-
     def save(self, file: str = '') -> str:
         """Save its memory to a file (or a place of its own) and end it; start goes on from there.
 
@@ -11220,11 +11204,6 @@ class Machine(Guest):
             self.qemu.wake_up()
             self._await_waking(whole=True)
         return self._memory.save(file)
-
-    @property
-    def snapshots(self) -> list[MachineSnapshot]:
-        """The snapshots of the machine's disks as they are now, the oldest first."""
-        return self._snapshots.all
 
     def load_snapshot(self, tag: str, disks_only: bool = False, clock: bool = True) -> str:
         """Put memory and disks back to a snapshot, starting the machine if it is off; with
