@@ -10832,6 +10832,17 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     **{name: (lambda flag: isinstance(flag, bool), 'is no bool') for name in ('efi', 'incoming')}}
 
 
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise MachineError or NetworkError for an argument of Machine that can't be used."""
+    for argument, (good, what) in ARGUMENTS.items():
+        value = given[argument]
+        if not good(value) or argument == 'maxmemory' and 0 < value <= given['memory']:
+            raise MachineError(f'machine {given["name"]!r:.80}: {argument} {value!r:.80}: '
+                               f'{what.format(name_limit(), MACHINES_DIR)}')
+    valid_name(given['namespace'], 'namespace', empty=True)
+    usable_accel(given['accel'])
+
+
 def _make_home(name: str) -> str:
     """Return the directory of a machine `name`, or of the first free machineN; it is made if
     there is none."""
@@ -11035,13 +11046,7 @@ class Machine(Guest):
                  user: str | int | None = None, incoming: bool = False, cpu: str = 'auto',
                  forwards: Sequence[str] = ()) -> None:
         given, identity = {**locals()}, str(uuid.uuid4())
-        for argument, (good, what) in ARGUMENTS.items():
-            if not good(given[argument]) or argument == 'maxmemory' and 0 < maxmemory <= memory:
-                raise MachineError(f'machine {name!r:.80}: {argument} {given[argument]!r:.80}: '
-                                   f'{what.format(name_limit(), MACHINES_DIR)}')
-        if namespace:
-            valid_name(namespace, 'namespace')
-        usable_accel(accel)
+        check_arguments(given)
         leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
         uid = _uid(user, identity)
         kernel, initrd = kernel and readable(kernel), initrd and readable(initrd)
@@ -11082,12 +11087,15 @@ class Machine(Guest):
         self.devices.recognise(things)
 
     def _make(self, file: MachineFile, drives: Sequence[Harddrive], nics: Any, disc: CD) -> None:
-        cards: list[VirtualNic | None] = []
-        things: list[Harddrive | CD] = [*drives, disc]
-        places, spec = [thing.attached for thing in things], file.spec
-        try:
+        spec, things = file.spec, list[Union[Harddrive, CD]]([*drives, disc])
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(file.forget)
+            for thing in things:
+                on_failure.callback(setattr, thing, 'attached', thing.attached)
             spec.type = newest_type()
-            cards += _cards(nics, spec.namespace or file.name)
+            cards = _cards(nics, spec.namespace or file.name)
+            for card in cards if isinstance(nics, int) else ():
+                on_failure.callback(card.delete)    # type: ignore[union-attr]
             spec.namespace = spec.namespace or next(
                 (card.namespace for card in cards if card), '')
             spec.ports = min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS), PORTS_MAX)
@@ -11101,14 +11109,7 @@ class Machine(Guest):
                 self.spec.of_kind('nic')[cards.index(None)].facts.forwards = leads
             self.devices.set_boot_order([*(row.id for row in self.spec.of_kind('disk')), 'cd0'])
             self.file.write()
-        except BaseException:
-            for thing, place in zip(things, places):
-                thing.attached = place
-            for card in cards if isinstance(nics, int) else ():
-                if card:
-                    card.delete()
-            file.forget()
-            raise
+            on_failure.pop_all()
 
     def __repr__(self) -> str:
         with contextlib.suppress(GuestError):
