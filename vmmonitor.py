@@ -8244,7 +8244,7 @@ SCHEMAS['machine.json'] = {
     'maxmemory': int, 'namespace': str, 'efi': bool, 'accel': str, 'kernel': str, 'initrd': str,
     'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
     'cd': str, 'cd_boot': int, 'memory_at': str, 'memory_place': str, 'cpu': str, 'processor': str,
-    'devices': [SCHEMAS['device']], 'snapshots': {'*': [list]}, 'made?': (dict, None)}
+    'devices': [SCHEMAS['device']], 'snapshots': {'*': [list]}, 'made': dict}
 
 
 class MemoryAt(enum.Enum):
@@ -8334,8 +8334,8 @@ class MachineSpec:
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
     cpu: str = 'auto'           # or as QEMU takes it
     processor: str = ''         # what that was at the last start
-    made: dict[str, Any] | None = None      # the arguments of Machine() that it was made with, but
-    #                             for defaults; None: by a version that did not keep them
+    made: dict[str, Any] = dataclasses.field(default_factory=dict)      # the arguments of Machine()
+    #                             that it was made with, but for defaults
     version: int = SPEC_VERSION
     more: dict[str, Any] = dataclasses.field(default_factory=dict)  # members that are not ours
 
@@ -11073,12 +11073,9 @@ class Machine(Guest):
     def _take(self, file: MachineFile, things: Sequence[Any], disc: CD) -> None:
         """Be the machine that is there, if it was made with the same arguments."""
         there = MachineFile.open(file.name)
-        other = ['arguments that an earlier version did not keep']
-        if there.spec.made is not None:
-            made, wanted = ({**defaults_of(Machine), **(spec.made or {})}
-                            for spec in (there.spec, file.spec))
-            other = [f'{key} {made[key]!r}, not {wanted[key]!r}' for key in wanted
-                     if made[key] != wanted[key]]
+        made, wanted = ({**defaults_of(Machine), **spec.made} for spec in (there.spec, file.spec))
+        other = [f'{key} {made[key]!r}, not {wanted[key]!r}' for key in wanted
+                 if made[key] != wanted[key]]
         if other:
             raise MachineError(f'machine {file.name} exists, made with {"; ".join(other)}',
                                f'Machine.load({file.name!r}) takes it as it is; its delete() '
