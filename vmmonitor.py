@@ -11101,7 +11101,7 @@ class Machine(Guest):
                 self.devices.plan_disk(drive)
             for card in cards:
                 self.devices.plan_nic(card, own=isinstance(nics, int))
-            leads = (spec.made or {}).get('forwards')
+            leads = spec.made.get('forwards')
             if leads:
                 self.spec.of_kind('nic')[cards.index(None)].facts.forwards = leads
             self.devices.set_boot_order([*(row.id for row in self.spec.of_kind('disk')), 'cd0'])
