@@ -1087,6 +1087,9 @@ class ScriptedGuest(vm.Guest):
     def shut_down(self) -> str:
         return 'asked to shut down'
 
+    def _change(self, verb: str) -> None:
+        self.calls.append(verb)
+
     def agent_state(self) -> str:
         return 'connected'
 
@@ -1944,13 +1947,14 @@ class JsonTest(Case):
         self.assertEqual(sorted(set(used) - set(vm.SCHEMAS)), [])
 
 
-def paper(**more: Any) -> vm.Machine:
-    """Return a machine that was never made."""
-    machine = vm.Machine.__new__(vm.Machine)
-    machine._compose_parts(vm.MachineFile('/nonexistent/web1', vm.MachineSpec(
-        'web1', 'u', 'pc', 64, 1, 0, '', False, 'tcg', '', '', '', '', None, 1, 16, **more)),
-        vm.CD())
-    return machine
+def paper(place: Path, **more: Any) -> vm.Machine:
+    """Return a machine of which there is only a file, in the directory `place`."""
+    spec = vm.MachineSpec('web1', 'u', 'q35', 64, 1, 0, '', False, 'tcg', '', '', '', '', None, 1,
+                          16, **more)
+    (place / 'web1').mkdir(exist_ok=True)
+    (place / 'web1/machine.json').write_bytes(spec.json())
+    with mock.patch.object(vm, 'MACHINES_DIR', str(place)):
+        return vm.Machine.load('web1')
 
 
 class FuzzTest(ConfigCase):
@@ -2091,7 +2095,7 @@ class FuzzTest(ConfigCase):
         def answer(_: dict[str, Any]) -> bytes:
             return current[0] + b'\n'
         path = Peer(self, agent_peer(answer)).path
-        machine = paper()
+        machine = paper(self.directory)
         replies: list[Any] = [{'return': value} for value in (
             {'pid': 1}, {'exited': True, 'exitcode': 0, 'out-data': 'YQ=='}, 5,
             {'count': 1, 'buf-b64': 'YQ==', 'eof': True}, [{'name': 'lo'}], 10 ** 18,
@@ -2101,7 +2105,8 @@ class FuzzTest(ConfigCase):
         asks: list[Callable[[], object]] = [
             lambda: machine.exec(['true'], timeout=0.01), lambda: machine.read_file('/x', 99),
             lambda: machine.write_file('/x', b'abc'), machine.interfaces, machine.get_time,
-            machine._ram._memory_blocks, lambda: vm._set_by_date(machine, vm.SECOND),
+            vm.Ram(machine.devices).memory_blocks,
+            lambda: vm.METHODS[-1].apply(machine, vm.SECOND),
             lambda: vm.measure(machine, vm.MS)]
         with mock.patch.multiple(
                 vm.Qemu, is_alive=lambda *_: True, socket=lambda *_: path), mock.patch.object(
@@ -2115,7 +2120,7 @@ class FuzzTest(ConfigCase):
 
     def test_migrations(self) -> None:
         """What anybody may say to a machine that waits for a migration."""
-        machine = paper(memory_at=vm.MemoryAt.AWAITED)
+        machine = paper(self.directory, memory_at=vm.MemoryAt.AWAITED)
         mark = {'format': 'raw', 'size': 5, 'host': 'h', 'name': '/x', 'file': [1, 2]}
         offer = {'execute': 'receive', 'arguments': {
             'shape': machine.spec.shape(), 'disks': [mark], 'runs': True, 'seconds': 60,
@@ -2137,7 +2142,8 @@ class FuzzTest(ConfigCase):
                 with near, far, self.only(data):
                     near.sendall(data + b'\n')
                     near.shutdown(socket.SHUT_WR)
-                    why = machine._migration.accept(far, mock.MagicMock())
+                    why = vm.Migration(machine.devices, vm.MemoryStream(machine.qemu)).accept(
+                        far, mock.MagicMock())
                     self.assertTrue(why)
                     answer = json.loads(near.makefile('rb').read())
                     self.assertEqual(answer, {'error': {'desc': why}})
@@ -2701,18 +2707,27 @@ class ClockTest(Case):
         self.assertLess(abs(guest.offset), TOLERANCE)
 
     def test_old_agents_call_a_command_disabled_when_frozen(self) -> None:
-        domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
-        with mock.patch.object(vm.Domain, 'agent', return_value='frozen'), \
-                self.assertRaisesRegex(vm.AgentError, 'file systems are frozen'):
-            domain._raise_if_frozen()
-        with mock.patch.object(vm.Domain, 'agent', return_value='thawed'):
-            domain._raise_if_frozen()
+        for state, why in (('frozen', 'file systems are frozen'), ('thawed', 'has been disabled')):
+            def call(_: str, _handle: Any, question: bytes, *_more: Any, now: str = state) -> str:
+                if b'guest-fsfreeze-status' in question:
+                    return json.dumps({'return': now})
+                raise vm.LibvirtError('The command guest-get-time has been disabled')
+            with self.calling(call) as domain, self.assertRaisesRegex(vm.AgentError, why):
+                domain.get_time()
+
+    @contextlib.contextmanager
+    def calling(self, call: Callable[..., Any]) -> Iterator[vm.Domain]:
+        """Lend a domain whose libvirt is a function."""
+        connection = mock.Mock(call=call, library=mock.Mock(take_string=lambda text: text))
+        with mock.patch.object(vm.ConnectionPool, 'connection',
+                               lambda *_: contextlib.nullcontext(connection)):
+            yield vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
 
     def test_a_start_that_libvirt_refuses_is_not_tried_for_ever(self) -> None:
-        domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
-        refusal = vm.WrongState('web1: network \'default\' is not active')
+        act = mock.Mock(side_effect=vm.LibvirtError("network 'default' is not active",
+                                                    vm.ERR_INVALID))
         with mock.patch.object(vm.Domain, 'status', return_value=vm.Status(vm.State.OFF)), \
-                mock.patch.object(vm.Domain, '_act', side_effect=refusal) as act, \
+                self.calling(act) as domain, \
                 self.assertRaisesRegex(vm.WrongState, 'is not active'):
             domain.start()
         self.assertEqual(act.call_count, vm.START_ATTEMPTS)
@@ -7519,7 +7534,7 @@ class TestMaking(Live):
             with self.subTest(why), self.refused('twice exists', why):
                 make(**more)
         before.delete(force=True)
-        for name in ('one', 'many'):            # of two that make it at once, one finds it
+        for name in ('few', 'many'):            # of two that make it at once, one finds it
             machines = [vm.in_thread(name, functools.partial(self.bios, name, nics=1))
                         for _ in range(3)]
             self.assertEqual(len({one.result(60).id for one in machines}), 1)
@@ -9234,10 +9249,11 @@ class AnswersTest(GuestCase):
                 (vm.State.OFF, vm.FAILED, 'a: off again: QEMU failed', "see QEMU's log"),
                 (vm.State.OFF, '', 'a: off again', 'see its console and its log')):
             guest = ScriptedGuest('a')
-            looks = iter([vm.Status(vm.State.RUNNING, 'booted'), vm.Status(state, reason)])
+            looks = iter([vm.Status(vm.State.PAUSED), vm.Status(vm.State.RUNNING, 'booted'),
+                          vm.Status(state, reason)])
             with mock.patch.object(guest, 'status', side_effect=looks), \
                     self.assertRaises(vm.WrongState) as caught:
-                guest._settled('started', vm.Status(vm.State.OFF))
+                guest.change('resume')
             self.assertEqual(caught.exception.message, says)
             self.assertIn(hint, caught.exception.hint)
 

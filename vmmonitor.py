@@ -9860,7 +9860,7 @@ class Ram(Part):
                            ) if mb % DIMM_MIB else (f'there is room for {max(room, 0)} MiB',
                                                     'make the machine with a larger maxmemory=')
             raise MachineError(f'{self.name}: can\'t get {mb} MiB more: {why}', remedy)
-        blocks = self._memory_blocks() if self.qemu.is_alive() else {}
+        blocks = self.memory_blocks() if self.qemu.is_alive() else {}
         device = self.devices.add(lambda: self.devices.plan(
             Device(self.devices.new_id('dimm'), 'dimm', facts=Facts(mib=mb)), None))
         return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
@@ -9869,7 +9869,8 @@ class Ram(Part):
         if type(mb) is not int or mb <= 0:
             raise MachineError(f'{self.name}: memory {mb!r:.80}', 'use MiB')
 
-    def _memory_blocks(self) -> dict[int, bool]:
+    def memory_blocks(self) -> dict[int, bool]:
+        """Return the number of each block of the guest's memory, and whether it is switched on."""
         with contextlib.suppress(AgentError, Busy):
             return {row['phys-index']: row['online']
                     for row in self.qemu.agent('guest-get-memory-blocks')}
@@ -9883,12 +9884,12 @@ class Ram(Part):
             return 'not confirmed: the guest agent does not answer'
         deadline = Deadline(AGENT_TIMEOUT)
         while not deadline.passed():
-            off = [index for index, online in self._memory_blocks().items() if not online]
+            off = [index for index, online in self.memory_blocks().items() if not online]
             if off:
                 with contextlib.suppress(AgentError, Busy):
                     self.qemu.agent('guest-set-memory-blocks', {
                         'mem-blks': [{'phys-index': index, 'online': True} for index in off]})
-            new = [index for index, online in self._memory_blocks().items()
+            new = [index for index, online in self.memory_blocks().items()
                    if online and index not in before]
             if new:
                 return f'confirmed by the guest: {len(new)} more blocks are online'
