@@ -10361,7 +10361,7 @@ class PackagingTest(Case):
         with tempfile.TemporaryDirectory() as directory:
             unit = Path(directory, 'vmmonitor.service')
             unit.write_text((HERE / 'vmmonitor.service').read_text().replace(
-                '/opt/vmmonitor/vmmonitor.py', str(HERE / 'vmmonitor.py')))
+                '/opt/vmmonitor/vmmonitor', f'{HERE}/vmmonitor.py'))
             done = subprocess.run(['systemd-analyze', 'verify', str(unit)], timeout=60,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         self.assertNotIn(b'vmmonitor.service:', done.stdout)
@@ -10693,11 +10693,22 @@ class Fresh(unittest.TestCase):
 
     @step
     def command(self) -> None:
-        """`vmmonitor` is in PATH, and runs from cached bytecode"""
+        """`vmmonitor` is in PATH, and it and the service run from cached bytecode"""
         self.assertEqual(self.sh('cd /; vmmonitor --version'), f'vmmonitor {vm.__version__}')
         self.assertIn('ok    service: active', self.sh('cd /; vmmonitor check'))
-        shown = self.sh('python3 -I -v /usr/local/bin/vmmonitor --version')
-        self.assertRegex(shown, f'{self.here}/__pycache__/vmmonitor.*pyc matches')
+        launcher = f'{self.here}/vmmonitor'
+        self.assertIn(f' -I {launcher} ', self.service('ExecStart'))
+        for program in ('/usr/local/bin/vmmonitor', launcher):
+            shown = self.sh(f'setpriv --reuid vmmonitor --clear-groups -- python3 -I -v {program} '
+                            '--version')
+            self.assertRegex(shown, f'{self.here}/__pycache__/vmmonitor.*pyc matches')
+        self.sh(f'touch {self.here}/vmmonitor.py')              # it is no longer that of the source
+        shown = self.sh(f'setpriv --reuid vmmonitor --clear-groups -- python3 -I -v {launcher} '
+                        '--version')
+        self.assertNotRegex(shown, f'{self.here}/__pycache__/vmmonitor.*pyc matches')
+        self.sh('vmmonitor --version')                          # root's makes it anew
+        self.assertRegex(self.sh(f'python3 -I -v {launcher} --version'),
+                         f'{self.here}/__pycache__/vmmonitor.*pyc matches')
         self.assertIn('complete -o default -F _vmmonitor vmmonitor',
                       self.sh('cat /usr/local/share/bash-completion/completions/vmmonitor'))
 
@@ -10984,7 +10995,7 @@ class Fresh(unittest.TestCase):
         self.install()
         self.answers()
         self.assertEqual(self._secrets(), before)
-        self.assertIn('/srv/vmmonitor/vmmonitor.py', self.service('ExecStart'))
+        self.assertIn(' /srv/vmmonitor/vmmonitor ', self.service('ExecStart'))
         self.fails(f'{self.here}/install.sh --port 10003',
                    'listener.port is 10000; change it there')
         self.install('--user vmm')
@@ -10997,7 +11008,7 @@ class Fresh(unittest.TestCase):
         self.answers()
         self.assertEqual(sorted(os.listdir(self.box.path(self.here))), [
             '.installed', '__pycache__', 'cert.pem', 'config.json', 'config.json.sample',
-            'install.sh', 'key.pem', 'vmmonitor.py', 'vmmonitor.service'])
+            'install.sh', 'key.pem', 'vmmonitor', 'vmmonitor.py', 'vmmonitor.service'])
 
     MACHINE = r"""import os, subprocess, sys
 sys.path.insert(0, sys.argv[1])
@@ -11060,7 +11071,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         left = self.box.run('getent passwd vmmonitor; getent group vmmonitor; '
                             'find /etc/systemd /run/credentials /usr/local/bin /usr/local/share '
                             '-name "*vmmonitor*"; '
-                            'grep -E vmmonitor /etc/group; pidof -x vmmonitor.py; '
+                            'grep -E vmmonitor /etc/group; pidof -x vmmonitor vmmonitor.py; '
                             # Each machine's QEMU has a number of its own.
                             'find / -xdev -path /var/lib/vmmonitor/machines -prune -o '
                             r'\( -nouser -o -nogroup \) -print').stdout

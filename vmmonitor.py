@@ -11524,6 +11524,7 @@ STEPPED_RESTARTS = 254              # the systemd that can restart with growing 
 PROGRAM_FILES = {'install.sh': 0o755, 'vmmonitor.service': 0o644, 'config.json.sample': 0o644,
                  'vmmonitor.py': 0o755}
 
+LAUNCHER = 'vmmonitor'      # in HERE; what the service runs
 COMMAND = '/usr/local/bin/vmmonitor'
 COMPLETIONS = '/usr/local/share/bash-completion/completions/vmmonitor'
 COMMAND_TEXT = """#!{python} -I
@@ -11555,7 +11556,7 @@ class Service(NamedTuple):
             text = Path(UNIT).read_text('utf-8', 'replace')
         except OSError:
             return cls()
-        here = re.search(r'(?m)^ExecStart=.* (/.*)/vmmonitor\.py$', text)
+        here = re.search(r'(?m)^ExecStart=.* (/.*)/vmmonitor(?:\.py)?$', text)
         account = re.search(r'(?m)^User=(.*)$', text)
         return cls(here[1] if here else '', account[1] if account else '', os.path.exists(DROPIN))
 
@@ -11613,16 +11614,21 @@ class Changes:
         except CommandError as problem:
             raise SetupError(f'{why}: {problem.stderr.strip() or problem}') from None
 
+    def keep(self, path: str) -> tuple[bytes, int, int, int] | None:
+        """Note how a file is put back that is about to be changed: contents, mode, group and owner
+        now; None: there is none."""
+        if not os.path.lexists(path):
+            self.step(lambda: os.unlink(path))
+            return None
+        info = os.stat(path)
+        was = (Path(path).read_bytes(), stat.S_IMODE(info.st_mode), info.st_gid)
+        self.step(lambda: _write_owned(path, *was, info.st_mtime_ns))
+        return (*was, info.st_uid)
+
     def put(self, path: str, data: bytes | None, mode: int = 0, group: int = 0) -> None:
         """Have a file of root's with these contents, written whole; None: no such file."""
-        if os.path.lexists(path):
-            info = os.stat(path)
-            was = (Path(path).read_bytes(), stat.S_IMODE(info.st_mode), info.st_gid)
-            if was == (data, mode, group) and info.st_uid == 0:
-                return
-            self.step(lambda: _write_owned(path, *was, info.st_mtime_ns))
-        elif data is not None:
-            self.step(lambda: os.unlink(path))
+        if self.keep(path) == (data, mode, group, 0):
+            return
         if data is not None:
             _write_owned(path, data, mode, group)
         elif os.path.lexists(path):
@@ -11730,7 +11736,7 @@ class Setup:
             if self.before.here not in ('', self.here):
                 earlier = [*SetupRecord(self.before.here).places, self.before.here]
                 self.record.places = sorted({*self.record.places, *earlier})
-            self._make_command()
+            self._make_commands()
             self.changes.put(self.path('.installed'), self.record.data(), 0o644)
             if self.systemd:
                 self._start_service(named)
@@ -11741,12 +11747,12 @@ class Setup:
             remove_account(self.before.account, [self.here, *self.record.places])
         if self.before.here and self.before.here != self.here:
             print(f'the service has moved from {self.before.here}, where everything is as it was')
-        self._compile()
         self._show_end(config)
 
     def _refuse_foreign(self) -> None:
         """Refuse somebody else's files of our names, and name what Python might run."""
         names = [] if self.here in (self.source, self.before.here) else list(PROGRAM_FILES)
+        names.append(LAUNCHER)
         if not os.path.lexists(self.path('config.json')):
             names += ['cert.pem', 'key.pem']    # the new one would name them
         for name in set(names) - set(self.record.files):
@@ -11806,25 +11812,25 @@ class Setup:
             raise SetupError(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
                              'say --prefix /opt/vmmonitor, or open the path to it')
 
-    def _make_command(self) -> None:
-        """Put `vmmonitor` into PATH, and what completes its words in bash."""
-        program = COMMAND_TEXT.format(python=self.python, here=self.here)
-        words = run([sys.executable, '-I', '-B', os.path.join(self.source, 'vmmonitor.py'),
-                     'completion'], SETUP_TIMEOUT).stdout
-        for path, data, mode in ((COMMAND, program.encode(), 0o755), (COMPLETIONS, words, 0o644)):
+    def _make_commands(self) -> None:
+        """Put `vmmonitor` into HERE and PATH, the bytecode that it runs from into HERE/__pycache__,
+        and what completes its words in bash where bash looks for that."""
+        launcher = self.path(LAUNCHER)
+        text = COMMAND_TEXT.format(python=self.python, here=self.here).encode()
+        self._made(LAUNCHER, text, 0o755)
+        cached = run([self.python, '-I', '-c', 'import importlib.util, sys; '
+                      'print(importlib.util.cache_from_source(sys.argv[1]))',
+                      self.path('vmmonitor.py')], SETUP_TIMEOUT).stdout.decode().strip()
+        self.changes.directory(os.path.dirname(cached))
+        self.changes.keep(cached)           # the launcher makes it, if it is not there or too old
+        words = run([self.python, '-I', launcher, 'completion'], SETUP_TIMEOUT).stdout
+        for path, data, mode in ((COMMAND, text, 0o755), (COMPLETIONS, words, 0o644)):
             if os.path.lexists(path) and path not in self.record.files and (
                     b'vmmonitor' not in Path(path).read_bytes()):
                 print(f'note: {path} is not of vmmonitor, and stays')
                 continue
             self.changes.directory(os.path.dirname(path))
             self._made(path, data, mode)
-
-    def _compile(self) -> None:
-        """Have the bytecode of the program in HERE/__pycache__, where the command finds it."""
-        program = self.path('vmmonitor.py')
-        made = [*Path(self.here).glob('__pycache__/vmmonitor.*.pyc')]
-        if not made or os.stat(made[0]).st_mtime < os.stat(program).st_mtime:
-            attempt(self.python, '-I', '-m', 'py_compile', program)
 
     def _make_config(self, group: int) -> Config:
         path = self.path('config.json')
@@ -11964,8 +11970,8 @@ class Setup:
 
     def _show_end(self, config: Config) -> None:
         """Print what --check finds, how to ask the service, and what was given away."""
-        program = self.path('vmmonitor.py')
-        shown = attempt(self.python, '-I', '-B', program, '--check')
+        program = self.path(LAUNCHER)
+        shown = attempt(self.python, '-I', program, '--check')
         print(shown.stdout.decode(errors='replace'), end='')
         if shown.returncode:
             print('(mend what failed above; meanwhile the service goes on trying)')
@@ -11992,7 +11998,8 @@ class Setup:
         for cached in Path(self.here).glob('__pycache__/vmmonitor.*.pyc'):
             cached.unlink()
         for name in list(self.record.files):
-            if name in PROGRAM_FILES or os.path.isabs(name) or (self.purge and self._is_ours(name)):
+            if name in {*PROGRAM_FILES, LAUNCHER} or os.path.isabs(name) or (
+                    self.purge and self._is_ours(name)):
                 remove_file(self.path(name))
                 del self.record.files[name]
         if self.purge:
