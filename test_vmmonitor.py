@@ -8961,6 +8961,7 @@ class TestAsGuests(Live):
             self.assertLess(abs(self.offset(m)), 0.2e9)
             m.freeze()
             time.sleep(1)
+            logged.output.clear()               # of what the monitor made of the restore
             m.unfreeze(clock=False)
             soon(lambda: 'daemon: clock corrected' in str(logged.output), 20)
             self.assertLess(abs(self.offset(m)), 0.4e9)
@@ -9764,6 +9765,22 @@ class DaemonTest(GuestCase):
             self.host.process.send_signal(signal.SIGCONT)
         self.assertEqual(status, 0)
         self.assertLess(seconds, 2)
+
+    def test_idle(self) -> None:
+        """All threads together wake up twice a second at most."""
+        def woken() -> int:
+            return sum(int(text) for path in Path(f'/proc/{program.process.pid}/task').iterdir()
+                       for text in re.findall(r'ctxt_switches:\s+(\d+)',
+                                              (path / 'status').read_text()))
+        self.only('web1')
+        self.vm('web1')
+        program = self.program('--monitor', '--listen', '--verbose', config=self.config(
+            {'listener': {'enabled': True, 'port': free_port()}}))
+        program.wait_log('web1: clock')
+        time.sleep(2)
+        before = woken()
+        time.sleep(10)
+        self.assertLessEqual(woken() - before, 20)
 
     def test_a_hung_libvirtd_is_a_503(self) -> None:
         self.only('web1', 'web2')

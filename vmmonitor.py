@@ -2158,8 +2158,10 @@ class GuestHost(Protocol):
     def known(self) -> Mapping[str, Guest] | None:
         """Return all guests by name, if that needs asking nobody."""
 
-    def watch(self, receive: Callable[[GuestEvent], None]) -> None:
-        """Give every event to `receive`, which only enqueues, for ever."""
+    def watch(self, receive: Callable[[GuestEvent], None],
+              changed: Callable[[], object] = lambda: None) -> None:
+        """Give every event to `receive`, which only enqueues, for ever; call `changed` when `up`
+        has changed."""
 
     def stop(self) -> None:
         """Stop watching."""
@@ -2507,8 +2509,8 @@ class ClockSetTimer:
 
 
 # === libvirt ====================================================================================
-# Structures, then prototypes, then thin wrappers. But for ClockSetTimer, nothing outside this
-# section uses ctypes.
+# Structures, then prototypes, then thin wrappers. But for ClockSetTimer and DirectoryChanges,
+# nothing outside this section uses ctypes.
 
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
 SLOW_CALLS = 3                 # ... to those that were silent ...
@@ -2518,7 +2520,8 @@ KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed a
 KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
 RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
-LOOP_TICK_MS = 500             # the event loop shows this often that it runs
+LOOP_TICK_MS = 5000            # the event loop shows this often that it runs
+SPARE_TIME = 30.0              # s; connections that nobody needed so long are closed
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
 OPEN_TIMEOUT = 10.0            # for one attempt to connect; ssh over a slow line takes seconds
 STEP_LIMIT = 1.5               # seconds: two hosts are in step; what a boot tells is no finer
@@ -2981,7 +2984,8 @@ class ConnectionPool:
         self.uri, self.full = uri, full                 # `full`: raised when there is no room
         self.room = threading.Semaphore(calls)
         self.lock = threading.Lock()
-        self.idle: list[Connection] = []                # guarded by self.lock
+        self.idle: list[Connection] = []                # guarded by self.lock, the last used last
+        self.spare = 0              # as many of these nobody has needed since the last trim()
 
     @contextlib.contextmanager
     def connection(self, timeout: float) -> Iterator[Connection]:
@@ -3005,6 +3009,7 @@ class ConnectionPool:
                 if not self.idle:
                     return None
                 connection = self.idle.pop()
+                self.spare = min(self.spare, len(self.idle))
             if connection.alive():
                 return connection
             connection.close()
@@ -3014,6 +3019,15 @@ class ConnectionPool:
             with self.lock:
                 self.idle.append(connection)
         else:
+            connection.close()
+
+    def trim(self, keep: int) -> None:
+        """Close those that nobody needed since the last time, but so many: each is pinged."""
+        with self.lock:
+            count = max(0, self.spare - keep)
+            spare, self.idle = self.idle[:count], self.idle[count:]
+            self.spare = len(self.idle)
+        for connection in spare:
             connection.close()
 
     def close(self) -> None:
@@ -3146,16 +3160,18 @@ class LibvirtHost:
         self._subscription: Subscription | None = None
         self._thread: threading.Thread | None = None
         self._receive: Callable[[GuestEvent], None] = lambda _: None
+        self._changed: Callable[[], object] = lambda: None
 
     # Events
 
-    def watch(self, receive: Callable[[GuestEvent], None]) -> None:
+    def watch(self, receive: Callable[[GuestEvent], None],
+              changed: Callable[[], object] = lambda: None) -> None:
         """Keep a connection for events, for ever; give each to `receive`, which only enqueues.
 
         After every connect, all running guests are given as 'found': what happened while there
-        was no connection is lost.
+        was no connection is lost. `changed` is called when `up` has changed.
         """
-        self._receive = receive
+        self._receive, self._changed = receive, changed
         self._thread = spawn('libvirt-link', self._link)
 
     def _notify(self, uuid: str, name: str, kind: str) -> None:
@@ -3183,6 +3199,7 @@ class LibvirtHost:
                     self._follow(connection, since)
                 finally:
                     self.up.clear()
+                    self._changed()
                     connection.close()
                 since = time.monotonic()
             except LibvirtError as problem:
@@ -3201,12 +3218,14 @@ class LibvirtHost:
             self.problem = None
             self._forget()
             self.up.set()
+            self._changed()
             log.info('%s: connected after %.1f s, version %s, %d guests running',
                      self.name, time.monotonic() - since, connection.version(), len(running))
             for uuid, name in running:
                 self._notify(uuid, name, 'found')
-            while not subscription.lost.wait(1.0) and connection.alive():
-                pass
+            while not subscription.lost.wait(SPARE_TIME) and connection.alive():
+                for pool in (self.queries, self.actions, self.slow, self.agents):
+                    pool.trim(pool is self.agents)      # the next resume shall not wait for one
             if not self.stopping.is_set():
                 log.warning('%s: connection lost (%s); trying again', self.name,
                             subscription.reason or 'dead')
@@ -11405,6 +11424,55 @@ class DamagedMachine(Guest):
             self._file.forget()
 
 
+class DirectoryChanges:
+    """Tells when something changed in the directory of machines, a machine's, or its console
+    (inotify(7)). Where the kernel can't, it is time to look once in MACHINES_POLL."""
+
+    # IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE; IN_MODIFY
+    NAMES, WRITES = 0x4 | 0x40 | 0x80 | 0x100 | 0x200, 0x2
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.bell, self.other = socket.socketpair()     # of ring()
+        self.bell.setblocking(False)
+        self.fd = -1
+
+    def follow(self, root: str) -> None:
+        """Have changes of `root` told, or of what is there of the way to it."""
+        if self.fd < 0:
+            self.fd = self.libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        for path in (root, *map(str, Path(root).parents)):
+            if self._add(path, self.NAMES):
+                break
+        with contextlib.suppress(OSError):
+            for name in os.listdir(root):
+                self._add(os.path.join(root, name), self.NAMES)
+                self._add(os.path.join(root, name, 'console.log'), self.WRITES)
+
+    def _add(self, path: str, events: int) -> bool:
+        return bool(self.libc.inotify_add_watch(self.fd, os.fsencode(path), events) >= 0)
+
+    def wait(self) -> None:
+        """Wait for a change or for ring()."""
+        told = [self.bell.fileno(), self.fd]
+        select.select(told[:1 + (self.fd >= 0)], [], [], None if self.fd >= 0 else MACHINES_POLL)
+        with contextlib.suppress(OSError):
+            self.bell.recv(4096)
+        with contextlib.suppress(OSError):
+            os.read(self.fd, 1 << 16)
+
+    def ring(self) -> None:
+        """End wait()."""
+        with contextlib.suppress(OSError):
+            self.other.send(b'!')
+
+    def close(self) -> None:
+        """Give it back."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.bell.close()
+
+
 class Machines:
     """The machines of this host, as `LibvirtHost` is the domains of a libvirt."""
 
@@ -11418,7 +11486,8 @@ class Machines:
         self.up = threading.Event()                 # they are always there
         self.up.set()
         self.stopping = threading.Event()
-        self._followed: set[str] = set()            # names with a thread for their events
+        self._changes: DirectoryChanges | None = None           # while they are watched
+        self._followed: dict[str, QMP | None] = {}  # name with a thread for its events -> session
         self._warned: dict[str, str] = {}           # name -> what was said of it
 
     def find(self, name: str) -> Guest | None:
@@ -11448,13 +11517,16 @@ class Machines:
         except OSError as problem:
             return {} if problem.errno == errno.ENOENT else None
 
-    def watch(self, receive: Callable[[GuestEvent], None]) -> None:
+    def watch(self, receive: Callable[[GuestEvent], None],
+              changed: Callable[[], object] = lambda: None) -> None:
         """Give the events of all machines to `receive`, which only enqueues, for ever."""
-        spawn('machines', self._look, receive)
+        self._changes = DirectoryChanges()
+        spawn('machines', self._look, receive, self._changes)
 
-    def _look(self, receive: Callable[[GuestEvent], None]) -> None:
+    def _look(self, receive: Callable[[GuestEvent], None], changes: DirectoryChanges) -> None:
         kind = 'found'
         while not self.stopping.is_set():
+            changes.follow(MACHINES_DIR)
             for machine in self.all():
                 try:
                     self._look_at(machine, kind, receive)
@@ -11464,7 +11536,9 @@ class Machines:
                         self._warned[machine.name] = why
                         log.warning('%s', why)
             kind = 'started'
-            self.stopping.wait(MACHINES_POLL)
+            self.stopping.wait(MACHINES_POLL)       # for what else changes now
+            changes.wait()
+        changes.close()
 
     def _look_at(self, machine: Guest, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         if isinstance(machine, DamagedMachine):
@@ -11472,16 +11546,17 @@ class Machines:
         if isinstance(machine, Machine) and machine.is_alive():
             machine.qemu.trim_console()
             if machine.name not in self._followed:
-                self._followed.add(machine.name)
+                self._followed[machine.name] = None
                 spawn(f'events {machine.name}', self._follow, machine, kind, receive)
 
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         try:
             with QMP(machine.qemu.socket('events')) as qmp:
+                self._followed[machine.name] = qmp
                 receive(GuestEvent(machine, kind, time.monotonic()))
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
-                        event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR'), STATE_POLL * 10)
+                        event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR'), DAY)
                         data = event.get('data', {})
                         if event['event'] == 'BLOCK_IO_ERROR':
                             log.warning(
@@ -11495,12 +11570,21 @@ class Machines:
         except ProtocolError as problem:
             log.debug('%s: events: %s', machine.name, explain(problem))
         finally:
-            self._followed.discard(machine.name)
+            del self._followed[machine.name]
+            self._ring()                # if it runs on, it is asked again
             receive(GuestEvent(machine, 'stopped', time.monotonic()))
 
     def stop(self) -> None:
         """Stop watching."""
         self.stopping.set()
+        self._ring()
+        for qmp in filter(None, list(self._followed.values())):
+            with contextlib.suppress(OSError):
+                qmp.wire.socket.shutdown(socket.SHUT_RDWR)
+
+    def _ring(self) -> None:
+        if self._changes:
+            self._changes.ring()
 
 
 machines = Machines()
@@ -12268,16 +12352,20 @@ class Daemon:
         # A restart of the service must not start what the admin has switched off meanwhile.
         self.startup = Startup(self.guests, config.steps, BootMark('startup') if once else None)
         self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
-        # Signals, and who asks for a reload and waits for the answer; put() is reentrant.
-        self.signals: queue.SimpleQueue[int | socket.socket] = queue.SimpleQueue()
+        # What wakes main(): the numbers of signals, and 0 when there is something else to see.
+        self._bell, self._ring = socket.socketpair()
+        self._askers: collections.deque[socket.socket] = collections.deque()    # for a reload
         self._said = ''                             # the last STATUS= for systemd
         self._refused = ''                          # added to it after a refused reload
 
     def run(self) -> int:
         """Start the roles, serve until SIGTERM or SIGINT, and return the exit status."""
         library = Library.get()
+        self._bell.setblocking(False)
+        self._ring.setblocking(False)
+        signal.set_wakeup_fd(self._ring.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda heard, _frame: self.signals.put(heard))
+            signal.signal(number, lambda *_: None)      # not their default: they are read below
         log.info('vmmonitor %s: %s', __version__, ', '.join(self.roles))
         for warning in self.settings.config.warnings:
             log.warning('%s', warning)
@@ -12287,7 +12375,7 @@ class Daemon:
             self.monitor.start()
         receive = self.monitor.events.put if 'monitor' in self.roles else lambda _: None
         for host in self.guests.hosts:
-            host.watch(receive)
+            host.watch(receive, self._wake)
         if 'startup' in self.roles:
             spawn('startup', self.startup.run)
         spawn('reload', self._hear_reloads)
@@ -12316,22 +12404,25 @@ class Daemon:
     def _serve(self, library: Library) -> None:
         """Wait for signals; keep systemd's watchdog content as long as events can come."""
         interval = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6
-        heard: int | socket.socket = 0
-        while heard not in (signal.SIGTERM, signal.SIGINT):
-            try:
-                heard = self.signals.get(timeout=min(interval / 3 or 1.0, 1.0))
-            except queue.Empty:
-                heard = 0
-            if isinstance(heard, socket.socket):
-                with heard, contextlib.suppress(OSError):
-                    heard.settimeout(RELOAD_TIMEOUT)
-                    heard.sendall(('\n'.join(self._reload()) or RELOADED).encode())
-            elif heard == signal.SIGHUP:
+        heard = b''
+        while signal.SIGTERM not in heard and signal.SIGINT not in heard:
+            ready = select.select([self._bell], [], [], interval / 3 or None)[0]
+            heard = self._bell.recv(4096) if ready else b''
+            if signal.SIGHUP in heard:
                 self._reload()
+            while self._askers:
+                with self._askers.popleft() as asker, contextlib.suppress(OSError):
+                    asker.settimeout(RELOAD_TIMEOUT)
+                    asker.sendall(('\n'.join(self._reload()) or RELOADED).encode())
             stuck = time.monotonic() - library.ticked
             if stuck < max(interval, 10.0):
                 notify_systemd('WATCHDOG=1')
             self._say()
+
+    def _wake(self) -> None:
+        """Have main() see what is new."""
+        with contextlib.suppress(BlockingIOError):      # it has enough to see
+            self._ring.send(b'\0')
 
     def _say(self, *more: str) -> None:
         """Tell systemd what `systemctl status` shall show, if that is news."""
@@ -12353,7 +12444,8 @@ class Daemon:
             while True:
                 asker, _ = server.accept()
                 if peer_of(asker)[1] in (0, os.geteuid()):
-                    self.signals.put(asker)
+                    self._askers.append(asker)
+                    self._wake()
                 else:
                     asker.close()
 
