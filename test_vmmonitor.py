@@ -6,6 +6,7 @@ that can't be had.
     sudo python3 test_vmmonitor.py --install    install what is needed, then everything
     sudo python3 test_vmmonitor.py BarsTest     one class, or CLASS.test
     sudo python3 test_vmmonitor.py --bench      figures against virsh
+    sudo python3 test_vmmonitor.py --soak 3     guests, libvirtd and the program disturbed at random
     sudo python3 test_vmmonitor.py --fresh bookworm     install it on a new Debian, in a container
 
 The rig stands first: packages, a guest image built from Debian's kernel and busybox, a libvirtd in
@@ -30,6 +31,7 @@ import fcntl
 import functools
 import hashlib
 import html
+import http.client
 import importlib.util
 import inspect
 import io
@@ -2694,9 +2696,9 @@ class ClockTest(Case):
         self.assertLess(abs(result.after), TOLERANCE)
         self.assertIn('hwclock', result.warning)
 
-    def test_a_lost_connection_is_tried_again(self) -> None:
+    def test_a_lost_connection_and_a_busy_agent_are_tried_again(self) -> None:
         guest = ScriptedGuest()
-        ask, lost = guest.agent, [vm.HostAway('gone')] * 2
+        ask, lost = guest.agent, [vm.HostAway('gone'), vm.Busy('in use by another program')]
 
         def agent(*arguments: Any) -> Any:
             if lost:
@@ -11350,6 +11352,769 @@ def fresh_machines(suites: Sequence[str], whole_suite: bool) -> int:
     return 1 if failed else 0
 
 
+# === soak =======================================================================================
+
+SOAK_SEED = 17
+SOAK_RIGHT = 2.0                # s: how soon after its last disturbance a guest's clock is right
+SOAK_LIMIT = 2 * BAR_OFFSET     # s: what it is then off at most, also as long as it is left alone
+SOAK_ROUND = 36.0, 300.0        # s, at least and at most; after each, all comes to rest
+SOAK_PATIENCE = 600.0           # s: what takes longer than this hangs, on any machine
+SOAK_DEBIAN = 10.0              # minutes from which on two Debian guests are among them
+SOAK_SLACK = {'threads': 2, 'descriptors': 6, 'KiB': 12 << 10, 'children': 0}
+WITNESS = 'witness'             # a guest that the monitor leaves alone
+
+
+class Broken(Exception):
+    """The program did what it must not."""
+
+
+class Ended(Exception):
+    """The soak is over, and its threads are to leave off."""
+
+
+class Upset:
+    """Tells when something was disturbed that more than one guest depends on."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lasting, self.end = 0, time.monotonic()
+
+    @contextlib.contextmanager
+    def lasts(self) -> Iterator[None]:
+        """Disturb it in the body."""
+        with self.lock:
+            self.lasting += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.end = time.monotonic()
+                self.lasting -= 1
+
+    def since(self, when: float) -> bool:
+        """Tell whether it was so at any time since `when` (monotonic)."""
+        return self.lasting > 0 or self.end >= when
+
+
+class SmallDisk:
+    """A file system of its own under a directory, which can be full."""
+
+    def __init__(self, path: str, *enter: str) -> None:
+        self.path, self.enter = path, enter             # `enter`: what runs a program there
+        run(*enter, 'mkdir', '-p', path, timeout=30)
+        run(*enter, 'mount', '-t', 'tmpfs', '-o', 'mode=0711,size=4G', 'rig', path, timeout=30)
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """Leave it less than a MiB in the body."""
+        used = run(*self.enter, 'df', '--output=used', '-k', self.path, timeout=30).split()[1]
+        for size in (f'{int(used) + 512}k', '4G'):
+            run(*self.enter, 'mount', '-o', f'remount,size={size}', self.path, timeout=30)
+            if size != '4G':
+                try:
+                    yield
+                except BaseException:
+                    run(*self.enter, 'mount', '-o', 'remount,size=4G', self.path, timeout=30)
+                    raise
+
+
+class SoakGuest:
+    """A guest, and what befalls it, in a thread of its own."""
+
+    FAULTS: tuple[str, ...] = ('pause', 'save', 'off', 'kill', 'stop_agent', 'kill_agent',
+                               'no_room')
+
+    def __init__(self, soak: Soak, name: str) -> None:
+        self.soak, self.name = soak, name
+        self.rng = random.Random(f'{soak.seed} {name}')
+        self.deck: list[str] = []
+
+    def state(self) -> str:
+        """Return the state, as the program's own words say it: running, paused, saved, off."""
+        raise NotImplementedError
+
+    def pid(self) -> int:
+        """Return the process id of its QEMU."""
+        raise NotImplementedError
+
+    def off_by(self) -> float | None:
+        """Return by how much its clock is off at least, in s; None if its agent does not answer."""
+        raise NotImplementedError
+
+    def run(self, script: str) -> str:
+        """Run a script in the guest and return what it prints."""
+        raise NotImplementedError
+
+    def shell(self, script: str) -> str:
+        """Run a script in the guest, whose agent may be busy, until it has run."""
+        def ran() -> str:
+            with contextlib.suppress(RigError, AssertionError, vm.Error):
+                return self.run(script)
+            return ''
+        return self.soak.until(ran, f'{self.name}: {script}')
+
+    def outside(self, verb: str) -> tuple[int, str]:
+        """Give a command past the program, if there is a way, and answer as the listener would."""
+        return self.soak.ask(verb, self.name)
+
+    def command(self, verb: str, goal: str, outside: bool = False) -> str:
+        """Give a command until it is done, and return the last answer; what was acknowledged must
+        be so, and only what disturbs more than this guest excuses that it failed."""
+        soak = self.soak
+        for _ in range(50):
+            began = time.monotonic()
+            status, text = self.outside(verb) if outside else soak.ask(verb, self.name)
+            state = self.state()
+            if status == 200:
+                if state != goal:
+                    raise Broken(f'{verb} {self.name}: acknowledged with "{text}", but it is '
+                                 f'{state}')
+                return text
+            if status == 503:               # until it has found that libvirtd is back
+                began -= SOAK_RIGHT * soak.slower(began)
+            if not soak.upset.since(began) and not (verb == 'save' and soak.full.since(began)):
+                raise Broken(f'{verb} {self.name}: {status} {text}; it is {state}')
+            if state == goal:
+                return ''
+            soak.until(lambda: not soak.upset.lasting and not soak.full.lasting, 'calm')
+            soak.pause(0.2)
+        raise Broken(f'{verb} {self.name}: not within 50 tries, but {status} {text}')
+
+    def rounds(self) -> None:
+        """Have one thing after the other befall it until the round is over, and see it come
+        right."""
+        while not self.soak.resting.is_set():
+            self.deck = self.deck or self.rng.sample(self.FAULTS, len(self.FAULTS))
+            getattr(self, self.deck.pop())()
+            if self.rng.random() < 0.6:
+                self.judge(self.rng.uniform(0, 2))
+        self.judge(1.0)
+
+    def judge(self, rest: float) -> None:
+        """See that its clock comes right in time, and stays so for `rest` seconds."""
+        soak, began = self.soak, time.monotonic()
+        since, answered, right = 0.0, 0.0, 0.0
+        while True:
+            soak.until(lambda: not soak.upset.lasting, 'calm')
+            if max(began, soak.upset.end) > since:          # the seconds count from here on
+                since, answered, right = time.monotonic(), 0.0, 0.0
+            off, now = self.off_by(), time.monotonic()
+            if soak.upset.since(since):
+                continue
+            if off is None:
+                if now - since > SOAK_PATIENCE:
+                    raise Broken(f'{self.name}: its agent has not answered for {now - since:.0f} s')
+            elif off <= SOAK_LIMIT:
+                answered, right = answered or now, right or now
+                if now - right >= rest:
+                    soak.right.append(right - answered)
+                    return
+            else:
+                answered, right = answered or now, 0.0
+                self.overdue(now - answered, off, since)
+            soak.pause(0.1)
+
+    def overdue(self, took: float, off: float, since: float) -> None:
+        """Say so when the clock is wrong for too long; a machine that is slower than it was at
+        first gets more time, by as much as the same work takes longer in the witness."""
+        if took > SOAK_RIGHT:
+            slower = self.soak.slower(since)
+            self.soak.late.add((self.name, since))
+            if took > SOAK_RIGHT * slower:
+                raise Broken(f'{self.name}: {off:.3f} s off, {took:.1f} s after its agent answered '
+                             f'(the machine is {slower:.1f} times slower than at first)')
+
+    # What befalls it, as the summary counts it.
+
+    def pause(self) -> None:
+        outside = self.rng.random() < 0.5
+        self.command('pause', 'paused', outside)
+        self.soak.landed['paused'] += 1
+        self.soak.pause(self.rng.uniform(0.1, 3))
+        self.command('resume', 'running', outside)
+        self.soak.landed['resumed'] += 1
+
+    def save(self) -> None:
+        self.command('save', 'saved', self.rng.random() < 0.3)
+        self.soak.landed['saved'] += 1
+        self.soak.pause(self.rng.uniform(0.1, 2))
+        if 'restored' in self.command('start', 'running'):
+            self.soak.landed['restored'] += 1
+
+    def off(self) -> None:
+        self.command('off', 'off', self.rng.random() < 0.5)
+        self.soak.landed['destroyed'] += 1
+        self.boot()
+
+    def boot(self) -> None:
+        if 'started' in self.command('start', 'running', self.rng.random() < 0.3):
+            self.soak.landed['started'] += 1
+
+    def kill(self) -> None:
+        os.kill(self.pid(), signal.SIGKILL)
+        self.soak.until(lambda: self.state() == 'off', f'{self.name}, killed, off')
+        self.soak.landed['QEMU killed'] += 1
+        self.boot()
+
+    def stop_agent(self) -> None:
+        seconds = self.rng.uniform(1, 4)
+        self.answers()
+        self.shell(f'pid=$(pidof qemu-ga); (sleep 0.3; kill -STOP $pid; sleep {seconds}; '
+                   'kill -CONT $pid) >/dev/null 2>&1 & echo')
+        time.sleep(0.6)
+        asked = time.monotonic()
+        if self.rng.random() < 0.5:         # so that its clock is wrong, too
+            self.pause()
+        if self.off_by() is None or time.monotonic() - asked > seconds / 2:
+            self.soak.landed['agent stopped'] += 1
+        self.answers()
+
+    def kill_agent(self) -> None:
+        self.answers()
+        before = self.shell('pidof qemu-ga; (sleep 0.3; kill -9 $(pidof qemu-ga)) '
+                            '>/dev/null 2>&1 & echo')
+        time.sleep(0.6)
+        self.answers()
+        if self.shell('pidof qemu-ga') != before:
+            self.soak.landed['agent killed'] += 1
+
+    def answers(self) -> None:
+        """Wait until the agent answers."""
+        self.soak.until(lambda: self.off_by() is not None, f'the agent of {self.name}')
+
+    def no_room(self) -> None:
+        """Have it saved to a full disk."""
+        with self.soak.full.lasts(), self.room().full():
+            began = time.monotonic()
+            status, text = self.soak.ask('save', self.name)
+        state = self.state()
+        if status == 200 and state == 'saved':          # it was small enough
+            self.command('start', 'running')
+        elif self.soak.upset.since(began):
+            self.soak.until(lambda: not self.soak.upset.lasting, 'calm')
+            self.command('start', 'running')
+        elif status == 200 or state != 'running':
+            raise Broken(f'save {self.name} to a full disk: {status} {text}; it is {state}')
+        else:
+            self.soak.landed['disk full'] += 1
+
+    def room(self) -> SmallDisk:
+        """Return the disk that it is saved to."""
+        raise NotImplementedError
+
+
+class SoakVm(SoakGuest):
+    """A guest of libvirt, looked at without the program."""
+
+    VERBS = {'pause': 'suspend', 'resume': 'resume', 'save': 'managedsave', 'off': 'destroy',
+             'start': 'start'}
+
+    def __init__(self, soak: Soak, guest: Vm) -> None:
+        super().__init__(soak, guest.name)
+        self.guest = guest
+
+    def state(self) -> str:
+        def look() -> str:
+            with contextlib.suppress(RigError):
+                text = self.guest.virsh('dominfo')
+                state = text.split('State:')[1].split('\n')[0].strip()
+                if state == 'shut off':
+                    return 'saved' if re.search(r'Managed save: +yes', text) else 'off'
+                return state if state in ('running', 'paused') else ''
+            return ''
+        return str(self.soak.until(look, f'the state of {self.name}'))
+
+    def pid(self) -> int:
+        return self.guest.pid()
+
+    def off_by(self) -> float | None:
+        with contextlib.suppress(RigError), agent_link(self.guest.host.uri, self.name) as ask:
+            before = time.time_ns()
+            reply = ask('{"execute": "guest-get-time"}', 10)
+            said, after = int(json.loads(reply)['return']), time.time_ns()
+            return max(before - said, said - after, 0) / 1e9
+        return None
+
+    def run(self, script: str) -> str:
+        return self.guest.exec(['sh', '-c', f'{script}'])[1]
+
+    def outside(self, verb: str) -> tuple[int, str]:
+        try:
+            return 200, self.guest.virsh(self.VERBS[verb], timeout=SOAK_PATIENCE)
+        except RigError as problem:
+            return 0, str(problem)
+
+    def room(self) -> SmallDisk:
+        return self.soak.saves
+
+
+class SoakMachine(SoakGuest):
+    """A machine of the program's own."""
+
+    FAULTS = (*SoakGuest.FAULTS, 'damage')
+
+    def __init__(self, soak: Soak, machine: vm.Machine) -> None:
+        super().__init__(soak, machine.name)
+        self.machine = machine
+
+    def state(self) -> str:
+        def look() -> str:
+            with contextlib.suppress(vm.Error):         # while it dies
+                state = self.machine.state().value
+                return state if state in ('running', 'paused', 'saved', 'off') else ''
+            return ''
+        return str(self.soak.until(look, f'the state of {self.name}'))
+
+    def pid(self) -> int:
+        return self.machine.pid()
+
+    def off_by(self) -> float | None:
+        with contextlib.suppress(vm.Error):
+            return off_by(self.machine) / 1e9
+        return None
+
+    def run(self, script: str) -> str:
+        return sh(self.machine, f'{script}')
+
+    def kill(self) -> None:
+        super().kill()
+        self.soak.landed['machine killed'] += 1
+
+    def damage(self) -> None:
+        """Damage its directory, see that this is said, and put it right."""
+        path = Path(self.machine.file.path('machine.json'))
+        good = path.read_bytes()
+        bad = self.rng.choice([b'', good[:len(good) // 2], b'{"version": 99}', b'\xff' * 99, None])
+        if bad is None:
+            path.unlink()
+        else:
+            path.write_bytes(bad)
+        try:
+            began = time.monotonic()
+            status, text = self.soak.ask('pause', self.name)
+            if status == 200 or self.soak.ask('status', self.name)[0] == 200:
+                raise Broken(f'pause {self.name}, whose machine.json is {bad!r}: {status} {text}')
+            if not self.soak.upset.since(began):
+                self.soak.landed['machine damaged'] += 1
+        finally:
+            path.with_name('soak').write_bytes(good)
+            path.with_name('soak').rename(path)
+
+    def room(self) -> SmallDisk:
+        return self.soak.machines
+
+
+class Soak:
+    """Drives guests, and what they depend on, at random; what must always be so is checked all
+    along, and what was wrong is in `wrong`."""
+
+    KINDS = ('started', 'paused', 'resumed', 'saved', 'restored', 'destroyed', 'QEMU killed',
+             'agent stopped', 'agent killed', 'machine killed', 'machine damaged', 'disk full',
+             'libvirtd killed', 'daemon killed', 'certificate renewed', 'configuration read',
+             'configuration refused', 'host clock set', 'wrong key', 'trickling client')
+    REFUSED = ('{', {'monitor': {'toleranceMs': 0}}, {'libvirt': {'uri': 5}},
+               {'listener': {'certificate': {'path': 'nosuch.pem'}}})
+
+    def __init__(self, minutes: float, seed: int, debian: bool) -> None:
+        self.minutes, self.seed, self.debian = minutes, seed, debian
+        self.rng = random.Random(seed)
+        self.landed: dict[str, int] = dict.fromkeys(self.KINDS, 0)
+        self.wrong: list[str] = []
+        self.right: list[float] = []            # s: clocks, from the agent's answer on
+        self.late: set[tuple[str, float]] = set()       # those that the witness excuses
+        self.answered: list[float] = []         # s: the listener
+        self.witness: list[tuple[float, float]] = []    # when, and how long it took
+        self.upset, self.gone, self.full = Upset(), Upset(), Upset()
+        self.resting, self.ending = threading.Event(), threading.Event()
+        self.kills = True                       # whether the daemon may be killed
+        self.rest: dict[str, int] = {}          # what this daemon had when it first was at rest
+        self.deck: list[Callable[[], None]] = []
+        self.threads: list[threading.Thread] = []
+        self.began, self.stepped = time.monotonic(), 0.0
+
+    # Waiting, and asking.
+
+    def until(self, check: Callable[[], Found], what: str, timeout: float = SOAK_PATIENCE) -> Found:
+        """Call `check` until what it returns is true, and return that."""
+        end = time.monotonic() + timeout
+        while True:
+            found = check()
+            if found:
+                return found
+            if time.monotonic() > end:
+                raise Broken(f'{what}: not within {timeout:.0f} s')
+            self.pause(0.05)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not longer than the soak lasts."""
+        if self.ending.wait(seconds):
+            raise Ended
+
+    def ask(self, verb: str, name: str = '', key: str = KEY, source: str = '127.0.0.1'
+            ) -> tuple[int, str]:
+        """Ask the listener, by a connection for this; return status (0: no answer) and text."""
+        query = urllib.parse.urlencode({'cmd': verb, **({'target': name} if name else {})})
+        connection = http.client.HTTPSConnection(
+            '127.0.0.1', self.port, timeout=SOAK_PATIENCE, context=self.trust,
+            source_address=(source, 0))
+        try:
+            with contextlib.closing(connection):
+                connection.request('GET', f'/?{query}', headers={'Authorization': f'Bearer {key}'})
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode().strip()
+        except (OSError, http.client.HTTPException) as problem:
+            return 0, repr(problem)
+
+    def slower(self, since: float) -> float:
+        """Return how many times longer the witness took since then than at first."""
+        took = [took for when, took in self.witness if when > since]
+        took = took or [took for _, took in self.witness[-3:]]
+        return max(1.0, statistics.median(took) / self.calm)
+
+    # What runs all along.
+
+    def watch_witness(self) -> None:
+        """Have the least work done that sets a clock, by this process, in a guest of its own."""
+        while not self.ending.is_set():
+            with contextlib.suppress(RigError):
+                self.witness.append((time.monotonic(), self.least_work()))
+            self.ending.wait(0.5)
+
+    def least_work(self) -> float:
+        with agent_link(self.host.uri, WITNESS) as ask:
+            began = time.monotonic()
+            ask('{"execute": "guest-get-time"}', 10)
+            ask(json.dumps({'execute': 'guest-set-time', 'arguments': {'time': time.time_ns()}}),
+                10)
+            return time.monotonic() - began
+
+    def probe(self) -> None:
+        """See that the listener answers, whatever else goes on."""
+        while not self.resting.is_set():
+            began = time.monotonic()
+            status, text = self.ask('list')
+            if status == 200:
+                self.answered.append(time.monotonic() - began)
+            elif not self.gone.since(began):
+                raise Broken(f'list: {status} {text}')
+            self.pause(0.2)
+
+    def trickle(self) -> None:
+        """Have clients that send a byte now and then: half of them no TLS, half no request."""
+        while not self.resting.is_set():
+            began, clients = time.monotonic(), []
+            for number in range(6):
+                with contextlib.suppress(OSError):
+                    client = socket.create_connection(('127.0.0.1', self.port), 10,
+                                                      ('127.0.0.3', 0))
+                    clients.append(client if number % 2 else self.trust.wrap_socket(
+                        client, server_hostname='127.0.0.1'))
+            ended = 0
+            while clients and not self.ending.is_set():
+                time.sleep(0.3)
+                for client in list(clients):
+                    try:
+                        client.settimeout(0.01)
+                        client.sendall(b'\x16' if not isinstance(client, ssl.SSLSocket) else b'G')
+                        gone = client.recv(4096) == b''
+                    except (TimeoutError, socket.timeout, ssl.SSLWantReadError):
+                        gone = False
+                    except OSError:
+                        gone = True
+                    if gone or time.monotonic() - began > SOAK_PATIENCE:
+                        client.close()
+                        clients.remove(client)
+                        ended += gone
+            for client in clients:
+                client.close()
+            if not self.gone.since(began):
+                self.landed['trickling client'] += ended
+
+    def disturb(self) -> None:
+        """Disturb what all depend on, one thing after the other."""
+        while not self.resting.is_set():
+            faults = [self.kill_libvirtd, self.renew, self.read_good, self.read_bad,
+                      self.set_clock, self.show_wrong_key] + [self.kill_daemon] * self.kills
+            self.deck = self.deck or self.rng.sample(faults, len(faults))
+            self.deck.pop()()
+            self.resting.wait(self.rng.uniform(0.5, 5))
+
+    # What befalls the host, as the summary counts it.
+
+    def kill_libvirtd(self) -> None:
+        lost = self.daemon.log().count('connection lost')
+        with self.upset.lasts():
+            self.host.kill9()
+            self.until(lambda: self.daemon.log().count('connection lost') > lost, 'it is noticed')
+            self.pause(self.rng.uniform(0, 2))
+            self.host.start()
+        self.landed['libvirtd killed'] += 1
+
+    def kill_daemon(self) -> None:
+        if not self.kills:
+            return
+        with self.gone.lasts(), self.upset.lasts():
+            self.daemon.process.kill()
+            self.landed['daemon killed'] += self.daemon.process.wait(60) == -signal.SIGKILL
+            self.judge_log()
+            self.daemon.close()
+            self.start_daemon()
+
+    def start_daemon(self) -> None:
+        self.rest = {}
+        self.daemon = Program('--monitor', '--listen', '--config', self.config(), env={
+            'VMMONITOR_MACHINES': vm.MACHINES_DIR})
+        self.daemon.wait_log('connected after', SOAK_PATIENCE)
+
+    def close_daemon(self) -> None:
+        if hasattr(self, 'daemon'):
+            self.daemon.close()
+
+    def judge_log(self) -> None:
+        """See that the daemon has met no bug."""
+        found = re.search(r'(?s).{300}(Traceback|unexpected error).{2000}', self.daemon.log())
+        if found:
+            raise Broken(f'in the log: {found[0]}')
+
+    def config(self, *changes: Mapping[str, Any]) -> str:
+        """Write a configuration and return its path."""
+        tree: dict[str, Any] = merged(ConfigCase.GOOD, {
+            'libvirt': {'uri': self.host.uri}, 'monitor': {'exclude': [WITNESS]},
+            'listener': {'port': self.port, 'commandsEnabled': {
+                'off': True, 'pause': True, 'resume': True}}})
+        for change in changes:
+            tree = merged(tree, change)
+        path = self.directory / 'config.json'
+        path.with_name('new').write_text(json.dumps(tree))
+        path.with_name('new').chmod(0o600)
+        path.with_name('new').rename(path)
+        return str(path)
+
+    def reload(self) -> int:
+        return vmmonitor('--reload', str(self.daemon.process.pid), timeout=SOAK_PATIENCE)[0]
+
+    def read_good(self) -> None:
+        path = self.config({'monitor': {'toleranceMs': self.rng.choice((4, 4.5, 5))}})
+        status = self.reload()
+        if status:
+            raise Broken(f'a reload of {Path(path).read_text()} was refused: {status}')
+        self.landed['configuration read'] += 1
+
+    def read_bad(self) -> None:
+        change = self.rng.choice(self.REFUSED)
+        if isinstance(change, str):
+            Path(self.config()).write_text(change)
+        else:
+            self.config(change)
+        if self.reload() != 1:
+            raise Broken(f'a reload with {change} was not refused')
+        self.landed['configuration refused'] += 1
+        self.config()
+
+    def renew(self) -> None:
+        make_certificate(self.directory, 'next')
+        self.trust.load_verify_locations(self.directory / 'next.pem')
+        for name in ('cert.key', 'cert.pem'):
+            (self.directory / name.replace('cert', 'next')).rename(self.directory / name)
+        self.config()
+        status, shown = self.reload(), ssl.get_server_certificate(('127.0.0.1', self.port))
+        if status or shown.split() != (self.directory / 'cert.pem').read_text().split():
+            raise Broken(f'the new certificate is not shown; the reload ended with {status}')
+        self.landed['certificate renewed'] += 1
+
+    def set_clock(self) -> None:
+        """Set the host's clock by a step, and the next time back."""
+        step = -self.stepped or self.rng.choice((-1, 1)) * self.rng.uniform(0.02, 0.2)
+        before = self.daemon.log().count('checking all guests')
+        with self.upset.lasts():
+            ahead = time.time() - time.monotonic()
+            time.clock_settime(time.CLOCK_REALTIME, time.time() + step)
+            self.stepped += step
+            moved = time.time() - time.monotonic() - ahead
+        if abs(self.stepped) < 1e-6:
+            self.stepped = 0.0
+        self.until(lambda: self.daemon.log().count('checking all guests') > before, 'it is noticed')
+        self.landed['host clock set'] += abs(moved - step) < 0.01
+
+    def show_wrong_key(self) -> None:
+        for _ in range(4):
+            status, text = self.ask('list', key=OTHER_KEY, source='127.0.0.2')
+            if status not in (401, 429):
+                raise Broken(f'list with a wrong key: {status} {text}')
+            self.landed['wrong key'] += 1
+
+    # The whole of it.
+
+    def spawn(self, work: Callable[[], None]) -> threading.Thread:
+        """Have a thread do it."""
+        self.threads.append(vm.spawn(work.__name__, self.guarded, work))
+        return self.threads[-1]
+
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Do a thread's work, and keep what it found wrong; that ends the soak."""
+        try:
+            work()
+        except Ended:
+            pass
+        except Exception as problem:        # a boundary: it is told at the end
+            if not self.ending.is_set() or work == self.end:
+                self.wrong.append(f'{problem}' if isinstance(problem, Broken) else
+                                  traceback.format_exc())
+                self.ending.set()
+                self.resting.set()
+
+    def set_up(self, stack: contextlib.ExitStack) -> None:
+        """Make libvirtd, guests and the daemon; the stack undoes it."""
+        self.directory = Path(tempfile.mkdtemp(prefix=OURS))
+        stack.callback(shutil.rmtree, self.directory)
+        self.directory.chmod(0o711)
+        stack.enter_context(own_network())
+        stack.callback(lambda: time.clock_settime(
+            time.CLOCK_REALTIME, time.time() - self.stepped) if self.stepped else None)
+        make_certificate(self.directory)
+        self.trust = ssl.create_default_context(cafile=str(self.directory / 'cert.pem'))
+        self.port = free_port()
+        self.machines = SmallDisk(f'{self.directory}/machines')
+        stack.callback(run, 'umount', '-l', self.machines.path, timeout=30)
+        stack.enter_context(mock.patch.object(vm, 'MACHINES_DIR', self.machines.path))
+        self.host = Libvirtd()
+        stack.callback(self.host.close)
+        self.host.start()
+        self.saves = SmallDisk('/var/lib/libvirt/qemu/save', 'nsenter', '-t',
+                               str(self.host.holder.pid), '-m')
+        witness = Vm(self.host, WITNESS)
+        witness.define()
+        witness.start()
+        witness.wait_agent(BOOT)
+        self.calm = statistics.median(self.least_work() for _ in range(7))
+        self.guests: list[SoakGuest] = []
+        for number in range(3):
+            self.guests.append(SoakVm(self, Vm(self.host, f'tiny{number}')))
+        for number in range(2 if self.debian else 0):
+            self.guests.append(SoakVm(self, DebianVm(self.host, f'debian{number}')))
+        kernel, initrd = guest_image()
+        stack.callback(lambda: [machine.delete(force=True)      # type: ignore[attr-defined]
+                                for machine in vm.Machines().all()])
+        for number in range(2):
+            self.guests.append(SoakMachine(self, vm.Machine(
+                f'lab{number}', memory=160, kernel=kernel, initrd=initrd, cmdline=CMDLINE)))
+        for guest in self.guests:
+            if isinstance(guest, SoakVm):
+                if guest.name == 'debian1':         # the kept memory is of one guest
+                    guest.guest.uuid = random_uuid()
+                guest.guest.define()
+        stack.callback(self.close_daemon)
+        self.start_daemon()
+
+    def drive(self) -> None:
+        """Go through the rounds, and between them see that all comes back."""
+        for guest in self.guests:
+            if guest.name == 'debian0':
+                guest.guest.start_booted()          # type: ignore[attr-defined]
+            else:
+                guest.boot()
+        for guest in self.guests:
+            guest.judge(1.0)
+        self.spawn(self.watch_witness)
+        least, most = SOAK_ROUND
+        seconds = min(max(self.minutes * 60 / 5, least), most)
+        count = max(1, round(self.minutes * 60 / seconds))
+        self.began = time.monotonic()
+        for number in range(count):
+            self.kills = number < count / 2
+            self.deck = []
+            self.resting.clear()
+            threads = [self.spawn(work) for work in (
+                *(guest.rounds for guest in self.guests), self.disturb, self.probe, self.trickle)]
+            self.resting.wait(seconds)
+            self.resting.set()
+            for thread in threads:
+                thread.join()
+            if self.ending.is_set():
+                return
+            self.come_back()
+            say(f'round {number + 1} of {count}: {sum(self.landed.values())} disturbances, '
+                f'{self.rest}')
+
+    def resources(self) -> dict[str, int]:
+        """Return what the daemon has of threads, descriptors, memory and children."""
+        place = Path('/proc', str(self.daemon.process.pid))
+        status = (place / 'status').read_text()
+        return {'threads': len(list((place / 'task').iterdir())),
+                'descriptors': len(list((place / 'fd').iterdir())),
+                'KiB': int(re.findall(r'RssAnon:\s+(\d+)', status)[0]),
+                'children': len({int(pid) for path in place.glob('task/*/children')
+                                 for pid in path.read_text().split()} - {
+                                     guest.pid() for guest in self.guests})}
+
+    def come_back(self) -> None:
+        """See that the daemon, at rest, has what it had when it was first at rest."""
+        self.judge_log()
+        if not self.rest:
+            self.pause(3)
+            self.rest = self.resources()
+        found: dict[str, int] = {}
+
+        def back() -> bool:
+            found.update(self.resources())
+            return all(found[name] <= self.rest[name] + SOAK_SLACK[name] for name in found)
+        try:
+            self.until(back, 'threads, descriptors, memory and children come back', 60)
+        except Broken as problem:
+            raise Broken(f'{problem}: {self.rest} at first, and then {found}') from None
+
+    def end(self) -> None:
+        """End the daemon, as systemd would."""
+        self.judge_log()
+        status, seconds = self.daemon.stop()
+        if status or seconds > SOAK_RIGHT * self.slower(time.monotonic()):
+            raise Broken(f'SIGTERM: status {status} after {seconds:.1f} s')
+
+    def run(self) -> int:
+        """Do it, print what it came to, and return the exit status."""
+        interrupted, tail, minutes = False, [''], 0.0
+        with contextlib.ExitStack() as stack:
+            try:
+                self.guarded(lambda: self.set_up(stack))
+                self.guarded(self.drive)
+            except KeyboardInterrupt:
+                interrupted = True
+            minutes = (time.monotonic() - self.began) / 60
+            self.ending.set()
+            self.resting.set()
+            if hasattr(self, 'daemon'):
+                self.guarded(self.end)
+                tail = self.daemon.log().splitlines()[-80:]
+            for thread in self.threads:
+                thread.join(SOAK_PATIENCE)
+        left = left_behind()
+        if left:
+            self.wrong.append('left behind: ' + ', '.join(sorted(left)))
+        never = [kind for kind, count in self.landed.items() if not count]
+        if never and not interrupted and not self.wrong:
+            self.wrong.append(f'never landed: {", ".join(never)}')
+        if self.wrong and not interrupted:
+            print(*tail, sep='\n')
+        self.tell(minutes, 'failed' if self.wrong else 'interrupted; nothing was wrong so far'
+                  if interrupted else 'passed')
+        return 1 if self.wrong else 130 if interrupted else 0
+
+    def tell(self, minutes: float, verdict: str) -> None:
+        """Print the summary."""
+        print(f'soak: seed {self.seed}, {minutes:.1f} minutes, {len(self.guests)} guests, '
+              f'{sum(self.landed.values())} disturbances')
+        for kind, count in self.landed.items():
+            print(f'  {kind:24} {count:6}')
+        if self.right:
+            print(f'clocks seen to come right: {len(self.right)}, after {max(self.right):.2f} s at '
+                  f'most; {len(self.late)} had more time, as the machine was slower than at first')
+        if self.answered:
+            print(f'listener: {len(self.answered)} answers, '
+                  f'{statistics.median(self.answered) * 1000:.0f} ms, '
+                  f'{max(self.answered) * 1000:.0f} ms at most')
+        print(*(f'WRONG: {text}' for text in self.wrong), f'soak: {verdict}', sep='\n')
+
+
 # === benchmark ==================================================================================
 
 def kept_connection(case: ListenerTest, parts: Sequence[bytes], took: Any) -> None:
@@ -11621,6 +12386,13 @@ def arguments() -> argparse.ArgumentParser:
                         help='first install the Debian packages that the tests need')
     parser.add_argument('--strict', action='store_true', help='a skipped test is a failure')
     parser.add_argument('--bench', action='store_true', help='measure instead of testing')
+    parser.add_argument('--soak', type=float, metavar='MINUTES',
+                        help='drive guests at random for so long, and see that all stays right')
+    parser.add_argument('--seed', type=int, default=SOAK_SEED, metavar='N',
+                        help=f'with --soak: which random numbers; {SOAK_SEED} if not given')
+    parser.add_argument('--debian', action='store_true',
+                        help='with --soak: two Debian guests, too, as from '
+                             f'{SOAK_DEBIAN:.0f} minutes on')
     parser.add_argument('--fresh', nargs='+', choices=SUITES, metavar='SUITE',
                         help=f'install on a new Debian, in a container: {", ".join(SUITES)}')
     parser.add_argument('--suite', action='store_true',
@@ -11645,6 +12417,11 @@ def main() -> int:
         benchmark_clocks()
         benchmark()
         return 0
+    if options.soak:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        return Soak(options.soak, options.seed,
+                    options.debian or options.soak >= SOAK_DEBIAN).run()
     if len(options.only) != 1 and not options.tests:
         return side_by_side([group for group in GROUPS if group in (options.only or GROUPS)],
                             options.strict)

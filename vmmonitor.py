@@ -2434,7 +2434,7 @@ def synchronise(guest: Guest, config: Config, result: Correction, nudge: threadi
         except AgentError as problem:
             if not problem.trouble.transient or deadline.passed():
                 raise
-        except HostAway:
+        except (HostAway, Busy):        # the agent of a machine serves one program at a time
             if deadline.passed():       # events would bring us back only if their link fell, too
                 raise
         except ClockError:
