@@ -10382,7 +10382,11 @@ class PackagingTest(Case):
         self.assertEqual([word for row in re.findall(r'(?m)^ {4}.{10}(.*)', listed)
                           for word in row.split()], vm.__all__)
         for name in vm.__all__:
-            self.assertTrue(getattr(vm, name).__doc__, name)
+            thing = getattr(vm, name)
+            self.assertTrue(thing.__doc__, name)
+            for member in dir(thing) if isinstance(thing, type) else ():
+                if member[0] != '_' and member != 'args':       # of an Exception
+                    self.assertTrue(inspect.getdoc(getattr(thing, member)), (name, member))
         shown = re.findall(r'(?s)```python.*?```', (HERE / 'README.md').read_text())
         used = re.findall(r'\bvm\.(\w+)', ''.join([*examples(), *shown]))
         self.assertEqual([name for name in used if name not in vm.__all__], [])

@@ -518,7 +518,6 @@ class Deadline:
         return max(0.0, self.end - time.monotonic())
 
     def passed(self) -> bool:
-        """Tell whether it has passed."""
         return time.monotonic() >= self.end
 
     def poll(self, probe: Callable[[], bool], pause: float = STATE_POLL) -> bool:
@@ -678,8 +677,7 @@ def tidied(value: Any, schema: Any) -> Any:
 
 
 def checked(what: str, value: Any, schema: Any = None) -> Any:
-    """Return a value from outside, tidied(); ValueError unless it is as its schema says, by
-    default the row `what` of SCHEMAS."""
+    """Return a value from outside, tidied(); ValueError unless its schema, or row, fits."""
     schema = SCHEMAS.get(what, object) if schema is None else schema
     value = tidied(value, schema)
     if not matches(value, schema):
@@ -814,8 +812,7 @@ def lock_one(files: Sequence[int], deadline: Deadline) -> int:
 
 
 def lock_bytes(fd: int, first: int, count: int, deadline: Deadline) -> bool:
-    """Lock bytes of an open file as QEMU locks its images (F_OFD_SETLK); False when somebody had
-    one of them until the deadline."""
+    """Lock bytes of an open file as QEMU does (F_OFD_SETLK); False when others had one of them."""
     def tried() -> bool:
         with contextlib.suppress(BlockingIOError, PermissionError):
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, ask)
@@ -880,7 +877,6 @@ def _outlast(name: str, deadline: Deadline) -> int | None:
 
 
 def in_group(user: int, group: str) -> bool:
-    """Tell whether the user with that number is in a group."""
     with contextlib.suppress(KeyError):
         known = pwd.getpwuid(user)
         return grp.getgrnam(group).gr_gid in os.getgrouplist(known.pw_name, known.pw_gid)
@@ -1004,7 +1000,6 @@ def check(name: str, value: Any, read: Reader, error: type[Error] = InvalidValue
 
 
 def a_bool(value: Any) -> bool:
-    """Read true or false."""
     if not isinstance(value, bool):
         raise InvalidValue('must be true or false')
     return value
@@ -1041,7 +1036,6 @@ def one_of(*choices: Any) -> Reader:
 
 
 def optional(read: Reader) -> Reader:
-    """Return a reader of None, or of what `read` reads."""
     return lambda value: None if value is None else read(value)
 
 
@@ -1188,7 +1182,6 @@ def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> 
 
 
 def usage(forms: Sequence[Form]) -> str:
-    """Return how the lines of a list are written."""
     return ', '.join(f'"{form}"' for form in forms)
 
 
@@ -1273,8 +1266,7 @@ COMMANDS = tuple(VERBS)
 
 
 def commands_enabled(value: Any) -> tuple[str, ...]:
-    """Read listener.commandsEnabled, {command: true or false}; return those that are switched
-    on."""
+    """Read listener.commandsEnabled; return the commands that are switched on."""
     if not isinstance(value, dict) or not all(isinstance(on, bool) for on in value.values()):
         raise InvalidValue('must be an object such as {"start": true, "stop": false}')
     unknown = sorted(value.keys() - VERBS.keys())
@@ -1402,12 +1394,10 @@ class Config:
     warnings: tuple[str, ...] = ()                      # what works but should not stay so
 
     def excludes(self, own: str, full: str) -> bool:
-        """Tell whether the monitor shall leave the guest with this own name, and HOST/NAME,
-        alone."""
+        """Tell whether the monitor shall leave a guest alone."""
         return matches_any(self.exclude, own, full)
 
     def libvirts(self) -> tuple[HostEntry, ...]:
-        """Return the libvirts to talk to."""
         return self.hosts or (HostEntry('', self.libvirt_uri),)
 
 
@@ -1500,7 +1490,6 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
 
 
 def enabled_roles(config: Config) -> list[str]:
-    """Return the roles that the configuration itself switches on."""
     enabled = (config.monitor_enabled, config.startup_enabled, config.listener_enabled,
                config.shutdown_enabled)
     return [role for role, on in zip(ROLES, enabled) if on]
@@ -1956,8 +1945,7 @@ class Guest:
         raise NotImplementedError
 
     def check_step(self, offset: int) -> None:
-        """Raise OutOfStep if this machine's time may not be that of its host; `offset` is how
-        far the guest's clock is off, in ns."""
+        """Raise OutOfStep if this may not be its host's time; `offset` is how far it is off, ns."""
 
     def agent_answers(self) -> bool:
         """Tell whether the guest agent answers."""
@@ -2299,8 +2287,7 @@ def _measure_coarse(guest: Guest, readings: list[Reading]) -> Measurement:
 
 
 def _set_by_date(guest: Guest, ahead: int) -> None:
-    """Run `date` in the guest, started so that it takes effect at a whole second: not every
-    date takes fractions."""
+    """Run `date` in the guest, timed for a whole second: not every date takes fractions."""
     second = (time.time_ns() + ahead) // SECOND + 1
     time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
     done = guest.exec(['date', '-u', '-s', f'@{second}'], timeout=AGENT_SET_TIMEOUT)
@@ -2495,11 +2482,9 @@ class ClockSetTimer:
         return False
 
     def stop(self) -> None:
-        """End wait()."""
         self._expire(0, 0)
 
     def close(self) -> None:
-        """Give it back."""
         os.close(self.fd)
 
     def _expire(self, seconds: int, flags: int) -> None:
@@ -2783,7 +2768,6 @@ class Subscription:
 
     @classmethod
     def close(cls, number: int | None, reason: int) -> None:
-        """Note that a connection was lost."""
         subscription = cls._all.get(number or 0)
         if subscription:
             subscription.reason = CLOSE_REASONS.get(reason, str(reason))
@@ -2938,8 +2922,7 @@ class Connection:
         return self._handles[uuid]
 
     def domains(self, flags: int = 0) -> list[tuple[str, str]]:
-        """Return (UUID, name) of all domains, or of those that `flags` select
-        (virConnectListAllDomains)."""
+        """Return (UUID, name) of all domains, or those of `flags` (virConnectListAllDomains)."""
         array = ctypes.POINTER(_PTR)()
         count = self.call('virConnectListAllDomains', self.handle, ctypes.byref(array), flags)
         try:
@@ -2967,7 +2950,6 @@ class Connection:
             self.library.functions['virStreamFree'](stream)
 
     def version(self) -> str:
-        """Return the version of the daemon's libvirt."""
         number = ctypes.c_ulong()
         self.call('virConnectGetLibVersion', self.handle, ctypes.byref(number))
         return f'{number.value // 1000000}.{number.value // 1000 % 1000}.{number.value % 1000}'
@@ -3031,7 +3013,6 @@ class ConnectionPool:
             connection.close()
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
         with self.lock:
             idle, self.idle = self.idle, []
         for connection in idle:
@@ -3039,13 +3020,11 @@ class ConnectionPool:
 
 
 def is_local(uri: str) -> bool:
-    """Tell whether a URI is that of a libvirt of this machine."""
     return bool(re.match(r'\w+(\+unix)?:///', uri))
 
 
 def ssh_date(uri: str) -> list[str]:
-    """Return the command that shows the clock of the host of a qemu+ssh URI, by the ssh that
-    libvirt would run; [] for another URI."""
+    """Return what shows the clock of a qemu+ssh host, as libvirt would reach it; or []."""
     parts = urllib.parse.urlsplit(uri)
     if not parts.scheme.endswith('+ssh') or not parts.hostname:
         return []
@@ -3576,8 +3555,7 @@ class Domain(Guest):
             raise self.agent_error('the agent is in frozen state')
 
     def agent_state(self) -> str:
-        """Return absent, disconnected, connected or silent, without asking the agent: from the
-        domain's XML, and from how its last call ended."""
+        """Return absent, disconnected, connected or silent: by its XML, and its last call."""
         return self._heard(self.channel_state())
 
     def _heard(self, channel: str) -> str:
@@ -3591,7 +3569,6 @@ class Domain(Guest):
         return 'absent'
 
     def remembered(self) -> tuple[Status, str] | None:
-        """Return status() and agent_state() as seen since its last event, or None."""
         found = self.host.remembered(self.uuid)
         return found and (found[0], self._heard(found[1]))
 
@@ -3600,8 +3577,7 @@ class Domain(Guest):
         return status, self._heard(channel)
 
     def check_step(self, offset: int) -> None:
-        """Raise OutOfStep unless its host is in step; when that is news, its others are looked
-        at, too."""
+        """Raise OutOfStep unless its host is in step; look at its others when that is news."""
         if self.host.step.check(self, offset):
             spawn(f'check {self.host.name}', self.host.tell_running)
 
@@ -3628,8 +3604,7 @@ OFFSETS = 60                   # ... and offsets of a guest's clock
 
 @contextlib.contextmanager
 def one_program(guest: Guest, deadline: Deadline) -> Iterator[None]:
-    """Keep other programs from giving a guest commands meanwhile, the service among them; Busy if
-    one does until the deadline."""
+    """Keep other programs, such as the service, from giving it commands; Busy if one does."""
     name = hashlib.sha256(guest.id.encode()).hexdigest()[:32]
     with turn(f'vmmonitor guest {name}', deadline) as holder:
         if holder is not None:
@@ -3708,8 +3683,7 @@ class Guests:
         return [(host, answers[host]) for host in hosts]
 
     def meanings(self, name: str) -> list[tuple[GuestHost, str]]:
-        """Return what a name means, as (host, the guest's own name there), but for names with a
-        "/" of their own."""
+        """Return what a name without a "/" of its own means: (host, the guest's own name there)."""
         label, _, own = name.partition('/')
         return [(host, own) for host in self.hosts if own and host.label == label] or [
             (host, name) for host in self.hosts]
@@ -3745,8 +3719,7 @@ class Guests:
     def all(self, running: bool = False, away: list[Error] | None = None,
             timeout: float = ANSWER_TIMEOUT, hosts: Sequence[GuestHost] | None = None
             ) -> list[Guest]:
-        """Return all guests, or those that run, by name; add to `away` why a host can't be asked,
-        or raise that."""
+        """Return guests by name; add to `away` why a host can't be asked, or raise that."""
         found: list[Guest] = []
         for _, answer in self.ask(lambda host: host.all(running), timeout, hosts, recall=None
                                   if running else lambda _, known: [*known.values()]):
@@ -3866,7 +3839,6 @@ class Monitor:
         self._checks.put(cause)
 
     def stop(self) -> None:
-        """Stop; jobs end by themselves."""
         self._stopping.set()
         self.events.put(None)
         self.check()
@@ -3979,8 +3951,7 @@ class Monitor:
         log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
 
     def _watch_host(self, timer: ClockSetTimer) -> None:
-        """Have all guests checked when the host slept or its clock was set: libvirt has no event
-        for these."""
+        """Have all checked when the host slept or its clock was set: libvirt does not tell."""
         seen = HostClock.now()
         while timer.wait():
             now = HostClock.now()
@@ -4034,13 +4005,11 @@ class BootMark:
             '/proc/sys/kernel/random/boot_id').read_bytes().strip().replace(b'-', b'')
 
     def is_set(self) -> bool:
-        """Tell whether it was done."""
         with contextlib.suppress(OSError):
             return Path(self.path).read_bytes() == self._boot()
         return False
 
     def set(self) -> None:
-        """Note that it was done."""
         try:
             write_whole(self.path, self._boot(), replace=True)
         except (Error, OSError) as problem:
@@ -4069,8 +4038,7 @@ class GuestList:
                 done or 'nothing was to be done', failed and f'; failed: {failed}')
 
     def _wait(self, step: Step) -> bool:
-        """Wait until a line's guest, port or path is there, but not longer than the line says;
-        tell whether it is."""
+        """Wait as long as a line says for its guest, port or path; tell whether it is there."""
         def ask() -> bool:
             with contextlib.suppress(Error, OSError):
                 return self.stopping.is_set() or self._there(step)
@@ -4166,7 +4134,6 @@ class Startup(GuestList):
                 return
 
     def plan(self) -> Iterator[str]:
-        """Yield what the list would do now, a line each (--dry-run)."""
         for step in self.steps:
             state = ''
             if step.verb == 'start':
@@ -4282,7 +4249,6 @@ class Shutdown(GuestList):
                  self.progress())
 
     def plan(self) -> Iterator[str]:
-        """Yield what the list would do now, a line each (--dry-run)."""
         away: list[Error] = []
         self._find(away)
         for step in self.steps:
@@ -4734,8 +4700,7 @@ class Request(NamedTuple):
         raise Refusal(415, 'send application/x-www-form-urlencoded or application/json')
 
     def _with_bearer(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Add the key of the Authorization header; another scheme, such as a proxy's Basic, is
-        not for us where there is a key."""
+        """Add the key of the Authorization header; a proxy's Basic may stand there, too."""
         given = self.headers.get('Authorization', '').encode('latin-1', 'replace')
         scheme, _, token = given.partition(b' ')
         if scheme.lower() == b'bearer':
@@ -4769,8 +4734,7 @@ def json_pairs(body: bytes) -> list[tuple[str, str]]:
 
 
 def plain_address(address: str) -> str:
-    """Return an address as it is counted and shown: IPv4 that came by an IPv6 socket is IPv4.
-    ValueError if it is none."""
+    """Return an address, IPv4 that came by an IPv6 socket as IPv4; ValueError if it is none."""
     parsed = ipaddress.ip_address(address)
     return str(getattr(parsed, 'ipv4_mapped', None) or parsed)
 
@@ -4848,12 +4812,10 @@ class Order(NamedTuple):
 
     @property
     def action(self) -> str:
-        """The row of Guests.ACTIONS."""
         return 'start anew' if self.discard else self.command
 
     @classmethod
     def read(cls, command: str, parameters: Mapping[str, str]) -> Order:
-        """Read the parameters of a command."""
         given, discard = parameters.get('wait', ''), parameters.get('discard', '0')
         if discard not in ('0', '1') or (discard == '1' and command != 'start'):
             raise Refusal(400, 'discard is 0 or 1, and goes with start')
@@ -5006,8 +4968,7 @@ class Dispatcher:
         return found
 
     def _act(self, order: Order, guest: Guest) -> Reply:
-        """Carry out a command in a thread of its own; 202 if it takes longer than was to be
-        waited."""
+        """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
         command, deadline = order.command, Deadline(order.wait)
         outcome = in_thread(f'{command} {guest.name}', self.guests.act, order.action, guest,
                             BUSY_TIMEOUT if order.wait else 0)
@@ -5096,8 +5057,7 @@ class Dispatcher:
             'logged': self.guests.serial})
 
     def _log(self, key: Key) -> Reply:
-        """Return the last commands and corrections of the guests that the key reaches, the
-        newest first."""
+        """Return the last commands and corrections of the key's guests, the newest first."""
         lines = [row for row in [*self.guests.recent][::-1] if self._may_reach(key, row['guest'])]
         return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
                      or 'nothing yet', {'version': 1, 'lines': lines})
@@ -5116,11 +5076,9 @@ class RequestReader(io.RawIOBase):
         self.expect()
 
     def readable(self) -> bool:
-        """Say that this is for reading (io.RawIOBase)."""
         return True
 
     def expect(self) -> None:
-        """Get ready for another request."""
         self.deadline = Deadline(IDLE_TIMEOUT)
         self.began = False                  # whether more than an empty line has come
         self.limit(HEADER_BYTES, Refusal(431, 'request line and headers too large'))
@@ -5231,7 +5189,6 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             left = left - len(data) if data else 0
 
     def handle_one_request(self) -> None:
-        """Read one request, have the Dispatcher answer it."""
         self.source.expect()
         self.close_connection, self.command = True, ''
         try:
@@ -5330,11 +5287,9 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None,
                    explain: str | None = None) -> None:
-        """Answer a request that parse_request() can't read."""
         self.refuse(int(code), NO_HTTP)
 
     def handle_expect_100(self) -> bool:
-        """Tell a client that waits for it to send its body."""
         self.connection.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
         return True
 
@@ -5798,7 +5753,6 @@ class NetworkState(NamedTuple):
                           f'did you mean {near[0]}?' if near else 'see ip link')
 
     def ports(self, master: str) -> list[Link]:
-        """Return the ports of a bridge or bond."""
         return [link for link in self.links.values() if link.master == master]
 
 
@@ -5947,7 +5901,6 @@ class Record:
         return cls(**{**known, 'undo': [Op._make(op) for op in known['undo']]}, more=row)
 
     def row(self) -> dict[str, Any]:
-        """Return its row for the file."""
         row = dataclasses.asdict(self)
         return {**row.pop('more'), **row, 'undo': [*map(list, self.undo)]}
 
@@ -5989,7 +5942,6 @@ class Registry:
 
     @classmethod
     def read(cls) -> Registry:
-        """Return what the file says now."""
         registry = cls()
         registry.load()
         return registry
@@ -6013,7 +5965,6 @@ class Registry:
                                f'{self.VERSION}', 'use the vmmonitor.py that wrote it')
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
         things = {name: row.row() for name, row in self.records.items()}
         tree = {**self.more, 'version': self.VERSION, 'things': things}
         write_whole(str(self.path), json.dumps(tree).encode(), replace=True)
@@ -7425,7 +7376,6 @@ class LineSocket:
         self.close()
 
     def close(self) -> None:
-        """Close the socket; QEMU then serves the next client."""
         self.socket.close()
 
     def send(self, value: Mapping[str, Any], deadline: Deadline, prefix: bytes = b'',
@@ -7473,7 +7423,6 @@ class LineSocket:
         self.buffer = self.buffer.partition(mark)[2]
 
     def receive(self, deadline: Deadline) -> dict[str, Any]:
-        """Return the next line as a JSON object."""
         line = self.line(deadline).strip()
         try:
             value = parse_json(line)
@@ -7558,7 +7507,6 @@ class QMP:
         self.close()
 
     def close(self) -> None:
-        """Close the monitor, so that another client can have it."""
         self.wire.close()
 
     def execute(self, command: str, timeout: float = QMP_TIMEOUT, fds: Sequence[int] = (),
@@ -7711,7 +7659,6 @@ def checked_tag(tag: str) -> str:
 
 
 def free_tag(taken: Sequence[str], stem: str = 's') -> str:
-    """Return a name for a snapshot of now."""
     now = time.strftime(f'{stem}%Y%m%d-%H%M%S')
     return next(tag for tag in itertools.chain([now], (f'{now}-{n}' for n in itertools.count(2)))
                 if tag not in taken)
@@ -7807,8 +7754,7 @@ class Attached(Protocol):
         """Tell whether the machine runs."""
 
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
-        """Carry out a QMP command; the file `medium`, if any, is opened here and becomes its
-        argument `filename`."""
+        """Carry out a QMP command; the file `medium` is opened here, its argument `filename`."""
 
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
@@ -8039,8 +7985,7 @@ class Harddrive:
                         replace=True)
 
     def resize(self, size: float, shrink: bool = False) -> None:
-        """Give the disk a new size in GiB (block_resize, qemu-img resize); a smaller one, which
-        cuts off what is there, only with `shrink`."""
+        """Give it a new size in GiB, less only with `shrink` (block_resize, qemu-img resize)."""
         wanted, now = self._bytes(size), self.info()['virtual-size']
         if wanted < now and not shrink:
             raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
@@ -8375,7 +8320,6 @@ class MachineSpec:
         return self.cpu if self.cpu != 'auto' else 'host' if accel == 'kvm' else 'max'
 
     def of_kind(self, kind: str) -> list[Device]:
-        """Return its devices of a kind."""
         return [device for device in self.devices if device.kind == kind]
 
     def ram(self) -> int:
@@ -8415,7 +8359,6 @@ class MachineSpec:
         return filled(cls, known, ours)
 
     def json(self) -> bytes:
-        """Return the text of the file."""
         values = dataclasses.asdict(self, dict_factory=spread)
         for row, device in zip(values['devices'], self.devices):
             own = FACTS[device.kind]
@@ -8446,7 +8389,6 @@ class MachineFile:
 
     @staticmethod
     def read(home: str) -> MachineSpec:
-        """Return what the file in HOME says."""
         path, name = os.path.join(home, 'machine.json'), os.path.basename(home)
         try:
             with open(path, 'rb') as file:
@@ -8461,7 +8403,6 @@ class MachineFile:
             raise DamagedFile(path, name, str(problem)) from None
 
     def path(self, name: str) -> str:
-        """Return the path of something in HOME."""
         return os.path.join(self.home, name)
 
     def now(self) -> MachineSpec:
@@ -8623,7 +8564,6 @@ SCHEMAS['process.json'] = {'machine': str, 'boot': str, 'pid': int, 'started': s
 
 
 def boot_id() -> str:
-    """Return what tells this boot of the host from others."""
     return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
 
 
@@ -8672,8 +8612,7 @@ def usable_accel(wanted: str, uid: int = 0) -> str:
 
 
 def processor_of(spec: MachineSpec) -> str:
-    """Return what tells the processor of a machine's next start from others; where that is the
-    host's own, which."""
+    """Return what tells the processor of the next start from others; of the host's own, which."""
     accel = usable_accel(spec.accel, spec.uid)
     cpu = spec.cpu_option(accel)
     own = None
@@ -8691,7 +8630,6 @@ class QemuCommand:
         self.sets = 0
 
     def add(self, option: str, *words: str) -> None:
-        """Add an option."""
         self.argv += [option, *words]
 
     def named_fd(self, fd: int) -> str:
@@ -8706,7 +8644,6 @@ class QemuCommand:
         return f'/dev/fdset/{self.sets}'
 
     def close(self) -> None:
-        """Close our copies."""
         while self.fds:
             os.close(self.fds.pop())
 
@@ -8879,7 +8816,6 @@ class Qemu:
         return self.pid() > 0
 
     def socket(self, name: str) -> str:
-        """Return the path of one of its sockets."""
         return self.file.path(f'sockets/{name}')
 
     # Sessions
@@ -9193,7 +9129,6 @@ class Qemu:
         return None
 
     def state(self) -> State:
-        """Return what the machine is doing."""
         return self.status().state
 
     def wait(self, what: str = 'agent', timeout: float = 60.0) -> float:
@@ -9264,7 +9199,6 @@ def told_mtu(nic: VirtualNic | None) -> int:
 
 
 def chain_of(drive: Harddrive) -> list[list[str]]:
-    """Return the files and formats of an image and those it stands on."""
     return [[row.filename, row.format] for row in drive.chain()]
 
 
@@ -9341,18 +9275,15 @@ class DriveSlot:
         self.filename = filename                # of a disk; a drive's CD changes
 
     def alive(self) -> bool:
-        """Tell whether the machine runs, and this disk is still in this place."""
         return self.qemu.is_alive() and (not self.filename or any(
             row.id == self.id and row.facts.chain[0][0] == self.filename
             for row in self.qemu.file.now().of_kind('disk')))
 
     def keep(self, medium: str) -> None:
-        """Have the machine remember what is in the drive."""
         with self.qemu.file.change() as spec:
             spec.cd = medium
 
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
-        """Carry out a QMP command, with a file opened here as `filename`."""
         with self.qemu.session() as session:
             if medium:
                 arguments['filename'] = session.fdset(open_file(medium))
@@ -9370,7 +9301,6 @@ class Devices(Part):
 
     @property
     def cd(self) -> CD:
-        """Its CD drive."""
         with contextlib.suppress(GuestError):
             self._cd.filename = self.file.refresh().cd
         return self._cd
@@ -9428,13 +9358,11 @@ class Devices(Part):
 
     @property
     def harddrives(self) -> list[Harddrive]:
-        """Its disks."""
         self.file.refresh()
         return [self.thing(device) for device in self.spec.of_kind('disk')]
 
     @property
     def nics(self) -> list[VirtualNic | None]:
-        """Its network cards; None is QEMU's own NAT."""
         self.file.refresh()
         return [self.thing(device) for device in self.spec.of_kind('nic')]
 
@@ -9487,7 +9415,6 @@ class Devices(Part):
         return VirtualNic(facts.name, namespace=facts.namespace, mac=facts.mac)
 
     def new_id(self, stem: str) -> str:
-        """Return an id that no device has."""
         taken = {device.id for device in self.spec.devices}
         return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
 
@@ -9502,13 +9429,11 @@ class Devices(Part):
         return free[0]
 
     def plan(self, device: Device, thing: Any) -> Device:
-        """Enter a device into the machine's file."""
         self.spec.devices.append(device)
         self._keep(device, thing)
         return device
 
     def plan_disk(self, drive: Harddrive) -> Device:
-        """Enter a disk into the machine's file."""
         drive.check()
         files = {os.path.realpath(row.facts.chain[0][0]) for row in self.spec.of_kind('disk')}
         if os.path.realpath(drive.filename) in files:
@@ -9517,7 +9442,6 @@ class Devices(Part):
             chain=chain_of(drive))), drive)
 
     def plan_nic(self, nic: VirtualNic | None, own: bool, forwards: Sequence[str] = ()) -> Device:
-        """Enter a network card into the machine's file."""
         id = self.new_id('nic')
         digest = hashlib.sha256(f'{self.file.uuid} {id}'.encode()).digest()
         mac = nic.mac.lower() if nic else ':'.join(['52', '54', '00', *(
@@ -9844,7 +9768,6 @@ class Devices(Part):
 
     @property
     def chardevs(self) -> dict[str, str]:
-        """The host's ends of the guest's ports: name -> path ('' for a pty while it is off)."""
         self.file.refresh()
         rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
         ends = {row['label']: row['filename'] for row in rows
@@ -9945,7 +9868,6 @@ class MemoryStream(Part):
     """A machine's memory on its way into a file or out of one, or to another machine."""
 
     def save(self, file: str = '') -> str:
-        """Save its memory and end it (QMP stop, getfd, migrate)."""
         with self.file.change():
             if self.qemu.state() is State.SAVED:
                 return 'already saved'
@@ -10101,7 +10023,6 @@ class Snapshots(Part):
 
     @property
     def all(self) -> list[MachineSnapshot]:
-        """The snapshots of the machine's disks as they are now, the oldest first."""
         drives = self.devices.harddrives
         rows = [(drive, row) for drive in drives for row in drive.snapshots]
         found = []
@@ -10207,7 +10128,6 @@ class Snapshots(Part):
         return [*nodes, *['efi-vars'] * self.spec.efi]
 
     def load(self, tag: str, disks_only: bool = False) -> str:
-        """Put memory and disks back, as Machine.load_snapshot() does, but for the clock."""
         with self.file.change():
             found = self.find(tag)
             self.qemu.require_not_given()
@@ -10328,7 +10248,6 @@ class Migration(Part):
 
     def migrate(self, to: Migration | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT) -> str:
-        """Move the guest to another machine that waits for it."""
         name = to.name if isinstance(to, Migration) else str(to)
         if name == self.name:
             raise MachineError(f'{name}: is here', 'migrate it to another machine')
@@ -10429,7 +10348,6 @@ class Migration(Part):
                                    'give both machines the same disks and CD')
 
     def receive_at(self, port: int, timeout: float = 60.0, address: str = '') -> None:
-        """Wait on a TCP port for the guest of a migrate() to this machine."""
         self.file.refresh()
         self._require_waiting()
         deadline, why = Deadline(timeout), ''
@@ -10864,8 +10782,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _make_home(name: str) -> str:
-    """Return the directory of a machine `name`, or of the first free machineN; it is made if
-    there is none."""
+    """Return the directory of a machine, or of the first free machineN, made if there is none."""
     try:
         for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
             if not os.path.isdir(place):
@@ -10963,7 +10880,6 @@ class Power(Part):
         return says
 
     def unfreeze(self, force: bool = False) -> None:
-        """Let the processors of a guest go on that may run here (QMP cont)."""
         with self.file.held():
             if self.qemu.state() is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
@@ -10978,7 +10894,6 @@ class Power(Part):
             self.qemu.qmp('cont')
 
     def resume(self, state: State) -> str:
-        """Make a guest that is there run; return what was done, in words."""
         if state in (State.PAUSED, State.CRASHED):
             self.unfreeze()
             return 'resumed'
@@ -11491,7 +11406,6 @@ class Machines:
         self._warned: dict[str, str] = {}           # name -> what was said of it
 
     def find(self, name: str) -> Guest | None:
-        """Return the machine `name`, or None."""
         try:
             return Machine.load(name)
         except NoGuest:
@@ -11519,7 +11433,6 @@ class Machines:
 
     def watch(self, receive: Callable[[GuestEvent], None],
               changed: Callable[[], object] = lambda: None) -> None:
-        """Give the events of all machines to `receive`, which only enqueues, for ever."""
         self._changes = DirectoryChanges()
         spawn('machines', self._look, receive, self._changes)
 
@@ -11575,7 +11488,6 @@ class Machines:
             receive(GuestEvent(machine, 'stopped', time.monotonic()))
 
     def stop(self) -> None:
-        """Stop watching."""
         self.stopping.set()
         self._ring()
         for qmp in filter(None, list(self._followed.values())):
@@ -11635,7 +11547,6 @@ class Service(NamedTuple):
 
     @classmethod
     def read(cls) -> Service:
-        """Return that of this host."""
         try:
             text = Path(UNIT).read_text('utf-8', 'replace')
         except OSError:
@@ -11719,7 +11630,6 @@ class Changes:
             os.unlink(path)
 
     def directory(self, path: str) -> None:
-        """Have that directory, and those above it."""
         if not os.path.isdir(path):
             self.directory(os.path.dirname(path))
             self.step(lambda: os.rmdir(path))
@@ -11764,7 +11674,6 @@ class SetupRecord:
         self.places = list(map(str, self.known.get('places') or []))
 
     def data(self) -> bytes:
-        """Return the file's new contents."""
         known = {**self.known, 'version': self.VERSION, 'files': self.files, 'joined': self.joined,
                  'places': self.places}
         return (json.dumps(known, indent=4) + '\n').encode()
@@ -11799,7 +11708,6 @@ class Setup:
         self.record = SetupRecord(self.here)
 
     def path(self, name: str) -> str:
-        """Return the path of a file in HERE."""
         return os.path.join(self.here, name)
 
     def install(self) -> None:
@@ -12137,8 +12045,7 @@ def _host_name() -> str:
 
 
 def host_addresses() -> list[str]:
-    """Return the addresses by which guests may reach this host: those of its interfaces, and of
-    libvirt's networks, which may not be up yet."""
+    """Return the addresses of this host's interfaces, and of libvirt's networks, up or not."""
     def shown(*argv: str) -> str:
         with contextlib.suppress(CommandError):
             return attempt(*argv).stdout.decode(errors='replace')
@@ -12320,7 +12227,6 @@ def notify_systemd(*lines: str) -> None:
 
 
 def libvirt_hosts(config: Config) -> list[LibvirtHost]:
-    """Return the libvirts of the configuration."""
     return [LibvirtHost(host.uri, host.name, host.trust_clock) for host in config.libvirts()]
 
 
@@ -12450,8 +12356,7 @@ class Daemon:
                     asker.close()
 
     def _reload(self) -> list[str]:
-        """Read the configuration again; a bad one is refused and the old one kept. Return what is
-        wrong with it."""
+        """Read the configuration again, or keep the old one; return what is wrong."""
         old = self.settings.config
         notify_systemd('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
@@ -12653,7 +12558,6 @@ def show_checks(lines: Iterable[Check], as_json: bool) -> int:
 
 
 def command_clean(options: argparse.Namespace) -> int:
-    """--clean: print what is removed."""
     found = clean(options.clean, dry_run=options.dry_run, everything=options.all,
                   force=options.force)
     if not found:
@@ -12735,7 +12639,6 @@ def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) 
 
 
 def command_status(config: Config, options: argparse.Namespace) -> int:
-    """status: print state, agent and clock of each guest."""
     def ask(_guests: Guests, guest: Guest) -> dict[str, Any]:
         status = guest.status()
         known: dict[str, Any] = {'state': status.state.value, 'reason': status.reason,
@@ -12787,7 +12690,6 @@ def command_sync(config: Config, options: argparse.Namespace) -> int:
 
 
 def command_list(config: Config, options: argparse.Namespace) -> int:
-    """list: print the guests and their states."""
     def ask(_guests: Guests, guest: Guest) -> dict[str, Any]:
         return {'state': '' if options.only_names else guest.state().value}
 
@@ -12799,8 +12701,7 @@ def command_list(config: Config, options: argparse.Namespace) -> int:
 
 
 def command_list_steps(config: Config, options: argparse.Namespace) -> int:
-    """--shutdown, and --startup or it with --dry-run: carry out the list, or show what it would
-    do."""
+    """--shutdown and --dry-run: carry out the list, or show what it would do."""
     with all_guests(config) as guests:
         steps = Shutdown(guests, config) if options.shutdown else Startup(guests, config.steps)
         if options.dry_run:
@@ -12848,7 +12749,6 @@ complete -o default -F _vmmonitor vmmonitor
 
 
 def verb_arguments() -> argparse.ArgumentParser:
-    """Return the parser of `vmmonitor VERB ...`."""
     parser = argparse.ArgumentParser(
         prog='vmmonitor', description='Do something with guests, by their names or patterns such '
                                       'as "web*". Without a verb, see vmmonitor --help.')
@@ -12879,7 +12779,6 @@ def verb_arguments() -> argparse.ArgumentParser:
 
 
 def dispatch_verb(options: argparse.Namespace) -> int:
-    """Do what `vmmonitor VERB ...` says, and return the exit status."""
     path = find_config(options.config)
     if not options.config and path and not os.access(path, os.R_OK):
         path = ''                       # the service's; whoever may not read it has the defaults
@@ -12969,7 +12868,6 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     verbs = f'verbs, each with --help:\n  {" ".join({**VERBS, **TASKS})}\n\n'
     parser = argparse.ArgumentParser(
         prog='vmmonitor.py', epilog=verbs + EXAMPLES,
@@ -13007,7 +12905,6 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def find_config(given: str | None) -> str:
-    """Return the configuration file to read, or '' if none is given and none is there."""
     return given or (OWN_CONFIG if os.path.exists(OWN_CONFIG) else '')
 
 
@@ -13027,7 +12924,6 @@ def _refuse_mixed(options: argparse.Namespace, roles: Sequence[str], once: str) 
 
 
 def dispatch(options: argparse.Namespace) -> int:
-    """Do what the command line says, and return the exit status."""
     path = find_config(options.config)
     roles = [role for role in ROLES[:3] if getattr(options, role)]
     once = next((name for name in ('check', 'status', 'sync', 'shutdown', 'clean', 'version',
