@@ -90,7 +90,8 @@ PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'qemu-system-x86', 'qemu-utils', 'qemu-guest-agent', 'busybox-static',
             'cpio', 'kmod', 'iproute2', 'openssl', 'curl', 'xz-utils', 'python3', 'nftables',
             'iptables', 'debootstrap', 'e2fsprogs', 'xorriso', 'ovmf', 'testssl.sh', 'wget',
-            'nodejs', 'python3-requests', 'python3-aiohttp', 'chromium', 'chromium-driver')
+            'dnsmasq-base', 'nodejs', 'python3-requests', 'python3-aiohttp', 'chromium',
+            'chromium-driver')
 Found = TypeVar('Found')
 
 
@@ -5757,6 +5758,21 @@ class TestSwitch(NetCase):
         b.connect(vm.Switch('lan'))
 
 
+# What udhcpc runs: it tells what was given, and takes the address.
+LEASE = '#!/bin/sh\n[ "$1" != bound ] || { set; ip address add $ip/$mask dev $interface; }\n'
+
+
+def dnsmasqs() -> dict[str, list[str]]:
+    """Return the dnsmasqs of this network: pid -> arguments."""
+    found = {}
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):
+            argv = path.read_text().split('\0')
+            if argv[0] == 'dnsmasq' and str(vm.Registry().path.with_suffix('')) in argv[1]:
+                found[path.parent.name] = argv
+    return found
+
+
 class TestRouter(NetCase):
     def setUp(self) -> None:
         super().setUp()
@@ -5958,6 +5974,94 @@ class TestRouter(NetCase):
             {'family': 'inet', 'local': '192.0.2.9', 'prefixlen': 24, 'scope': 'global',
              'label': 'eth1:old', 'anew': True}]})
         self.assertEqual([*link.strange_addresses()], ['address 192.0.2.9 (anew, label eth1:old)'])
+
+    def client(self, name: str, mac: str = '') -> dict[str, str]:
+        """Connect a namespace to the switch lan, and return what DHCP gives it."""
+        vm.VirtualNic(f'{name}0', sink=f'{name}s', mac=mac).connect('lan')
+        machine(name, f'{name}s')
+        script = Path(self.directory, 'lease')
+        script.write_text(LEASE)
+        script.chmod(0o755)
+        said = ip(f'netns exec {name} busybox udhcpc -fqn -i {name}s -s {script} '
+                  f'-x hostname:{name}')
+        return dict(re.findall(r"^(\w+)='(.*)'$", said, re.MULTILINE))
+
+    def test_addresses_and_names(self) -> None:
+        subprocess.run(['iptables', '-P', 'INPUT', 'DROP'], check=True)     # as a firewall does
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+            own.bind(('127.0.0.1', 53))             # the host's own goes on
+            router, lan = vm.Router('eth1', nat=True, dhcp=True, hosts={
+                'Web_1': '10.77.0.9', '52:54:00:00:00:07': '10.77.0.7'}), vm.Switch('lan')
+            self.addCleanup(router.delete)
+            router.connect(lan)
+        got = self.client('web-1')
+        self.assertEqual([got[key] for key in ('ip', 'router', 'dns', 'domain', 'subnet')],
+                         ['10.77.0.9', '10.77.0.1', '10.77.0.1', 'internal', '255.255.255.0'])
+        self.assertEqual(self.client('seven', '52:54:00:00:00:07')['ip'], '10.77.0.7')
+        other = self.client('ignore')['ip']
+        self.assertIn(int(other.split('.')[3]), range(128, 255))
+        for name in 'ignore', 'ignore.internal':
+            self.assertIn(f'Address: {other}',
+                          ip(f'netns exec seven busybox nslookup -type=a {name} 10.77.0.1'))
+        (pid, argv), = dnsmasqs().items()
+        ids = re.search(r'Uid:\s+(\d+)\s+(\d+)', Path(f'/proc/{pid}/status').read_text())
+        assert ids
+        self.assertNotIn('0', ids.groups())
+        bound = subprocess.run(['ss', '-Hlnup'], capture_output=True, text=True).stdout
+        self.assertEqual({row.split()[3] for row in bound.splitlines() if f'pid={pid},' in row},
+                         {'10.77.0.1:53', '0.0.0.0%eth1-router:67'})
+        card = vm.VirtualNic(namespace='Late.1')    # a machine's, whose name is told at once
+        card.connect(lan)
+        (later, told), = dnsmasqs().items()
+        self.assertNotEqual(later, pid)
+        self.assertEqual(set(told) - set(argv), {f'--dhcp-host={card.mac},late-1.internal'})
+        self.assertIn('web-1', next(Path(vm.STATE_DIR).glob('*.leases')).read_text())
+        router.delete()
+        self.assertEqual((dnsmasqs(), [*Path(vm.STATE_DIR).glob('*-router*')]), ({}, []))
+        self.assertNotIn('-router', subprocess.run(['iptables-save'], capture_output=True,
+                                                   text=True).stdout)
+
+    def test_a_server_outlives_its_maker(self) -> None:
+        make = "vm.Router('eth1', nat=True, dhcp=True)"
+        self.addCleanup(lambda: vm.clean(everything=True))
+        self.assertEqual(python(f'import os; {make}; os.kill(os.getpid(), 9)'), -signal.SIGKILL)
+        first = dnsmasqs()
+        router = vm.Router('eth1', nat=True, dhcp=True)
+        self.assertEqual((len(first), dnsmasqs()), (1, first))
+        os.kill(int(*first), signal.SIGKILL)
+        soon(lambda: not dnsmasqs())
+        self.assertIn('took away what it needs to hand out addresses', str([*vm.check_networks()]))
+        self.assertTrue(vm.Router('eth1', nat=True, dhcp=True).exists and len(dnsmasqs()) == 1)
+        router.delete()
+        self.assertEqual(python(
+            'import os; seen = []; vm.TRACE = lambda step: (seen and os.kill(os.getpid(), 9), '
+            f"step.startswith('run dnsmasq') and seen.append(1)); {make}"), -signal.SIGKILL)
+        self.assertEqual([*vm.clean()], ['eth1-router', 'eth1-router-p0'])
+        self.assertEqual((dnsmasqs(), names()), ({}, {'eth1'}))
+
+    def test_addresses_that_can_not_be_handed_out(self) -> None:
+        for options, why in (
+                ({'nat': False}, 'dhcp=True needs nat=True'), ({'dhcp': False}, 'hosts= needs'),
+                ({'hosts': {'web': '10.78.0.9'}}, "web can't have 10.78.0.9"),
+                ({'hosts': {'web': '10.77.0.1'}}, 'take one from 10.77.0.2 to 10.77.0.254'),
+                ({'hosts': {'a': '10.77.0.2', 'b': '10.77.0.2'}}, 'an address of its own'),
+                ({'hosts': {'A': '10.77.0.2', 'a': '10.77.0.3'}}, 'each needs a name'),
+                ({'hosts': {'--': '10.77.0.2'}}, 'each needs a name'),
+                ({'hosts': {'web': '10.77.0.2,x'}}, 'is no IP address'),
+                ({'hosts': {'52:54:00': '10.77.0.2'}}, 'is no MAC'), ({'hosts': ['x']}, 'no IP'),
+                ({'hosts': {}, 'subnet': '10.9.9.8/31'}, 'too small to hand out')):
+            with self.subTest(why), self.refused(why, kind=vm.NetworkError):
+                vm.Router('eth1', **{'nat': True, 'dhcp': True, 'hosts': {'web': '10.77.0.2'},
+                                     **options})     # type: ignore[arg-type]
+        have = vm.which
+        with mock.patch.object(vm, 'which', lambda name: have(name) if name != 'dnsmasq' else ''), \
+                self.refused('there is no dnsmasq', 'install dnsmasq-base', kind=vm.MissingFeature):
+            vm.Router('eth1', nat=True, dhcp=True)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind(('0.0.0.0', 53))
+            with self.refused('Address already in use', 'another server of names', kind=vm.InUse):
+                vm.Router('eth1', nat=True, dhcp=True)
+        self.assertEqual((names(), self.records(), dnsmasqs()), ({'eth1'}, {}, {}))
 
     def test_subnets_that_overlap(self) -> None:
         ip('route add 10.5.0.0/16 via 192.0.2.1')
@@ -8848,6 +8952,27 @@ class TestNetwork(Live):
         self.assertRegex(str(logged.output), 'line 1: served: not yet "port 5432" after 1')
         self.assertRegex(str(logged.output), 'startup: line 2: served: port 5432 after')
         self.assertIn('served already running', str(logged.output))
+
+    def test_addresses_from_a_router(self) -> None:
+        physical('eth1', 'server', '192.0.2.1/24')
+        self.addCleanup(ip, 'netns del server')
+        ip('address add 192.0.2.5/24 dev eth1')
+        lan, router = vm.Switch('lan'), vm.Router('eth1', nat=True, dhcp=True,
+                                                  hosts={'fixed': '10.77.0.10'})
+        router.connect(lan)
+        self.addCleanup(vm.delete_all, [router, lan])
+        m = self.guest('fixed', memory=112, nics=1)
+        self.addCleanup(m.delete, True)
+        lan.connect(m.nics[0])                  # type: ignore[arg-type]
+        m.start_vm()
+        m.wait('agent', BOOT)
+        m.write_file('/lease', LEASE.encode())
+        said = sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; '
+                  'done; ip link set eth0 up; chmod +x /lease; udhcpc -fqn -i eth0 -s /lease; '
+                  'ip route add default via 10.77.0.1; nslookup -type=a fixed.internal 10.77.0.1')
+        self.assertIn("ip='10.77.0.10'", said)
+        self.assertRegex(said, "Name:\tfixed.internal\nAddress: 10.77.0.10")
+        soon(lambda: m.exec(['ping', '-c', '1', '-W', '1', '192.0.2.1']).status == 0)
 
     def test_ports_of_the_host_lead_to_a_guest(self) -> None:
         here, late, taken = (f'tcp:127.0.0.1:{free_port()}:22' for _ in range(3))

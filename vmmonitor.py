@@ -888,7 +888,7 @@ def in_group(user: int, group: str) -> bool:
 SYS_COMMAND_TIMEOUT = 600.0    # of sys_command(), unless it is told another
 # Debian's, where its name is another
 PACKAGES = {'ip': 'iproute2', 'tc': 'iproute2', 'qemu-img': 'qemu-utils', 'setpriv': 'util-linux',
-            'qemu-system-x86_64': 'qemu-system-x86'}
+            'qemu-system-x86_64': 'qemu-system-x86', 'dnsmasq': 'dnsmasq-base'}
 SBIN = '/usr/local/sbin', '/usr/sbin', '/sbin'      # which Debian's `su` leaves out of PATH
 
 
@@ -5427,6 +5427,7 @@ class Listener:
 # one `ip -batch` per namespace.
 
 IP_TIMEOUT = 60.0              # for one run of ip, tc or iptables
+SERVER_TIMEOUT = 5.0           # for the end of a server that was asked to end
 NAME_LENGTH = 15               # the kernel's IFNAMSIZ, less its final zero byte
 LENGTHS = {'interface': NAME_LENGTH, 'namespace': 100, 'nic': 127}  # a nic's can be an altname
 MAC_FORM = re.compile('([0-9a-f]{2}:){5}[0-9a-f]{2}')
@@ -5488,6 +5489,8 @@ FEATURES = (
 NET_TROUBLES: tuple[tuple[str, str, type[NetworkError], str], ...] = (
     ('busy', '^/dev/', InUse, 'another program, perhaps a machine, has it open'),
     ('', '^/dev/tap', InUse, 'needs root, and a /dev that is a devtmpfs'),
+    ('Address already in use', '^--pid-file', InUse, 'another server of names or addresses listens '
+     'there, perhaps on all addresses (see ss -lnup); let it bind to its own interfaces only'),
     ('not permitted|Permission denied|must be root', '', MissingFeature,
      'needs root or CAP_NET_ADMIN'),
     ('File exists', '', NameTaken, 'something has that name or number; see ip link'),
@@ -5503,7 +5506,8 @@ class Op(NamedTuple):
     what: str                   # in words: "create port web1-p0"
     line: str                   # words as a shell would quote them
     namespace: str = ''
-    tool: str = 'ip'            # or tc; sysctl: path=value; any other program: its arguments
+    tool: str = 'ip'            # or tc; sysctl: path=value; end: what ends a server, and the files
+    #                             that go with it; any other program: its arguments
 
 
 def ops_for(what: str, *lines: str, tool: str = 'ip') -> list[Op]:
@@ -5566,8 +5570,16 @@ def _batch(ops: Sequence[Op], force: bool, keep: Sequence[int], before: Sequence
 
 
 def _one_by_one(ops: Sequence[Op], keep: Sequence[int]) -> Iterator[tuple[Op, str]]:
-    """Write a value below /proc/sys, or run a program, for each operation."""
+    """Write a value below /proc/sys, or run a program, for each operation. A server, whose first
+    argument is --pid-file=PATH, takes the place of the one that has it."""
     for op in ops:
+        words = shlex.split(op.line)
+        if words[0].startswith('--pid-file='):
+            end_server(words[0])
+        if op.tool == 'end':
+            for word in words:
+                remove_file(word.partition('=')[2])
+            continue
         if op.tool == 'sysctl':
             path, _, value = op.line.rpartition('=')
             try:
@@ -5576,9 +5588,35 @@ def _one_by_one(ops: Sequence[Op], keep: Sequence[int]) -> Iterator[tuple[Op, st
                 yield op, explain(problem)
             continue
         where = ['-n', op.namespace] if op.namespace else []
-        done = run([op.tool, *where, *shlex.split(op.line)], IP_TIMEOUT, check=False, keep=keep)
-        if done.returncode:
-            yield op, done.stderr.decode(errors='backslashreplace')
+        try:
+            run([op.tool, *where, *words], IP_TIMEOUT, keep=keep)
+        except CommandError as problem:
+            yield op, '; '.join(filter(None, [problem.stderr, problem.hint]))
+
+
+def server_of(op: Op) -> list[str]:
+    """Return the arguments of the server that an operation starts, [] when it does not run. Only
+    root writes its pid file, and a later process of that number has other arguments."""
+    flag = shlex.split(op.line)[0]
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(Path(flag.partition('=')[2]).read_text())
+        argv = Path(f'/proc/{pid}/cmdline').read_bytes().decode().split('\0')[1:-1]
+        return argv if flag in argv else []
+    return []
+
+
+def end_server(flag: str) -> None:
+    """End the server with that argument, also one that has not yet written its pid."""
+    for pid in filter(str.isdecimal, os.listdir('/proc')):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            process = os.pidfd_open(int(pid))
+            opened.callback(os.close, process)
+            if flag.encode() not in Path('/proc', pid, 'cmdline').read_bytes().split(b'\0'):
+                continue
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                signal.pidfd_send_signal(process, number)
+                if select.select([process], [], [], SERVER_TIMEOUT)[0]:
+                    break
 
 
 class Hop(NamedTuple):
@@ -6425,6 +6463,10 @@ TAP_INDEX = range(1_000_000, 1 << 31)   # ifindex of macvtaps, so that /dev/tapN
 HOST_MACS = {'switch': 'fe:01:00', 'router': 'fe:01:01', 'join': 'fe:01:03', 'port': 'fe:01:04',
              'tap': 'fe:01:05'}
 
+LEASE = '12h'                   # how long an address is lent
+DOMAIN = 'internal'             # of machines' names; set aside for such, so that no other has it
+DHCP_PORTS = 'udp --dport 67', 'udp --dport 53', 'tcp --dport 53'
+
 SWITCH_OPTIONS = ('type bridge stp_state 0 forward_delay 0 group_fwd_mask 0xfff8 '
                   'nf_call_iptables 0 nf_call_ip6tables 0 nf_call_arptables 0')
 
@@ -6576,8 +6618,9 @@ def firewall(what: str, rules: Sequence[tuple[str, str]]) -> tuple[list[Op], lis
              for program, rule in rules])
 
 
-def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]]:
-    """Return what lets `subnet` out, masqueraded, and only answers in; and what takes that back.
+def masquerade(bridge: str, trunk: str, subnet: str, dhcp: bool) -> tuple[list[Op], list[Op]]:
+    """Return what lets `subnet` out, masqueraded, and only answers in, with `dhcp` also what asks
+    this host for addresses and names; and what takes that back.
 
     By iptables, and not nft: its FORWARD chain is where others, such as Docker, drop.
     """
@@ -6588,18 +6631,86 @@ def masquerade(bridge: str, trunk: str, subnet: str) -> tuple[list[Op], list[Op]
         f'-t nat -A POSTROUTING -s {subnet} ! -d {subnet} -o {name} -j MASQUERADE',
         f'-I FORWARD -o {bridge} ! -i {bridge} -j DROP',
         f'-I FORWARD -i {name} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT',
-        f'-I FORWARD -i {bridge} -o {name} -s {subnet} -j ACCEPT')])
+        f'-I FORWARD -i {bridge} -o {name} -s {subnet} -j ACCEPT',
+        *(f'-I INPUT -i {bridge} -p {port} -j ACCEPT' for port in DHCP_PORTS if dhcp))])
 
 
-def passage_ops(name: str, row: Record) -> tuple[list[Op], list[Op]]:
+def host_name(name: Any) -> str:
+    """Return a name as DNS can have it, or a MAC as it is; '' if there is nothing in it."""
+    if isinstance(name, str) and ':' in name:
+        return valid_mac(name)
+    return re.sub('[^a-z0-9]+', '-', name.lower())[:63].strip('-') if isinstance(name, str) else ''
+
+
+def valid_hosts(hosts: Any) -> dict[str, str]:
+    """Return fixed addresses by name or MAC, checked."""
+    pairs = [*hosts.items()] if isinstance(hosts, Mapping) else [('', hosts)]
+    found = {host_name(host): valid_address(address, ipaddress.IPv4Address)
+             for host, address in pairs}
+    if '' in found or len({*found.values()}) < len(pairs):
+        raise NetworkError(f'hosts: {hosts!r:.80}: each needs a name, and an address of its own',
+                           "write {'web': '10.77.0.10'}")
+    return found
+
+
+def require_dhcp(name: str, network: Any, hosts: Mapping[str, str]) -> None:
+    """Raise NetworkError when addresses can't be handed out from a network, or not these."""
+    if not which('dnsmasq'):
+        raise MissingFeature(f'{name}: can\'t hand out addresses: there is no dnsmasq',
+                             f'install {PACKAGES["dnsmasq"]}')
+    if network.num_addresses < 4:
+        raise NetworkError(f'{name}: subnet {network} is too small to hand out addresses',
+                           'give a /30, or a larger one, with subnet=')
+    for host, address in hosts.items():
+        if not network[2] <= ipaddress.ip_address(address) <= network[-2]:
+            raise NetworkError(f'{name}: {host} can\'t have {address}',
+                               f'take one from {network[2]} to {network[-2]}')
+
+
+def dhcp_server(name: str, row: Record, records: Mapping[str, Record]) -> tuple[list[Op], list[Op]]:
+    """Return what hands out addresses and names on a router's network, and what ends that: dnsmasq,
+    which gives up root when it has its sockets.
+
+    It is at the router's address only, and of the host's own it reads nothing but resolv.conf. It
+    has all in its arguments, so that they tell whether it knows of all machines.
+    """
+    network = ipaddress.ip_network(row.facts['subnet'])
+    known: dict[str, list[str]] = {}            # name or MAC -> MACs and a fixed address
+    for other in records.values():              # a machine's namespace has its name
+        host = host_name(other.facts.get('namespace', '').replace(':', '-'))
+        if other.kind == 'nic' and host:
+            known.setdefault(host, []).append(other.facts['mac'])
+    for host, address in row.facts['hosts'].items():
+        known.setdefault(host, []).append(address)
+    path = shlex.quote(str(Registry().path.with_suffix('')) + f'-{name}')
+    files = f'--pid-file={path}.pid --dhcp-leasefile={path}.leases'
+    user = 'nobody'
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwnam('dnsmasq').pw_name
+    return (ops_for('hand out addresses and names', ' '.join([
+        files, f'--user={user} --conf-file=/dev/null --no-hosts',
+        f'--bind-interfaces --except-interface=lo --interface={name}',
+        f'--dhcp-range={network[network.num_addresses // 2]},{network[-2]},'
+        f'{network.netmask},{LEASE} --dhcp-authoritative --no-ping',
+        f'--domain={DOMAIN} --local=/{DOMAIN}/ --domain-needed --bogus-priv',
+        # With its domain, as a name such as "45" or "ignore" would be read as something else.
+        *(f'--dhcp-host={",".join([*words, host if ":" in host else f"{host}.{DOMAIN}"])}'
+          for host, words in sorted(known.items()))]), tool='dnsmasq'),
+        ops_for('no longer hand out addresses and names', files, tool='end'))
+
+
+def passage_ops(name: str, row: Record, records: Mapping[str, Record]
+                ) -> tuple[list[Op], list[Op]]:
     """Return all else that frames need to pass a switch or router, and the way back."""
     facts = row.facts
     if facts.get('nat'):
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
         forward = ops_for('forward', *(f'net/ipv4/conf/{one}/forwarding=1'
                                        for one in (name, facts['trunk'])), tool='sysctl')
-        rules, undo = masquerade(name, facts['trunk'], facts['subnet'])
-        return [*forward, *rules], undo
+        dhcp = facts.get('dhcp', False)
+        rules, undo = masquerade(name, facts['trunk'], facts['subnet'], dhcp)
+        serves, ends = dhcp_server(name, row, records) if dhcp else ([], [])
+        return [*forward, *rules, *serves], [*undo, *ends]
     # With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
     # counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop
     # what only crosses the bridge, and what is known from there would not be masqueraded any more.
@@ -6619,6 +6730,8 @@ def in_force(op: Op) -> bool:
         with contextlib.suppress(OSError):              # of an interface that is gone
             return Path('/proc/sys', path).read_text().strip() == value
         return False
+    if op.tool == 'dnsmasq':
+        return bool(server_of(op))
     rule = shlex.split(re.sub('-[AI] ', '-C ', op.line))
     return not run([op.tool, *rule], IP_TIMEOUT, check=False).returncode
 
@@ -6629,7 +6742,7 @@ def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
         row = plan.records.get(name)
         if not row or row.kind not in ('switch', 'router') or row.stage != 'ready':
             continue
-        wanted, undo = passage_ops(name, row)
+        wanted, undo = passage_ops(name, row, plan.records)
         missing = [op for op in wanted if not in_force(op)]
         if missing:
             # In a firewall their order counts: what is left of them goes first.
@@ -6639,6 +6752,9 @@ def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
             new = [back for back in undo if back not in row.undo]
             row.undo += new
             plan.unsaved |= bool(new)
+        else:                                   # dnsmasq does not know of all machines
+            plan.optional += [op for op in wanted if op.tool == 'dnsmasq'
+                              and server_of(op) != shlex.split(op.line)]
 
 
 # --- what can be made ---
@@ -6729,7 +6845,7 @@ class Switch(ManagedInterface):
         """Plan the bridge, and what it needs to pass frames."""
         plan.ops.append(Op(f'create bridge {self.name}', f'link add name {self.name} address '
                            f'{mac} mtu {mtu} group {plan.group} {SWITCH_OPTIONS}'))
-        needs, undo = passage_ops(self.name, row)
+        needs, undo = passage_ops(self.name, row, plan.records)
         # Else the bridge would answer ARP for all addresses of the host, or not be a router.
         plan.late += [op for op in needs if op.tool == 'sysctl' or row.facts.get('nat')]
         plan.optional += [op for op in needs if op not in plan.late]
@@ -7019,7 +7135,10 @@ class Router(Switch):
     bridge, which has the trunk's MAC and MTU, and come back with delete(), or clean() after a
     crash. The LAN ports p0, p1, ... go to switches. With `nat` the trunk stays as it is: the
     bridge has `subnet` (by default a free /24) and its first address, forwarding between the two,
-    and masquerading by iptables.
+    and masquerading by iptables. With `dhcp`, too, dnsmasq hands out addresses from the upper half
+    of the subnet, and tells machines each other's names (web, or web.internal); a machine's is that
+    of its namespace, of another guest what it calls itself. `hosts` fixes addresses, by name or
+    MAC: {'web': '10.77.0.10'}.
 
     Raises InUse for the interface of the default route, unless `force`, as the host is cut off if
     it goes wrong, for what is a port of something else, and for a route or address that could not
@@ -7027,18 +7146,24 @@ class Router(Switch):
     """
 
     def __init__(self, trunk: Interface | str, name: str = '', force: bool = False,
-                 nat: bool = False, subnet: str = '') -> None:
+                 nat: bool = False, subnet: str = '', dhcp: bool = False,
+                 hosts: Mapping[str, str] | None = None) -> None:
         given = check('trunk', trunk, name_of, NetworkError)
-        for what, flag in (('force', force), ('nat', nat)):
+        for what, flag in (('force', force), ('nat', nat), ('dhcp', dhcp)):
             check(what, flag, a_bool, NetworkError)
         valid_name(name, empty=True)
         if subnet != '':
             subnet = valid_address(subnet, ipaddress.IPv4Network)
+        if dhcp and not nat or hosts and not dhcp:
+            raise NetworkError('dhcp=True needs nat=True, and hosts= needs dhcp=True',
+                               'on the network of its trunk another server hands out addresses')
+        fixed = valid_hosts(hosts or {})
         with transaction() as plan:
             self.trunk = plan.network.find(given).name
             Interface.__init__(self, name or short_name(
                 re.sub(r'[^A-Za-z0-9_.-]', '_', self.trunk) + '-router'))
-            row = plan.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet)
+            row = plan.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet,
+                             dhcp=dhcp, hosts=fixed)
             if row:
                 self._plan_router(plan, row, force)
             else:
@@ -7055,16 +7180,19 @@ class Router(Switch):
             if not in_force(back._replace(line=back.line[:-1] + '1')) or any(
                     back in other.undo for other in plan.records.values()):
                 row.undo.append(back)
-        self._plan(plan, row, plan.free_mac(HOST_MACS['router'], self.name) if nat else link.mac,
-                   mtu)
-        plan.late += ops_for(f'bring up {self.name}',
-                             f'link set dev {self.name} addrgenmode eui64 up')
-        self._plan_lan(plan, 'p0', mtu)
+        # With NAT it is IPv4 alone, and dnsmasq would wait until an address of IPv6 may be used.
+        plan.late += ops_for(f'bring up {self.name}', f'link set dev {self.name} '
+                             f'{"" if nat else "addrgenmode eui64 "}up')
         if nat:
             network = ipaddress.ip_network(row.facts['subnet'])
             plan.late += ops_for(f'give {self.name} its address', f'address replace '
                                  f'{next(network.hosts())}/{network.prefixlen} dev {self.name}')
-        else:
+            if row.facts['dhcp']:
+                require_dhcp(self.name, network, row.facts['hosts'])
+        self._plan(plan, row, plan.free_mac(HOST_MACS['router'], self.name) if nat else link.mac,
+                   mtu)
+        self._plan_lan(plan, 'p0', mtu)
+        if not nat:
             take_over(plan, [self.trunk], self.name, row)
 
     def _plan_lan(self, plan: Transaction, label: str, mtu: int) -> None:
@@ -7234,13 +7362,14 @@ def _check_kernel() -> Iterator[Check]:
 
 def _check_passages() -> Iterator[Check]:
     """Look at what frames need to pass our switches and routers, and which others change."""
-    bridges = {name: row for name, row in Registry.read().records.items()
+    records = Registry.read().records
+    bridges = {name: row for name, row in records.items()
                if row.kind in ('switch', 'router') and row.stage == 'ready'}
     if bridges and filtered('iptables'):
         yield Check(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
                     'crosses bridges; switches have rules to let it pass')
     for name, row in bridges.items():
-        for op in passage_ops(name, row)[0]:
+        for op in passage_ops(name, row, records)[0]:
             if not in_force(op):
                 yield Check(False, f'{name}: somebody took away what it needs to {op.what}: '
                             f'{op.tool} {op.line}; connect() or starting a machine on it puts '
