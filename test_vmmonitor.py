@@ -5,7 +5,7 @@ that can't be had.
     python3 test_vmmonitor.py                   what this machine allows
     sudo python3 test_vmmonitor.py --install    install what is needed, then everything
     sudo python3 test_vmmonitor.py BarsTest     one class, or CLASS.test
-    sudo python3 test_vmmonitor.py --bench      figures against virsh
+    sudo python3 test_vmmonitor.py --bench      measure it, beside others that do the same
     sudo python3 test_vmmonitor.py --soak 3     guests, libvirtd and the program disturbed at random
     sudo python3 test_vmmonitor.py --fresh bookworm     install it on a new Debian, in a container
 
@@ -35,9 +35,10 @@ import http.client
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
-import multiprocessing
+import math
 import os
 import pty
 import pwd
@@ -70,7 +71,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NoReturn, TypeVar
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar
 from unittest import mock
 
 import vmmonitor as vm
@@ -200,11 +201,16 @@ for word in $words; do
     nohwclock) rm /sbin/hwclock ;;
     gablock=*) block="-b ${word#gablock=}" ;;
     noga) noga=1 ;;
+    ticker=*) tick=${word#ticker=} ;;
     esac
 done
 modprobe -a virtio_pci button evdev
 modprobe -a $(cat /sys/bus/virtio/devices/*/modalias)
 acpid -l /dev/null -c /etc/acpi
+[ "$tick" ] && mkfifo /run/tick && while :; do
+    echo $EPOCHREALTIME
+    read -t $tick -u 3
+done 3<>/run/tick >/dev/ttyS1 &
 mkdir /dev/virtio-ports
 while [ "$noga" ]; do sleep 3600; done
 agent=/dev/virtio-ports/org.qemu.guest_agent.0
@@ -704,21 +710,31 @@ CHANNEL = """<controller type='virtio-serial' index='0'>
 DISK = """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
       <source file='{path}'/><target dev='vda' bus='virtio'/></disk>"""
 
+BAR_OFFSET = 0.005              # s: what a corrected clock may be off
+# The second serial port, on which a guest writes its clock.
+CLOCK_PORT = """<serial type='unix'>
+      <source mode='bind' path='{path}'/><target port='1'/></serial>"""
+
 
 class Vm:
     """A guest on a `Libvirtd`.
 
     `cmdline` may have `nohwclock` (no /sbin/hwclock, so guest-set-time is not supported), `noga`
     (channel but no agent) and `gablock=COMMAND,...` (commands that the agent refuses).
-    `memory` is in MiB.  `disk` adds a 64 MiB qcow2, which internal snapshots need.
+    `memory` is in MiB.  `disk` adds a 64 MiB qcow2, which internal snapshots need.  Every `ticker`
+    seconds it writes its clock to a second serial port, on which nobody waits.
     """
 
     def __init__(self, host: Libvirtd, name: str, *, cmdline: str = '', channel: bool = True,
                  memory: int = 112, uuid: str | None = None, disk: bool = False,
-                 clock: str = "<clock offset='utc'/>", video: bool = False) -> None:
+                 clock: str = "<clock offset='utc'/>", video: bool = False, ticker: float = 0
+                 ) -> None:
         self.host, self.name, self.memory, self.uuid = host, name, memory, uuid
         self.cmdline, self.channel = f'{CMDLINE} {cmdline}', channel
-        self.clock, self.video = clock, video
+        self.clock, self.video, self.ticker = clock, video, ticker
+        if ticker:
+            self.cmdline += f' ticker={ticker}'
+        self.port = host.dir / f'{name}.clock'
         self.disk = host.dir / f'{name}.qcow2' if disk else None
 
     def xml(self) -> str:
@@ -735,7 +751,8 @@ class Vm:
 
     def devices(self) -> list[str]:
         """Return the XML of its devices, beyond those of DOMAIN."""
-        return [CHANNEL] * self.channel + [DISK.format(path=self.disk)] * bool(self.disk) + [
+        return [CLOCK_PORT.format(path=self.port)] * bool(self.ticker) + [
+            CHANNEL] * self.channel + [DISK.format(path=self.disk)] * bool(self.disk) + [
             f"<video><model type='{'vga' if self.video else 'none'}'/></video>"]
 
     def make_disk(self) -> None:
@@ -799,6 +816,30 @@ class Vm:
                 best = min(best, (after - before, (json.loads(reply)['return'] - middle) / 1e9))
         return best[1]
 
+    def seen_offset(self, deadline: float) -> Iterator[tuple[float, float]]:
+        """Yield (monotonic time, guest time minus host time, s) as the guest's serial port tells
+        them, without the agent, until that monotonic time; also over restores."""
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX) as port, contextlib.suppress(OSError):
+                port.connect(str(self.port))
+                port.settimeout(0.1)
+                text = b''
+                while time.monotonic() < deadline and (data := port.recv(4096)):
+                    now, real = time.monotonic(), time.time()
+                    *lines, text = (text + data).split(b'\n')
+                    # The first line may be a half one; what has waited in QEMU is old.
+                    if len(lines) == 1 and re.fullmatch(rb'\d{10}\.\d{6}\r?', lines[0]):
+                        yield now, float(lines[0]) - real
+            time.sleep(0.001)
+
+    def right_after(self, began: float, timeout: float, limit: float = BAR_OFFSET) -> float:
+        """Return how long after the monotonic time `began` its clock was seen to be right."""
+        last = 0.0
+        for now, last in self.seen_offset(began + timeout):
+            if abs(last) <= limit:
+                return now - began
+        raise RigError(f'{self.name}: not right within {timeout} s, but off by {last} s')
+
     def exec(self, argv: list[str], timeout: float = 20) -> tuple[int, str]:
         """Run a program in the guest (guest-exec); return exit code, stdout and stderr."""
         status = self.agent({'execute': 'guest-exec', 'arguments': {
@@ -843,12 +884,6 @@ class Vm:
             self.disk.unlink()
 
 
-BAR_OFFSET = 0.005              # s: what a corrected clock may be off
-# The second serial port, on which the Debian guest writes its clock.
-CLOCK_PORT = """<serial type='unix'>
-      <source mode='bind' path='{path}'/><target port='1'/></serial>"""
-
-
 class DebianVm(Vm):
     """The Debian of debian_image() on a `Libvirtd`, with a disk of its own.
 
@@ -859,15 +894,11 @@ class DebianVm(Vm):
     UUID = '5ccb692e-6098-4fc6-99bc-89730598fda1'       # the kept memory is of that one only
 
     def __init__(self, host: Libvirtd, name: str = 'debian') -> None:
-        super().__init__(host, name, memory=512, uuid=self.UUID, disk=True)
-        self.cmdline = f'{CMDLINE} root=/dev/vda rw'
-        self.port = host.dir / f'{name}.clock'
+        super().__init__(host, name, memory=512, uuid=self.UUID, disk=True, ticker=0.004)
+        self.cmdline = f'{CMDLINE} root=/dev/vda rw'        # its ticker is a service
 
     def files(self) -> tuple[str, str]:
         return str(debian_image() / 'kernel'), str(debian_image() / 'initrd')
-
-    def devices(self) -> list[str]:
-        return [CLOCK_PORT.format(path=self.port), *super().devices()]
 
     def make_disk(self) -> None:
         run('qemu-img', 'create', '-q', '-f', 'qcow2', '-F', 'qcow2', '-b',
@@ -898,43 +929,18 @@ class DebianVm(Vm):
         """Tell whether systemd has nothing left to start."""
         return self.exec(['systemctl', 'is-system-running'])[1].strip() in ('running', 'degraded')
 
-    def seen_offset(self, deadline: float) -> Iterator[tuple[float, float]]:
-        """Yield (monotonic time, guest time minus host time, s) as the guest's serial port tells
-        them, without the agent, until that monotonic time; also over restores."""
-        while time.monotonic() < deadline:
-            with socket.socket(socket.AF_UNIX) as port, contextlib.suppress(OSError):
-                port.connect(str(self.port))
-                port.settimeout(0.1)
-                text = b''
-                while time.monotonic() < deadline and (data := port.recv(4096)):
-                    now, real = time.monotonic(), time.time()
-                    *lines, text = (text + data).split(b'\n')
-                    # The first line may be a half one; what has waited in QEMU is old.
-                    if len(lines) == 1 and re.fullmatch(rb'\d{10}\.\d{6}\r?', lines[0]):
-                        yield now, float(lines[0]) - real
-            time.sleep(0.001)
-
-    def right_after(self, began: float, timeout: float, limit: float = BAR_OFFSET) -> float:
-        """Return how long after the monotonic time `began` its clock was seen to be right."""
-        last = 0.0
-        for now, last in self.seen_offset(began + timeout):
-            if abs(last) <= limit:
-                return now - began
-        raise RigError(f'{self.name}: not right within {timeout} s, but off by {last} s')
-
 
 # === vmmonitor in a process of its own ==========================================================
 
 class Program:
-    """A vmmonitor.py in a process of its own, with its log."""
+    """A vmmonitor.py, or another program, in a process of its own, with its log."""
 
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None,
-                 code: str = '', python: str = sys.executable) -> None:
+                 argv: Sequence[str] = (sys.executable, str(HERE / 'vmmonitor.py'))) -> None:
         self.log_path = Path(tempfile.mkstemp(prefix=OURS, suffix='.log')[1])
-        program = ['-c', code] if code else [str(HERE / 'vmmonitor.py')]
         with self.log_path.open('wb') as log:
             self.process = subprocess.Popen(
-                [python, *program, *arguments], stdout=subprocess.DEVNULL, stderr=log,
+                [*argv, *arguments], stdout=subprocess.DEVNULL, stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(HERE),
                                                **(env or {})})
 
@@ -4026,11 +4032,13 @@ def nginx_program() -> str:
     return str(program)
 
 
-NGINX = """daemon off; master_process off; pid PLACE/nginx.pid; error_log PLACE/error.log;
+NGINX_HEAD = """daemon off; master_process off; pid PLACE/nginx.pid; error_log PLACE/error.log;
 events {}
 http {
     access_log off; client_body_temp_path PLACE/body; proxy_temp_path PLACE/proxy;
     fastcgi_temp_path PLACE/f; uwsgi_temp_path PLACE/u; scgi_temp_path PLACE/s;
+"""
+NGINX = NGINX_HEAD + """
     proxy_ssl_trusted_certificate PLACE/cert.pem; proxy_ssl_verify on; proxy_ssl_name localhost;
     proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
     upstream us { server 127.0.0.1:PORT; keepalive 4; }
@@ -12286,71 +12294,109 @@ class Soak:
 
 # === benchmark ==================================================================================
 
-def kept_connection(case: ListenerTest, parts: Sequence[bytes], took: Any) -> None:
-    """Ask for three seconds on one connection, in so many writes, and put how long each took."""
-    connection, times, end = case.connect(parts[0]), [], time.monotonic() + 3
-    for part in parts[1:]:
-        connection.sendall(part)
-    connection.recv(65536)
-    while time.monotonic() < end:
-        began = time.monotonic()
-        for part in parts:
-            connection.sendall(part)
-        connection.recv(65536)
-        times.append(time.monotonic() - began)
-    took.put(times)
+# Each benchmark of BENCHES prepares what it needs, yields contests, and clears up. The ways of a
+# contest take turns, this program first. Nothing passes or fails here.
+
+BENCH_ROUNDS = 5
+PEER_PACKAGES = ('python3-libvirt', 'python3-venv')
+PEER_MODULES = ('pyroute2', 'qemu.qmp')
+PEERS = CACHE / 'peers'         # a venv of Debian's Python, so that libvirt's module is in it, too
+US = 'vmmonitor'
+# As the installed command does: from cached bytecode.
+OUR_COMMAND = 'import vmmonitor\nvmmonitor.exit_now(vmmonitor.main())'
 
 
-def benchmark_listener() -> None:
-    """Ask the listener on connections that are kept, as many as say, each by its own process."""
-    case = ListenerTest('test_keep_alive_and_one_write')
-    case.setUpClass()
-    case.setUp()
-    crowded = crowd(200)
-    case.guests.hosts[:] = [vm.Machines(), crowded.__enter__()[0]]
-    form = f'key={KEY}&cmd=status&target=guest7'.encode()
-    head = b'POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n' % len(form)
-    vm.log.setLevel(logging.ERROR)
-    fork = multiprocessing.get_context('fork')
-    print(f'{"kept connections":22} {"requests/s":>10} {"median":>9} {"99 %":>9}')
-    for count in (1, 16):
-        for parts in ((head + form,), (head, form)):
-            took: Any = fork.SimpleQueue()
-            for _ in range(count):
-                fork.Process(target=kept_connection, args=(case, parts, took)).start()
-            times = sorted(one for _ in range(count) for one in took.get())
-            print(f'{count:2}, in {len(parts)} write(s)        {len(times) / 3:10.0f} '
-                  f'{times[len(times) // 2] * 1000:6.1f} ms '
-                  f'{times[len(times) * 99 // 100] * 1000:6.1f} ms')
-    crowded.__exit__(None, None, None)
-    case.doCleanups()
-    case.doClassCleanups()
+class Contest(NamedTuple):
+    """What is done in several ways; each run of a way returns a value for each of `units`."""
+
+    what: str
+    units: Mapping[str, str]                            # what is measured -> its unit
+    ways: Mapping[str, Callable[[], Sequence[float]]]
 
 
-def benchmark_networks() -> None:
-    """Make and remove 50 cards at once, and by a process for each step."""
-    def timed(work: Callable[[], object]) -> float:
-        began = time.monotonic()
-        work()
-        return (time.monotonic() - began) * 1000
-
-    def singly() -> None:
-        for number in range(50):
-            ip(f'link add name a{number} type veth peer name b{number} netns slow')
-            ip(f'-n slow link set dev b{number} up')
-            ip(f'-n slow link add link b{number} name t{number} type macvtap mode passthru')
-    with own_network(), mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-bench'):
-        ip('netns add slow')
-        nics: list[vm.VirtualNic] = []
-        up = timed(lambda: nics.extend(vm.VirtualNic.create_many(50, 'fast'))), timed(singly)
-        down = timed(lambda: vm.delete_all(nics)), timed(
-            lambda: [ip(f'link del dev a{number}') for number in range(50)])
-    for what, (batch, one_by_one) in (('made', up), ('removed', down)):
-        print(f'50 cards {what:13} {batch:6.0f} ms, by a process each {one_by_one:6.0f} ms')
+def install_peers() -> None:
+    """Install the programs and libraries that --bench compares with."""
+    install(PEER_PACKAGES)
+    nginx_program()
+    if not PEERS.exists():
+        with cache('peers'):
+            run('/usr/bin/python3', '-m', 'venv', '--system-site-packages', str(PEERS), timeout=120)
+    run(f'{PEERS}/bin/pip', 'install', '-q', *PEER_MODULES, timeout=600)
 
 
-# The least that a program can do: get, set, get, in a thread for each guest that goes on.
-LEAST = """
+def peers_python() -> str:
+    """Return the Python that peers run on, and this program beside them."""
+    return str(PEERS / 'bin/python') if PEERS.exists() else '/usr/bin/python3'
+
+
+class Worker:
+    """A program that calls functions of its code, one at a time, and returns what they return."""
+
+    SERVE = """
+import json, sys
+for line in sys.stdin:
+    name, *arguments = json.loads(line)
+    print(json.dumps(globals()[name](*arguments)), flush=True)
+"""
+
+    def __init__(self, code: str, *arguments: str) -> None:
+        self.errors = tempfile.TemporaryFile('w+')      # noqa: SIM115
+        self.process = subprocess.Popen(
+            [peers_python(), '-c', code + self.SERVE, *arguments], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.errors, text=True, env={
+                **os.environ, 'PYTHONPATH': str(HERE), 'VMMONITOR_STATE': vm.STATE_DIR})
+
+    def ask(self, function: str, *arguments: Any) -> Any:
+        """Call a function; RigError with the last words of a program that has ended."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin and stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([function, *arguments]), file=stdin, flush=True)
+        line = stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RigError((self.errors.read().splitlines() or ['it has ended'])[-1])
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def workers(stack: contextlib.ExitStack, codes: Mapping[str, str], *arguments: str
+            ) -> dict[str, Worker]:
+    """Start a worker for each way."""
+    return {way: stack.enter_context(contextlib.closing(Worker(code, *arguments)))
+            for way, code in codes.items()}
+
+
+def asking(worker: Worker, *call: Any) -> Callable[[], Sequence[float]]:
+    """Return a way that calls a worker's function."""
+    return lambda: tuple(worker.ask(*call))
+
+
+def written(stack: contextlib.ExitStack, tree: Mapping[str, Any]) -> str:
+    """Write a configuration and return its path; its certificate is beside it."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=OURS)))
+    make_certificate(directory)
+    path = directory / 'config.json'
+    path.write_text(json.dumps(tree))
+    path.chmod(0o600)
+    return str(path)
+
+
+def our_program(*arguments: str) -> Program:
+    """Start this program as its peers are started."""
+    return Program(*arguments, argv=(peers_python(), '-c', OUR_COMMAND))
+
+
+# --- clocks ---
+
+# The least that a program can do: get, set, get, in a thread for each guest that goes on. As the
+# program before this one did, with "agent": one call without a time, when an agent connects.
+CLOCK_PEER = """
 import json, sys, threading, time
 import libvirt, libvirt_qemu
 libvirt.virEventRegisterDefaultImpl()
@@ -12372,92 +12418,829 @@ def work(domain):
 def on_event(_connection, domain, event, _detail, _opaque):
     if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
         threading.Thread(target=work, args=(domain,), daemon=True).start()
-connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None)
+def on_agent(_connection, domain, state, _reason, _opaque):
+    if state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED:
+        threading.Thread(target=ask, args=(domain, 'guest-set-time'), daemon=True).start()
+if sys.argv[2:] == ['agent']:
+    kind, callback = libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, on_agent
+else:
+    kind, callback = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event
+connection.domainEventRegisterAny(None, kind, callback, None)
 print('connected after registering', file=sys.stderr, flush=True)
 while True:
     libvirt.virEventRunDefaultImpl()
 """
-BENCH_ROUNDS = 5
+DOMTIME_PEER = r"""
+trap 'kill 0' TERM
+{ sleep 0.5; echo connected after starting >&2; } &
+stdbuf -oL virsh -c "$0" event --loop --event lifecycle | while read -r line; do
+    case $line in *Resumed*)
+        name=${line#*domain \'} name=${name%%\'*}
+        for try in 1 2 3 4 5; do virsh -c "$0" domtime "$name" --sync && break; sleep 0.1; done &
+    esac
+done >&2 & wait
+"""
 
 
-def benchmark_clocks() -> None:
-    """Resume and restore Debian, under this program and under the least one."""
-    install(('python3-libvirt',))
-    with contextlib.closing(Libvirtd()) as host, tempfile.NamedTemporaryFile('w') as config:
+def clock_ways(stack: contextlib.ExitStack, host: Libvirtd, guests: Sequence[Vm], stop: str,
+               start: str, deaf: Sequence[Vm] = (), patience: float = 5
+               ) -> dict[str, Callable[[], Sequence[float]]]:
+    """Return the ways to have right clocks after `virsh STOP` and `virsh START`."""
+    config = written(stack, {'libvirt': {'uri': host.uri}})
+    programs: dict[str, Callable[[], Program]] = {
+        US: lambda: our_program('--monitor', '--config', config),
+        'least work': lambda: Program(host.uri, argv=(peers_python(), '-c', CLOCK_PEER)),
+        'virsh domtime': lambda: Program(host.uri, argv=('setsid', 'sh', '-c', DOMTIME_PEER)),
+        'agent event': lambda: Program(host.uri, 'agent', argv=(peers_python(), '-c', CLOCK_PEER))}
+
+    def once(begin: Callable[[], Program]) -> Sequence[float]:
+        with contextlib.closing(begin()) as program:
+            program.wait_log('connected after')
+            time.sleep(1.5)                     # from the work of the one before
+            every = [*guests, *deaf]
+            host.virsh('; '.join(f'{stop} {guest.name}' for guest in every), timeout=120)
+            time.sleep(2)
+            host.virsh('; '.join(f'{start} {guest.name}' for guest in every), timeout=120)
+            began = time.monotonic()
+
+            def seen(guest: Vm) -> float:
+                with contextlib.suppress(RigError):
+                    return guest.right_after(began, patience) * 1000
+                return math.inf
+            with concurrent.futures.ThreadPoolExecutor(len(guests)) as pool:
+                took = max(pool.map(seen, guests))
+            for guest in guests:
+                guest.wait_agent()
+            time.sleep(1)
+            return took, max(abs(guest.offset()) for guest in guests) * 1000
+    return {way: functools.partial(once, begin) for way, begin in programs.items()}
+
+
+CLOCK_UNITS = {'until right': 'ms', 'offset left': 'ms'}
+
+
+def bench_clock(stop: str, start: str) -> Iterator[Contest]:
+    """One guest goes on: the tiny one, and Debian."""
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(contextlib.closing(Libvirtd()))
         host.start()
-        guest = DebianVm(host)
-        guest.define()
-        guest.start_booted()
-        json.dump({'libvirt': {'uri': host.uri}}, config)
-        config.flush()
-        ways: dict[str, Callable[[], Program]] = {
-            'vmmonitor': lambda: Program('--monitor', '--config', config.name),
-            'least': lambda: Program(host.uri, code=LEAST, python='/usr/bin/python3')}
-        took: dict[tuple[str, str], list[float]] = {}
-        left: dict[tuple[str, str], list[float]] = {}
-        for _ in range(BENCH_ROUNDS):
-            for way, begin in ways.items():
-                with contextlib.closing(begin()) as program:
-                    program.wait_log('connected after')
-                    for what, stop, start in (('resume', 'suspend', 'resume'),
-                                              ('restore', 'managedsave', 'start')):
-                        time.sleep(2)               # from the work of the one before
-                        guest.virsh(stop)
-                        time.sleep(3)
-                        guest.virsh(start)
-                        began, seen = time.monotonic(), float('inf')
-                        with contextlib.suppress(RigError):
-                            seen = guest.right_after(began, 5)
-                        guest.wait_agent()
-                        time.sleep(1)
-                        took.setdefault((what, way), []).append(seen)
-                        left.setdefault((what, way), []).append(abs(guest.offset()))
-        print(f'{"Debian":18} {"median ms":>9} {"ratio":>6} {"never":>6} {"worst left":>11}')
-        for (what, way), row in sorted(took.items()):
-            middle, least = (statistics.median(took[what, name]) for name in (way, 'least'))
-            print(f'{what:7} {way:10} {middle * 1000:9.0f} {middle / least:6.2f} '
-                  f'{row.count(float("inf")):6} {max(left[what, way]) * 1000:8.1f} ms')
+        tiny, debian = Vm(host, 'tiny', ticker=0.004), DebianVm(host)
+        for guest in (tiny, debian):
+            guest.define()
+            if isinstance(guest, DebianVm):
+                guest.start_booted()
+            else:
+                guest.start()
+                guest.wait_agent()
+            yield Contest(f'{guest.name} guest', CLOCK_UNITS,
+                          clock_ways(stack, host, [guest], stop, start))
+            guest.destroy()
 
 
-def benchmark() -> None:
-    """Put a clock right that is 3 s slow: by this program, and by what virsh offers."""
-    with contextlib.closing(Libvirtd()) as host:
+def bench_storm() -> Iterator[Contest]:
+    """24 guests go on at once, six of them with an agent that is stopped."""
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(contextlib.closing(Libvirtd()))
         host.start()
-        guest = Vm(host, 'bench')
+        guests = [Vm(host, f'storm{number}', ticker=0.03) for number in range(24)]
+        for guest in guests:
+            guest.define()
+            guest.start()
+            guest.wait_agent(120)
+        for guest in guests[:6]:
+            guest.freeze_agent(100000)
+        yield Contest('18 of 24, 6 agents stopped', CLOCK_UNITS, clock_ways(
+            stack, host, guests[6:], 'suspend', 'resume', guests[:6], 15))
+
+
+# --- events ---
+
+# 500 domains of libvirt's test driver, which lives in the process that asks it.
+EVENT_RIG = """
+import ctypes, re, threading, time
+def burst():
+    began = time.monotonic()
+    for _ in range(2):
+        for domain in domains:
+            lib.virDomainSuspend(domain)
+            lib.virDomainResume(domain)
+    while seen() < 2 * len(domains):                    # the "resumed" ones
+        time.sleep(0.001)
+    took = time.monotonic() - began
+    clear()
+    memory = re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())
+    return 4 * len(domains) / took, int(memory[1]) / 1024
+lib = ctypes.CDLL('libvirt.so.0')
+lib.virConnectOpen.restype = lib.virDomainCreateXML.restype = ctypes.c_void_p
+lib.virDomainCreateXML.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint]
+lib.virDomainSuspend.argtypes = lib.virDomainResume.argtypes = [ctypes.c_void_p]
+"""
+EVENT_DOMAINS = """
+connection = lib.virConnectOpen(b'test:///default')
+domains = [lib.virDomainCreateXML(connection, (
+    f"<domain type='test'><name>d{number}</name><memory>1024</memory><os><type>hvm</type></os>"
+    '</domain>').encode(), 0) for number in range(500)]
+time.sleep(1)
+"""
+EVENT_PROGRAMS = {
+    US: """
+import logging
+import vmmonitor as vm
+logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
+host, count = vm.LibvirtHost('test:///default'), 0
+monitor = vm.Monitor(vm.Guests([host]), vm.Settings(vm.Config()))
+monitor.start()
+def receive(event):
+    global count
+    count += event.kind == 'resumed'
+    monitor.events.put(event)
+host.watch(receive)
+host.up.wait(10)
+def seen():
+    return count if monitor.events.empty() else 0
+def clear():
+    global count
+    while any(thread.name.startswith('clock ') for thread in threading.enumerate()):
+        time.sleep(0.01)
+    count = 0
+""",
+    'libvirt-python': """
+import contextlib, queue
+import libvirt, libvirt_qemu
+libvirt.virEventRegisterDefaultImpl()
+libvirt.registerErrorHandler(lambda *_: None, None)
+events, count, jobs, lock = queue.SimpleQueue(), 0, {}, threading.Lock()
+def work(domain):
+    while True:
+        with contextlib.suppress(libvirt.libvirtError):
+            libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-get-time"}', 10, 0)
+        with lock:
+            if not jobs[domain.UUID()]:
+                del jobs[domain.UUID()]
+                return
+            jobs[domain.UUID()] = False
+def take():
+    global count
+    while True:
+        domain, event = events.get()
+        if event != libvirt.VIR_DOMAIN_EVENT_RESUMED:
+            continue
+        with lock:
+            count += 1
+            fresh = domain.UUID() not in jobs
+            jobs[domain.UUID()] = not fresh
+        if fresh:
+            threading.Thread(target=work, args=(domain,), daemon=True).start()
+def loop():
+    while True:
+        libvirt.virEventRunDefaultImpl()
+threading.Thread(target=take, daemon=True).start()
+threading.Thread(target=loop, daemon=True).start()
+own = libvirt.open('test:///default')
+own.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+                           lambda _c, domain, event, _d, _o: events.put((domain, event)), None)
+def seen():
+    return count
+def clear():
+    global count
+    while jobs:
+        time.sleep(0.01)
+    count = 0
+"""}
+
+
+def bench_events() -> Iterator[Contest]:
+    """A burst of lifecycle events of 500 domains."""
+    with contextlib.ExitStack() as stack:
+        made = workers(stack, {way: EVENT_RIG + code + EVENT_DOMAINS
+                               for way, code in EVENT_PROGRAMS.items()})
+        yield Contest('500 domains of test:///default', {'events': '/s', 'memory': 'MB'},
+                      {way: asking(worker, 'burst') for way, worker in made.items()})
+
+
+# --- https ---
+
+HTTP_SERVER = """
+import http.server, ssl, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        self.send_response(200)
+        self.send_header('Content-Length', '14')
+        self.end_headers()
+        self.wfile.write(b'test: running\\n')
+    def log_message(self, *_):
+        pass
+server = http.server.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), Answer)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[2], sys.argv[3])
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+NGINX_CONSTANT = NGINX_HEAD + """
+    keepalive_requests 1000000;
+    server {
+        listen 127.0.0.1:PORT ssl;
+        ssl_certificate PLACE/cert.pem; ssl_certificate_key PLACE/cert.key;
+        location / { return 200 "test: running\\n"; }
+    }
+}
+"""
+HTTPS_CLIENT = r"""
+import re, select, socket, ssl, sys, time
+context = ssl.create_default_context(cafile=sys.argv[1])
+def dial(port):
+    plain = socket.create_connection(('127.0.0.1', port), 20)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return context.wrap_socket(plain, server_hostname='localhost')
+def read(link):
+    answer = b''
+    while not re.search(rb'\r\n\r\n.+\n$', answer):
+        answer += link.recv(65536)
+    assert answer.startswith(b'HTTP/1.1 200'), answer
+def new(port, request, seconds):
+    times, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.monotonic()
+        with dial(port) as link:
+            link.sendall(request.encode())
+            read(link)
+        times.append(time.monotonic() - began)
+    return times
+def kept(port, request, seconds, count):
+    links, times, sent = [dial(port) for _ in range(count)], [], {}
+    for link in links:
+        link.sendall(request.encode())
+        read(link)
+    end = time.monotonic() + seconds
+    for link in links:
+        sent[link] = time.monotonic()
+        link.sendall(request.encode())
+    while sent:
+        for link in select.select(list(sent), [], [])[0]:
+            read(link)
+            times.append(time.monotonic() - sent.pop(link))
+            if time.monotonic() < end:
+                sent[link] = time.monotonic()
+                link.sendall(request.encode())
+    return times
+"""
+
+
+def bench_https() -> Iterator[Contest]:
+    """`status` of a guest of the test driver: by four clients that connect anew, on 16 kept
+    connections by one client."""
+    with contextlib.ExitStack() as stack:
+        ports = {way: free_port() for way in (US, 'nginx', 'http.server')}
+        config = written(stack, {'libvirt': {'uri': 'test:///default'}, 'listener': {
+            'enabled': True, 'port': ports[US], 'key': KEY, 'certificate': {
+                'path': 'cert.pem', 'keyPath': 'cert.key'}}})
+        place = os.path.dirname(config)
+        form = f'key={KEY}&cmd=status&target=test'
+        request = f'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {len(form)}\r\n\r\n{form}'
+        clients = [stack.enter_context(contextlib.closing(
+            Worker(HTTPS_CLIENT, f'{place}/cert.pem'))) for _ in range(4)]
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+
+        def nginx() -> Program:
+            conf = Path(place, 'nginx.conf')
+            conf.write_text(NGINX_CONSTANT.replace('PLACE', place).replace(
+                'PORT', str(ports['nginx'])))
+            return Program('-e', f'{place}/error.log', '-p', place, '-c', str(conf),
+                           argv=[nginx_program()])
+        begin: dict[str, Callable[[], Program]] = {
+            US: lambda: our_program('--listen', '--config', config), 'nginx': nginx,
+            'http.server': lambda: Program(
+                str(ports['http.server']), f'{place}/cert.pem', f'{place}/cert.key',
+                argv=(peers_python(), '-c', HTTP_SERVER))}
+        servers: dict[str, Program] = {}
+
+        def serve(way: str, function: str, some: Sequence[Worker], *more: int) -> Sequence[float]:
+            if way not in servers:
+                servers[way] = stack.enter_context(contextlib.closing(begin[way]()))
+                soon(lambda: not socket.socket().connect_ex(('127.0.0.1', ports[way])), 10, way)
+            before = Usage.of(servers[way].process.pid)
+            times = sorted(itertools.chain(*pool.map(lambda client: client.ask(
+                function, ports[way], request, 2, *more), some)))
+            spent = Usage.of(servers[way].process.pid).cpu - before.cpu
+            return (len(times) / 2, times[len(times) // 2] * 1000,
+                    times[len(times) * 99 // 100] * 1000, spent / len(times) * 1000)
+        units = {'requests': '/s', 'p50': 'ms', 'p99': 'ms', 'CPU a request': 'ms'}
+        yield Contest('new connections', units, {
+            way: functools.partial(serve, way, 'new', clients) for way in ports})
+        yield Contest('16 kept connections', units, {
+            way: functools.partial(serve, way, 'kept', clients[:1], 16) for way in ports})
+
+
+# --- footprint ---
+
+class Usage(NamedTuple):
+    """What a process has used so far."""
+
+    cpu: float                  # s
+    switches: int
+    threads: int
+    memory: float               # MB, all that is resident ...
+    anonymous: float            # ... and what is its own
+
+    @classmethod
+    def of(cls, pid: int) -> Usage:
+        """Read it of a process."""
+        def numbers(path: Path, *names: str) -> list[int]:
+            text = path.read_text()
+            return [int(re.search(rf'(?m)^{name}:\s+(\d+)', text)[1])   # type: ignore[index]
+                    for name in names]
+        tasks = list(Path(f'/proc/{pid}/task').iterdir())
+        memory = numbers(Path(f'/proc/{pid}/status'), 'VmRSS', 'RssAnon')
+        return cls(time.clock_gettime((~pid << 3) | 2),             # clock_getcpuclockid(3)
+                   sum(sum(numbers(task / 'status', 'voluntary_ctxt_switches',
+                                   'nonvoluntary_ctxt_switches')) for task in tasks),
+                   len(tasks), *(size / 1024 for size in memory))
+
+
+LIST_PEER = """
+import sys, libvirt
+for domain in libvirt.openReadOnly(sys.argv[1]).listAllDomains():
+    print(domain.name(), domain.state())
+"""
+
+
+def bench_footprint() -> Iterator[Contest]:
+    """Monitor and listener with nothing to do, and a list of two guests."""
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(contextlib.closing(Libvirtd()))
+        host.start()
+        for name in ('one', 'two'):
+            Vm(host, name).define()
+        config = written(stack, {'libvirt': {'uri': host.uri}, 'listener': {
+            'enabled': True, 'port': free_port(), 'key': KEY, 'certificate': {
+                'path': 'cert.pem', 'keyPath': 'cert.key'}}})
+
+        def idle(begin: Callable[[], Program]) -> Sequence[float]:
+            began = time.monotonic()
+            with contextlib.closing(begin()) as program:
+                program.wait_log('connected after')
+                ready = time.monotonic() - began
+                time.sleep(3)
+                before = Usage.of(program.process.pid)
+                time.sleep(60 / BENCH_ROUNDS)
+                after = Usage.of(program.process.pid)
+                return (after.memory, after.anonymous, after.threads,
+                        (after.switches - before.switches) * BENCH_ROUNDS / 60,
+                        (after.cpu - before.cpu) * BENCH_ROUNDS * 1000, ready * 1000)
+
+        def timed(*argv: str) -> Sequence[float]:
+            began = time.monotonic()
+            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=60,
+                           env={**os.environ, 'PYTHONPATH': str(HERE)})
+            return ((time.monotonic() - began) * 1000,)
+        yield Contest('idle', {
+            'memory': 'MB', 'of it anonymous': 'MB', 'threads': '', 'wake-ups': '/s',
+            'CPU': 'ms/min', 'exec to ready': 'ms'}, {
+                US: lambda: idle(lambda: our_program('--monitor', '--listen', '--config', config)),
+                'libvirt-python': lambda: idle(lambda: Program(
+                    host.uri, argv=(peers_python(), '-c', CLOCK_PEER)))})
+        yield Contest('list', {'time': 'ms'}, {
+            US: lambda: timed(peers_python(), '-c', OUR_COMMAND, '--config', config, 'list'),
+            'libvirt-python': lambda: timed(peers_python(), '-c', LIST_PEER, host.uri),
+            'virsh list': lambda: timed('virsh', '-c', host.uri, 'list', '--all')})
+
+
+# --- networks ---
+
+NIC_RIG = """
+import time
+def run(count):
+    began, marks = time.monotonic(), []
+    for step in (plug, enclose, delete):
+        step(count)
+        marks.append(time.monotonic())
+    return [(after - before) * 1000 for before, after in zip([began, *marks], marks)]
+"""
+NIC_PROGRAMS = {
+    US: """
+import vmmonitor as vm
+lan, made = vm.Switch('lan'), []
+def plug(count):
+    made.extend(vm.VirtualNic.create_many(count, switch=lan))
+def enclose(count):
+    made.extend(vm.VirtualNic.create_many(count, 'fast'))
+def delete(count):
+    vm.delete_all(made)
+    made.clear()
+""",
+    'pyroute2': """
+import pyroute2
+ip, inside = pyroute2.IPRoute(), pyroute2.NetNS('py')
+def find(ip, name):
+    return ip.link_lookup(ifname=name)[0]
+if not ip.link_lookup(ifname='pybr'):
+    ip.link('add', ifname='pybr', kind='bridge')
+bridge = find(ip, 'pybr')
+def plug(count):
+    for number in range(count):
+        ip.link('add', ifname=f'pt{number}', kind='tuntap', mode='tap')
+        ip.link('set', index=find(ip, f'pt{number}'), master=bridge, state='up')
+def enclose(count):
+    for number in range(count):
+        ip.link('add', ifname=f'pa{number}', kind='veth',
+                peer={'ifname': f'pb{number}', 'net_ns_fd': 'py'})
+        ip.link('set', index=find(ip, f'pa{number}'), state='up')
+        sink = find(inside, f'pb{number}')
+        inside.link('set', index=sink, state='up')
+        inside.link('add', ifname=f'pm{number}', kind='macvtap', link=sink,
+                    macvtap_mode='passthru')
+def delete(count):
+    for number in range(count):
+        for kind in 'ta':
+            ip.link('del', index=find(ip, f'p{kind}{number}'))
+""",
+    'an ip process each': """
+import subprocess
+def ip(line):
+    subprocess.run(['ip', *line.split()], check=True)
+ip('link add name ipbr type bridge')
+ip('netns add ip')
+def plug(count):
+    for number in range(count):
+        ip(f'tuntap add dev it{number} mode tap')
+        ip(f'link set dev it{number} master ipbr up')
+def enclose(count):
+    for number in range(count):
+        ip(f'link add name ia{number} up type veth peer name ib{number} netns ip')
+        ip(f'-n ip link set dev ib{number} up')
+        ip(f'-n ip link add link ib{number} name im{number} type macvtap mode passthru')
+def delete(count):
+    for number in range(count):
+        for kind in 'ta':
+            ip(f'link del dev i{kind}{number}')
+"""}
+
+
+def bench_nics() -> Iterator[Contest]:
+    """Taps in a switch, and cards in a namespace."""
+    with own_network(), mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-bench'), \
+            contextlib.ExitStack() as stack:
+        made = workers(stack, {way: NIC_RIG + code for way, code in NIC_PROGRAMS.items()})
+        for count in (50, 200):
+            yield Contest(f'{count} VirtualNics', {
+                'created and plugged in': 'ms', 'created in a namespace': 'ms',
+                'deleted, both': 'ms'},
+                {way: asking(worker, 'run', count) for way, worker in made.items()})
+
+
+# --- machines ---
+
+QMP_PROGRAMS = {
+    US: """
+import sys, time
+import vmmonitor as vm
+qmp = vm.QMP(sys.argv[1] + '0')
+def run(count):
+    began = time.monotonic()
+    for _ in range(count):
+        qmp.execute('query-status')
+    return [count / (time.monotonic() - began)]
+""",
+    'qemu.qmp': """
+import asyncio, sys, time
+from qemu.qmp import QMPClient
+loop, client = asyncio.new_event_loop(), QMPClient()
+loop.run_until_complete(client.connect(sys.argv[1] + '1'))
+async def ask(count):
+    for _ in range(count):
+        await client.execute('query-status')
+def run(count):
+    began = time.monotonic()
+    loop.run_until_complete(ask(count))
+    return [count / (time.monotonic() - began)]
+"""}
+
+
+def bench_qmp() -> Iterator[Contest]:
+    """query-status, again and again."""
+    with contextlib.ExitStack() as stack:
+        path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix=OURS)), 'qmp')
+        stack.enter_context(contextlib.closing(Program(
+            '-machine', 'none', '-nodefaults', '-display', 'none', *itertools.chain(*(
+                ('-qmp', f'unix:{path}{number},server=on,wait=off') for number in (0, 1))),
+            argv=[QEMU])))
+        made = workers(stack, QMP_PROGRAMS, path)
+        yield Contest('one session', {'commands': '/s'},
+                      {way: asking(worker, 'run', 1000) for way, worker in made.items()})
+
+
+@contextlib.contextmanager
+def machines_and_libvirt() -> Iterator[tuple[Libvirtd, str]]:
+    """Give a libvirtd, and a directory for disks; machines are kept in memory, as libvirt's are."""
+    with own_network(), contextlib.closing(Libvirtd()) as host, \
+            mock.patch.object(vm, 'MACHINES_DIR', '/run/machines'), \
+            mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-bench'):
+        host.start()
+        Live.kernel, Live.initramfs = guest_image()
+        try:
+            yield host, str(host.dir)
+        finally:
+            Live.end_all()
+
+
+def marks(*steps: Callable[[], object]) -> Sequence[float]:
+    """Return how long each step took, ms."""
+    times = [time.monotonic()]
+    for step in steps:
+        step()
+        times.append(time.monotonic())
+    return [(after - before) * 1000 for before, after in zip(times, times[1:])]
+
+
+def bench_machine() -> Iterator[Contest]:
+    """The tiny guest, off: until it runs, and its agent answers."""
+    with machines_and_libvirt() as (host, _):
+        guest, ours = Vm(host, 'tiny', memory=160), Live.guest('tiny')
         guest.define()
-        guest.start()
-        guest.wait_agent()
-        domain = vm.LibvirtHost(host.uri).find('bench')
-        assert domain
-        ways: dict[str, Callable[[], object]] = {
-            'vmmonitor': lambda: vm.correct(domain, 5 * vm.MS, False),
-            'vmmonitor --sync': lambda: vmmonitor_sync(host.uri),
-            'virsh domtime --now': lambda: guest.virsh('domtime', '--now'),
-            'virsh domtime --sync': lambda: guest.virsh('domtime', '--sync')}
-        took: dict[str, list[float]] = {name: [] for name in ways}
-        left: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(7):
-            for name, way in ways.items():
-                guest.skew(-3)
-                began = time.monotonic()
-                way()
-                took[name].append(time.monotonic() - began)
-                left[name].append(abs(guest.offset()))
-        base = statistics.median(took['vmmonitor'])
-        print(f'{"way":22} {"median s":>9} {"ratio":>6} {"offset left, median":>20} {"worst":>9}')
-        for name in ways:
-            middle = statistics.median(took[name])
-            print(f'{name:22} {middle:9.3f} {middle / base:6.2f} '
-                  f'{statistics.median(left[name]) * 1000:17.2f} ms '
-                  f'{max(left[name]) * 1000:6.1f} ms')
+        took: list[Sequence[float]] = []
+
+        def run_bare(qemu: vm.Qemu, command: vm.QemuCommand) -> None:
+            def begin() -> None:
+                processes.append(subprocess.Popen(
+                    [QEMU, *command.argv], pass_fds=command.fds, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+                command.close()
+                with vm.QMP(qemu.socket('qmp0')) as qmp:
+                    qmp.execute('cont')
+
+            def answers() -> bool:
+                with contextlib.suppress(vm.Error):
+                    agent.execute('guest-ping', timeout=1)
+                    return True
+                return False
+            processes: list[subprocess.Popen[bytes]] = []
+            agent = vm.GuestAgent(qemu.socket('agent'), 'tiny')
+            try:
+                took.append(marks(begin, lambda: soon(answers, 60, 'agent', 0.0125)))
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.wait()
+
+        def bare() -> Sequence[float]:
+            with mock.patch.object(vm.Qemu, 'start', run_bare):
+                ours.devices.start_qemu()
+            return list(itertools.accumulate(took.pop()))
+
+        def whole(start: Callable[[], object], wait: Callable[[], object],
+                  stop: Callable[[], object]) -> Sequence[float]:
+            times = marks(start, wait)
+            stop()
+            return list(itertools.accumulate(times))
+        yield Contest('tiny guest', {'until it runs': 'ms', 'until its agent answers': 'ms'}, {
+            US: lambda: whole(ours.start_vm, ours.wait, lambda: ours.stop(force=True)),
+            'bare QEMU': bare,
+            'virsh start': lambda: whole(guest.start, guest.wait_agent, guest.destroy)})
 
 
-def vmmonitor_sync(uri: str) -> None:
-    """Correct all clocks by the command line."""
-    with tempfile.NamedTemporaryFile('w', suffix='.json') as config:
-        json.dump({'libvirt': {'uri': uri}}, config)
-        config.flush()
-        vmmonitor('--config', config.name, '--sync')
+def bench_memory(units: Sequence[str], ours: Callable[[vm.Machine], Sequence[float]],
+                 virsh: Callable[[Vm], Sequence[float]]) -> Iterator[Contest]:
+    """A machine of 256 MiB that runs, its memory kept and brought back."""
+    with machines_and_libvirt() as (host, place):
+        guest = Vm(host, 'kept', memory=256, disk=True)
+        machine = Live.guest('kept', memory=256,
+                             harddrives=vm.Harddrive(f'{place}/ours.qcow2', 1))
+        guest.define()
+        for start, wait in ((guest.start, guest.wait_agent), (machine.start_vm, machine.wait)):
+            start()
+            wait()
+        yield Contest('machine of 256 MiB', dict.fromkeys(units, 'ms'),
+                      {US: lambda: ours(machine), 'virsh': lambda: virsh(guest)})
+
+
+def bench_snapshot() -> Iterator[Contest]:
+    """Memory and disk, kept in the disk."""
+    return bench_memory(
+        ('live snapshot', 'load', 'delete'),
+        lambda machine: marks(lambda: machine.snapshot('s'),
+                              lambda: machine.load_snapshot('s', clock=False),
+                              lambda: machine.delete_snapshot('s')),
+        lambda guest: marks(lambda: guest.virsh('snapshot-create-as', 's'),
+                            lambda: guest.virsh('snapshot-revert', 's'),
+                            lambda: guest.virsh('snapshot-delete', 's')))
+
+
+def bench_save() -> Iterator[Contest]:
+    """Memory in a file."""
+    return bench_memory(
+        ('save', 'restore'),
+        lambda machine: marks(machine.save, lambda: machine.start(clock=False)),
+        lambda guest: marks(lambda: guest.virsh('managedsave'), guest.start))
+
+
+LAB_SCRIPT = r"""set -e
+case $1 in
+up) ip link add name bare type bridge; ip link set bare up
+    for n in $(seq $2); do
+        ip tuntap add dev bare$n mode tap; ip link set bare$n master bare up
+        qemu-system-x86_64 -nodefaults -machine q35 -accel tcg -m 96 -display none -device VGA \
+            -netdev tap,id=n,ifname=bare$n,script=no,downscript=no \
+            -device virtio-net-pci,netdev=n -qmp unix:$0/qmp$n,server=on,wait=off \
+            -daemonize -pidfile $0/pid$n &
+    done
+    wait ;;
+down) kill $(cat $0/pid*)
+    for file in $0/pid*; do while [ -e $file ]; do sleep 0.01; done; done
+    for n in $(seq $2); do ip link del bare$n; done
+    ip link del bare ;;
+esac
+"""
+
+
+def bench_lab() -> Iterator[Contest]:
+    """So many machines without an operating system, 96 MiB each, in one switch."""
+    with machines_and_libvirt() as (_, place), \
+            concurrent.futures.ThreadPoolExecutor(16) as pool:
+        lab: list[vm.Machine] = []
+
+        def up(count: int) -> None:
+            nics = vm.VirtualNic.create_many(count, switch=vm.Switch('lab'))
+            lab.extend(vm.Machine(f'lab{number}', nics=nic, memory=96)
+                       for number, nic in enumerate(nics))
+            list(pool.map(vm.Machine.start_vm, lab))
+
+        def down() -> None:
+            nics = [nic for machine in lab for nic in machine.nics if nic]
+            list(pool.map(lambda machine: machine.stop(force=True), lab))
+            list(pool.map(vm.Machine.delete, lab))
+            vm.delete_all([*nics, vm.Switch('lab')])
+            lab.clear()
+
+        def script(*words: str) -> str:
+            return run('sh', '-c', LAB_SCRIPT, place, *words, timeout=120)
+        for count in (2, 8, 16):
+            yield Contest(f'{count} machines', {'up': 'ms', 'down': 'ms'}, {
+                US: functools.partial(marks, functools.partial(up, count), down),
+                'script': functools.partial(marks, functools.partial(script, 'up', str(count)),
+                                            functools.partial(script, 'down', str(count)))})
+
+
+# --- taking turns ---
+
+BENCHES: dict[str, Callable[[], Iterator[Contest]]] = {
+    'resume': lambda: bench_clock('suspend', 'resume'),
+    'restore': lambda: bench_clock('managedsave', 'start'),
+    'storm': bench_storm, 'events': bench_events, 'https': bench_https,
+    'footprint': bench_footprint, 'nics': bench_nics, 'machine': bench_machine, 'qmp': bench_qmp,
+    'snapshot': bench_snapshot, 'save': bench_save, 'lab': bench_lab}
+
+
+def compete(contest: Contest) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
+    """Let the ways take turns; return what was measured, by what it is and way, and why a way
+    could not be."""
+    taken: dict[str, dict[str, list[float]]] = {
+        figure: {way: [] for way in contest.ways} for figure in contest.units}
+    missing: dict[str, str] = {}
+    for _ in range(BENCH_ROUNDS):
+        for way in [way for way in contest.ways if way not in missing]:
+            try:
+                values = contest.ways[way]()
+            except Exception as problem:    # a peer that is not there, or fails: the others go on
+                missing[way] = vm.explain(problem)
+                say(f'{contest.what}: {way}: {missing[way]}; --install adds what is missing')
+            else:
+                for figure, value in zip(contest.units, values):
+                    taken[figure][way].append(value)
+    return {figure: {way: row for way, row in rows.items() if way not in missing}
+            for figure, rows in taken.items()}, missing
+
+
+def readable_figure(value: float) -> str:
+    """Return a figure as it is shown."""
+    return 'never' if math.isinf(value) else f'{value:.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def bench_lines(what: str, unit: str, rows: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """Yield the lines of a figure: one for each peer, as a table of Markdown has them."""
+    def shown(way: str) -> str:
+        row = rows[way]
+        middle, *ends = map(readable_figure, (statistics.median(row), min(row), max(row)))
+        return f'{middle}{unit and middle != "never" and " " + unit or ""} ({" to ".join(ends)})'
+    peers = [way for way in rows if way != US]
+    for number, way in enumerate(peers or ['']):
+        ours = US in rows and shown(US) or '-'
+        ratio = ''
+        if US in rows and way:
+            mine, other = (statistics.median(rows[name]) for name in (US, way))
+            ratio = '-' if math.isinf(mine) or math.isinf(other) else f'{mine / other:.2f}'
+        first = (what, ours) if number == 0 else ('', '')
+        yield '| {:47} | {:27} | {:40} | {:5} |'.format(
+            *first, f'{way}: {shown(way)}' if way else '', ratio)
+
+
+def bench_machine_description() -> dict[str, str]:
+    """Return what it was measured on."""
+    def found(path: str, pattern: str) -> str:
+        match = re.search(pattern, Path(path).read_text())
+        return match[1].strip() if match else '?'
+
+    def first(*argv: str) -> str:
+        with contextlib.suppress(RigError, OSError):
+            return run(*argv, timeout=60).splitlines()[0]
+        return '?'
+    return {'processors': f'{len(os.sched_getaffinity(0))} x '
+                          + found('/proc/cpuinfo', r'model name\s*:(.*)'),
+            'memory': f'{int(found("/proc/meminfo", r"MemTotal:(.*) kB")) // 1024} MiB',
+            'system': found('/etc/os-release', 'PRETTY_NAME="(.*)"'), 'kernel': os.uname().release,
+            'python': first(peers_python(), '--version'), 'qemu': first(QEMU, '--version'),
+            'libvirt': first('virsh', '--version'), 'guests': os.environ['VMMONITOR_ACCEL'],
+            'load': ' '.join(f'{load:.2f}' for load in os.getloadavg())}
+
+
+def benchmark(names: Sequence[str], as_json: bool) -> int:
+    """Measure what is named, or all, and print a table, or the raw figures."""
+    description, measured = bench_machine_description(), []
+    out = sys.stderr if as_json else sys.stdout
+    print(*(f'{name}: {text}' for name, text in description.items()), sep='\n', file=out)
+    print(f'\n| {"median of " + str(BENCH_ROUNDS) + " (lowest to highest)":47} | {US:27} | '
+          f'{"beside it":40} | ratio |\n| --- | --- | --- | --- |', file=out, flush=True)
+    interrupted = False
+    try:
+        for name in names or BENCHES:
+            for contest, figures, missing in contests(name):
+                for figure, rows in figures.items():
+                    print(*bench_lines(f'{name}, {contest.what}: {figure}', contest.units[figure],
+                                       rows), sep='\n', file=out, flush=True)
+                    measured.append({
+                        'name': name, 'what': contest.what, 'figure': figure,
+                        'unit': contest.units[figure], 'missing': missing, 'ways': {
+                            way: [None if math.isinf(value) else value for value in row]
+                            for way, row in rows.items()}})
+    except KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        print(json.dumps({'machine': description, 'measured': measured}, indent=1))
+    return 130 if interrupted else 0
+
+
+def contests(name: str) -> Iterator[tuple[Contest, dict[str, dict[str, list[float]]],
+                                          dict[str, str]]]:
+    """Yield the contests of a benchmark with what was measured; what it made goes, also with
+    Ctrl-C."""
+    with contextlib.ExitStack() as stack:
+        try:
+            prepared = BENCHES[name]()
+            stack.callback(prepared.close)                  # type: ignore[attr-defined]
+            for contest in prepared:
+                yield (contest, *compete(contest))
+        except Exception as problem:        # it can't be prepared here; the others go on
+            say(f'{name}: not measured: {vm.explain(problem)}')
+
+
+class BenchTest(Case):
+    group = 'wire'
+
+    def bench(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, __file__, '--bench', *arguments], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def test_a_table_and_json(self) -> None:
+        process = self.bench('qmp', '--json')
+        out, table = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, table)
+        told = json.loads(out)
+        self.assertIn('processors', told['machine'])
+        row, = told['measured']
+        self.assertEqual((row['name'], row['unit'], len(row['ways'][US])), ('qmp', '/s', 5))
+        self.assertEqual({*row['ways'], *row['missing']}, {US, 'qemu.qmp'})     # its peer, or why
+        for why in row['missing'].values():
+            self.assertIn(f"qemu.qmp: {why}; --install adds", table)
+        self.assertRegex(table, r'(?m)^\| qmp, one session: commands +\| \d+ /s \(\d+ to \d+\) +\|')
+
+    def test_a_peer_that_fails(self) -> None:
+        """The others go on, and what never came about is said."""
+        def fails() -> Sequence[float]:
+            raise RigError('no such module')
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            figures, missing = compete(Contest('all', {'time': 'ms'}, {
+                US: lambda: [3.0], 'gone': fails, 'other': lambda: [2.0],
+                'slow': lambda: [math.inf]}))
+        self.assertEqual(told.getvalue(), 'rig: all: gone: RigError: no such module; '
+                         '--install adds what is missing\n')
+        self.assertEqual(missing, {'gone': 'RigError: no such module'})
+        text = re.sub(' +', ' ', '\n'.join(bench_lines('time', 'ms', figures['time'])))
+        self.assertEqual(text, '| time | 3 ms (3 to 3) | other: 2 ms (2 to 2) | 1.50 |\n'
+                         '| | | slow: never (never to never) | - |')
+
+    def test_an_unknown_name(self) -> None:
+        process = self.bench('nosuch')
+        self.assertRegex(process.communicate(timeout=60)[1], "'nosuch'.*resume.*lab")
+        self.assertEqual(process.returncode, 2)
+
+    def test_ctrl_c_leaves_nothing(self) -> None:
+        process = self.bench('qmp')
+        soon(lambda: left_behind(process.pid), 60, 'its QEMU')
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        self.assertEqual(process.returncode, 130, errors)
+        self.assertEqual(left_behind(process.pid), set())
 
 
 # === running ====================================================================================
@@ -12536,14 +13319,15 @@ def side_by_side(groups: Sequence[str], strict: bool) -> int:
     return 0 if all(passed for passed, _ in results) else 1
 
 
-def left_behind() -> set[str]:
-    """Return what this run has left: its files, and the processes of its guests."""
+def left_behind(run: int = os.getpid()) -> set[str]:
+    """Return what a run has left: its files, and the processes of its guests."""
+    ours = f'vmmonitor-{run}-'
     found = {str(path) for place in (tempfile.gettempdir(), CACHE.parent)
-             for path in Path(place).glob(f'{OURS}*')}
+             for path in Path(place).glob(f'{ours}*')}
     for path in Path('/proc').glob('[0-9]*/cmdline'):
         with contextlib.suppress(OSError):
             text = path.read_bytes()
-            if OURS.encode() in text:
+            if ours.encode() in text:
                 found.add(f'{path.parent.name}: {text.decode(errors="replace"):.200}')
     return found
 
@@ -12554,7 +13338,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument('--install', action='store_true',
                         help='first install the Debian packages that the tests need')
     parser.add_argument('--strict', action='store_true', help='a skipped test is a failure')
-    parser.add_argument('--bench', action='store_true', help='measure instead of testing')
+    parser.add_argument('--bench', nargs='*', choices=BENCHES, metavar='NAME',
+                        help=f'measure instead of testing: {", ".join(BENCHES)}, or all')
+    parser.add_argument('--json', action='store_true', help='with --bench: print the raw figures')
     parser.add_argument('--soak', type=float, metavar='MINUTES',
                         help='drive guests at random for so long, and see that all stays right')
     parser.add_argument('--seed', type=int, default=SOAK_SEED, metavar='N',
@@ -12572,6 +13358,16 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def run_tests(tests: Sequence[str], strict: bool) -> int:
+    """Run tests in this process; return the exit status."""
+    StrictResult.strict = strict
+    program = unittest.main(
+        module='__main__', argv=[sys.argv[0], *tests], exit=False, verbosity=2,
+        testRunner=unittest.TextTestRunner(
+            verbosity=2, resultclass=StrictResult))             # type: ignore[arg-type]
+    return 0 if program.result.wasSuccessful() else 1
+
+
 def main() -> int:
     """Run the tests that the command line names, or all."""
     options = arguments().parse_args()
@@ -12580,37 +13376,30 @@ def main() -> int:
     if options.install and install():
         # Begin anew: what this file looked for when it was read may be there now.
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    if options.bench:
-        benchmark_networks()
-        benchmark_listener()
-        benchmark_clocks()
-        benchmark()
-        return 0
-    if options.soak:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
-        return Soak(options.soak, options.seed,
-                    options.debian or options.soak >= SOAK_DEBIAN).run()
-    if len(options.only) != 1 and not options.tests:
+    if options.bench is None and not options.soak and len(options.only) != 1 \
+            and not options.tests:
         return side_by_side([group for group in GROUPS if group in (options.only or GROUPS)],
                             options.strict)
     for number in (signal.SIGINT, signal.SIGTERM):      # what was begun is ended
         signal.signal(number, signal.default_int_handler)
-    StrictResult.strict = options.strict
-    tests = options.tests or classes(options.only[0])
     logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
     logging.lastResort = None
     try:
-        program = unittest.main(
-            module='__main__', argv=[sys.argv[0], *tests], exit=False,
-            verbosity=2, testRunner=unittest.TextTestRunner(
-                verbosity=2, resultclass=StrictResult))     # type: ignore[arg-type]
+        if options.soak:
+            status = Soak(options.soak, options.seed,
+                          options.debian or options.soak >= SOAK_DEBIAN).run()
+        elif options.bench is not None:
+            if options.install:
+                install_peers()
+            status = benchmark(options.bench, options.json)
+        else:
+            status = run_tests(options.tests or classes(options.only[0]), options.strict)
     finally:
         GuestCase.close_host()
     left = sorted(left_behind())
     if left:
         print('left behind:', *left, sep='\n', file=sys.stderr)
-    return 0 if program.result.wasSuccessful() and not left else 1
+    return status or bool(left)
 
 
 if __name__ == '__main__':
