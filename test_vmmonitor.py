@@ -9207,7 +9207,7 @@ class TestAsGuests(Live):
         for call in (damaged.state, damaged.start, damaged.save, damaged.agent_state):
             with self.refused('version 99'):
                 call()
-        host = mock.Mock(**{'find.return_value': mock.Mock(damage='')})
+        host = mock.Mock(**{'find.return_value': mock.Mock(damage=''), 'known.return_value': None})
         self.assertIs(vm.Guests([machines, host]).find('mended'), host.find.return_value)
         m = vm.Machine.load('mended', repair=True)
         self.assertEqual([m.harddrives[0].filename, m.start()], [disk.filename, 'started'])
