@@ -2046,7 +2046,7 @@ class FuzzTest(ConfigCase):
                     mock.patch.object(vm, 'REQUEST_TIMEOUT', 0.2):
                 near.sendall(data)
                 near.shutdown(socket.SHUT_WR)
-                Bare(vm.Client(far, '192.0.2.1'), server)
+                Bare(vm.Client(far, '192.0.2.1'), server).serve()
                 far.shutdown(socket.SHUT_WR)
                 answer = b''.join(iter(lambda: near.recv(1 << 20), b''))        # noqa: B023
                 for status in re.findall(rb'(?m)^HTTP/1.1 (\d+) ', answer):
@@ -2472,7 +2472,7 @@ class ConfigTest(ConfigCase):
                 vm.load(self.write({'listener': {'certificate': {'path': path, 'keyPath': key}}}))
 
     # As a user who may not read the private key, which root as a tester may.
-    HANDED = """import os, sys, vmmonitor as vm
+    HANDED = """import os, ssl, sys, vmmonitor as vm       # ssl: that user may not reach our Python
 if not os.getuid():
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 try:

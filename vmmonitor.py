@@ -108,8 +108,6 @@ import contextlib
 import ctypes
 import ctypes.util
 import dataclasses
-import difflib
-import email.message
 import enum
 import errno
 import fcntl
@@ -118,9 +116,6 @@ import functools
 import glob
 import grp
 import hashlib
-import hmac
-import http
-import http.server
 import inspect
 import io
 import ipaddress
@@ -139,7 +134,6 @@ import shlex
 import shutil
 import signal
 import socket
-import ssl
 import stat
 import struct
 import subprocess
@@ -147,16 +141,18 @@ import tempfile
 import termios
 import threading
 import time
-import tty
 import urllib.parse
-import uuid
-import xml.etree.ElementTree
 import zlib
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
+# Modules that only some roles and verbs need are imported where they are used: ssl alone is 4 MB.
 if TYPE_CHECKING:
+    import email.message
+    import ssl
+    import xml.etree.ElementTree
+
     from typing_extensions import Concatenate, ParamSpec
     Parameters = ParamSpec('Parameters')
 
@@ -427,7 +423,8 @@ def clip(text: str | bytes, length: int = LINE_LENGTH) -> str:
 def printable(text: str) -> str:
     """Return `text` with control characters and line ends escaped, so that no name or answer
     from outside can forge a log line or move a terminal's cursor."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else ''.join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class LogFormat(logging.Formatter):
@@ -1432,6 +1429,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, A
 def _unknown(key: str) -> str:
     """Say that a key is unknown, and which one may have been meant."""
     leaf = {name.rpartition('.')[2].lower(): name for name in OPTIONS}
+    import difflib
     near = difflib.get_close_matches(key, OPTIONS, 1) or [
         leaf[name] for name in difflib.get_close_matches(key.rpartition('.')[2].lower(), leaf, 1)]
     return f'{key}: unknown; ' + (f'did you mean {near[0]}?' if near else 'remove it')
@@ -1590,6 +1588,7 @@ def _check_certificate(config: Config, problems: list[str], warnings: list[str])
 
 def tls_context(config: Config) -> ssl.SSLContext:
     """Return the server's TLS settings, with its certificate; InvalidValue says what is wrong."""
+    import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers('ECDHE+AESGCM:ECDHE+CHACHA20')      # of TLS 1.2; 1.3 has only good ones
@@ -3489,7 +3488,8 @@ class Domain(Guest):
         with self._on(self.host.queries) as (connection, handle):
             text = connection.library.take_string(connection.call('virDomainGetXMLDesc', handle, 0))
         # libvirt wrote it anew, so that it has no entities but XML's own.
-        return xml.etree.ElementTree.fromstring(text)   # nosec B314
+        from xml.etree import ElementTree
+        return ElementTree.fromstring(text)         # nosec B314
 
     def _qmp(self, command: str) -> str:
         """Return QEMU's own answer to a command (virDomainQemuMonitorCommand), JSON."""
@@ -4614,6 +4614,7 @@ SEND_TIMEOUT = 10.0            # for one response
 LINGER_TIMEOUT = 1.0           # for what a client sends on after it was refused, and for ...
 LINGER_BYTES = 1 << 20         # ... so many of it: a connection reset would take our answer away
 CONNECTIONS_MAX = 256          # threads that serve clients
+SPARE_THREADS = 3              # ... and that wait for one, at most, when there were more
 CONNECTIONS_PER_PEER = 100     # of them for one address
 HEADER_BYTES = 16 * 1024       # request line and headers together
 BODY_BYTES = 16 * 1024
@@ -4953,9 +4954,10 @@ class Dispatcher:
         # In a query a + means a space; who puts a key of base64 there as it stands, means the +.
         digests = [hashlib.sha256(text.encode()).digest()
                    for text in (secret, secret.replace(' ', '+'))]
+        from hmac import compare_digest
         found: Key | None = None
         for key in self.settings.config.keys:       # all of them: the time shall tell nothing
-            if any([hmac.compare_digest(key.digest, digest) for digest in digests]):    # noqa: C419
+            if any([compare_digest(key.digest, digest) for digest in digests]):    # noqa: C419
                 found = key
         network = self.throttle.network(audit.peer)
         if not found or found.guessable:
@@ -5138,18 +5140,27 @@ class Client:
             socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
 
 
-class ClientConnection(http.server.BaseHTTPRequestHandler):
+class ClientConnection:
     """The wire: handshake, limits, time-outs, and one write per response."""
 
-    protocol_version = 'HTTP/1.1'
-    server: Listener                        # type: ignore[assignment]
-    command = ''                            # the method; parse_request() may leave it unset
+    command = ''                            # the method, '' until it is known
+    headers: email.message.Message          # once they are known
+    connection: Any                         # a socket.socket, then an ssl.SSLSocket
     close_connection = True
     refused = False                         # it may be sending still
 
     def __init__(self, client: Client, server: Listener) -> None:
-        self.client = client
-        super().__init__(client.connection, (client.address, 0), server)    # type: ignore[arg-type]
+        self.client, self.server = client, server
+
+    def serve(self) -> None:
+        """Answer one request after the other."""
+        self.setup()
+        try:
+            self.handle_one_request()
+            while not self.close_connection:
+                self.handle_one_request()
+        finally:
+            self.finish()
 
     def setup(self) -> None:
         """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
@@ -5218,17 +5229,28 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if b' HTTP/' not in first:                      # it would be taken for HTTP/0.9
             raise Refusal(400, NO_HTTP)
         # UTF-8 in the target as it stands: Python's parser would split the line at some bytes.
-        self.raw_requestline = re.sub(rb'[\x80-\xff]', lambda at: b'%%%02X' % ord(at[0]), first)
+        first = re.sub(rb'[\x80-\xff]', lambda at: b'%%%02X' % ord(at[0]), first)
         lines: list[bytes] = []
         while not lines or lines[-1] not in LINE_ENDS:
             lines.append(self._line())
             if not HEADER.fullmatch(lines[-1]):
                 raise Refusal(400, NO_HTTP)
-        stream, self.rfile = self.rfile, io.BufferedReader(io.BytesIO(b''.join(lines)))
-        try:
-            return self.parse_request()
-        finally:
-            self.rfile = stream
+        return self._parse(first, b''.join(lines))
+
+    def _parse(self, first: bytes, rest: bytes) -> bool:
+        """Have http.server tell what a head says; False if it refused that."""
+        from http.server import BaseHTTPRequestHandler
+        head = BaseHTTPRequestHandler.__new__(BaseHTTPRequestHandler)       # its parser, no more
+        head.protocol_version = 'HTTP/1.1'
+        head.raw_requestline = first                                        # type: ignore
+        head.rfile = io.BytesIO(rest)
+        head.send_error = lambda code, *_: self.refuse(int(code), NO_HTTP)  # type: ignore
+        head.handle_expect_100 = self._expect_100                           # type: ignore
+        if not head.parse_request():
+            return False
+        self.command, self.path, self.headers = head.command, head.path, head.headers
+        self.request_version, self.close_connection = head.request_version, head.close_connection
+        return True
 
     def _line(self) -> bytes:
         line = self.rfile.readline()
@@ -5285,16 +5307,13 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         Audit(self.client.address).write(status)
         self.respond(Reply(status, text))
 
-    def send_error(self, code: int, message: str | None = None,
-                   explain: str | None = None) -> None:
-        self.refuse(int(code), NO_HTTP)
-
-    def handle_expect_100(self) -> bool:
+    def _expect_100(self) -> bool:
         self.connection.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
         return True
 
     def respond(self, reply: Reply) -> None:
         """Send an answer in one write, as JSON to those who accept that."""
+        from http import HTTPStatus
         headers = getattr(self, 'headers', None)
         as_json = headers is not None and 'application/json' in headers.get('Accept', '')
         form = 'application/json' if as_json else 'text/plain; charset=utf-8'
@@ -5306,8 +5325,8 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         else:
             text = '\n'.join(map(printable, reply.text.split('\n')))
             body = text.encode('utf-8', 'replace') + b'\n'
-        lines = [f'HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}',
-                 'Server: vmmonitor', f'Date: {self.date_time_string()}',
+        lines = [f'HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}', 'Server: vmmonitor',
+                 time.strftime('Date: %a, %d %b %Y %H:%M:%S GMT', time.gmtime()),
                  f'Content-Type: {form}', f'Content-Length: {len(body)}',
                  'Cache-Control: no-store', 'X-Content-Type-Options: nosniff',
                  *(f'{name}: {value}' for name, value in reply.headers),
@@ -5317,9 +5336,6 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(SEND_TIMEOUT)
         self.connection.sendall('\r\n'.join(lines).encode('latin-1') + body)
 
-    def log_message(self, format: str, *args: Any) -> None:     # pylint: disable=redefined-builtin
-        """Log nothing: the Audit does."""
-
 
 class Listener:
     """The https trigger: the socket that listens, who may connect, and how many at once."""
@@ -5328,9 +5344,10 @@ class Listener:
                  corrections: Mapping[str, Correction]) -> None:
         self.router = Dispatcher(guests, settings, corrections)
         self.clients: dict[Client, None] = {}       # in the order in which they came
-        self.lock = threading.Lock()                # guards clients
+        self.lock = threading.Lock()                # guards clients and waiting
         self.closing = threading.Event()
         self.failures = Failures(self.closing)
+        self.waiting = 0                            # threads that wait for a connection
         self.name = ''                              # address and port
         self.socket: socket.socket | None = None    # once it is bound
 
@@ -5360,22 +5377,36 @@ class Listener:
             self.context = tls_context(config)
 
     def _accept(self, listening: socket.socket) -> None:
-        while not self.closing.is_set():
+        """Serve whoever connects. Another thread waits for the next one meanwhile: so many are idle
+        that starting one costs only the first of many clients."""
+        while not self.closing.is_set() and self.waiting < SPARE_THREADS:
             try:
-                connection, address = listening.accept()
+                with self._waiting():
+                    connection, address = listening.accept()
             except OSError as problem:
                 if not self.closing.wait(STATE_POLL):       # such as too many open files
                     log.error('can\'t accept a connection: %s', explain(problem))
                 continue
             try:
+                if not self.waiting:
+                    spawn('listener', self._accept, listening)
                 client = Client(connection, plain_address(address[0]))
                 if self._admit(client):
-                    spawn(f'client {client.address}', self._serve, client)
-                else:
-                    connection.close()
+                    self._serve(client)
             except Exception:           # a boundary: one client must not end the listener
                 log.exception('client %s: unexpected error', address[0])
+            finally:
                 connection.close()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self.lock:
+            self.waiting += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.waiting -= 1
 
     def _admit(self, client: Client) -> bool:
         """Count the client in, and drop an idle one for it; False if all others are at work."""
@@ -5395,7 +5426,7 @@ class Listener:
 
     def _serve(self, client: Client) -> None:
         try:
-            ClientConnection(client, self)
+            ClientConnection(client, self).serve()
         except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
             log.debug('client %s: %s', client.address, explain(problem))
             if not client.secure:
@@ -5786,6 +5817,7 @@ class NetworkState(NamedTuple):
             (link for link in self.links.values() if name in link.names), None)
         if found:
             return found
+        import difflib
         near = difflib.get_close_matches(name, list(self.links), 1)
         raise NoInterface(f'{name}: no such interface' + (namespace and f' in {namespace}'),
                           f'did you mean {near[0]}?' if near else 'see ip link')
@@ -11109,7 +11141,8 @@ class Machine(Guest):
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
                  user: str | int | None = None, incoming: bool = False, cpu: str = 'auto',
                  forwards: Sequence[str] = ()) -> None:
-        given, identity = {**locals()}, str(uuid.uuid4())
+        given = {**locals()}
+        identity = Path('/proc/sys/kernel/random/uuid').read_text('utf-8').strip()
         check_arguments(given)
         leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
         uid = _uid(user, identity)
@@ -12588,6 +12621,7 @@ def _check_listener(config: Config) -> Iterator[Check]:
 
 def _is_served(config: Config) -> bool:
     """Tell whether who listens at our port shows our certificate, and so is the daemon."""
+    import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -12981,7 +13015,8 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
     with guest.console() as console:
         try:
             if before:
-                tty.setraw(0)
+                from tty import setraw
+                setraw(0)
             ends = False
             while not ends and guest.is_alive():
                 sys.stdout.buffer.write(console.read())
