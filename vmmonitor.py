@@ -193,7 +193,6 @@ class Error(Exception):
     Error
      +- ConfigError           the configuration: every problem at once
      +- OutputLost            what was printed could not be written
-     +- SetupError            the program can't be installed like that
      +- InvalidValue          one value of it, or an argument (a ValueError, too)
      +- Refusal               a request that gets another answer than 200
      +- CommandError          a program failed: argv, exit status, stderr
@@ -11696,8 +11695,7 @@ program.exit_now(program.main())
 """
 
 
-class SetupError(Error):
-    """The program can't be installed like that."""
+SCHEMAS['.installed'] = {'files': {'*': str}, 'joined': bool, 'places': [str]}
 
 
 class Service(NamedTuple):
@@ -11764,12 +11762,12 @@ class Changes:
         self.undo.append(undo)
 
     def do(self, argv: Sequence[str], back: Sequence[str], why: str) -> None:
-        """Run a program, and `back` if it is to be taken back; SetupError(why) if it fails."""
+        """Run a program, and `back` if it is to be taken back; Error(why) if it fails."""
         self.step(lambda: attempt(*back))
         try:
             run(argv, SETUP_TIMEOUT)
         except CommandError as problem:
-            raise SetupError(f'{why}: {problem.stderr.strip() or problem}') from None
+            raise Error(f'{why}: {problem.stderr.strip() or problem}') from None
 
     def keep(self, path: str) -> tuple[bytes, int, int, int] | None:
         """Note how a file is put back that is about to be changed: contents, mode, group and owner
@@ -11817,27 +11815,21 @@ def _write_owned(path: str, data: bytes, mode: int, group: int, mtime: int = 0) 
 class SetupRecord:
     """HERE/.installed: what was made there, so that only that is ever changed or taken away."""
 
-    VERSION = 1
-
     def __init__(self, here: str) -> None:
-        self.path = os.path.join(here, '.installed')
-        self.known: dict[str, Any] = {}                 # the file, with members of later versions
+        self.path, known = os.path.join(here, '.installed'), dict[str, Any]()
         with contextlib.suppress(FileNotFoundError):
             try:
-                self.known = dict(parse_json(Path(self.path).read_bytes()))
+                known = checked('.installed', parse_json(Path(self.path).read_bytes()))
             except ValueError:
-                raise SetupError(f'{self.path}: damaged; see what is in that directory, remove '
+                raise Error(f'{self.path}: damaged; see what is in that directory, remove '
                                  'that file and what install.sh made there') from None
-        # name in HERE -> SHA-256 of what was written
-        self.files: dict[str, str] = {
-            name: str(digest) for name, digest in dict(self.known.get('files') or {}).items()}
-        self.joined = bool(self.known.get('joined'))    # the account was put into "libvirt"
+        self.files: dict[str, str] = known.get('files', {})    # in HERE -> SHA-256 of the contents
+        self.joined: bool = known.get('joined', False)  # the account was put into "libvirt"
         # Where the service ran before it moved here: files of its group may be there.
-        self.places = list(map(str, self.known.get('places') or []))
+        self.places: list[str] = known.get('places', [])
 
     def data(self) -> bytes:
-        known = {**self.known, 'version': self.VERSION, 'files': self.files, 'joined': self.joined,
-                 'places': self.places}
+        known = {'files': self.files, 'joined': self.joined, 'places': self.places}
         return (json.dumps(known, indent=4) + '\n').encode()
 
 
@@ -11904,7 +11896,7 @@ class Setup:
         self._show_end(config)
 
     def _refuse_foreign(self) -> None:
-        """Refuse somebody else's files of our names, and name what Python might run."""
+        """Refuse somebody else's files of our names."""
         names = [] if self.here in (self.source, self.before.here) else list(PROGRAM_FILES)
         names.append(LAUNCHER)
         if not os.path.lexists(self.path('config.json')):
@@ -11913,17 +11905,9 @@ class Setup:
             path, new = Path(self.path(name)), Path(self.source, name)
             if os.path.lexists(path) and not (name in PROGRAM_FILES and path.is_file()
                                               and path.read_bytes() == new.read_bytes()):
-                raise SetupError(f'{path} is there, and was not made by install.sh; choose another '
+                raise Error(f'{path} is there, and was not made by install.sh; choose another '
                                  '--prefix' + (', or name it in a config.json there' if
                                                name.endswith('.pem') else ''))
-        if os.path.isdir(self.here):
-            own = re.compile(r'(test_)?vmmonitor\.py|__pycache__/(test_)?vmmonitor\..*\.pyc')
-            names = [str(path.relative_to(self.here)) for end in ('*.py', '__pycache__/*')
-                     for path in Path(self.here).glob(end)]
-            foreign = sorted(name for name in names if not own.fullmatch(name))
-            if foreign:
-                print(f'note: not of vmmonitor, and never run by it: {", ".join(foreign)} in '
-                      f'{self.here}')
 
     def _make_account(self) -> int:
         """Have the service's user, in the group libvirt; return the number of its own group."""
@@ -11938,9 +11922,9 @@ class Setup:
         known = pwd.getpwnam(name)
         own = grp.getgrgid(known.pw_gid).gr_name
         if known.pw_uid == 0:
-            raise SetupError(f'the user {name} is root; choose another --user')
+            raise Error(f'the user {name} is root; choose another --user')
         if own != name:
-            raise SetupError(f'the group of {name} is {own}, and others may be in it; choose a '
+            raise Error(f'the group of {name} is {own}, and others may be in it; choose a '
                              '--user that does not exist yet')
         if grp.getgrnam('libvirt').gr_gid not in os.getgrouplist(name, known.pw_gid):
             self.changes.do(['usermod', '-a', '-G', 'libvirt', name],
@@ -11950,7 +11934,7 @@ class Setup:
         if not as_user(self.account, self.python, '-c', ''):
             self.python = '/usr/bin/python3'            # this one is in root's home
         if not as_user(self.account, self.python, '-c', ''):
-            raise SetupError(f'the user {name} can\'t run {self.python}; install python3 in '
+            raise Error(f'the user {name} can\'t run {self.python}; install python3 in '
                              '/usr/bin')
         return known.pw_gid
 
@@ -11963,7 +11947,7 @@ class Setup:
         for name, mode in PROGRAM_FILES.items() if self.here != self.source else ():
             self._made(name, Path(self.source, name).read_bytes(), mode)
         if not as_user(self.account, 'test', '-r', self.path('vmmonitor.py')):
-            raise SetupError(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
+            raise Error(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
                              'say --prefix /opt/vmmonitor, or open the path to it')
 
     def _make_commands(self) -> None:
@@ -12008,7 +11992,7 @@ class Setup:
                 self.changes.put(self.path(name), Path(self.path(name)).read_bytes(), 0o640, group)
         config = load(path)
         if there and self.port and config.port != int(self.port):
-            raise SetupError(f'{path} is there, and its listener.port is {config.port}; change it '
+            raise Error(f'{path} is there, and its listener.port is {config.port}; change it '
                              'there, and leave out --port')
         return config
 
@@ -12016,7 +12000,7 @@ class Setup:
         there = [name for name in ('cert.pem', 'key.pem') if os.path.lexists(self.path(name))]
         if len(there) == 1:
             gone = 'key.pem' if there == ['cert.pem'] else 'cert.pem'
-            raise SetupError(f'{self.path(there[0])} is there, but {self.path(gone)} is not',
+            raise Error(f'{self.path(there[0])} is there, but {self.path(gone)} is not',
                              f'put it back, or remove {there[0]} to have both made')
         if there:
             return
@@ -12029,7 +12013,7 @@ class Setup:
                            f'/CN={host:.64}', '-addext', f'subjectAltName={",".join(names)}',
                            '-keyout', f'{work}/key.pem', '-out', f'{work}/cert.pem')
             if made.returncode:
-                raise SetupError(f'openssl could not make a certificate for {host}; put cert.pem '
+                raise Error(f'openssl could not make a certificate for {host}; put cert.pem '
                                  f'and key.pem into {self.here}, and a config.json that names them')
             self._made('key.pem', Path(work, 'key.pem').read_bytes(), 0o640, group)
             self._made('cert.pem', Path(work, 'cert.pem').read_bytes(), 0o644)
@@ -12042,14 +12026,14 @@ class Setup:
             {config.path} if any(_keys_inside(config)) else set())
         for path in sorted(secrets):
             if os.stat(path).st_mode & 0o004:
-                raise SetupError(f'{path}: everybody may read it', self._remedy(path))
+                raise Error(f'{path}: everybody may read it', self._remedy(path))
         # It is by its last part that the daemon finds it.
         ends = collections.Counter(os.path.basename(path) for path in named)
         hand = [path for path in named if self.systemd and ends[os.path.basename(path)] == 1
                 and re.fullmatch('[A-Za-z0-9/._+@-]+', path)]
         for path in [config.path, *named]:
             if path not in hand and not as_user(self.account, 'test', '-r', path):
-                raise SetupError(f'the user {self.account} can\'t read {path}', self._remedy(path))
+                raise Error(f'the user {self.account} can\'t read {path}', self._remedy(path))
         return hand
 
     def _remedy(self, path: str) -> str:
@@ -12078,7 +12062,7 @@ class Setup:
                 print(f'started {daemon}')
                 break
         if not Deadline(LIBVIRT_WAIT).poll(answers, 1.0):
-            raise SetupError('libvirt does not answer; start libvirtd or virtqemud, see to it that '
+            raise Error('libvirt does not answer; start libvirtd or virtqemud, see to it that '
                              '"virsh -c qemu:///system list" works, and run this again')
 
     def _unit(self, named: Sequence[str]) -> str:
@@ -12119,7 +12103,7 @@ class Setup:
         self.changes.step(lambda: systemctl('stop', 'vmmonitor'))
         since = time.time()
         if systemctl('restart', 'vmmonitor').returncode:
-            raise SetupError(f'the service did not start: {_service_words(since)}')
+            raise Error(f'the service did not start: {_service_words(since)}')
         print('the service runs: systemctl status vmmonitor')
 
     def _show_end(self, config: Config) -> None:
@@ -12247,7 +12231,7 @@ def remove_account(name: str, places: Sequence[str], record: SetupRecord | None 
                     os.chown(path, -1, 0, follow_symlinks=False)
     if ours:
         if attempt('userdel', name).returncode:
-            raise SetupError(f'the user {name} can\'t be removed; end what runs as it (pgrep -u '
+            raise Error(f'the user {name} can\'t be removed; end what runs as it (pgrep -u '
                              f'{name}) and run this again')
         print(f'removed the user {name}')
     elif record and record.joined:
@@ -12279,25 +12263,21 @@ def curl_example(config: Config) -> Iterator[str]:
     """Yield a curl line that this listener answers, and how to know it from elsewhere."""
     if not config.listener_enabled:
         return
-    certificate, address = beside(config, config.certificate), config.address or 'localhost'
+    certificate = beside(config, config.certificate)
 
     def openssl(*words: str, stdin: bytes = b'') -> bytes:
         return run(['openssl', *words], QMP_TIMEOUT, stdin, check=False).stdout
     shown = openssl('x509', '-noout', '-subject', '-issuer', '-ext', 'subjectAltName', '-in',
                     certificate).decode(errors='replace')
     names = re.findall(r'DNS:([^\s,*]+)', shown) or re.findall(r'CN ?= ?([^\s,/*]+)', shown)
-    host = 'localhost' if 'localhost' in names else [*names, _host_name()][0]
-    words = ['curl', '--cacert', shlex.quote(certificate)]
-    if address != host:
-        there = f'[{address}]' if ':' in address else address
-        words += ['--connect-to', shlex.quote(f'::{there}:')]
+    host = config.address or ('localhost' if 'localhost' in names else [*names, _host_name()][0])
+    where = f'[{host}]' if ':' in host else host
     secret = f'cat {shlex.quote(beside(config, config.key_file))}' if config.key_file else \
         f'python3 -c \'import json; print(json.load(open("{config.path}"))["listener"]["key"])\''
     sudo = 'sudo ' if shutil.which('sudo') else ''
-    words += ['-H', f'"Authorization: Bearer $({sudo}{secret})"',
-              shlex.quote(f'https://{host}:{config.port}/?cmd=list')]
     if config.key or config.key_file:
-        yield 'try it:\n  ' + ' '.join(words)
+        yield (f'try it:\n  curl --cacert {shlex.quote(certificate)} -H "Authorization: Bearer '
+               f'$({sudo}{secret})" \'https://{where}:{config.port}/?cmd=list\'')
     found = re.search(r'subject=(.*)\nissuer=(.*)', shown)
     if found and found[1] == found[2]:
         public = openssl('pkey', '-pubin', '-outform', 'der',
