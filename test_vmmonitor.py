@@ -9313,9 +9313,10 @@ class CommandLineTest(ConfigCase):
                 (('--config', nothing), 'nothing is enabled; set monitor.enabled'),
                 (('--listen', '--config', self.write({'listener': {'key': 'CHANGE-ME'}}, name='s')),
                  'still the sample\'s'),
-                (('--json',), 'goes with --status, --sync or --check'),
-                (('--monitor', '--status'), 'does not go with --status'),
-                (('--status', '--sync'), 'not allowed with argument'),
+                (('--dry-run',), 'goes with --startup alone, or --shutdown'),
+                (('--json',), 'unrecognized arguments: --json'),
+                (('--monitor', '--status'), 'unrecognized arguments: --monitor'),
+                (('--status', '--sync'), 'unrecognized arguments: --sync'),
                 (('--fly',), 'unrecognized arguments: --fly')):
             with self.subTest(arguments=arguments):
                 status, out, err = vmmonitor(*arguments)

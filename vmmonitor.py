@@ -12701,7 +12701,7 @@ def show_checks(lines: Iterable[Check], as_json: bool) -> int:
 
 
 def command_clean(options: argparse.Namespace) -> int:
-    found = clean(options.clean, dry_run=options.dry_run, everything=options.all,
+    found = clean(options.names, dry_run=options.dry_run, everything=options.all,
                   force=options.force)
     if not found:
         show('nothing to clean up')
@@ -12878,6 +12878,8 @@ TASKS = {
     'log': Task('what was done, from the journal', '?'),
     'completion': Task('print what completes these words in bash; in zsh after bashcompinit', None)}
 
+AS_OPTIONS = '--check', '--status', '--sync', '--clean'     # which are the verbs of that name
+
 COMPLETION = """_vmmonitor() {
     local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]} names
     case $COMP_CWORD:$word in
@@ -12928,14 +12930,15 @@ def dispatch_verb(options: argparse.Namespace) -> int:
     if options.verb == 'check':
         return show_checks(checks(path, ()), options.json)
     if options.verb == 'clean':
-        options.clean = options.names
         return command_clean(options)
     if options.verb == 'completion':
-        flags = sorted(flag for action in arguments()._actions for flag in action.option_strings)
-        show(COMPLETION % ('\n'.join([*flags, '--wait']), '\n'.join([*VERBS, *TASKS])))
+        flags = [flag for action in arguments()._actions for flag in action.option_strings]
+        show(COMPLETION % ('\n'.join(sorted([*flags, *AS_OPTIONS, '--json', '--wait'])),
+                           '\n'.join([*VERBS, *TASKS])))
         return 0
     if options.verb == 'log':
         return command_log(''.join(options.names or ()))
+    # The listener's keys are none of these commands' business, nor whether they are right.
     config = load(path, ('monitor',)) if path else Config()
     commands = {'list': command_list, 'status': command_status, 'sync': command_sync,
                 'console': command_console}
@@ -13012,7 +13015,8 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    verbs = f'verbs, each with --help:\n  {" ".join({**VERBS, **TASKS})}\n\n'
+    verbs = (f'verbs, each with --help:\n  {" ".join({**VERBS, **TASKS})}\n'
+             f'  {" ".join(AS_OPTIONS)} are the same\n\n')
     parser = argparse.ArgumentParser(
         prog='vmmonitor.py', epilog=verbs + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -13023,28 +13027,15 @@ def arguments() -> argparse.ArgumentParser:
     roles.add_argument('--startup', action='store_true', help='carry out vmStartupCommands, once')
     roles.add_argument('--listen', action='store_true', help='answer https requests')
     once = parser.add_argument_group('once').add_mutually_exclusive_group()
-    names: dict[str, Any] = {'nargs': '*', 'metavar': 'NAME'}
-    flag: dict[str, Any] = {'action': 'store_const', 'const': True}
-    for name, kind, text in (
-            ('check', flag, TASKS['check'].help),
-            ('status', names, 'show guests, agents and clocks'),
-            ('sync', names, TASKS['sync'].help),
-            ('shutdown', flag, 'carry out vmShutdownCommands now'),
-            ('clean', names, 'remove what interrupted programs left of networks, or what has this '
-             'name'),
-            ('version', flag, 'show which version this is'),
-            ('reload', {'type': int}, argparse.SUPPRESS),           # for the unit ...
-            ('setup', {'nargs': '*'}, argparse.SUPPRESS)):          # ... and install.sh
-        once.add_argument(f'--{name}', help=text, **kind)
+    once.add_argument('--shutdown', action='store_true', help='carry out vmShutdownCommands now')
+    once.add_argument('--version', action='store_true', help='show which version this is')
+    once.add_argument('--reload', type=int, help=argparse.SUPPRESS)         # for the unit ...
+    once.add_argument('--setup', nargs='*', help=argparse.SUPPRESS)         # ... and install.sh
     parser.add_argument('--config', metavar='FILE',
                         help='the configuration (default: config.json beside this script)')
-    for name, text in (
-            ('dry-run', 'with --clean, --startup and --shutdown: only show it'),
-            ('all', 'with --clean: all that was made by programs that have ended'),
-            ('force', 'with --clean: also what a running machine uses'),
-            ('json', 'with --status, --sync and --check: answer in JSON'),
-            ('verbose', 'log every event, too')):
-        parser.add_argument(f'--{name}', action='store_true', help=text)
+    parser.add_argument('--dry-run', action='store_true',
+                        help='with --startup alone, or --shutdown: only show it')
+    parser.add_argument('--verbose', action='store_true', help='log every event, too')
     return parser
 
 
@@ -13052,46 +13043,20 @@ def find_config(given: str | None) -> str:
     return given or (OWN_CONFIG if os.path.exists(OWN_CONFIG) else '')
 
 
-def _refuse_mixed(options: argparse.Namespace, roles: Sequence[str], once: str) -> None:
-    lists = once in ('clean', 'shutdown') or not once and roles == ['startup']
-    for flag, given, fits, says in (
-            ('--json', options.json, once in ('check', 'status', 'sync', 'shutdown'),
-             'goes with --status, --sync or --check'),
-            (f'--{"".join(roles[:1])}', roles, once not in ('status', 'sync'),
-             'does not go with --status or --sync'),
-            ('--dry-run', options.dry_run, lists,
-             'goes with --clean, --startup alone, or --shutdown'),
-            ('--all, --force', options.all or options.force, once == 'clean',
-             'go with --clean')):
-        if given and not fits:
-            raise ConfigError(flag, [says])
-
-
 def dispatch(options: argparse.Namespace) -> int:
     path = find_config(options.config)
     roles = [role for role in ROLES[:3] if getattr(options, role)]
-    once = next((name for name in ('check', 'status', 'sync', 'shutdown', 'clean', 'version',
-                                   'reload', 'setup') if getattr(options, name) is not None), '')
-    _refuse_mixed(options, roles, once)
-    if once == 'setup':
+    if options.dry_run and not options.shutdown and roles != ['startup']:
+        raise ConfigError('--dry-run', ['goes with --startup alone, or --shutdown'])
+    if options.setup is not None:
         return command_setup(dict(item.split('=', 1) for item in options.setup))
-    if once == 'version':
+    if options.version:
         show(f'vmmonitor {__version__}')
         return 0
-    if once == 'reload':
+    if options.reload is not None:
         return command_reload(options.reload)
-    if once == 'clean':
-        return command_clean(options)
-    if once:                            # libvirt has no deadline for connecting: let Ctrl-C end it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if once == 'check':
-        return show_checks(checks(path, roles), options.json)
-    if once:
-        # The listener's keys are none of these commands' business, nor whether they are right.
-        config = load(path, ('monitor',)) if path else Config()
-        options.names = getattr(options, once)
-        return {'shutdown': command_list_steps, 'status': command_status, 'sync': command_sync}[
-            once](config, options)
+    if options.shutdown:
+        return command_list_steps(load(path, ('monitor',)) if path else Config(), options)
     if not path and set(roles) != {'monitor'}:
         load(OWN_CONFIG)                # ConfigError
     config = load(path, roles) if path else Config()
@@ -13107,7 +13072,10 @@ def dispatch(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    for option in [word for word in words if word in AS_OPTIONS][:1]:
+        words.remove(option)
+        words.insert(0, option[2:])
     by_verb = bool(words) and words[0] in {**VERBS, **TASKS}
     try:
         options = (verb_arguments() if by_verb else arguments()).parse_args(words)
