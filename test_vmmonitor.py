@@ -12804,7 +12804,7 @@ def bench_footprint() -> Iterator[Contest]:
                 'libvirt-python': lambda: idle(lambda: Program(
                     host.uri, argv=(peers_python(), '-c', CLOCK_PEER)))})
         yield Contest('list', {'time': 'ms'}, {
-            US: lambda: timed(peers_python(), '-c', OUR_COMMAND, '--config', config, 'list'),
+            US: lambda: timed(peers_python(), '-c', OUR_COMMAND, 'list', '--config', config),
             'libvirt-python': lambda: timed(peers_python(), '-c', LIST_PEER, host.uri),
             'virsh list': lambda: timed('virsh', '-c', host.uri, 'list', '--all')})
 
@@ -13106,7 +13106,7 @@ def compete(contest: Contest) -> tuple[dict[str, dict[str, list[float]]], dict[s
                 values = contest.ways[way]()
             except Exception as problem:    # a peer that is not there, or fails: the others go on
                 missing[way] = vm.explain(problem)
-                say(f'{contest.what}: {way}: {missing[way]}; --install adds what is missing')
+                say(f'{contest.what}: {way}: {missing[way]} (--install adds the peers)')
             else:
                 for figure, value in zip(contest.units, values):
                     taken[figure][way].append(value)
@@ -13213,7 +13213,7 @@ class BenchTest(Case):
         self.assertEqual((row['name'], row['unit'], len(row['ways'][US])), ('qmp', '/s', 5))
         self.assertEqual({*row['ways'], *row['missing']}, {US, 'qemu.qmp'})     # its peer, or why
         for why in row['missing'].values():
-            self.assertIn(f"qemu.qmp: {why}; --install adds", table)
+            self.assertIn(f"qemu.qmp: {why} (--install adds", table)
         self.assertRegex(table, r'(?m)^\| qmp, one session: commands +\| \d+ /s \(\d+ to \d+\) +\|')
 
     def test_a_peer_that_fails(self) -> None:
@@ -13224,8 +13224,8 @@ class BenchTest(Case):
             figures, missing = compete(Contest('all', {'time': 'ms'}, {
                 US: lambda: [3.0], 'gone': fails, 'other': lambda: [2.0],
                 'slow': lambda: [math.inf]}))
-        self.assertEqual(told.getvalue(), 'rig: all: gone: RigError: no such module; '
-                         '--install adds what is missing\n')
+        self.assertEqual(told.getvalue(), 'rig: all: gone: RigError: no such module '
+                         '(--install adds the peers)\n')
         self.assertEqual(missing, {'gone': 'RigError: no such module'})
         text = re.sub(' +', ' ', '\n'.join(bench_lines('time', 'ms', figures['time'])))
         self.assertEqual(text, '| time | 3 ms (3 to 3) | other: 2 ms (2 to 2) | 1.50 |\n'
