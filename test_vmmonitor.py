@@ -2024,7 +2024,7 @@ class FuzzTest(ConfigCase):
 
         router = vm.Dispatcher(vm.Guests([ScriptedHost(ScriptedGuest())]),
                                vm.Settings(vm.load(self.write({'listener': {
-                                   'trustedProxies': ['192.0.2.0/24']}}))), {})
+                                   'trustedProxies': ['192.0.2.0/24']}}))))
         server = mock.Mock(router=router)
         head = b'X-Forwarded-For: 10.0.0.1, [::1]:5, 192.0.2.9\r\nAuthorization: Bearer %s\r\n' % (
             KEY.encode())
@@ -2533,7 +2533,8 @@ except vm.ConfigError as problem:
             return set(values['enabled'])
         # A file from before there were more commands switches none of the later ones on.
         old = {'wake': True, 'save': False, 'start': True, 'stop': True}
-        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list', 'log'})
+        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list', 'log', 'sync',
+                                        'metrics'})
         for value, why in (([], 'must be an object such as {"start": true'), ({'start': 1}, 'must'),
                            ({'strat': True}, 'strat: unknown; the commands are start, stop')):
             _, problems = vm.parse(json.dumps({'listener': {'commandsEnabled': value}}), 'x')
@@ -2951,7 +2952,7 @@ class LibvirtTest(GuestCase):
         """What has not changed needs no call of libvirt; what has, is right at once."""
         with crowd(200) as (host, connection):
             guests = vm.Guests([vm.Machines(), host])
-            router = vm.Dispatcher(guests, vm.Settings(vm.load(self.write())), {})
+            router = vm.Dispatcher(guests, vm.Settings(vm.load(self.write())))
 
             def ask(query: str) -> dict[str, Any]:
                 headers = email.message.Message()
@@ -3065,6 +3066,147 @@ class LibvirtTest(GuestCase):
             self.assertNotIn('Traceback', done.stderr.decode())
 
 
+# === figures ====================================================================================
+
+class NoticesTest(ConfigCase):
+    """Word to notify.command."""
+
+    group = 'wire'
+
+    def setUp(self) -> None:
+        self.heard = Path(self.path('heard'))
+        self.settings = vm.Settings(vm.Config(notify_command=self.command()))
+        self.notices = vm.Notices(self.settings)
+
+    def command(self, more: str = '') -> tuple[str, ...]:
+        """Return a command that keeps what it is told."""
+        path = Path(self.path('hear'))
+        path.write_text(f'#!/bin/sh\n{more}cat >> "$1"\n')
+        path.chmod(0o755)
+        return str(path), self.path('heard')
+
+    @staticmethod
+    def busy() -> bool:
+        """Tell whether somebody is being told."""
+        return any(thread.name == 'notify' for thread in threading.enumerate())
+
+    def told(self) -> list[dict[str, Any]]:
+        """Return what it was told, when all was."""
+        soon(lambda: not self.busy(), 10)
+        return [json.loads(line) for line in self.heard.read_text().splitlines()] \
+            if self.heard.exists() else []
+
+    def test_once_until_it_is_over(self) -> None:
+        problem = vm.Error('web1: no $(agent); `x`', 'give it one')
+        for _ in range(3):
+            self.notices.begin('clock', 'web1', problem)
+        self.notices.begin('stop', 'web2', problem)
+        self.notices.end('web1', 'start', 'clock')
+        self.notices.end('web1', 'clock')
+        self.notices.begin('clock', 'web1', problem)
+        told = self.told()
+        self.assertEqual([(row['kind'], row['name'], row['over']) for row in told], [
+            ('clock', 'web1', False), ('stop', 'web2', False), ('clock', 'web1', True),
+            ('clock', 'web1', False)])
+        self.assertEqual({**told[0], 'at': ''}, {
+            'version': 1, 'kind': 'clock', 'name': 'web1', 'over': False, 'at': '',
+            'host': os.uname().nodename, 'error': problem.message, 'hint': problem.hint})
+
+    def test_kinds_and_no_command(self) -> None:
+        self.settings.config = vm.Config(notify_command=self.command(), notify_kinds=('host',))
+        for kind in vm.NOTICES:
+            self.notices.begin(kind, 'x', vm.Error('it'))
+        self.assertEqual([row['kind'] for row in self.told()], ['host'])
+        self.settings.config = vm.Config()
+        self.notices.begin('host', 'y', vm.Error('it'))
+        self.assertEqual(len(self.told()), 1)
+
+    def test_a_command_that_hangs_or_is_missing(self) -> None:
+        self.settings.config = vm.Config(notify_command=('sleep', '600'))
+        with mock.patch.multiple(vm, NOTIFY_TIMEOUT=0.5, NOTICES_WAITING=3), \
+                self.assertLogs('vmmonitor', 'WARNING') as logged:
+            for number in range(9):         # none of which waits
+                self.notices.begin('host', f'h{number}', vm.Error(f'h{number} is away'))
+            self.assertTrue(self.busy())
+            self.told()
+        text = '\n'.join(logged.output)
+        self.assertIn('notify.command is behind; it is not told: h8 is away', text)
+        self.assertIn('no end after 0.5 s', text)
+        for path, why in (('/nonexistent/x', 'not found'), ('/etc/passwd', 'Permission denied')):
+            self.settings.config = vm.Config(notify_command=(path,))
+            with self.assertLogs('vmmonitor', 'WARNING') as logged:
+                self.notices.begin('host', path, vm.Error('away'))
+                self.told()
+            self.assertIn(why, logged.output[0])
+            status, out, _ = vmmonitor('--check', '--config', self.write(
+                {'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False},
+                 'notify': {'command': [path]}}))
+            self.assertIn(f"FAIL  notify.command: {path} can't be run", out)
+
+    def test_what_guests_do(self) -> None:
+        guest = ScriptedGuest()
+        guests = vm.Guests([ScriptedHost(guest)], self.settings)
+
+        def hear(kind: str, condition: vm.State = vm.State.RUNNING, reason: str = '') -> None:
+            guest.status = lambda: vm.Status(condition, reason)     # type: ignore[method-assign]
+            guests.heard(vm.GuestEvent(guest, kind, 0.0))
+            soon(lambda: not threads('look'), 5)
+
+        def refuse() -> NoReturn:
+            raise vm.LibvirtError('no memory')
+        hear('stuck', vm.State.PAUSED)                              # somebody has paused it
+        hear('stuck', vm.State.PAUSED, vm.IO_ERROR)
+        self.assertEqual(guests.notices.of(guest), [
+            "web1 is paused (I/O error); is the host's disk full?"])
+        hear('resumed')
+        hear('stopped', vm.State.OFF, vm.FAILED)
+        hear('started')
+        guest.start = refuse            # type: ignore[method-assign]
+        for _ in range(2):
+            with self.assertRaises(vm.LibvirtError):
+                guests.act('start', guest)
+        hear('booted')                                              # by somebody else
+        guests.commands['x'] = guests.commands[guest.id]
+        hear('stopped', vm.State.OFF)
+
+        def gone() -> NoReturn:
+            raise vm.NoGuest('gone')
+        guest.status = gone             # type: ignore[method-assign]
+        guests.heard(vm.GuestEvent(guest, 'stuck', 0.0))
+        soon(lambda: list(guests.commands) == ['x'], 5)             # nothing is kept of it
+        self.assertEqual([(row['kind'], row['over']) for row in self.told()], [
+            (kind, over) for kind in ('io-error', 'crashed', 'start') for over in (False, True)])
+
+    def test_what_the_service_does(self) -> None:
+        """A host that is away, a refused reload, wrong keys, a certificate that ends soon."""
+        port = free_port()
+        shutil.copytree(self.directory, self.path('etc'), ignore=shutil.ignore_patterns('test*'))
+        changes = {'hosts': {'far': 'qemu+unix:///system?socket=/nonexistent'}, 'listener': {
+            'port': port}, 'notify': {'command': self.command()}}
+        config = Path(self.path('etc')) / 'config.json'
+        config.write_text(json.dumps(merged(self.GOOD, changes)))
+        code = ('import sys, vmmonitor as vm\nvm.AWAY_LIMIT = 0.5\nvm.CERTIFICATE_DAYS = 40000\n'
+                'vm.WRONG_KEYS_WINDOW = 3.0\nvm.exit_now(vm.main(sys.argv[1:]))')
+        program = Program('--listen', '--config', str(config),
+                          argv=(sys.executable, '-c', code))
+        self.addCleanup(program.close)
+        program.wait_log('listening on')
+
+        def kinds(over: bool) -> set[str]:
+            rows = self.heard.read_text().splitlines() if self.heard.exists() else []
+            return {row['kind'] for row in map(json.loads, rows) if row['over'] is over}
+        for number in range(vm.WRONG_KEYS):
+            subprocess.run(['curl', '-sk', f'https://localhost:{port}/?key=x{number}&cmd=list'],
+                           stdout=subprocess.DEVNULL, timeout=30, check=True)
+        good = config.read_text()
+        config.write_text('{')
+        program.process.send_signal(signal.SIGHUP)
+        soon(lambda: kinds(False) == {'host', 'reload', 'keys', 'certificate'}, 20, 'the words')
+        config.write_text(good)
+        program.process.send_signal(signal.SIGHUP)
+        soon(lambda: kinds(True) == {'reload', 'keys'}, 20, 'that it is over')
+
+
 # === guests =====================================================================================
 
 class HostsTest(ConfigCase):
@@ -3161,7 +3303,7 @@ class HostsTest(ConfigCase):
         """Return what asks a dispatcher with a key for these targets."""
         path = self.write({'listener': {'keys': [{
             'name': 'some', 'key': OTHER_KEY, 'targets': list(targets)}]}})
-        router = vm.Dispatcher(self.guests, vm.Settings(vm.load(path)), {})
+        router = vm.Dispatcher(self.guests, vm.Settings(vm.load(path)))
 
         def ask(query: str) -> tuple[int, str]:
             headers = email.message.Message()
@@ -3338,6 +3480,30 @@ class MonitorTest(Case):
         self.assertEqual(len(logged.output), 2, logged.output)
         self.assertIn('no guest agent channel; give it one', logged.output[0])
 
+    def test_a_failure_is_shown_until_it_is_over(self) -> None:
+        guests = self.monitor.guests
+        self.guest.troubles = ['not configured']
+        self.send('resumed')
+        self.settle()
+        self.assertEqual(len(guests.notices.of(self.guest)), 1)
+        self.assertIn('correction_failures_total{cause="resumed",trouble="no channel"} 1',
+                      guests.figures.text({}))
+        self.send('resumed')
+        self.settle()
+        self.assertEqual(guests.notices.of(self.guest), [])
+        self.assertIn('corrections_total{cause="resumed"} 1', guests.figures.text({}))
+
+    def test_a_correction_of_an_earlier_life_is_not_shown(self) -> None:
+        self.guest.delay = 0.3
+        self.send('resumed')
+        soon(lambda: 'guest-get-time' in self.guest.calls)
+        self.send('stopped')                # while its clock is looked at
+        self.settle()
+        self.assertEqual(self.monitor.guests.corrections, {})
+        self.send('resumed')
+        self.settle()
+        self.assertIn(self.guest.id, self.monitor.guests.corrections)
+
     def test_a_stopped_guest_is_no_failure(self) -> None:
         def gone(*_: Any) -> Any:
             raise vm.WrongState('web1: domain is not running')
@@ -3366,8 +3532,7 @@ class MonitorTest(Case):
         self.guest.offset = vm.SECOND
         soon(lambda: abs(self.guest.offset) < TOLERANCE, 5)
         self.settle()
-        self.assertEqual(self.monitor.corrections[self.guest.id].cause, 'periodic check')
-
+        self.assertEqual(self.monitor.guests.corrections[self.guest.id].cause, 'periodic check')
 
     def test_what_a_setting_takes_is_learned(self) -> None:
         """After a restore an agent sets the clock some ms later than it answers, each time."""
@@ -4018,18 +4183,29 @@ class StartupTest(Case):
 
 # === listener ===================================================================================
 
-def nginx_program() -> str:
-    """Return nginx, unpacked and not installed: that would start it as a service."""
-    program = CACHE / 'nginx' / 'usr' / 'sbin' / 'nginx'
-    if not program.exists():
-        say('downloading nginx')
+def unpacked(package: str, program: str) -> str:
+    """Return a program of a package that is not installed: that would start it as a service."""
+    path = CACHE / package / program
+    if not path.exists():
+        say(f'downloading {package}')
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
-            apt('download', 'nginx', cwd=Path(work))
-            run('dpkg-deb', '-x', *map(str, Path(work).glob('*.deb')), f'{work}/nginx', timeout=60)
+            apt('download', package, cwd=Path(work))
+            run('dpkg-deb', '-x', *map(str, Path(work).glob('*.deb')), f'{work}/{package}',
+                timeout=60)
             with contextlib.suppress(OSError):          # another run was faster
-                os.rename(f'{work}/nginx', CACHE / 'nginx')
-    return str(program)
+                os.rename(f'{work}/{package}', CACHE / package)
+    return str(path)
+
+
+def nginx_program() -> str:
+    """Return nginx."""
+    return unpacked('nginx', 'usr/sbin/nginx')
+
+
+def promtool() -> str:
+    """Return what checks figures as Prometheus reads them."""
+    return unpacked('prometheus', 'usr/bin/promtool')
 
 
 NGINX_HEAD = """daemon off; master_process off; pid PLACE/nginx.pid; error_log PLACE/error.log;
@@ -4129,7 +4305,7 @@ class ListenerTest(ConfigCase):
             {'name': 'web', 'key': OTHER_KEY, 'commands': ['start', 'list'],
              'targets': ['web*']}]}}
         self.settings = vm.Settings(vm.load(self.write(self.changes)))
-        self.listener = vm.Listener(self.guests, self.settings, {})
+        self.listener = vm.Listener(self.guests, self.settings)
         self.listener.open(self.settings.config)
         self.addCleanup(self.listener.close)
         self.url = f'https://localhost:{self.port}/'
@@ -4396,7 +4572,7 @@ class ListenerTest(ConfigCase):
     def test_status_and_list(self) -> None:
         correction = vm.Correction('web1', 'resumed', -3 * vm.SECOND, vm.MS, 'guest-set-time',
                                    when=86400)
-        self.listener.router.corrections = {self.guest.id: correction}
+        self.guests.corrections[self.guest.id] = correction
         line = 'web1 running agent=connected clock=+1.0ms at 1970-01-02T00:00:00Z after "resumed"'
         self.assertEqual(self.ask('cmd=status&target=web1', *self.BEARER), (200, line))
         self.assertEqual(self.ask('cmd=list', *self.BEARER), (
@@ -4406,9 +4582,121 @@ class ListenerTest(ConfigCase):
         self.assertEqual((status, json.loads(body)['guests'][0]), (200, {
             'name': 'web1', 'state': 'running', 'agent': 'connected', 'clock': {
                 'cause': 'resumed', 'beforeMs': -3000.0, 'afterMs': 1.0, 'corrected': True,
-                'at': '1970-01-02T00:00:00Z', 'history': []}, 'lastCommand': None, 'reason': ''}))
+                'at': '1970-01-02T00:00:00Z', 'history': []}, 'lastCommand': None, 'reason': '',
+            'host': '', 'problems': []}))
         status, body = self.ask('cmd=x', *self.BEARER, '-H', 'Accept: application/json')
         self.assertEqual((status, list(json.loads(body))), (400, ['error']))
+
+    def test_metrics(self) -> None:
+        odd = 'web"\\1'
+        self.host.guests[odd] = ScriptedGuest(odd)
+        self.changes['listener']['keys'][0]['commands'] = ['start', 'metrics']
+        self.settings.config = vm.load(self.write(self.changes))
+        url = f'{self.url}metrics'
+        self.assertEqual(self.curl(url=url), (401, 'key is missing'))
+        self.assertEqual(self.ask(f'key={KEY}x&cmd=start&target=web1')[0], 401)
+        self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER)[0], 200)
+        self.guest.agent = lambda *_: 1 // 0        # type: ignore[method-assign]
+        self.ask('cmd=sync&target=web1', *self.BEARER)
+        del self.guest.agent
+        self.assertRegex(self.ask('cmd=sync&target=web1', *self.BEARER)[1],
+                         r'^web1: clock corrected, cause=sync before=-300\d\.')
+        status, text = self.curl('-i', *self.BEARER, url=url)
+        self.assertIn('Content-Type: text/plain; version=0.0.4', text)
+        text = text.partition('\r\n\r\n')[2]
+        for line in (r'guests\{state="running"\} 3', r'guests\{state="off"\} 0',
+                     r'guest_agent_up\{guest="web\\"\\\\1"\} 1',
+                     r'clock_offset_seconds\{guest="web1",when="before"\} -(3|2\.99|3\.00)\d*',
+                     r'corrections_total\{cause="sync"\} 1', 'right_seconds_count 1',
+                     r'right_seconds_bucket\{le="\+Inf"\} 1', 'request_seconds_count [567]',
+                     r'commands_total\{command="start",result="done"\} 1',
+                     r'commands_total\{command="sync",result="ZeroDivisionError"\} 1',
+                     'wrong_keys_total 1', r'host_up\{host="libvirt"\} 1',
+                     r'host_reconnects_total\{host="libvirt"\} 0',
+                     rf'build_info\{{version="{vm.__version__}",python="3\.[\d.]+"\}} 1'):
+            self.assertRegex(text, f'(?m)^vmmonitor_{line}$')
+        done = subprocess.run([promtool(), 'check', 'metrics'], input=f'{text}\n'.encode(),
+                              timeout=60, capture_output=True, check=False)
+        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b''))
+        # Figures of guests are of those that there are, and that the key reaches.
+        self.assertNotIn('gr\u00f6\u00dfe', self.curl(*self.WEB_BEARER, url=url)[1])
+        del self.host.guests['web1']
+        self.assertNotIn('guest="web1"', self.curl(*self.BEARER, url=url)[1])
+        readme = (HERE / 'README.md').read_text()
+        for name, row in vm.FIGURES.items():
+            labels = ', '.join(f'`{label}`' for label in row.labels)
+            self.assertIn(f'| `{name}` | {labels} | {row.kind}: {row.help} |', readme)
+        self.settings.config = vm.load(self.write(self.changes, {'listener': {
+            'commandsEnabled': {'metrics': False}}}))
+        self.assertEqual(self.curl(*self.BEARER, url=url), (
+            403, 'metrics is switched off (listener.commandsEnabled)'))
+
+    def members(self, value: Any, path: str = '') -> Iterator[str]:
+        """Yield the paths of all that JSON has."""
+        for name, item in value.items() if isinstance(value, dict) else ():
+            yield from self.members(item, f'{path}.{name}' if path else name)
+        for item in value if isinstance(value, list) else ():
+            yield from self.members(item, f'{path}[]')
+        if path:
+            yield path
+
+    def test_the_form_of_json(self) -> None:
+        """It is what the README says, as scripts stand on it."""
+        def gone() -> NoReturn:
+            raise vm.HostAway('away', hint='later')
+        self.other.status = gone            # type: ignore[method-assign]
+        self.guests.hosts.append(away := ScriptedHost(label='far'))
+        away.up.clear()
+        self.guests.notices.begin('clock', 'web1', vm.Error('wrong', 'mend it'))
+        self.guests.lists['startup'] = 'line 1: start web1'
+        for command in ('start', 'off', 'sync'):
+            with contextlib.suppress(NotImplementedError):
+                self.guests.act(command, self.guest)
+            seen = {}
+            for query in ('list', 'status&target=web1'):
+                status, text = self.ask(f'cmd={query}', *self.BEARER, '-H',
+                                        'Accept: application/json')
+                self.assertEqual(status, 200)
+                seen[query[:4]] = json.loads(text)
+            self.assertEqual(seen['list']['version'], 1)
+            self.assertEqual({'version': 1, **seen['list']['guests'][0]}, seen['stat'])
+            self.found = getattr(self, 'found', set()) | {
+                ('list', path.partition('guests[].')[0] or path)
+                for path in self.members(seen['list']) if 'guests[]' not in path} | {
+                ('status', path.partition('guests[].')[2])
+                for path in self.members(seen['list']) if 'guests[].' in path}
+        table = re.findall(r'(?m)^\| (`\S.*`) \| (`list`|`status`|both) \|',
+                           (HERE / 'README.md').read_text())
+        told = {(kind, path) for paths, of in table for path in re.findall('`(.*?)`', paths)
+                for kind in (('list', 'status') if of == 'both' else (of.strip('`'),))}
+
+        def shorter(rows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+            return {(kind, path) for kind, path in rows if path not in ('version', 'guests')
+                    and not any(other.startswith((f'{path}.', f'{path}[')) for _, other in rows)}
+        self.assertEqual(shorter(self.found), shorter(told))
+
+    def test_a_picture_is_sent_once(self) -> None:
+        self.changes['listener']['commandsEnabled'] = {'screenshot': True}
+        self.settings.config = vm.load(self.write(self.changes))
+        pictures = iter([b'one', b'one', b'two'])
+        self.guest.picture = lambda: next(pictures)         # type: ignore[method-assign]
+        with mock.patch.object(vm, 'PICTURE_PAUSE', 60.0):
+            for _ in range(3):              # many look at it, and the guest is asked once
+                status, text = self.ask('cmd=screenshot&target=web1', '-i', *self.BEARER)
+                self.assertRegex(text, '(?s)^HTTP/1.1 200 .*\r\n\r\none$')
+        tag = re.findall('ETag: (.*)\r\n', text)[0]
+        self.listener.router.pictures.clear()
+        with mock.patch.object(vm, 'PICTURE_PAUSE', 0.0):
+            for status in (304, 200):
+                self.assertEqual(self.ask('cmd=screenshot&target=web1', '-H',
+                                          f'If-None-Match: {tag}', *self.BEARER)[0], status)
+
+    def test_while_the_host_goes_down(self) -> None:
+        self.guests.lists['shutdown'] = '1 of 2 off'
+        self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER),
+                         (503, 'the host goes down'))
+        status, text = self.ask('cmd=list', *self.BEARER, '-H', 'Accept: application/json')
+        self.assertEqual((status, json.loads(text)['lists']), (200, ['shutdown: 1 of 2 off']))
 
     def test_a_host_that_is_away_hides_no_other(self) -> None:
         away = ScriptedHost(ScriptedGuest('db1'))
@@ -4716,7 +5004,7 @@ class ListenerTest(ConfigCase):
 
     def test_a_taken_port_is_told(self) -> None:
         with self.assertRaises(vm.Error) as caught:
-            vm.Listener(self.guests, self.settings, {}).open(self.settings.config)
+            vm.Listener(self.guests, self.settings).open(self.settings.config)
         self.assertEqual(vm.explain(caught.exception), f'can\'t listen on *:{self.port}: Address '
                          'already in use; set listener.port and listener.address to what is free '
                          'here')
@@ -9128,7 +9416,7 @@ class TestAsGuests(Live):
         self.addCleanup(machines.stop)
         self.assertEqual(guests.act('start', guests.find('daemon')), 'started')
         m.wait('agent', BOOT)
-        soon(lambda: m.id in monitor.corrections, 30)
+        soon(lambda: m.id in guests.corrections, 30)
         sh(m, 'date -s @1000000000')
         with self.assertLogs('vmmonitor', 'INFO') as logged:
             self.assertEqual(guests.act('save', guests.find('daemon')), 'saved')
@@ -9590,7 +9878,10 @@ class WayDownTest(GuestCase):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.bind(notified)
             systemd.settimeout(30)
-            program = self.program(config=self.list, env={
+            port = free_port()
+            listed = merged(json.loads(Path(self.list).read_text()), {
+                'listener': {'enabled': True, 'port': port}})
+            program = self.program(config=self.write_text(json.dumps(listed)), env={
                 **self.systemctl('stopping'), 'NOTIFY_SOCKET': notified})
             program.wait_log('connected after')
             program.process.send_signal(signal.SIGTERM)
@@ -9598,6 +9889,10 @@ class WayDownTest(GuestCase):
             while not re.search(r'STATUS=\d of 3 off, waiting for down2: \d+ s\nWATCHDOG=1\n'
                                 r'EXTEND_TIMEOUT_USEC=30000000', seen):
                 seen += systemd.recv(4096).decode() + '\n'
+            # The listener still tells, and starts nobody.
+            found = self.answers(port, 'list', 'start&target=down1')
+            self.assertEqual([found['list'][0], found['start&target=down1']],
+                             [200, (503, 'the host goes down')])
             self.assertEqual(program.process.wait(60), 0)
         self.ended(program.log())
 
@@ -10280,8 +10575,9 @@ class DaemonTest(GuestCase):
             'enabled': True, 'port': port, 'commandsEnabled': {
                 'off': True, 'screenshot': True, 'pause': True, 'resume': True},
             'keys': [{'name': 'one', 'key': limited, 'targets': ['web1'],
-                      'commands': ['list', 'start']}]}})
-        program = self.program('--monitor', '--listen', config=config)
+                      'commands': ['list', 'start']}]},
+            'startup': {'vmStartupCommands': [f'wait path {self.path("data")} 600']}})
+        program = self.program('--monitor', '--listen', '--startup', config=config)
         program.wait_log('connected after')
         for one in (guest, web):
             one.wait_agent()
@@ -10303,6 +10599,7 @@ class DaemonTest(GuestCase):
         browser.type('#key', f'{KEY}\n')
         says('#count', f'{total} of {total} guests')
         self.assertEqual(browser.run('return document.title'), 'vmmonitor')
+        self.assertIn('startup: line 1: wait path /', browser.text('#lists'))
         self.assertIn(evil, browser.text('#guests'))
         browser.run('document.querySelector(arguments[0]).scrollIntoView()', item('seen'))
         soon(lambda: browser.run('return document.querySelector(arguments[0]).naturalWidth > 0',
@@ -10320,6 +10617,10 @@ class DaemonTest(GuestCase):
         says(f'{item("seen")} .state', 'paused')
         guest.virsh('resume')
         says(f'{item("seen")} .clock', '(resumed)')
+        browser.click(f'{item("seen")} button[aria-label="sync seen"]')
+        says(f'{item("seen")} .does', 'clock ')
+        Path(self.path('data')).touch()
+        soon(lambda: browser.text('#lists') == '', 10)
         browser.click(f'{item("seen")} button[aria-label="off seen"]')
         says('#question', 'Pull the plug of seen?')
         browser.click('#sure button[value=no]')
@@ -11460,7 +11761,7 @@ exec python3 -B test_vmmonitor.py --install
         self.copy(place)
         # Packages first, and by the host's network: the rest runs in the container's own.
         self.sh(f'cd {place}; python3 -B -c "import test_vmmonitor as t; t.install(); '
-                't.guest_image(); t.nginx_program()"', 1200, network=False)
+                't.guest_image(); t.nginx_program(); t.promtool()"', 1200, network=False)
         done = subprocess.run(
             self.box.command(f'cd {place}; exec unshare -m sh -c {shlex.quote(self.LIKE_A_HOST)}'),
             env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=3600, check=False)

@@ -56,6 +56,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     guest                  what every guest answers, wherever it lives
     clock                  measure an offset, correct it, prove it
     libvirt                the only place with ctypes: Library, Connection, LibvirtHost, Domain
+    figures                what is counted, and word to who wants to know what failed
     guests                 one name space over the hosts; one command per guest at a time
     monitor                triggers -> at most one clock job per guest
     startup                the lists for the way up and the way down
@@ -1128,6 +1129,10 @@ class Step(NamedTuple):
     otherwise: str = ''         # what to do when it waited in vain: "stop" the list, "save" the
 #                                 guest or cut its power, "off"; '': go on
 
+    def __str__(self) -> str:
+        seconds = f'{self.seconds:g} s' if self.verb == 'delay' else ''
+        return ' '.join(filter(None, [self.verb, self.name, self.until, self.what, seconds]))
+
 
 def _fits(token: str, word: str) -> bool:
     if token.islower():
@@ -1253,12 +1258,17 @@ VERBS = {
     'reset': Verb('press its reset button'),
     'pause': Verb('stop its processors'),
     'resume': Verb('let them go on'),
+    'sync': Verb('correct its clock now', enabled=True),
     'status': Verb('what it is doing', enabled=True, act=False),
     'screenshot': Verb('a PNG of what its screen shows', act=False),
     'list': Verb('all guests, and what they are doing', enabled=True, act=False),
-    'log': Verb('the last commands and corrections', enabled=True, act=False)}
-FOR_ALL = ('list', 'log')      # they take no target
+    'log': Verb('the last commands and corrections', enabled=True, act=False),
+    'metrics': Verb('figures for Prometheus', enabled=True, act=False)}
+FOR_ALL = ('list', 'log', 'metrics')    # they take no target
 COMMANDS = tuple(VERBS)
+# What notify.command can be told of: troubles of a guest, and others
+GUEST_NOTICES = ('clock', 'start', 'stop', 'io-error', 'crashed')
+NOTICES = (*GUEST_NOTICES, 'host', 'reload', 'keys', 'certificate')
 
 
 def commands_enabled(value: Any) -> tuple[str, ...]:
@@ -1384,6 +1394,11 @@ class Config:
     shutdown_timeout: float = option(
         'shutdown.timeout', 300, a_number(1, 1500, 'seconds'),
         'how long all of that may take, in seconds; what is left is not waited for')
+
+    notify_command: tuple[str, ...] = option(
+        'notify.command', (), texts, 'run when something fails: a list, program and arguments')
+    notify_kinds: tuple[str, ...] = option(
+        'notify.kinds', NOTICES, a_list(one_of(*NOTICES)), 'of what it is told')
 
     path: str = ''                                      # the file it was read from
     keys: tuple[Key, ...] = ()                          # listener.key and listener.keys, read
@@ -2118,7 +2133,8 @@ class GuestEvent(NamedTuple):
     """Something happened to a guest.
 
     `kind` is booted, started, resumed, restored, reverted, migrated, woken, "agent connected",
-    found (it was running when the host was reached) or stopped.
+    found (it was running when the host was reached), stopped, or stuck: its status says why, or
+    that it is gone.
     """
 
     guest: Guest
@@ -2134,6 +2150,7 @@ class GuestHost(Protocol):
     prefix: str                 # what its guests' names begin with, "HOST/" if there are several
     here: bool                  # on this machine
     up: threading.Event         # whether it can be asked
+    links: int                  # how often that began
 
     def find(self, name: str) -> Guest | None:
         """Return the guest of that name, or None."""
@@ -2584,7 +2601,7 @@ QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 38, 42, 45, 55
 ERR_TIMEOUT, ERR_AUTH_CANCELLED, ERR_ACCESS_DENIED, ERR_AUTH_UNAVAILABLE = 68, 79, 88, 94
 FROM_RPC = 7                                            # virErrorDomain of a lost connection
-LIST_RUNNING = 1 << 4                                   # virConnectListAllDomainsFlags
+LIST_RUNNING, LIST_STUCK = 1 << 4, 1 << 5 | 1 << 7      # virConnectListAllDomainsFlags
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
 SHUTDOWN_ACPI = 1 << 0                                  # virDomainShutdownFlagValues
 REBOOT_ACPI = 1 << 0                                    # virDomainRebootFlagValues
@@ -2621,7 +2638,8 @@ LIFECYCLE_KINDS = {
     (STARTED, 0): 'booted', (STARTED, 1): 'migrated', (STARTED, 2): 'restored',
     (STARTED, 3): 'reverted', (STARTED, 4): 'woken',
     (RESUMED, 0): 'resumed', (RESUMED, 1): 'migrated', (RESUMED, 2): 'restored',
-    (RESUMED, 3): 'migrated', (RESUMED, 4): 'migrated'}
+    (RESUMED, 3): 'migrated', (RESUMED, 4): 'migrated',
+    (1, 0): 'stuck', (3, 2): 'stuck', (3, 3): 'stuck', (8, 0): 'stuck'}
 DEFAULT_KINDS = {STARTED: 'started', RESUMED: 'resumed', STOPPED: 'stopped'}
 CLOSE_REASONS = {0: 'error', 1: 'end of file', 2: 'keepalive timed out', 3: 'closed by us'}
 
@@ -3131,6 +3149,7 @@ class LibvirtHost:
         self._names: dict[str, Guest] | None = None     # name -> domain: all that there are
         self._seen: dict[str, tuple[Status, str]] = {}  # UUID -> status, state of its agent
         self.up = threading.Event()                     # connected, with events registered
+        self.links = 0                                  # how often it became so
         self.stopping = threading.Event()
         self.problem: LibvirtError | None = None     # why the last attempt failed
         self.step = HostStep(self, trust_clock)
@@ -3194,12 +3213,15 @@ class LibvirtHost:
             running = connection.domains(LIST_RUNNING)
             self.problem = None
             self._forget()
+            self.links += 1
             self.up.set()
             self._changed()
             log.info('%s: connected after %.1f s, version %s, %d guests running',
                      self.name, time.monotonic() - since, connection.version(), len(running))
             for uuid, name in running:
                 self._notify(uuid, name, 'found')
+            for uuid, name in connection.domains(LIST_STUCK):       # paused, crashed, asleep
+                self._notify(uuid, name, 'stuck')
             while not subscription.lost.wait(SPARE_TIME) and connection.alive():
                 for pool in (self.queries, self.actions, self.slow, self.agents):
                     pool.trim(pool is self.agents)      # the next resume shall not wait for one
@@ -3595,6 +3617,141 @@ class Domain(Guest):
             log.debug('%s: rtc-reset-reinjection: %s', self.name, explain(problem))
 
 
+# === figures ====================================================================================
+
+NOTIFY_TIMEOUT = 30.0          # for notify.command
+NOTICES_WAITING = 100          # for it; what is more is lost
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)     # seconds
+
+
+class Figure(NamedTuple):
+    """A row of the table of what GET /metrics shows."""
+
+    kind: str                   # counter, gauge or histogram
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+FIGURES = {
+    'guests': Figure('gauge', 'Guests by state.', ('state',)),
+    'guest_agent_up': Figure('gauge', 'Whether the agent of a guest is connected and answered '
+                             'what it was asked last.', ('guest',)),
+    'clock_offset_seconds': Figure('gauge', "How far a guest's clock was off, before and after "
+                                   'its last correction.', ('guest', 'when')),
+    'corrections_total': Figure('counter', 'Clocks corrected.', ('cause',)),
+    'correction_failures_total': Figure('counter', 'Clocks that could not be corrected.',
+                                        ('cause', 'trouble')),
+    'right_seconds': Figure('histogram', 'From what made a clock wrong to its setting.', ('le',)),
+    'commands_total': Figure('counter', 'Commands carried out.', ('command', 'result')),
+    'request_seconds': Figure('histogram', 'How long requests took.', ('le',)),
+    'wrong_keys_total': Figure('counter', 'Requests with a wrong key, or one for other guests.'),
+    'host_up': Figure('gauge', 'Whether a host can be asked.', ('host',)),
+    'host_reconnects_total': Figure('counter', 'How often a host came back.', ('host',)),
+    'build_info': Figure('gauge', 'The version of vmmonitor.', ('version', 'python'))}
+Samples = dict[tuple[str, tuple[str, ...]], float]      # (name, values of its labels) -> value
+
+
+class Figures:
+    """What was counted since the program began."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Samples = collections.defaultdict(float)
+
+    def count(self, name: str, *labels: str) -> None:
+        """Add one to a counter."""
+        with self._lock:
+            self._counts[name, labels] += 1
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Add a time to a histogram."""
+        with self._lock:
+            for limit in (*BUCKETS, math.inf):
+                self._counts[f'{name}_bucket', (f'{limit:g}',)] += seconds <= limit
+            self._counts[f'{name}_count', ()] += 1
+            self._counts[f'{name}_sum', ()] += seconds
+
+    def text(self, now: Samples) -> str:
+        """Return all figures, those of `now` among them, as Prometheus reads them."""
+        with self._lock:
+            values = {**self._counts, **now}
+        lines = []
+        for name, row in FIGURES.items():
+            keys = sorted(key for key in values if key[0] == name)
+            if row.kind == 'histogram':
+                keys = [(f'{name}_bucket', (f'{limit:g}',)) for limit in (*BUCKETS, math.inf)]
+                keys += [(f'{name}_sum', ()), (f'{name}_count', ())]
+            lines += [f'# HELP vmmonitor_{name} {row.help}', f'# TYPE vmmonitor_{name} {row.kind}']
+            for key in keys or [(name, ())] * (not row.labels):
+                labels = ','.join(
+                    '{}="{}"'.format(label, re.sub(r'(["\\])', r'\\\1', value))
+                    for label, value in zip(row.labels, key[1]))
+                lines.append(f'vmmonitor_{key[0]}{labels and "{%s}" % labels} '
+                             f'{values.get(key, 0):.10g}'.replace('="inf"', '="+Inf"'))
+        return '\n'.join(lines) + '\n'
+
+
+class Notices:
+    """What is wrong now: notify.command is told of each thing once, and once when it is over."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()                   # guards these
+        self._now: dict[tuple[str, str], Error] = {}    # (kind, name) -> what is wrong
+        self._waiting: collections.deque[dict[str, Any]] = collections.deque()
+        self._sending = False                           # a thread is at it
+
+    def of(self, guest: Guest) -> list[str]:
+        """Return what is wrong with a guest, in words."""
+        found = (self._now.get((kind, guest.name)) for kind in GUEST_NOTICES if self._now)
+        return [explain(problem) for problem in found if problem]
+
+    def begin(self, kind: str, name: str, problem: Error) -> bool:
+        """Tell of a problem, of a kind in NOTICES, with what is called `name`; tell whether it is
+        news."""
+        with self._lock:
+            news = (kind, name) not in self._now
+            self._now[kind, name] = problem
+        if news:
+            self._tell(kind, name, False, told(problem))
+        return news
+
+    def end(self, name: str, *kinds: str) -> None:
+        """Tell that it is over, if it was begun."""
+        for kind in kinds if self._now else ():
+            with self._lock:
+                problem = self._now.pop((kind, name), None)
+            if problem:
+                self._tell(kind, name, True, told(problem))
+
+    def _tell(self, kind: str, name: str, over: bool, known: dict[str, str]) -> None:
+        config = self.settings.config
+        if not config.notify_command or kind not in config.notify_kinds:
+            return
+        with self._lock:
+            if len(self._waiting) >= NOTICES_WAITING:
+                log.warning('notify.command is behind; it is not told: %s', known['error'])
+                return
+            self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
+                                  'at': utc(time.time()), 'host': os.uname().nodename, **known})
+            start, self._sending = not self._sending, True
+        if start:
+            spawn('notify', self._send)
+
+    def _send(self) -> None:
+        while True:
+            with self._lock:
+                self._sending = bool(self._waiting)
+                if not self._sending:
+                    return
+                notice = self._waiting.popleft()
+            try:
+                run(self.settings.config.notify_command, NOTIFY_TIMEOUT,
+                    json.dumps(notice).encode() + b'\n')
+            except (Error, OSError) as problem:
+                log.warning('notify.command: %s', explain(problem))
+
+
 # === guests =====================================================================================
 
 RECENT = 100                   # commands and corrections that are remembered ...
@@ -3630,8 +3787,17 @@ class Guests:
         'start anew': lambda guest: (guest.discard() and 'saved state discarded, ' or '')
         + guest.start()}
 
-    def __init__(self, hosts: Sequence[GuestHost]) -> None:
+    # action -> the kind of notice when it fails
+    FAILURES = {'start': 'start', 'start anew': 'start', 'wake': 'start', 'stop': 'stop',
+                'save': 'stop', 'off': 'stop'}
+    # kind of event -> the notices that are over then
+    CURES = {'agent connected': (), 'stuck': (), 'stopped': ('clock', 'stop')}
+
+    def __init__(self, hosts: Sequence[GuestHost], settings: Settings | None = None) -> None:
         self.hosts = list(hosts)
+        self.settings = settings or Settings(Config())
+        self.figures, self.notices = Figures(), Notices(self.settings)
+        self.corrections: dict[str, Correction] = {}    # id of a guest -> the last one of its life
         self.commands: dict[str, dict[str, Any]] = {}   # id of a guest -> the last one, as JSON
         self.recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT)
         self.serial = 0                             # of the last entry in `recent`
@@ -3730,25 +3896,76 @@ class Guests:
                 away.append(answer)
         return found
 
-    def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT) -> str:
+    def heard(self, event: GuestEvent) -> None:
+        """Note what an event says of what was wrong with a guest."""
+        self.notices.end(event.guest.name, *self.CURES.get(
+            event.kind, ('start', 'io-error', 'crashed')))
+        if event.kind in ('stopped', 'stuck'):          # why, only its status says
+            spawn(f'look {event.guest.name}', self._look_at, event.guest)
+
+    def _look_at(self, guest: Guest) -> None:
+        try:
+            status = guest.status()
+        except NoGuest:                                 # it was the last event of that one
+            self.notices.end(guest.name, *GUEST_NOTICES)
+            kept: tuple[dict[str, Any], ...] = self.commands, self.offsets, self.corrections
+            for known in kept:
+                known.pop(guest.id, None)
+        except (GuestError, LibvirtError) as problem:   # when it is back, it gives this again
+            log.debug('%s: %s', guest.name, explain(problem))
+        else:
+            kind = 'io-error' if status.reason == IO_ERROR else 'crashed'
+            if status.reason in TROUBLES:
+                self.notices.begin(kind, guest.name, WrongState(
+                    f'{guest.name} is {status}', TROUBLES[status.reason]))
+            elif status.state in (State.OFF, State.SAVED):
+                self.notices.end(guest.name, 'io-error', 'crashed')
+
+    def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT,
+            tell: bool = True) -> str:
         """Carry out a command of ACTIONS and return what was done, in words.
 
-        What became of it stays in `commands`. Raises Busy when another command for this guest
-        does not end within `patience` seconds.
+        What became of it stays in `commands`; `tell` sends word if it fails. Raises Busy when
+        another command for this guest does not end within `patience` seconds.
         """
+        kind = self.FAILURES.get(action, '')
         with self._alone(guest, action, Deadline(patience)):
             known: dict[str, Any] = {'cmd': action, 'at': utc(time.time())}
             self.commands[guest.id] = {**known, 'result': 'goes on'}
             try:
-                says = self.ACTIONS[action](guest)
+                says = self._sync(guest) if action == 'sync' else self.ACTIONS[action](guest)
             except Exception as problem:
-                self.commands[guest.id] = {**known, **told(
-                    problem if isinstance(problem, Error) else Error(explain(problem)))}
+                error = problem if isinstance(problem, Error) else Error(explain(problem))
+                self.commands[guest.id] = {**known, **told(error)}
+                self.figures.count('commands_total', action, type(problem).__name__)
+                if kind and tell:
+                    self.notices.begin(kind, guest.name, error)
                 self.note(guest.name, f'{action} {guest.name}: {explain(problem)}', failed=True)
                 raise
             self.commands[guest.id] = {**known, 'result': says}
+            self.figures.count('commands_total', action, 'done')
+            self.notices.end(guest.name, kind)
             self.note(guest.name, f'{action} {guest.name}: {says}')
             return says
+
+    def _sync(self, guest: Guest) -> str:
+        config, result = self.settings.config, Correction(guest.name)
+        self.corrected(guest, correct(guest, round(config.tolerance * MS), config.allow_exec,
+                                      result))
+        return str(result)[len(guest.name) + 2:]
+
+    def corrected(self, guest: Guest, result: Correction) -> None:
+        """Keep what was found of a clock, which is right now."""
+        self.notices.end(guest.name, 'clock')
+        self.offsets.setdefault(guest.id, collections.deque(maxlen=OFFSETS)).extend(
+            (round(result.when), offset / MS) for offset in
+            ([result.before] if result.method else []) + [result.after])
+        if result.method:
+            self.figures.count('corrections_total', result.cause)
+            self.figures.observe('right_seconds', result.right)
+            self.note(guest.name, str(result))
+        if result.method or guest.id not in self.corrections:
+            self.corrections[guest.id] = result
 
     def note(self, guest: str, text: str, failed: bool = False) -> None:
         """Add a line to the last commands and corrections, which `cmd=log` shows."""
@@ -3801,18 +4018,18 @@ class ClockJob:
         self.again: GuestEvent | None = None         # came meanwhile: run once more
         self.nudge = threading.Event()                  # set with `again`
         self.late = False                               # see Correction.late
+        self.past = False                               # it began in a life before of the guest
 
 
 class Monitor:
     """Events -> at most one clock job per guest; a trigger during a job makes it run again."""
 
-    NO_TRIGGERS = frozenset(('booted', 'stopped'))      # a boot is announced by "resumed", too
+    NO_TRIGGERS = frozenset(('booted', 'stopped', 'stuck'))  # a boot is told by "resumed", too
     NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
 
     def __init__(self, guests: Guests, settings: Settings) -> None:
         self.guests, self.settings = guests, settings
         self.events: queue.SimpleQueue[GuestEvent | None] = queue.SimpleQueue()
-        self.corrections: dict[str, Correction] = {}    # id -> the last one
         self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
         self._told: dict[str, set[str]] = {}            # id -> complaints since its start
         self._leads: dict[tuple[str, str], int] = {}    # (id, cause) -> Correction.lead
@@ -3870,8 +4087,10 @@ class Monitor:
         with self._lock:
             if event.kind in self.NEW_START or event.kind == 'stopped':
                 self._told.pop(key, None)
-                self.corrections.pop(key, None)         # it was of the guest's life before
+                self.guests.corrections.pop(key, None)      # it was of the guest's life before
             job = self._jobs.get(key)
+            if job and event.kind in self.NEW_START - self.NO_TRIGGERS | {'stopped'}:
+                job.past = True
             if job and event.kind == 'booted':
                 job.event = job.event._replace(kind='booted')
             if event.kind in self.NO_TRIGGERS or config.excludes(
@@ -3901,7 +4120,7 @@ class Monitor:
                 if not job.again or self._stopping.is_set():
                     del self._jobs[key]
                     return
-                job.event, job.again = job.again, None
+                job.event, job.again, job.past = job.again, None, False
                 job.nudge.clear()
 
     def _run(self, job: ClockJob) -> None:
@@ -3917,6 +4136,8 @@ class Monitor:
             return
         except Error as problem:
             kind = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
+            self.guests.figures.count('correction_failures_total', job.event.kind, kind)
+            self.guests.notices.begin('clock', guest.name, problem)
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(problem)}')
             if result.late:             # no event tells when the agent comes back and takes it
@@ -3928,13 +4149,8 @@ class Monitor:
             if abs(result.missed) <= LEAD_MAX:
                 self._leads[learned] = max(0, min(result.lead - result.missed, LEAD_MAX))
         result.cause = job.event.kind
-        self.guests.offsets.setdefault(guest.id, collections.deque(maxlen=OFFSETS)).extend(
-            (round(result.when), offset / MS) for offset in
-            ([result.before] if result.method else []) + [result.after])
-        if result.method:
-            self.guests.note(guest.name, str(result))
-        if result.method or guest.id not in self.corrections:
-            self.corrections[guest.id] = result
+        if not job.past:
+            self.guests.corrected(guest, result)
         log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
         if result.warning:
             self._complain(guest, 'warning', f'the clock is right, but: {result.warning}')
@@ -4081,16 +4297,19 @@ class Startup(GuestList):
         for step in self.steps:
             if self.stopping.is_set():
                 return
+            self.guests.lists[self.what] = f'line {step.number}: {step}'
             if step.verb == 'start':
                 threads.append((step.name, spawn(f'start {step.name}', self._start, step.name)))
             elif step.verb == 'delay':
                 self.stopping.wait(step.seconds)
             elif not self._wait(step) and step.otherwise == 'stop':
                 break
+        self.guests.lists[self.what] = 'waiting for the last guest'
         # Each start has a time limit; one whose host is away goes on in its thread.
         while any(thread.is_alive() and name not in self._waiting for name, thread in threads) \
                 and not self.stopping.wait(STATE_POLL):
             pass
+        del self.guests.lists[self.what]
         if self.stopping.is_set():
             return
         if self.mark:
@@ -4118,11 +4337,16 @@ class Startup(GuestList):
                 self.stopping.wait(START_RETRY_PAUSE)
             if not self._ready(name):
                 return
+            full = name
             try:
-                says = self.guests.act('start', self.guests.find(name))
+                guest = self.guests.find(name)
+                full = guest.name
+                says = self.guests.act('start', guest, tell=False)
             except Error as problem:
                 self.failed[name] = explain(problem)
                 left = START_RETRIES - attempt
+                if not left:
+                    self.guests.notices.begin('start', full, problem)
                 log.log(logging.WARNING if left else logging.ERROR,
                         'startup: start %s failed: %s; %s', name, explain(problem),
                         f'{left} more tries' if left else 'given up')
@@ -4141,10 +4365,7 @@ class Startup(GuestList):
                 except Error as problem:
                     state = f': {explain(problem)}'
             limit = f', {step.seconds:g} s at most' if step.verb == 'wait' else ''
-            what = [step.verb, step.name, step.until, step.what,
-                    f'{step.seconds:g} s' if step.verb == 'delay' else '']
-            yield ' '.join(filter(None, what)) + state + limit + (
-                f', or {step.otherwise}' if step.otherwise else '')
+            yield f'{step}{state}{limit}' + (f', or {step.otherwise}' if step.otherwise else '')
 
 
 class Shutdown(GuestList):
@@ -4232,7 +4453,7 @@ class Shutdown(GuestList):
             if self.stopping.is_set():
                 return
             try:
-                says = self.guests.act(verb, guest)
+                says = self.guests.act(verb, guest, tell=False)
                 patience = Deadline(min(step.seconds, self.limit.left()))
                 if verb != 'stop' or patience.poll(guest.is_off):
                     self.failed.pop(guest.name, None)
@@ -4244,6 +4465,9 @@ class Shutdown(GuestList):
                 self.failed[guest.name] = explain(problem)
             log.warning('shutdown: %s %s: %s', verb, guest.name, self.failed[guest.name])
         self._waits.pop(guest.name, None)
+        if guest.name in self.failed:
+            self.guests.notices.begin('stop', guest.name, Error(
+                f'{guest.name}: {self.failed[guest.name]}'))
         log.info('shutdown: %s: %s; %s', guest.name, self._results.get(guest.name) or 'still on',
                  self.progress())
 
@@ -4343,7 +4567,7 @@ PAGE_SCRIPT = r'''
 const $ = id => document.getElementById(id);
 const DANGEROUS = { off: 'Pull the plug of', reset: 'Press the reset button of' };
 const FITTING = {                       // what can be done in which state
-  running: ['stop', 'save', 'pause', 'reboot', 'reset', 'off'], off: ['start'],
+  running: ['sync', 'stop', 'save', 'pause', 'reboot', 'reset', 'off'], off: ['start'],
   paused: ['resume', 'save', 'off'], asleep: ['wake', 'save', 'off'], saved: ['start'],
   crashed: ['off'], stopping: ['off'] };
 const rows = new Map();                 // name -> the row of a guest, and what it holds
@@ -4395,7 +4619,7 @@ function build(name) {
     name: make('h3', { className: 'name' }, name), facts: make('div', { className: 'facts' }),
     clock: make('div', { className: 'clock' }), plot: make('div', { className: 'plot' }),
     wrong: make('p', { className: 'wrong' }), does: make('div', { className: 'does' }),
-    said: make('span', { role: 'status' }), pending: '', began: 0, shown: '' };
+    said: make('span', { role: 'status' }), pending: '', began: 0, shown: '', tag: '' };
   row.item = make('li', { className: 'guest' }, row.picture, row.name, row.facts, row.clock,
     row.plot, row.wrong, row.does);
   row.item.dataset.name = name;
@@ -4417,7 +4641,8 @@ function fill(row, guest) {
     when(clock.at)] : [make('span', { className: 'dim' }, 'clock not looked at yet')]);
   row.plot.replaceChildren(...clock && clock.history && clock.history.length > 1
     ? [plot(clock.history)] : []);
-  row.wrong.textContent = [guest.error, guest.hint].filter(Boolean).join('; ');
+  row.wrong.textContent = [...guest.problems || [guest.error], guest.hint].filter(Boolean)
+    .join('; ');
   row.does.replaceChildren(...(FITTING[state] || []).filter(verb => known.commands.includes(verb))
     .map(verb => {
       const button = make('button', { type: 'button', disabled: !!row.pending,
@@ -4428,7 +4653,7 @@ function fill(row, guest) {
     }), row.said);
   if (!['running', 'paused'].includes(state)) {
     row.picture.removeAttribute('src');
-    row.picture.alt = '';
+    Object.assign(row, { tag: '' }).picture.alt = '';
     row.picture.classList.add('none');
   }
 }
@@ -4513,14 +4738,16 @@ async function paint() {
     if (!guest || guest.state !== 'running' || !inView.has(guest.name) || document.hidden
         || row.blind || !(known.commands || []).includes('screenshot')) continue;
     try {
-      const answer = await ask({ cmd: 'screenshot', target: guest.name });
+      const answer = await ask({ cmd: 'screenshot', target: guest.name },
+        { 'If-None-Match': row.tag });
       if (answer.status === 200) {
         const old = row.picture.src;
+        row.tag = answer.headers.get('ETag') || '';
         row.picture.src = URL.createObjectURL(await answer.blob());
         row.picture.alt = `the screen of ${guest.name}`;
         row.picture.classList.remove('none');
         if (old) URL.revokeObjectURL(old);
-      } else {
+      } else if (answer.status !== 304) {
         row.blind = true;               // until something about it changes
       }
     } catch (problem) { break; }
@@ -4632,6 +4859,8 @@ HTTP_METHODS = ('GET', 'HEAD', 'POST')
 # follows would be the next request, though a proxy in front has seen one.
 HEADER = re.compile(rb"([\w!#$%&'*+.^`|~-]+:[^\r\n\0]*)?\r?\n")
 LINE_ENDS = (b'\r\n', b'\n')
+METRICS_FORM = 'text/plain; version=0.0.4; charset=utf-8'       # Prometheus' own name for it
+PICTURE_PAUSE = 1.0            # between two pictures of a guest, however many look at it
 PARAMETERS = ('cmd', 'discard', 'key', 'target', 'wait')
 BEARER = ('WWW-Authenticate', 'Bearer')
 
@@ -4672,9 +4901,10 @@ class Request(NamedTuple):
             url = urllib.parse.urlsplit(self.target)
         except ValueError:
             raise Refusal(400, NO_HTTP) from None
-        if url.path not in ('/', ''):
+        if url.path not in ('/', '', '/metrics'):
             raise Refusal(404, 'nothing here; use /?cmd=...&target=...')
-        pairs = [*form_pairs(url.query.encode()), *self._body_pairs()]
+        pairs = [('cmd', 'metrics')] if url.path == '/metrics' else []
+        pairs += [*form_pairs(url.query.encode()), *self._body_pairs()]
         found: dict[str, str] = {}
         for name, value in self._with_bearer(pairs):
             if name == '_':                     # what some clients add to get past caches
@@ -4788,6 +5018,12 @@ class Throttle:
             raise Refusal(429, f'too many wrong keys or targets; try again in {pause} s',
                           (('Retry-After', str(pause)),))
 
+    def locked(self, who: str = '') -> bool:
+        """Tell whether `who`, or anybody, has had enough."""
+        with self._lock:
+            rows = [self._wrong.get(who, (0.0, 0))] if who else self._wrong.values()
+            return any(count >= WRONG_KEYS and end > time.monotonic() for end, count in rows)
+
     def wrong(self, who: str) -> Refusal:
         """Count a wrong key and return what it is answered; 429 if `who` has had enough."""
         self.refuse(who)
@@ -4835,14 +5071,17 @@ class Order(NamedTuple):
 
 
 def unless_known(request: Request, reply: Reply) -> Reply:
-    """Return a JSON reply with its ETag, or 304 if the client has it already."""
-    if 'application/json' not in request.headers.get('Accept', ''):
-        return reply
-    body = json.dumps(reply.data).encode() + b'\n'
+    """Return JSON, a picture or figures with an ETag, or 304 if the client has that already."""
+    if not reply.content:
+        if 'application/json' not in request.headers.get('Accept', ''):
+            return reply
+        reply = reply._replace(
+            content=('application/json', json.dumps(reply.data).encode() + b'\n'))
+    form, body = reply.content or ('', b'')
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     if tag in request.headers.get('If-None-Match', ''):
-        return Reply(304, '', headers=(('ETag', tag),), content=('application/json', b''))
-    return reply._replace(content=('application/json', body), headers=(('ETag', tag),))
+        return Reply(304, '', headers=(('ETag', tag),), content=(form, b''))
+    return reply._replace(headers=(('ETag', tag),))
 
 
 def page_reply(request: Request) -> Reply | None:
@@ -4863,10 +5102,11 @@ class Dispatcher:
         (NoGuest, 404), (Ambiguous, 409), (WrongState, 409), (Busy, 409), (HostAway, 503),
         (Error, 500))
 
-    def __init__(self, guests: Guests, settings: Settings,
-                 corrections: Mapping[str, Correction]) -> None:
-        self.guests, self.settings, self.corrections = guests, settings, corrections
+    def __init__(self, guests: Guests, settings: Settings) -> None:
+        self.guests, self.settings = guests, settings
         self.throttle = Throttle()
+        # id of a guest -> its last picture, and until when that is new enough
+        self.pictures: dict[str, tuple[Deadline, bytes]] = {}
 
     def answer(self, request: Request) -> Reply:
         """Return the answer to any request, and write its audit line."""
@@ -4883,8 +5123,9 @@ class Dispatcher:
         except Exception:               # a boundary: the client gets an answer, the log the bug
             log.exception('request from %s: unexpected error', audit.peer)
             reply = Reply(500, 'an error in vmmonitor; its log has more')
-        if audit.command in FOR_ALL and reply.status == 200:
+        if reply.status == 200 and not VERBS[audit.command].act:
             reply = unless_known(request, reply)
+        self.guests.figures.observe('request_seconds', time.monotonic() - audit.began)
         if reply.status != 304:         # a page that looks every second would fill the log
             audit.write(reply.status)
         return reply
@@ -4914,16 +5155,17 @@ class Dispatcher:
             raise Refusal(400, f'{command} takes no target' if target else
                           f'target is missing: the name of the guest to {command}')
         if target and not self._may_reach(key, target):
-            raise self.throttle.wrong(f'key {key.name}')        # not to be told from a wrong key
+            raise self._wrong(f'key {key.name}', audit)         # not to be told from a wrong key
         if command not in self.settings.config.enabled:
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
         if command not in key.commands:
             raise Refusal(403, f'this key may not {command}')
+        if VERBS[command].act and 'shutdown' in self.guests.lists:
+            raise Refusal(503, 'the host goes down')
         order, deadline = Order.read(command, parameters), Deadline(ANSWER_TIMEOUT)
-        if command == 'list':
-            return self._list(key, deadline)
-        if command == 'log':
-            return self._log(key)
+        if command in FOR_ALL:
+            return {'list': self._list, 'metrics': self._metrics, 'log': self._log}[command](
+                key, deadline)
         guest = self.guests.find(target, reached=lambda guest: key.covers(guest.own, guest.name))
         if command == 'status':
             seen = guest.remembered()
@@ -4931,9 +5173,30 @@ class Dispatcher:
                 deadline, guest.name, self._describe, guest)
             return Reply(200, self._line(known), {'version': 1, **known})
         if command == 'screenshot':
-            picture = within(deadline, guest.name, guest.picture)
-            return Reply(200, '', content=('image/png', picture))
+            return Reply(200, '', content=('image/png', self._picture(guest, deadline)))
         return self._act(order, guest)
+
+    def _picture(self, guest: Guest, deadline: Deadline) -> bytes:
+        new = {key: row for key, row in self.pictures.items() if not row[0].passed()}
+        if guest.id not in new:
+            new[guest.id] = Deadline(PICTURE_PAUSE), within(deadline, guest.name, guest.picture)
+        self.pictures = new
+        return new[guest.id][1]
+
+    def _wrong(self, who: str, audit: Audit) -> Refusal:
+        """Count a wrong key and return what it is answered."""
+        self.guests.figures.count('wrong_keys_total')
+        refusal = self.throttle.wrong(who)
+        if self.throttle.locked(who) and self.guests.notices.begin('keys', 'listener', Error(
+                f'{audit.peer} sends wrong keys, or targets that its key does not reach, and is '
+                'locked out for a while', 'see the log for its requests')):
+            spawn('locked out', self._await_unlocking)
+        return refusal
+
+    def _await_unlocking(self) -> None:
+        while self.throttle.locked():
+            time.sleep(WRONG_KEYS_WINDOW / 10)
+        self.guests.notices.end('listener', 'keys')
 
     def _may_reach(self, key: Key, name: str) -> bool:
         """Tell whether the key reaches a guest that NAME or HOST/NAME can mean."""
@@ -4964,7 +5227,7 @@ class Dispatcher:
         if not secret:
             raise Refusal(401, 'key is missing', (BEARER,))
         if not found:
-            raise self.throttle.wrong(network)
+            raise self._wrong(network, audit)
         audit.key = found.name
         return found
 
@@ -5011,14 +5274,17 @@ class Dispatcher:
     def _describe(self, guest: Guest, seen: tuple[Status, str] | None = None) -> dict[str, Any]:
         """Return what is known of a guest, which was `seen` so, or is looked at."""
         status, agent = seen or guest.seen()
-        last = self.corrections.get(guest.id)
+        last = self.guests.corrections.get(guest.id)
         clock = last and {
             'cause': last.cause, 'beforeMs': last.before / MS, 'afterMs': last.after / MS,
             'corrected': bool(last.method), 'at': utc(last.when),
             'history': [*self.guests.offsets.get(guest.id, ())]}
+        problems = self.guests.notices.of(guest) or [
+            f'{status}; {hint}' for hint in [TROUBLES.get(status.reason)] if hint]
         return {'name': guest.name, 'state': status.state.value, 'reason': status.reason,
-                'agent': agent, 'clock': clock, 'lastCommand': self.guests.commands.get(guest.id),
-                **({'hint': TROUBLES[status.reason]} if status.reason in TROUBLES else {})}
+                'host': guest.prefix[:-1], 'agent': agent, 'clock': clock,
+                'lastCommand': self.guests.commands.get(guest.id),
+                'problems': problems}
 
     @staticmethod
     def _line(known: Mapping[str, Any]) -> str:
@@ -5032,9 +5298,10 @@ class Dispatcher:
             ' "{}" failed at {}: {}'.format(last['cmd'], last['at'], last['error'])
             if 'error' in last else '')
 
-    def _list(self, key: Key, deadline: Deadline) -> Reply:
-        """Return the guests that the key reaches, and which hosts can't be asked."""
-        away: list[Error] = []
+    def _describe_all(self, key: Key, deadline: Deadline, away: list[Error]
+                      ) -> list[dict[str, Any]]:
+        """Return what is known of the guests that the key reaches, and add to `away` which hosts
+        can't be asked."""
         guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
                   if key.covers(guest.own, guest.name)]
         found = {guest.id: self._describe(guest, seen) for guest in guests
@@ -5043,9 +5310,13 @@ class Dispatcher:
         found.update(zip((guest.id for guest in unknown),
                          ask_all(unknown, self._describe, deadline.left())))
         answers = (found[guest.id] for guest in guests)
-        known = [{'name': answer['name'], **told(answer['problem'])} if 'problem' in answer
-                 else answer for answer in answers
-                 if not isinstance(answer.get('problem'), NoGuest)]     # undefined meanwhile
+        return [{'name': answer['name'], **told(answer['problem'])} if 'problem' in answer
+                else answer for answer in answers
+                if not isinstance(answer.get('problem'), NoGuest)]      # undefined meanwhile
+
+    def _list(self, key: Key, deadline: Deadline) -> Reply:
+        away: list[Error] = []
+        known = self._describe_all(key, deadline, away)
         if away and not known:
             raise away[0]
         lines = [*map(self._line, known), *map(explain, away)]
@@ -5057,7 +5328,23 @@ class Dispatcher:
                          if command in self.settings.config.enabled],
             'logged': self.guests.serial})
 
-    def _log(self, key: Key) -> Reply:
+    def _metrics(self, key: Key, deadline: Deadline) -> Reply:
+        """Return the figures; those of guests are of the ones that the key reaches."""
+        now: Samples = {('guests', (state.value,)): 0 for state in State}
+        now['build_info', (__version__, '.'.join(map(str, sys.version_info[:3])))] = 1
+        for host in self.guests.hosts:
+            now['host_up', (host.label,)] = host.up.is_set()
+            now['host_reconnects_total', (host.label,)] = max(0, host.links - 1)
+        for known in self._describe_all(key, deadline, []):
+            row, name = ('guests', (known.get('state', 'unknown'),)), known['name']
+            now[row] = now.get(row, 0) + 1
+            now['guest_agent_up', (name,)] = known.get('agent') == 'connected'
+            for when in ('before', 'after') if known.get('clock') else ():
+                now['clock_offset_seconds', (name, when)] = known['clock'][f'{when}Ms'] / 1000
+        return Reply(200, '', content=(METRICS_FORM, self.guests.figures.text(now).encode(
+            'utf-8', 'replace')))
+
+    def _log(self, key: Key, _deadline: Deadline) -> Reply:
         """Return the last commands and corrections of the key's guests, the newest first."""
         lines = [row for row in [*self.guests.recent][::-1] if self._may_reach(key, row['guest'])]
         return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
@@ -5339,9 +5626,8 @@ class ClientConnection:
 class Listener:
     """The https trigger: the socket that listens, who may connect, and how many at once."""
 
-    def __init__(self, guests: Guests, settings: Settings,
-                 corrections: Mapping[str, Correction]) -> None:
-        self.router = Dispatcher(guests, settings, corrections)
+    def __init__(self, guests: Guests, settings: Settings) -> None:
+        self.router = Dispatcher(guests, settings)
         self.clients: dict[Client, None] = {}       # in the order in which they came
         self.lock = threading.Lock()                # guards clients and waiting
         self.closing = threading.Event()
@@ -11561,6 +11847,7 @@ class Machines:
         self.prefix, self.here = '', True
         self.up = threading.Event()                 # they are always there
         self.up.set()
+        self.links = 1
         self.stopping = threading.Event()
         self._changes: DirectoryChanges | None = None           # while they are watched
         self._followed: dict[str, QMP | None] = {}  # name with a thread for its events -> session
@@ -11638,6 +11925,7 @@ class Machines:
                                 data.get('node-name') or data.get('device'), data.get('reason'),
                                 'it is paused: make space on the host, then start it'
                                 if data.get('action') == 'stop' else 'the guest was told')
+                            receive(GuestEvent(machine, 'stuck', time.monotonic()))
                         elif data.get('open', True):
                             receive(GuestEvent(machine, self.EVENTS[event['event']],
                                                time.monotonic()))
@@ -12295,6 +12583,9 @@ SYSTEMCTL_TRIES = 5             # until it says whether the host goes down
 EXTEND_TIMEOUT = 30             # s that systemd waits for the next sign of life when it stops us
 OWN_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+AWAY_LIMIT = 60.0              # a host that is away longer is worth a word
+CERTIFICATE_DAYS = 14          # a certificate that ends sooner, too ...
+CERTIFICATE_PAUSE = DAY / 4    # ... which is looked at this often
 
 EXAMPLES = """examples:
   vmmonitor.py --monitor                    correct the clocks of all guests, no config needed
@@ -12395,11 +12686,13 @@ class Daemon:
     def __init__(self, config: Config, roles: Sequence[str], once: bool = False) -> None:
         self.settings = Settings(config)
         self.roles = list(roles)
-        self.guests = Guests([Machines(), *libvirt_hosts(config)])
+        self.guests = Guests([Machines(), *libvirt_hosts(config)], self.settings)
         self.monitor = Monitor(self.guests, self.settings)
         # A restart of the service must not start what the admin has switched off meanwhile.
         self.startup = Startup(self.guests, config.steps, BootMark('startup') if once else None)
-        self.listener = Listener(self.guests, self.settings, self.monitor.corrections)
+        self.listener = Listener(self.guests, self.settings)
+        self.away: dict[str, float] = {}            # name of a host -> since when (monotonic)
+        self.certificate = Deadline(0)              # when to look at its end
         # What wakes main(): the numbers of signals, and 0 when there is something else to see.
         self._bell, self._ring = socket.socketpair()
         self._askers: collections.deque[socket.socket] = collections.deque()    # for a reload
@@ -12421,9 +12714,8 @@ class Daemon:
             self.listener.open(self.settings.config)
         if 'monitor' in self.roles:
             self.monitor.start()
-        receive = self.monitor.events.put if 'monitor' in self.roles else lambda _: None
         for host in self.guests.hosts:
-            host.watch(receive, self._wake)
+            host.watch(self._receive, self._wake)
         if 'startup' in self.roles:
             spawn('startup', self.startup.run)
         spawn('reload', self._hear_reloads)
@@ -12439,12 +12731,45 @@ class Daemon:
         stop_all(self.guests.hosts)
         return 0
 
+    def _receive(self, event: GuestEvent) -> None:
+        if 'monitor' in self.roles:
+            self.monitor.events.put(event)
+        self.guests.heard(event)
+
+    def _look_around(self) -> float:
+        """Send word of what no event tells; return the seconds until there is more to see."""
+        notices, now, pauses = self.guests.notices, time.monotonic(), [math.inf]
+        for host in self.guests.hosts:
+            left = self.away.setdefault(host.name, now) + AWAY_LIMIT - now
+            if host.up.is_set():
+                del self.away[host.name]
+                notices.end(host.name, 'host')
+            elif left > 0:
+                pauses.append(left)
+            else:
+                notices.begin('host', host.name, HostAway(f'{host.name} is away'))
+        if 'listen' in self.roles:
+            if self.certificate.passed():
+                self.certificate = Deadline(CERTIFICATE_PAUSE)
+                spawn('certificate', self._look_at_certificate, self.settings.config)
+            pauses.append(self.certificate.left())
+        return min(pauses)
+
+    def _look_at_certificate(self, config: Config) -> None:
+        with contextlib.suppress(CommandError):         # no openssl
+            check = check_certificate(config)
+            if check.good:
+                self.guests.notices.end(config.certificate, 'certificate')
+            else:
+                self.guests.notices.begin('certificate', config.certificate, Error(check.text))
+
     def _shut_down(self) -> None:
         """End the guests of a host that goes down, and have systemd wait for it."""
-        self.listener.close()                       # nobody starts one now
+        self.guests.lists['shutdown'] = 'begins'        # from now on the listener only tells
         shutdown = Shutdown(self.guests, self.settings.config)
         work = spawn('shutdown', shutdown.run)
         while work.is_alive():
+            self.guests.lists['shutdown'] = shutdown.progress()
             notify_systemd(f'STATUS={shutdown.progress()}', 'WATCHDOG=1',
                            f'EXTEND_TIMEOUT_USEC={EXTEND_TIMEOUT * 1_000_000}')
             work.join(1.0)
@@ -12454,7 +12779,8 @@ class Daemon:
         interval = int(os.environ.get('WATCHDOG_USEC', '0')) / 1e6
         heard = b''
         while signal.SIGTERM not in heard and signal.SIGINT not in heard:
-            ready = select.select([self._bell], [], [], interval / 3 or None)[0]
+            pause = min(interval / 3 or math.inf, self._look_around())
+            ready = select.select([self._bell], [], [], None if math.isinf(pause) else pause)[0]
             heard = self._bell.recv(4096) if ready else b''
             if signal.SIGHUP in heard:
                 self._reload()
@@ -12509,11 +12835,14 @@ class Daemon:
             lines = problem.problems if isinstance(problem, ConfigError) else [explain(problem)]
             for line in lines:
                 log.error('reload refused, the old configuration stays: %s', line)
+            self.guests.notices.begin('reload', old.path, Error('; '.join(lines)))
             self._say('READY=1')
             return lines
         self.settings.config = new
         self.monitor.check()
         self._refused = ''
+        self.guests.notices.end(old.path, 'reload')
+        self.certificate = Deadline(0)
         later = [row.key for attribute, row in OPTIONS.values()
                  if row.restart and getattr(old, attribute) != getattr(new, attribute)]
         log.info('configuration read again%s', later and
@@ -12543,6 +12872,9 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         yield from _check_service(service, config)
     if 'listen' in roles:
         yield from _check_listener(config)
+    if config.notify_command and not which(config.notify_command[0]):
+        yield Check(False, f'notify.command: {config.notify_command[0]} can\'t be run; name a '
+                    'program by its path, and its arguments as further strings')
     if networks_used():
         yield from check_networks()
     hosts: list[GuestHost] = [] if service and not service.machines else [Machines()]
@@ -12578,16 +12910,23 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
                        f'; {service.here}/install.sh --with-machines changes that')
 
 
+def check_certificate(config: Config) -> Check:
+    """Say until when the certificate is valid, and whether that is CERTIFICATE_DAYS at least."""
+    shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend',
+                 f'{CERTIFICATE_DAYS * DAY:.0f}', '-in', beside(config, config.certificate)],
+                QMP_TIMEOUT, check=False)
+    end = shown.stdout.decode(errors='replace').partition('=')[2].partition('\n')[0]
+    good = shown.returncode == 0
+    return Check(good, f'certificate {config.certificate}: valid until {end}'
+                 f'{"" if good else "; renew it"}')
+
+
 def _check_listener(config: Config) -> Iterator[Check]:
     try:
-        shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend', '1209600', '-in',
-                     beside(config, config.certificate)], QMP_TIMEOUT, check=False)
-        end = shown.stdout.decode(errors='replace').partition('=')[2].partition('\n')[0]
-        yield Check(shown.returncode == 0, f'certificate {config.certificate}: valid until {end}'
-                   + ('' if shown.returncode == 0 else '; renew it'))
+        yield check_certificate(config)
     except CommandError:
         yield Check(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
-    listener = Listener(Guests([]), Settings(config), {})
+    listener = Listener(Guests([]), Settings(config))
     try:
         listener.bind(config)
     except Error as problem:
@@ -12879,6 +13218,8 @@ TASKS = {
     'completion': Task('print what completes these words in bash; in zsh after bashcompinit', None)}
 
 AS_OPTIONS = '--check', '--status', '--sync', '--clean'     # which are the verbs of that name
+VERBS_HERE: dict[str, Verb | Task] = {**VERBS, **TASKS}
+del VERBS_HERE['metrics']      # they are the service's
 
 COMPLETION = """_vmmonitor() {
     local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]} names
@@ -12898,8 +13239,7 @@ def verb_arguments() -> argparse.ArgumentParser:
         prog='vmmonitor', description='Do something with guests, by their names or patterns such '
                                       'as "web*". Without a verb, see vmmonitor --help.')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
-    rows: dict[str, Verb | Task] = {**VERBS, **TASKS}
-    for verb, row in rows.items():
+    for verb, row in VERBS_HERE.items():
         one = verbs.add_parser(verb, help=row.help, description=row.help)
         names = 1 if verb == 'screenshot' else row.names if isinstance(row, Task) else '*'
         one.set_defaults(all=False, json=False, names=[])
@@ -12934,7 +13274,7 @@ def dispatch_verb(options: argparse.Namespace) -> int:
     if options.verb == 'completion':
         flags = [flag for action in arguments()._actions for flag in action.option_strings]
         show(COMPLETION % ('\n'.join(sorted([*flags, *AS_OPTIONS, '--json', '--wait'])),
-                           '\n'.join([*VERBS, *TASKS])))
+                           '\n'.join(VERBS_HERE)))
         return 0
     if options.verb == 'log':
         return command_log(''.join(options.names or ()))
@@ -13015,7 +13355,7 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    verbs = (f'verbs, each with --help:\n  {" ".join({**VERBS, **TASKS})}\n'
+    verbs = (f'verbs, each with --help:\n  {" ".join(VERBS_HERE)}\n'
              f'  {" ".join(AS_OPTIONS)} are the same\n\n')
     parser = argparse.ArgumentParser(
         prog='vmmonitor.py', epilog=verbs + EXAMPLES,
@@ -13076,7 +13416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in [word for word in words if word in AS_OPTIONS][:1]:
         words.remove(option)
         words.insert(0, option[2:])
-    by_verb = bool(words) and words[0] in {**VERBS, **TASKS}
+    by_verb = bool(words) and words[0] in VERBS_HERE
     try:
         options = (verb_arguments() if by_verb else arguments()).parse_args(words)
     except SystemExit as ended:         # argparse has said it, or printed the help
