@@ -114,7 +114,6 @@ import errno
 import fcntl
 import fnmatch
 import functools
-import glob
 import grp
 import hashlib
 import inspect
@@ -664,8 +663,8 @@ def tidied(value: Any, schema: Any) -> Any:
     neither may take the rest of an answer with it."""
     if isinstance(schema, list) and isinstance(value, list):
         items = [tidied(item, schema[0]) for item in value]
-        good = [item for item in items if matches(item, schema[0])]
-        return good if good and isinstance(schema, Rows) else items
+        return isinstance(schema, Rows) and [
+            item for item in items if matches(item, schema[0])] or items
     if isinstance(schema, dict) and isinstance(value, dict):
         named = {key.rstrip('?'): inner for key, inner in schema.items()}
         return {key: tidied(item, named.get(key, object)) for key, item in value.items()
@@ -774,6 +773,14 @@ def write_whole(path: str, data: bytes, replace: bool = False,
             os.fsync(file)
         except OSError as problem:                  # such as a full disk
             raise write_error(path, problem) from None
+
+
+def names_in(directory: str) -> list[str]:
+    """Return what is in a directory; nothing if there is none, or none that can be read."""
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def fd_path(fd: int) -> str:
@@ -6256,8 +6263,8 @@ class Record:
         return cls(**{**known, 'undo': [Op._make(op) for op in known['undo']]}, more=row)
 
     def row(self) -> dict[str, Any]:
-        row = dataclasses.asdict(self)
-        return {**row.pop('more'), **row, 'undo': [*map(list, self.undo)]}
+        row = {**vars(self), 'undo': [*map(list, self.undo)]}
+        return {**row.pop('more'), **row}
 
 
 def namespace_id(name: str) -> str:
@@ -6359,16 +6366,15 @@ class Registry:
 def open_taps() -> dict[str, str]:
     """Return which other processes have taps open: /dev/tapN, or a plain tap's name -> its name."""
     found = {}
-    for path in glob.iglob('/proc/[0-9]*/fd/*'):
-        pid = path.split('/')[2]
-        with contextlib.suppress(OSError):      # it ended, or closed it meanwhile
-            tap = os.readlink(path)
-            if tap == '/dev/net/tun':
-                shown = Path(path.replace('/fd/', '/fdinfo/')).read_text()
-                tap = ''.join(re.findall(r'^iff:[ \t]*(\S+)$', shown, re.MULTILINE))
-            elif not tap.startswith('/dev/tap'):
-                continue
-            if int(pid) != os.getpid():
+    for pid in filter(str.isdecimal, os.listdir('/proc')):
+        for fd in names_in(f'/proc/{pid}/fd') if int(pid) != os.getpid() else ():
+            with contextlib.suppress(OSError):      # it ended, or closed it meanwhile
+                tap = os.readlink(f'/proc/{pid}/fd/{fd}')
+                if tap == '/dev/net/tun':
+                    shown = Path(f'/proc/{pid}/fdinfo/{fd}').read_text()
+                    tap = ''.join(re.findall(r'^iff:[ \t]*(\S+)$', shown, re.MULTILINE))
+                elif not tap.startswith('/dev/tap'):
+                    continue
                 found[tap] = process_name(pid)
     return found
 
@@ -7060,7 +7066,8 @@ def plan_renewal(plan: Transaction, bridges: Iterable[str]) -> None:
         if not row or row.kind not in ('switch', 'router') or row.stage != 'ready':
             continue
         wanted, undo = passage_ops(name, row, plan.records)
-        missing = [op for op in wanted if not in_force(op)]
+        asked = [in_thread(f'look at {op.tool}', in_force, op) for op in wanted]
+        missing = [op for op, there in zip(wanted, asked) if not there.result(2 * IP_TIMEOUT)]
         if missing:
             # In a firewall their order counts: what is left of them goes first.
             rules = [op for op in wanted if 'tables' in op.tool]
@@ -11806,10 +11813,9 @@ class DirectoryChanges:
         for path in (root, *map(str, Path(root).parents)):
             if self._add(path, self.NAMES):
                 break
-        with contextlib.suppress(OSError):
-            for name in os.listdir(root):
-                self._add(os.path.join(root, name), self.NAMES)
-                self._add(os.path.join(root, name, 'console.log'), self.WRITES)
+        for name in names_in(root):
+            self._add(os.path.join(root, name), self.NAMES)
+            self._add(os.path.join(root, name, 'console.log'), self.WRITES)
 
     def _add(self, path: str, events: int) -> bool:
         return bool(self.libc.inotify_add_watch(self.fd, os.fsencode(path), events) >= 0)
@@ -11863,10 +11869,7 @@ class Machines:
 
     def all(self, running: bool = False) -> list[Guest]:
         """Return all machines, or those that run, by name; not those that hang."""
-        names: list[str] = []
-        with contextlib.suppress(OSError):          # there are none, or none of ours
-            names += sorted(os.listdir(MACHINES_DIR))
-        found = [guest for guest in map(self.find, names) if guest]
+        found = [guest for guest in map(self.find, sorted(names_in(MACHINES_DIR))) if guest]
         if not running:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
