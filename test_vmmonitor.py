@@ -622,8 +622,14 @@ class Libvirtd:
                  '-p', f'{self.dir}/libvirtd.pid', *self.options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd='/',
                 start_new_session=True, env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'})
-        soon(self.listens, 30, 'libvirtd listens', 0.01)
-        self.virsh('list', timeout=60)          # it listens before it serves
+        soon(self.serves, 60, 'libvirtd serves', 0.01)
+
+    def serves(self) -> bool:
+        """True if it answers: it listens before, and may bind its socket once more."""
+        listens = self.listens()
+        with contextlib.suppress(RigError):
+            return listens and bool(self.virsh('list', timeout=60))
+        return False
 
     def listens(self) -> bool:
         """True if the socket takes connections; RigError if libvirtd has exited."""
@@ -8637,6 +8643,9 @@ class TestSaving(Live):
             killed_at(f'write {path}', f'vm.Machine.load("killed").{call}({path!r})')
             self.assertEqual(os.listdir(os.path.dirname(path)), [])
             self.assertIn(m.start(), ('resumed', 'already running'))
+        killed_at(f'write {path}', f'vm.Machine.load("killed").save({path!r})')
+        self.assertEqual(m.save(path), 'saved')         # though QEMU has sent it once
+        self.assertEqual(m.start(), 'restored')
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))
@@ -9924,6 +9933,112 @@ class WayDownTest(GuestCase):
         self.assertEqual(vmmonitor('--config', path, '--startup', '--dry-run'), (
             0, 'start down1: it is running\ndelay 5 s\nwait down1 port 80, 9 s at most, or stop\n'
             'start nope: no guest is named nope; --status lists them\n', ''))
+
+
+class TerminationTest(GuestCase):
+    """SIGTERM at any moment of any role: it is out in time, and nothing is half done."""
+
+    MOMENTS, SEED = 50, 4
+    SPAN = 4.0                  # ... times as long as from exec to the first line of its log
+    ROLES = (('--monitor',), ('--startup',), ('--listen',), ('--monitor', '--startup', '--listen'))
+    # As the program runs where it is installed, from bytecode.
+    CODE = 'import vmmonitor; vmmonitor.exit_now(vmmonitor.main())'
+
+    def test_at_any_moment(self) -> None:
+        self.only()
+        self.directory.chmod(0o711)
+        self.enter(mock.patch.object(vm, 'MACHINES_DIR', str(self.directory / 'machines')))
+        rng = random.Random(self.SEED)
+        self.first = 0.3
+        runs = [(roles, rng.uniform(0.5, self.SPAN), rng.random() < 0.3)
+                for roles in self.ROLES for _ in range(self.MOMENTS)]
+        rng.shuffle(runs)
+        slow: list[tuple[int, Any]] = []
+
+        def work(number: int) -> None:
+            path = self.host.dir / f'term{number}.xml'
+            path.write_text(DaemonTest.NAMELESS % f'term{number}')
+            self.host.virsh('define', str(path))
+            machine = vm.Machine(f'm{number}', memory=32)
+            for run in runs[number::6]:
+                if not self.end_one(machine, number, *run):
+                    slow.append((number, run))
+            self.host.virsh('undefine', f'term{number}')
+        for done in [vm.in_thread('runs', work, number) for number in range(6)]:
+            done.result(1800)
+        for number, run in slow:                # several at once keep two processors busy: alone
+            with self.subTest(run):
+                machine = vm.Machine.load(f'm{number}')
+                self.assertTrue(any(self.end_one(machine, number, *run) for _ in range(3)))
+
+    def end_one(self, machine: vm.Machine, number: int, roles: Sequence[str], moment: float,
+                reload: bool) -> bool:
+        """End one at that moment after its start, or at once after a reload; tell whether the
+        machine was quick enough to say that it is out in time, with nothing half done."""
+        place, port = Path(tempfile.mkdtemp(dir=self.directory)), free_port()
+        config = self.config({'listener': {'port': port}, 'startup': {'vmStartupCommands': [
+            f'start {machine.name}', *[f'start term{number}'] * (number == 0)]}},
+            name=f'{number}.json')
+        marker = f'VMMONITOR_RUN={place}'
+        program = Program(*roles, '--config', config, code=self.CODE, env={
+            'VMMONITOR_MACHINES': vm.MACHINES_DIR, 'TMPDIR': str(place),
+            **dict([marker.split('=')])})
+        with contextlib.closing(program):
+            if '--listen' in roles:
+                vm.spawn('asks', self.ask, port, machine.name, program)
+            began = time.monotonic()
+            time.sleep(min(moment, 1) * self.first)
+            if moment > 1:
+                program.wait_log('info', 300)
+                self.first = time.monotonic() - began
+                if reload:
+                    program.process.send_signal(signal.SIGHUP)
+                time.sleep((moment - 1) * self.first * (0.1 if reload else 1))
+            status, seconds = program.stop()
+            log = program.log()
+        what = f'{roles} {moment:.3f} {reload}\n{log}'
+        # Before its first line it has done nothing, and systemd takes that for a clean end.
+        self.assertIn(status, (0,) if log else (0, -signal.SIGTERM), what)
+        self.assertNotIn('Traceback', log)
+        late = 'ending while these go on' in log
+        if not late:
+            self.assertIn(machine.state(), (vm.State.OFF, vm.State.RUNNING), what)
+        own = {machine.pid()}
+        soon(lambda: self.marked(marker) <= own, 10, f'the children have ended: {what}')
+        machine.stop(force=True)
+        self.assertEqual(self.marked(marker), set(), what)
+        self.assertEqual([*place.iterdir(), *Path(machine.home).glob(f'{vm.DRAFT}*')], [], what)
+        if number == 0:
+            state = soon(lambda: (lambda state: state if state in ('running', 'shut off') else '')(
+                self.host.virsh('domstate', 'term0')))
+            if state == 'running':
+                self.host.virsh('destroy', 'term0')
+        place.rmdir()
+        return seconds < 2 and not late
+
+    @staticmethod
+    def ask(port: int, name: str, program: Program) -> None:
+        """Have the machine started by the listener, as soon as it listens."""
+        while program.process.poll() is None:
+            connection = http.client.HTTPSConnection(
+                'localhost', port, timeout=20, context=ssl._create_unverified_context())
+            with contextlib.suppress(OSError, http.client.HTTPException), \
+                    contextlib.closing(connection):
+                connection.request('GET', f'/?cmd=start&target={name}',
+                                   headers={'Authorization': f'Bearer {KEY}'})
+                connection.getresponse().read()
+                return
+            time.sleep(0.02)
+
+    @staticmethod
+    def marked(marker: str) -> set[int]:
+        """Return the processes that have this in their environment."""
+        found = set()
+        for path in Path('/proc').glob('[0-9]*/environ'):
+            with contextlib.suppress(OSError):
+                if marker.encode() in path.read_bytes().split(b'\0'):
+                    found.add(int(path.parent.name))
+        return found
 
 
 class OneShotTest(GuestCase):
@@ -12467,6 +12582,8 @@ class Soak:
         witness.start()
         witness.wait_agent(BOOT)
         self.calm = statistics.median(self.least_work() for _ in range(7))
+        self.witness.append((time.monotonic(), self.calm))
+        self.spawn(self.watch_witness)
         self.guests: list[SoakGuest] = []
         for number in range(3):
             self.guests.append(SoakVm(self, Vm(self.host, f'tiny{number}')))
@@ -12495,7 +12612,6 @@ class Soak:
                 guest.boot()
         for guest in self.guests:
             guest.judge(1.0)
-        self.spawn(self.watch_witness)
         least, most = SOAK_ROUND
         seconds = min(max(self.minutes * 60 / 5, least), most)
         count = max(1, round(self.minutes * 60 / seconds))

@@ -3996,6 +3996,13 @@ class Guests:
                 del self._busy[guest.id]
                 self._free.notify_all()
 
+    def wait_idle(self, timeout: float) -> None:
+        """Wait until no command is under way: what goes on after `timeout` is named in the log."""
+        with self._free:
+            if not self._free.wait_for(lambda: not self._busy, timeout):
+                log.warning('ending while these go on: %s', ', '.join(
+                    f'{action} of {guest}' for guest, action in self._busy.items()))
+
     def _busy_error(self, guest: Guest) -> Busy:
         return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
                     'try again later')
@@ -10402,6 +10409,9 @@ class MemoryStream(Part):
              timeout: float, stream: socket.socket | None = None) -> None:
         """Send memory and devices to a descriptor, with progress(bytes done, bytes in all)."""
         qmp.execute('migrate-set-parameters', max_bandwidth=1 << 40)
+        if qmp.execute('query-status')['status'] == 'postmigrate':
+            for command in ('cont', 'stop'):    # it was sent, by who was killed before all was done
+                qmp.execute(command)
         qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
 
         def look() -> Progress:
@@ -12676,9 +12686,9 @@ def all_guests(config: Config) -> Iterator[Guests]:
         stop_all(guests.hosts)
 
 
-def stop_all(hosts: Iterable[GuestHost]) -> None:
-    """Stop hosts, all at once: each takes as long as STOP_TIMEOUT allows."""
-    deadline = Deadline(STOP_TIMEOUT)
+def stop_all(hosts: Iterable[GuestHost], timeout: float = STOP_TIMEOUT) -> None:
+    """Stop hosts, all at once, each within `timeout`."""
+    deadline = Deadline(timeout)
     for thread in [spawn(f'stop {host.name}', host.stop) for host in hosts]:
         thread.join(deadline.left())
 
@@ -12731,7 +12741,9 @@ class Daemon:
             self._shut_down()
         self.monitor.stop()
         self.listener.close()
-        stop_all(self.guests.hosts)
+        deadline = Deadline(STOP_TIMEOUT)
+        self.guests.wait_idle(STOP_TIMEOUT * 2 / 3)     # else a machine may be left half started
+        stop_all(self.guests.hosts, deadline.left())
         return 0
 
     def _receive(self, event: GuestEvent) -> None:
