@@ -9942,7 +9942,7 @@ class TerminationTest(GuestCase):
     SPAN = 4.0                  # ... times as long as from exec to the first line of its log
     ROLES = (('--monitor',), ('--startup',), ('--listen',), ('--monitor', '--startup', '--listen'))
     # As the program runs where it is installed, from bytecode.
-    CODE = 'import vmmonitor; vmmonitor.exit_now(vmmonitor.main())'
+    ARGV = (sys.executable, '-c', 'import vmmonitor; vmmonitor.exit_now(vmmonitor.main())')
 
     def test_at_any_moment(self) -> None:
         self.only()
@@ -9980,7 +9980,7 @@ class TerminationTest(GuestCase):
             f'start {machine.name}', *[f'start term{number}'] * (number == 0)]}},
             name=f'{number}.json')
         marker = f'VMMONITOR_RUN={place}'
-        program = Program(*roles, '--config', config, code=self.CODE, env={
+        program = Program(*roles, '--config', config, argv=self.ARGV, env={
             'VMMONITOR_MACHINES': vm.MACHINES_DIR, 'TMPDIR': str(place),
             **dict([marker.split('=')])})
         with contextlib.closing(program):
