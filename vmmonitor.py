@@ -231,7 +231,13 @@ class Error(Exception):
 
 
 class InvalidValue(Error, ValueError):
-    """Why one value can't be used; whoever asked for it adds its place."""
+    """Why one value can't be used; whoever asked for it adds its place. Of a value that has others
+    in it, `places` are all that can't be used: (place, why)."""
+
+    def __init__(self, message: str, hint: str = '', places: Iterable[tuple[str, str]] = ()
+                 ) -> None:
+        super().__init__(message, hint)
+        self.places = list(places) or [('', str(self))]
 
 
 class OutputLost(Error):
@@ -1043,21 +1049,30 @@ def optional(read: Reader) -> Reader:
     return lambda value: None if value is None else read(value)
 
 
-def a_list(read: Reader, what: str = 'strings', of: type = str, place: str = '[{}]: ') -> Reader:
-    """Return a reader of lists of `what`, read into a tuple; all that is wrong is said at once,
-    each with its `place`."""
+def read_each(items: Iterable[tuple[str, Any, Reader]]) -> list[Any]:
+    """Read values, each with its place in what they stand in; InvalidValue says all that is wrong,
+    each by its place, such as machines.web.memory."""
+    found: list[Any] = []
+    problems: list[tuple[str, str]] = []
+    for place, value, read in items:
+        try:
+            found.append(read(value))
+        except InvalidValue as problem:
+            problems += [(place + '.' * bool(place and inner and inner[0] != '[') + inner, why)
+                         for inner, why in problem.places]
+    if problems:
+        raise InvalidValue('; '.join(f'{place}: {why}' if place else why
+                                     for place, why in problems), places=problems)
+    return found
+
+
+def a_list(read: Reader, what: str = 'strings', of: type = str, place: str = '[{}]') -> Reader:
+    """Return a reader of lists of `what`, read into a tuple."""
     def read_all(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, of) for item in value):
             raise InvalidValue(f'must be a list of {what}')
-        found, problems = [], []
-        for number, item in enumerate(value):
-            try:
-                found.append(read(item))
-            except InvalidValue as problem:
-                problems.append(f'{place.format(number)}{problem}')
-        if problems:
-            raise InvalidValue('; '.join(problems))
-        return tuple(found)
+        return tuple(read_each((place.format(number), item, read)
+                               for number, item in enumerate(value)))
     return read_all
 
 
@@ -1070,13 +1085,8 @@ def read_members(item: Mapping[str, Any], members: Mapping[str, tuple[Reader, An
     unknown = set(item) - set(members)
     if unknown:
         raise InvalidValue(f'unknown key {sorted(unknown)[0]!r}; an entry has {names}')
-    values = []
-    for member, (read, default) in members.items():
-        try:
-            values.append(read(item.get(member, default)))
-        except InvalidValue as problem:
-            raise InvalidValue(f'{member}: {problem}') from None
-    return values
+    return read_each((member, item.get(member, default), read)
+                     for member, (read, default) in members.items())
 
 
 def an_address(value: Any) -> str:
@@ -1447,13 +1457,24 @@ def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, A
             yield f'{prefix}{key}', value
 
 
-def _unknown(key: str) -> str:
+def unknown(key: str, known: Iterable[str]) -> str:
     """Say that a key is unknown, and which one may have been meant."""
-    leaf = {name.rpartition('.')[2].lower(): name for name in OPTIONS}
     import difflib
-    near = difflib.get_close_matches(key, OPTIONS, 1) or [
+    names = [*known]
+    leaf = {name.rpartition('.')[2].lower(): name for name in names}
+    near = difflib.get_close_matches(key, names, 1) or [
         leaf[name] for name in difflib.get_close_matches(key.rpartition('.')[2].lower(), leaf, 1)]
-    return f'{key}: unknown; ' + (f'did you mean {near[0]}?' if near else 'remove it')
+    return 'unknown; ' + (f'did you mean {near[0]}?' if near else 'remove it')
+
+
+def read_file(path: str, remedy: str) -> str:
+    """Return the text of a file that a person wrote; ConfigError, with a remedy if there is none."""
+    try:
+        return Path(path).read_text('utf-8')
+    except FileNotFoundError:
+        raise ConfigError(path, [f'no such file; {remedy}']) from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(path, [f'can\'t be read: {explain(problem)}']) from None
 
 
 def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -1469,7 +1490,8 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     for key, value in _flatten(tree):
         if key not in OPTIONS:
             inside = any(name.startswith(key + '.') for name in OPTIONS)
-            problems.append(f'{key}: must be an object' if inside else _unknown(key))
+            problems.append(f'{key}: ' + ('must be an object' if inside else
+                                          unknown(key, OPTIONS)))
             continue
         attribute, row = OPTIONS[key]
         try:
@@ -1487,14 +1509,8 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with every problem found, each with its key and what to do.
     """
-    try:
-        text = Path(path).read_text('utf-8')
-    except FileNotFoundError:
-        raise ConfigError(path, ['no such file; copy config.json.sample there and edit it, or '
-                                 'name another with --config']) from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigError(path, [f'can\'t be read: {explain(problem)}']) from None
-    values, problems = parse(text, path)
+    values, problems = parse(read_file(path, 'copy config.json.sample there and edit it, or name '
+                                       'another with --config'), path)
     config = Config(**values)
     warnings: list[str] = []
     if values and 'listen' in (roles or enabled_roles(config)):
