@@ -92,7 +92,7 @@ PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'cpio', 'kmod', 'iproute2', 'openssl', 'curl', 'xz-utils', 'python3', 'nftables',
             'iptables', 'debootstrap', 'e2fsprogs', 'xorriso', 'ovmf', 'testssl.sh', 'wget',
             'dnsmasq-base', 'nodejs', 'python3-requests', 'python3-aiohttp', 'chromium',
-            'chromium-driver')
+            'chromium-driver', 'tcpdump', 'graphviz')
 Found = TypeVar('Found')
 
 
@@ -9586,6 +9586,264 @@ class TestAsGuests(Live):
             os.kill(pid, signal.SIGCONT)
         self.assertEqual(found, ['a-fine', 'd-fine'])
         self.assertLess(took, 7.5, 'one after the other')
+
+
+# === lab ========================================================================================
+
+class TestLab(Live):
+    """Machines and networks that a file describes. Most machines here have no operating system."""
+
+    def setUp(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(os.path.dirname(self.path('x')))
+        self.addCleanup(lambda: vm.clean(list(vm.Registry.read().records), force=True))
+        self.addCleanup(self.end_all)
+
+    def write(self, tree: Any) -> str:
+        Path('lab.json').write_text(tree if isinstance(tree, str) else json.dumps(tree))
+        return os.path.abspath('lab.json')
+
+    def pair(self, **more: Any) -> dict[str, Any]:
+        """Return a lab of two machines with a disk each, a switch and a direct link."""
+        return {'switches': {'lan': {}}, 'machines': {
+            name: {'memory': 32, 'harddrives': {'filename': f'{name}.qcow2', 'size': 0.2}, **more}
+            for name in ('ma', 'mb')}, 'links': [['ma', 'lan'], ['mb', 'lan'], ['ma', 'mb']]}
+
+    def verb(self, *words: str, status: int = 0) -> str:
+        """Run a verb, and return what it printed."""
+        done = vmmonitor(*words, env={'VMMONITOR_MACHINES': str(self.home)}, timeout=120)
+        self.assertEqual(done[0], status, done)
+        return done[1] + done[2]
+
+    def test_what_is_wrong_in_a_file(self) -> None:
+        """All of it is said at once, by its place, with what to do."""
+        cases: list[tuple[Any, list[str]]] = [
+            ('{', ['not JSON: Expecting']), ([], ['not JSON: must be an object']),
+            ('{"links": [], "links": []}', ['not JSON: ', 'links']),
+            ({'switches': {'lan': {}, 'web': {}, 'much-too-long-a-name': {}}, 'machine': {},
+              'routers': {'gw': {'nat': 1}, 'out': {'trunk': 5, 'trnk': 'x'}}, 'bonds': [],
+              'machines': {'web': {'memory': 'x', 'cpus': 1000, 'memoy': 5, 'name': 'x',
+                                   'harddrives': [{'filename': 'a', 'sise': 5}, 5],
+                                   'nics': [{'mac': 4}, None]}, 'b@': {}},
+              'links': [['web', 'wbe'], {'ends': ['web', 'lan'], 'delay': -1, 'los': 3}, ['lan'],
+                        ['lan:1', 'web'], 5]},
+             ["switches.much-too-long-a-name: can't be a name; use at most 15",
+              'machine: unknown; did you mean machines?', 'routers.gw.nat: must be true or false',
+              'routers.gw.trunk: missing', 'routers.out.trunk: must be a string',
+              'routers.out.trnk: unknown; did you mean trunk?', 'bonds: must be an object',
+              'machines.web.memory: must be a whole number', 'machines.web.cpus: use 1 to 255',
+              'machines.web.memoy: unknown; did you mean memory?', 'machines.web.name: unknown',
+              'machines.web.harddrives[0].sise: unknown; did you mean size?',
+              'machines.web.harddrives[1]: must be a path or an object',
+              'machines.web.nics[0].mac: must be a string', "machines.b@: can't be a name",
+              "links[0].ends[1]: 'wbe' is unknown; did you mean web?", 'links[2]: must have two '
+              'ends', 'links[1].delay: must be a number from 0 to 3600 seconds',
+              'links[1].los: unknown; did you mean loss?',
+              "links[3].ends[0]: 'lan:1': only a machine's nics have numbers",
+              'links[4].ends: must be a list', 'machines.web: is one of switches, too']),
+            ({'switches': {'lan': {}}, 'bonds': {'b0': {'interfaces': ['e0']}}, 'machines': {
+                'a': {'nics': 1}, 'b': {'nics': 'user'}, 'c': {}},
+              'links': [['a:3', 'lan'], ['b', 'lan'], ['c:0', 'lan'], ['c:0', 'lan']]},
+             ['links: c:0 is in two of them', 'machines.a.nics: are too few for the links; leave '
+              'it out, or have 4', 'machines.b.nics: are too few']),
+            ({'bonds': {'b0': {'interfaces': ['e0']}}, 'machines': {'a': {}},
+              'links': [['a', 'b0']]}, ['links[0]: a bond can be linked to switches only'])]
+        for tree, reasons in cases:
+            with self.subTest(reasons[0]), self.assertRaises(vm.ConfigError) as caught:
+                vm.Lab.load(self.write(tree))
+            for reason in reasons:
+                self.assertTrue(any(line.startswith(reason) or line.startswith(reasons[0])
+                                    and reason in line for line in caught.exception.problems),
+                                (reason, caught.exception.problems))
+        with self.refused('absent.json: no such file', 'write one'):
+            vm.Lab.load('absent.json')
+        self.assertIn('machine: unknown', self.verb('up', self.write({'machine': {}}), status=2))
+
+    def test_up_and_down(self) -> None:
+        """What is declared is made once, what was made is taken away, disks stay."""
+        tree = self.pair()
+        path = self.write(tree)
+        vm.Harddrive('ma.qcow2', 0.1)           # was there before, and is never deleted
+        self.assertRegex(self.verb('plan'), 'make switch lan\nmake machine ma\nstart machine ma\n'
+                                            '(.*\n)*connect ma:0 - lan\n')
+        said = self.verb('up')
+        self.assertRegex(said, 'lan: made\nma:1 - mb:1: connected\n')
+        self.assertRegex(said, 'ma: made, started\n')
+        lab = vm.Lab.load()
+        first = {name: machine.pid() for name, machine in lab.machines.items()}
+        self.assertEqual((self.verb('up'), self.verb('plan')), ('nothing to do\n',) * 2)
+        self.assertEqual({name: machine.pid() for name, machine in lab.machines.items()}, first)
+        self.assertEqual({(row['name'], row['state']) for row in lab.status()}, {
+            ('lan', 'up'), ('ma', 'running'), ('mb', 'running'), ('ma:0 - lan', 'up'),
+            ('mb:0 - lan', 'up'), ('ma:1 - mb:1', 'up')})
+        self.assertRegex(self.verb('status', 'lab.json'), 'machine +ma +running\n')
+        self.assertRegex(self.verb('status', status=1), 'NAME +STATE .*\nma +running')  # no libvirt
+        self.assertEqual(json.loads(self.verb('status', 'lab.json', '--json'))['lab'],
+                         lab.status())
+        vm.VirtualNic.known('ma-p0').disconnect()       # others change something, or it crashes
+        self.end(lab.machines['mb'])
+        self.assertEqual(self.verb('plan'), 'start machine mb\nconnect ma:0 - lan\n')
+        self.assertEqual(self.verb('up'), 'ma:0 - lan: connected\nmb: started\n')
+        tree['machines']['ma']['memory'] = 64
+        self.write(tree)
+        self.assertEqual(self.verb('plan'), 'refuse machine ma, made with memory 32, not 64\n')
+        self.assertIn('made with memory 32, not 64', self.verb('up', status=1))
+        self.write('broken')                    # what was made counts, not what the file says
+        with lab._turn(), \
+                mock.patch.object(vm, 'BUSY_TIMEOUT', 0.2), self.refused('is at work on this lab'):
+            lab.down()
+        self.assertRegex(self.verb('plan', '--down', status=2), 'not JSON')
+        self.assertRegex(self.verb('down', '--force'), '(?s)ma: stopped by quit, deleted\n.*lan')
+        self.assertEqual(set(os.listdir('.')), {'lab.json', 'ma.qcow2', 'mb.qcow2'})
+        self.assertFalse([name for name in names() if name[:2] in ('ma', 'mb', 'la')])
+        self.write(self.pair())
+        self.assertEqual(self.verb('plan', '--down', '--disks'),
+                         f'delete disk {os.path.abspath("mb.qcow2")}\n')
+        self.verb('up', path)
+        self.verb('down', '--disks')
+        self.assertEqual(set(os.listdir('.')), {'lab.json', 'ma.qcow2'})
+        self.assertEqual((self.verb('down'), lab.made()), ('nothing to do\n', {}))
+
+    def test_killed_in_the_middle(self) -> None:
+        """By kill -9 at any step: up() goes on, and down() takes half of it away."""
+        path = self.write(self.pair())
+        steps = ('write .*/.labs/', r'run ip .*-batch', 'run qemu-img create',
+                 'write .*/m/mb/machine.json', 'send qmp_capabilities to .*/ma/',
+                 'send cont to .*/mb/')
+        for number, step in enumerate(steps):
+            with self.subTest(step):
+                killed_at(step, f'vm.Lab.load({path!r}).up()')
+                lab = vm.Lab.load(path)
+                if number % 2:
+                    lab.up()
+                    self.assertEqual({row['state'] for row in lab.status()}, {'running', 'up'})
+                    killed_at('run ip .*-batch' if number == 3 else r'send quit to .*/ma/',
+                              f'vm.Lab.load({path!r}).down(force=True)')
+                lab.down(disks=True)
+                self.assertEqual((os.listdir('.'), names() & {'lan', 'ma-p0', 'mb-p0', 'ma-p1'}),
+                                 (['lab.json'], set()))
+                self.assertEqual(([*self.home.glob('m*')], lab.made()), ([], {}))
+
+    def test_one_that_fails(self) -> None:
+        """It is named, the others are up, and later it goes on."""
+        tree = self.pair()
+        tree['machines']['mb']['cd'] = 'late.iso'
+        lab = vm.Lab.load(self.write(tree))
+        with self.refused('late.iso'):
+            lab.up()
+        self.assertEqual({row['name']: row['state'] for row in lab.status()
+                          if row['kind'] == 'machine'}, {'ma': 'running', 'mb': 'absent'})
+        Path('late.iso').write_bytes(bytes(2048))
+        self.assertEqual(lab.up(), ['mb: made, started'])
+        with self.refused('2 of 2: ', 'ma: has no snapshot', 'mb: has no snapshot'):
+            vm.at_once('load', lab.machines, lambda name: lab.machines[name].load_snapshot('x'))
+        vm.Machine.load('ma').delete(force=True)
+        other = self.bios('ma')                 # is not of the lab
+        self.assertIn('ma: is another machine by now, and stays', lab.down(force=True))
+        self.assertEqual(vm.Machine.load('ma').id, other.id)
+
+    def test_interrupted(self) -> None:
+        """Ctrl-C ends it when each machine has come to the end of its step."""
+        path = self.write(self.pair())
+        done = subprocess.run(
+            [sys.executable, '-c', 'import os, sys, vmmonitor as vm\nonce = [1]\n'
+             'vm.TRACE = lambda step: "qemu-img create" in step and once and '
+             f'os.kill(os.getpid(), 2 * once.pop())\nsys.exit(vm.main(["up", {path!r}]))'],
+            timeout=60, check=False, cwd=HERE, capture_output=True, env={
+                **os.environ, 'VMMONITOR_MACHINES': str(self.home)})
+        self.assertEqual((done.returncode, done.stderr), (vm.EXIT_INTERRUPTED, b''))
+        lab = vm.Lab.load(path)
+        self.assertEqual({row['state'] for row in lab.status() if row['kind'] == 'machine'},
+                         {'off'})               # made whole, and not started any more
+        self.assertEqual(len(lab.up()), 2)
+
+    def test_group_snapshot(self) -> None:
+        lab = vm.Lab.load(self.write(self.pair()))
+        lab.up()
+        with at_step('send snapshot-save to .*/mb/', vm.MachineError('no space')), \
+                self.refused('no space'):
+            lab.snapshot('one')
+        running = dict.fromkeys(('ma', 'mb'), vm.State.RUNNING)
+
+        def states() -> dict[str, vm.State]:
+            return {name: machine.state() for name, machine in lab.machines.items()}
+        self.assertEqual(states(), running)     # none has it, and all go on
+        self.assertEqual([machine.snapshots for machine in lab.machines.values()], [[], []])
+        stopped: list[str] = []
+        with mock.patch.object(vm, 'TRACE', stopped.append):
+            self.assertEqual(lab.snapshot('one'), 'snapshot one of ma, mb')
+        steps = [re.sub(r' to .*/(m.)/.*', r' \1', step) for step in stopped]
+        self.assertLess(max(steps.index(f'send stop {name}') for name in running),
+                        min(steps.index(f'send snapshot-save {name}') for name in running))
+        self.assertEqual(states(), running)
+        with self.refused('ma: has a snapshot one'):
+            lab.snapshot('one')
+        lab.machines['ma'].stop(force=True)
+        self.assertIn('ma, mb: put back to one', self.verb('load', 'lab.json', 'one'))
+        self.assertEqual(states(), running)
+        lab.machines['mb'].stop(force=True)
+        self.verb('snapshot', 'two')            # of the one that is off, the disk alone
+        lab.machines['mb'].start()
+        lab.load_snapshot('two')
+        self.assertEqual(states(), {**running, 'mb': vm.State.OFF})
+        with self.refused('ma: has no snapshot three'):
+            lab.load_snapshot('three')
+
+    def test_graph(self) -> None:
+        tree = self.pair()
+        lab = vm.Lab.load(self.write(tree))
+        self.assertIn('ma  (machine, absent)\n ├─ 0 ── lan  (absent)\n └─ 1 ── mb:1  (absent)',
+                      lab.graph())
+        lab.up()
+        vm.VirtualNic.known('mb-p0').disconnect()
+        self.assertIn('lan  (switch, up)\n ├─ ma:0\n └─ mb:0  (absent)\n'
+                      'ma  (machine, running)\n', self.verb('graph'))
+        drawn = subprocess.run(['dot', '-Tplain'], input=self.verb('graph', '--dot'), text=True,
+                               capture_output=True, check=True).stdout
+        self.assertEqual(sorted(re.findall(r'^edge (\S+ \S+)', drawn, re.MULTILINE)),
+                         ['ma lan', 'ma mb', 'mb lan'])
+        self.assertRegex(drawn, r'edge mb lan .* absent .* dashed')
+
+    def test_capture(self) -> None:
+        """SeaBIOS asks for an address by each card: tcpdump reads that from the file."""
+        def shown(path: str) -> str:
+            return subprocess.run(['tcpdump', '-nr', path], capture_output=True, text=True,
+                                  check=True).stdout
+        m = self.bios('pxe', nics=1, memory=64)
+        card = m.nics[0]
+        assert isinstance(card, vm.VirtualNic)
+        card.connect(vm.Switch('lan'))
+        m.add_nic('user')
+        m.start_vm()
+        before = m.qmp('query-fdsets')
+        for nic in (0, 'nic1'):
+            path = self.path(f'{nic}.pcap')
+            with m.capture(nic, path), m.capture(nic, f'{path}2'):
+                m.reset()
+                soon(lambda: os.stat(path).st_size > 400, 60)     # noqa: B023
+            size = os.stat(path).st_size
+            self.assertEqual(os.stat(path).st_uid, 0)
+            for name in (path, f'{path}2'):
+                self.assertRegex(shown(name), r'BOOTP/DHCP, Request from 52:54:00')
+            self.assertEqual([row['name'] for row in m.qmp('qom-list', path='/objects')
+                              if row['name'].startswith('capture')], [])
+            self.assertEqual((os.stat(path).st_size, m.qmp('query-fdsets')), (size, before))
+        with self.refused('exists'), m.capture(0, path):
+            pass
+        with self.refused('no nic 7'), m.capture(7, 'x'):
+            pass
+        killed_at('send object-del', 'with vm.Machine.load("pxe").capture("nic1", '
+                  f'{self.path("killed.pcap")!r}): pass')
+        program = subprocess.Popen(
+            [sys.executable, HERE / 'vmmonitor.py', 'capture', 'pxe', '1', 'verb.pcap'],
+            stderr=subprocess.PIPE, env={**os.environ, 'VMMONITOR_MACHINES': str(self.home)})
+        assert program.stderr
+        self.assertIn(b'Ctrl-C ends it', program.stderr.readline())
+        m.reset()
+        soon(lambda: os.stat('verb.pcap').st_size > 400, 60)
+        program.send_signal(signal.SIGINT)
+        self.assertEqual((program.wait(30), program.stderr.read()), (0, b''))
+        self.assertRegex(shown('verb.pcap'), r'BOOTP/DHCP, Request')
 
 
 # ### part 4: command line ########################################################################

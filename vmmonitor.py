@@ -26,7 +26,7 @@ What there is for that; each of them has its own help():
 
     networks  interfaces routes Interface Interfaces Route Routes Switch Router VirtualNic Bond
               Namespace delete_all check_networks leaks clean
-    machines  Machine machines MachineSnapshot Harddrive Snapshot CD Console
+    machines  Machine machines MachineSnapshot Harddrive Snapshot CD Console Lab
     guests    LibvirtHost Domain Guest State ExecResult Correction
     errors    Error CommandError FileError DiskError NetworkError NoInterface NameTaken InUse
               MissingFeature LibvirtError GuestError NoGuest WrongState Busy AgentError ClockError
@@ -80,6 +80,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     input                  screen, keyboard, mouse
     console                the serial port
     machine                Machine, a face over these; Machines: those of this host
+    lab                    Lab: machines and networks that a file describes
   part 4: command line
     installation           what install.sh leaves to this file: Setup, and what --check asks of it
     command line           options, roles, signals, systemd, main()
@@ -161,7 +162,7 @@ __version__ = '1.0'
 __all__ = [
     'interfaces', 'routes', 'Interface', 'Interfaces', 'Route', 'Routes', 'Switch', 'Router',
     'VirtualNic', 'Bond', 'Namespace', 'delete_all', 'check_networks', 'leaks', 'clean',
-    'Machine', 'machines', 'MachineSnapshot', 'Harddrive', 'Snapshot', 'CD', 'Console',
+    'Machine', 'machines', 'MachineSnapshot', 'Harddrive', 'Snapshot', 'CD', 'Console', 'Lab',
     'LibvirtHost', 'Domain', 'Guest', 'State', 'ExecResult', 'Correction', 'Error',
     'CommandError', 'FileError', 'DiskError', 'NetworkError', 'NoInterface', 'NameTaken',
     'InUse', 'MissingFeature', 'LibvirtError', 'GuestError', 'NoGuest', 'WrongState', 'Busy',
@@ -1468,7 +1469,7 @@ def unknown(key: str, known: Iterable[str]) -> str:
 
 
 def read_file(path: str, remedy: str) -> str:
-    """Return the text of a file that a person wrote; ConfigError, with a remedy if there is none."""
+    """Return the text of a file that a person wrote; ConfigError, with a remedy if it is absent."""
     try:
         return Path(path).read_text('utf-8')
     except FileNotFoundError:
@@ -6813,6 +6814,9 @@ LEASE = '12h'                   # how long an address is lent
 DOMAIN = 'internal'             # of machines' names; set aside for such, so that no other has it
 DHCP_PORTS = 'udp --dport 67', 'udp --dport 53', 'tcp --dport 53'
 
+IMPAIRMENTS = {                 # what makes a cable worse
+    'delay': a_number(0, 3600, 'seconds'), 'jitter': a_number(0, 3600, 'seconds'),
+    'loss': a_number(0, 100, 'percent'), 'rate': a_number(0, 10 ** 12, 'bits per second')}
 SWITCH_OPTIONS = ('type bridge stp_state 0 forward_delay 0 group_fwd_mask 0xfff8 '
                   'nf_call_iptables 0 nf_call_ip6tables 0 nf_call_arptables 0')
 
@@ -7136,9 +7140,16 @@ def delete_all(things: Iterable[Managed], force: bool = False) -> None:
             raise NetworkError(f'delete: {thing!r:.80} was not made by this program',
                                'give a Switch, Router, VirtualNic, Bond or Namespace')
         names.append(thing.name)
+    delete_names(names, force)
+
+
+def delete_names(names: Iterable[str], force: bool = False) -> list[str]:
+    """Delete what is there of these names, as delete_all() does; return them."""
     with transaction() as plan:
-        plan.require_unused(names, force)
-        plan.remove(names)
+        there = [name for name in names if name in plan.records]
+        plan.require_unused(there, force)
+        plan.remove(there)
+    return there
 
 
 class Namespace(Managed):
@@ -7458,10 +7469,8 @@ class VirtualNic(ManagedInterface):
 
         Of a plain tap only what goes to the machine. Raises MissingFeature without netem.
         """
-        for what, value, most, unit in (
-                ('delay', delay, 3600, 'seconds'), ('jitter', jitter, 3600, 'seconds'),
-                ('loss', loss, 100, 'percent'), ('rate', rate, 10 ** 12, 'bits per second')):
-            check(what, value, a_number(0, most, unit), NetworkError)
+        for what, value in (('delay', delay), ('jitter', jitter), ('loss', loss), ('rate', rate)):
+            check(what, value, IMPAIRMENTS[what], NetworkError)
         worse = (f'{f" delay {delay * 1e6:.0f}us {jitter * 1e6:.0f}us" if delay or jitter else ""}'
                  f'{f" loss {loss:g}%" if loss else ""}{f" rate {rate:.0f}bit" if rate else ""}')
         ends = [(self.name, ''), *([(self.sink, self.namespace)] if self.sink else [])]
@@ -8987,7 +8996,7 @@ class MachineFile:
 
 HOME_DIRECTORIES = ('sockets', 'ports', 'vnc')
 HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.log|'
-                        r'console\.log(\.1)?|(change|qmp|agent|console)\d+\.lock|memory|'
+                        r'console\.log(\.1)?|(change|qmp|agent|console|capture)\d+\.lock|memory|'
                         r'efi-vars\.qcow2|screen-[0-9a-f]+|\.vmmonitor-.*')
 
 
@@ -9030,7 +9039,7 @@ QEMU_STATES = {
 QEMU_REASONS = {'io-error': IO_ERROR, 'watchdog': WATCHDOG, 'guest-panicked': PANICKED,
                 'internal-error': FAILED}
 
-SCHEMAS['add-fd'] = {'fdset-id': int}
+SCHEMAS['add-fd'] = {'fdset-id': int, 'fd': int}
 SCHEMAS.update({
     'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
@@ -9179,6 +9188,18 @@ class QmpSession:
         """Hand over a descriptor for where QEMU takes a file, until the session's end (add-fd)."""
         self._sets.append(self._give('add-fd', fd)['fdset-id'])
         return f'/dev/fdset/{self._sets[-1]}'
+
+    @contextlib.contextmanager
+    def opened(self, fd: int, uid: int) -> Iterator[str]:
+        """Hand over a file for where QEMU takes a path, but no fdset: by its own descriptor's name,
+        by which only its owner, for that time QEMU's user, may open a file."""
+        try:
+            os.fchown(fd, uid, -1)
+            told = self._give('add-fd', os.dup(fd))
+            self._sets.append(told['fdset-id'])
+            yield fd_path(told['fd'])
+        finally:
+            os.fchown(fd, os.geteuid(), -1)
 
     def stream(self, fd: int, access: int) -> str:
         """Return the URI by which QEMU migrates to or from a descriptor (`access`, as of open(2)).
@@ -9656,6 +9677,9 @@ MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports
 SPARE_PORTS = 8                 # ... and at least this many are free at first
 PORTS_MAX = 15 * 8
+ETH_P_ALL = 3                   # all frames (packet(7))
+CAPTURES = 8                    # of one machine at once
+CAPTURE_BYTES = 1 << 18         # of a frame: what its network card segments itself comes whole
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
 #                                 a taking back, where a slot has a button
@@ -9741,6 +9765,29 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
             {'out': 'path', 'str': 'fd'}.get(key, key): value}
         told = {**inner, **told}
     return told
+
+
+@contextlib.contextmanager
+def captured(port: str, file: int) -> Iterator[None]:
+    """Write the frames that come and go at an interface of this host to a file (packet(7))."""
+    over, frames = threading.Event(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+
+    def copy() -> None:
+        with contextlib.suppress(OSError):              # the interface, or the space, has gone
+            while not over.is_set():
+                if select.select([frames], [], [], STATE_POLL)[0]:
+                    data, now = frames.recv(CAPTURE_BYTES), time.time_ns() // 1000
+                    os.write(file, struct.pack('IIII', *divmod(now, 1_000_000), len(data),
+                                               len(data)) + data)
+    with frames:
+        frames.bind((port, ETH_P_ALL))
+        os.write(file, struct.pack('IHHiIII', 0xa1b2c3d4, 2, 4, 0, 0, CAPTURE_BYTES, 1))
+        copier = spawn(f'capture {port}', copy)
+        try:
+            yield
+        finally:
+            over.set()
+            copier.join(QMP_TIMEOUT)
 
 
 class DriveSlot:
@@ -10142,6 +10189,43 @@ class Devices(Part):
     def del_harddrive(self, drive: Any, timeout: float = UNPLUG_TIMEOUT) -> str:
         """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
         return self.remove('disk', drive, timeout)
+
+    @contextlib.contextmanager
+    def capture(self, nic: VirtualNic | str | int, filename: str | os.PathLike[str]
+                ) -> Iterator[str]:
+        """Write the frames of a nic, as long as the block lasts, to a new file in pcap's format,
+        and lend its path: at the port of a VirtualNic, for QEMU's own NAT by object-add
+        filter-dump.
+        """
+        device, path = self.find('nic', nic), image_path(filename)
+        with self.file.one_of('capture', CAPTURES, Deadline(0)) as number, \
+                contextlib.ExitStack() as opened:
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except OSError as problem:
+                raise write_error(path, problem) from None
+            opened.callback(os.close, file)
+            # A tap's frames pass by QEMU where there is vhost, which then refuses the filter; and
+            # QEMU before 8.0 has the filter write the tap's header before each.
+            opened.enter_context(captured(device.facts.name, file) if device.facts.name else
+                                 self._dumped(device, f'capture{number}', file))
+            yield path
+
+    @contextlib.contextmanager
+    def _dumped(self, device: Device, id: str, file: int) -> Iterator[None]:
+        """Have QEMU write a nic's frames to a file. It is asked for nothing that it would refuse:
+        QEMU (7.2) then closes its descriptor 0, whatever that is (net/dump.c)."""
+        with self.qemu.session() as qmp:
+            with contextlib.suppress(QemuRefused):      # of a program that was killed
+                qmp.execute('object-del', id=id)
+            with qmp.opened(file, self.spec.uid) as name:
+                qmp.execute('object-add', qom_type='filter-dump', id=id, file=name,
+                            netdev=self._back_name(device), maxlen=CAPTURE_BYTES)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(GuestError):       # it has ended
+                self.qemu.qmp('object-del', id=id)
 
     def nic_state(self, nic: Any, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
@@ -11244,8 +11328,9 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     'monitor_port': (lambda port: port is None or type(port) is int and 0 <= port < 65536,
                      'use a TCP port'),
     'nics': (_are_nics, "use a number, a VirtualNic, a list of them, or 'user'"),
-    **{name: (lambda text: isinstance(text, str), 'is no string')
-       for name in ('kernel', 'initrd', 'cmdline')},
+    **{name: (lambda text: isinstance(text, (str, os.PathLike)), 'is no string')
+       for name in ('kernel', 'initrd')},
+    'cmdline': (lambda text: isinstance(text, str), 'is no string'),
     **{name: (lambda flag: isinstance(flag, bool), 'is no bool') for name in ('efi', 'incoming')}}
 
 
@@ -11315,6 +11400,12 @@ def _uid(user: str | int | None, identity: str) -> int:
         raise ValueError(uid)
     except (KeyError, TypeError, ValueError):
         raise MachineError(f'user {user!r:.80}: no such user') from None
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return in what the arguments that a machine was made with are not those that are wanted."""
+    one, other = ({**defaults_of(Machine), **given} for given in (made, wanted))
+    return [f'{key} {one[key]!r}, not {other[key]!r}' for key in other if one[key] != other[key]]
 
 
 class Power(Part):
@@ -11455,7 +11546,8 @@ class Machine(Guest):
                  nics: int | str | VirtualNic | Sequence[VirtualNic | None] | None = 0,
                  cd: CD | str | os.PathLike[str] | None = None,
                  memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
-                 accel: str = 'auto', kernel: str = '', initrd: str = '', cmdline: str = '',
+                 accel: str = 'auto', kernel: str | os.PathLike[str] = '',
+                 initrd: str | os.PathLike[str] = '', cmdline: str = '',
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
                  user: str | int | None = None, incoming: bool = False, cpu: str = 'auto',
                  forwards: Sequence[str] = ()) -> None:
@@ -11464,7 +11556,7 @@ class Machine(Guest):
         check_arguments(given)
         leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
         uid = _uid(user, identity)
-        kernel, initrd = kernel and readable(kernel), initrd and readable(initrd)
+        kernel, initrd = (readable(path) if path else '' for path in (kernel, initrd))
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
                   for drive in _several(harddrives)]
         # A CD object that is in another machine's drive goes on speaking of that one.
@@ -11488,9 +11580,7 @@ class Machine(Guest):
     def _take(self, file: MachineFile, things: Sequence[Any], disc: CD) -> None:
         """Be the machine that is there, if it was made with the same arguments."""
         there = MachineFile.open(file.name)
-        made, wanted = ({**defaults_of(Machine), **spec.made} for spec in (there.spec, file.spec))
-        other = [f'{key} {made[key]!r}, not {wanted[key]!r}' for key in wanted
-                 if made[key] != wanted[key]]
+        other = differences(there.spec.made, file.spec.made)
         if other:
             raise MachineError(f'machine {file.name} exists, made with {"; ".join(other)}',
                                f'Machine.load({file.name!r}) takes it as it is; its delete() '
@@ -11580,6 +11670,7 @@ class Machine(Guest):
     add_nic = handed('devices', Devices.add_nic)
     del_nic = handed('devices', Devices.del_nic)
     nic_state = handed('devices', Devices.nic_state)
+    capture = handed('devices', Devices.capture)
     set_forwards = handed('devices', Devices.set_forwards)
     add_harddrive = handed('devices', Devices.add_harddrive)
     del_harddrive = handed('devices', Devices.del_harddrive)
@@ -11978,6 +12069,661 @@ class Machines:
 
 
 machines = Machines()
+
+
+# === lab ========================================================================================
+# A lab is a JSON file: what it is made of, by name, each with the arguments of what makes it here.
+# Which arguments there are, and of what type, is said by that class or function alone.
+
+LAB_FILE = 'lab.json'
+LAB_TIMEOUT = 3600.0            # for what is done to all machines of a lab at once
+INTERRUPTED_TIMEOUT = 60.0      # after Ctrl-C, for the step that each machine is at
+SECTIONS: dict[str, Callable[..., Any]] = {         # in the order of making
+    'switches': Switch, 'routers': Router, 'bonds': Bond, 'machines': Machine}
+# A name in an argument's annotation -> what makes such a thing of an object in the file ...
+INSIDE: dict[str, Callable[..., Any]] = {
+    'DriveLike': Harddrive, 'Harddrive': Harddrive, 'VirtualNic': VirtualNic, 'CD': CD}
+# ... or which plain values it takes, and what they are called.
+PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
+    'bool': ((bool,), 'true or false'), 'int': ((int,), 'a whole number'),
+    'float': ((int, float), 'a number'), 'PathLike': ((str,), 'a path'),
+    'DriveLike': ((str,), 'a path'), 'str': ((str,), 'a string'),
+    'Mapping': ((dict,), 'an object'), 'None': ((type(None),), 'null')}
+KIND_NAMES = {'switches': 'switch', 'routers': 'router', 'bonds': 'bond', 'machines': 'machine',
+              'nics': 'nic'}
+LAB_VERSION = 1                 # of the file in which a lab writes down what it has made
+SCHEMAS['lab'] = {'version': int, 'lab': str, 'made': {'*': {'*': str}}}
+
+
+def must_be(good: Callable[[Any], object], what: str) -> Reader:
+    """Return a reader of values that are `good`."""
+    def read(value: Any) -> Any:
+        if not good(value):
+            raise InvalidValue(what)
+        return value
+    return read
+
+
+def an_argument(annotation: str, place: str) -> Reader:
+    """Return a reader of what an argument with that annotation takes; a path counts from `place`.
+    An object becomes the arguments of the Harddrive, CD or VirtualNic that it stands for."""
+    # 'str | Sequence[CD | None]' -> {'str': '', 'Sequence': 'CD | None'}
+    kinds = {name.rpartition('.')[2]: inner for name, inner in re.findall(
+        r'([\w.]+)(?:\[((?:[^][]|\[[^]]*\])*)\])?', annotation)}
+    plain = {kind: what for name, row in PLAIN.items() if name in kinds for kind in row[0]
+             for what in [row[1]]}
+    inside = next((INSIDE[name] for name in kinds if name in INSIDE), None)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, dict) and inside:
+            return an_object(inside, place)(value)
+        if isinstance(value, list) and 'Sequence' in kinds:
+            item = an_argument(kinds['Sequence'], place)
+            return read_each((f'[{number}]', one, item) for number, one in enumerate(value))
+        if type(value) not in plain:
+            lists = ['a list'] * ('Sequence' in kinds)
+            raise InvalidValue('must be ' + ' or '.join(dict.fromkeys(
+                [*plain.values(), *['an object'] * bool(inside), *lists])))
+        return os.path.abspath(os.path.join(place, a_text(value))) if isinstance(value, str) and (
+            kinds.keys() & {'PathLike', 'DriveLike'}) else value
+    return read
+
+
+def an_object(maker: Callable[..., Any], place: str, but: Iterable[str] = ('self', 'name')
+              ) -> Reader:
+    """Return a reader of an object with the arguments of a class or function, all but some."""
+    rows = {name: row for name, row in inspect.signature(maker).parameters.items()
+            if name not in {*but}}
+
+    def member(key: str) -> Reader:
+        if key not in rows:
+            return must_be(lambda _: False, unknown(key, rows))
+        read = an_argument(str(rows[key].annotation), place)
+        if maker is not Machine or key not in ARGUMENTS:
+            return read
+        good, what = ARGUMENTS[key]
+        fits = must_be(lambda one: isinstance(one, (list, dict)) or good(one), what)
+        return lambda value: fits(read(value))
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise InvalidValue('must be an object, such as {' + ', '.join(
+                f'"{name}": …' for name in [*rows][:2]) + '}')
+        return dict(zip(value, read_each([
+            *((key, one, member(key)) for key, one in value.items()),
+            *((name, None, must_be(bool, 'missing')) for name, row in rows.items()
+              if row.default is row.empty and name not in value)])))
+    return read
+
+
+class End(NamedTuple):
+    """An end of a link: a switch, router or bond, or a machine's network card of that number."""
+
+    name: str
+    nic: int = -1
+
+    def __str__(self) -> str:
+        return f'{self.name}:{self.nic}' if self.nic >= 0 else self.name
+
+
+class Cable(NamedTuple):
+    """A link of a lab, and the arguments of VirtualNic.impair() for it."""
+
+    ends: tuple[End, End]
+    worse: dict[str, float]
+
+    def __str__(self) -> str:
+        return ' - '.join(map(str, self.ends))
+
+
+class LabFile:
+    """What a lab's file says; ConfigError has all that is wrong in it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        try:
+            tree = parse_json(read_file(path, f'write one, or name another instead of {LAB_FILE}'),
+                              unique=True)
+            if not isinstance(tree, dict):
+                raise ValueError('must be an object: {"machines": {...}, ...}')
+            self.kinds: dict[str, str] = {}                 # name -> its section
+            self.sections: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in SECTIONS}
+            self.cables: list[Cable] = []
+            self.nics: dict[str, list[dict[str, Any] | None]] = {}  # machine -> arguments; None is
+            #                                                         QEMU's own NAT
+            self._read(tree)
+        except InvalidValue as problem:
+            raise ConfigError(path, [f'{where}: {why}' for where, why in problem.places]) from None
+        except ValueError as reason:
+            raise ConfigError(path, [f'not JSON: {reason}']) from None
+
+    def _read(self, tree: dict[str, Any]) -> None:
+        place = os.path.dirname(self.path)
+        again = [(f'{section}.{name}', f'is one of {self.kinds[name]}, too') for section in SECTIONS
+                 for name in (tree.get(section) or {} if isinstance(tree.get(section), dict)
+                              else {}) if self.kinds.setdefault(name, section) != section]
+        readers: dict[str, Reader] = {
+            'links': a_list(self._cable, 'links, such as ["web", "lan"]', object),
+            **{section: functools.partial(self._section, section, place) for section in SECTIONS}}
+        read_each([
+            *((key, value, readers.get(key) or must_be(lambda _: False, unknown(key, readers)))
+              for key, value in tree.items()),
+            *((where, why, must_be(lambda _: False, why)) for where, why in again),
+            ('', None, lambda _: self._number_cards())])
+
+    def _section(self, section: str, place: str, value: Any) -> None:
+        """Read a section: names, each with arguments."""
+        arguments = an_object(SECTIONS[section], place)
+        good, what = ARGUMENTS['name'] if section == 'machines' else (
+            lambda name: len(name) <= NAME_LENGTH and NAME.fullmatch(name),
+            f'use at most {NAME_LENGTH} letters, digits, ".", "_", "-"')
+        named = must_be(lambda name: name and good(name), f'can\'t be a name; {what}'.format(
+            name_limit(), MACHINES_DIR))
+        if not isinstance(value, dict):
+            raise InvalidValue('must be an object: {"NAME": {...}, ...}')
+        found = read_each([*((name, one, arguments) for name, one in value.items()),
+                           *((name, name, named) for name in value)])
+        self.sections[section] = dict(zip(value, found))
+
+    def _cable(self, value: Any) -> None:
+        """Read a link: its ends, or an object with them and what makes it worse."""
+        value = dict(value) if isinstance(value, dict) else {'ends': value}
+        ends: tuple[End, ...]
+        ends, worse, *_ = read_each([
+            ('ends', value.pop('ends', ()), a_list(self._end)),
+            ('', value, an_object(VirtualNic.impair, '')),
+            *((key, value[key], read) for key, read in IMPAIRMENTS.items() if key in value)])
+        kinds = {self.kinds[end.name] for end in ends}
+        if len(ends) != 2 or ends[0] == ends[1] and ends[0].nic < 0 and kinds != {'machines'}:
+            raise InvalidValue('must have two ends, such as ["web", "lan"]')
+        if 'bonds' in kinds and (worse or kinds - {'switches', 'bonds'} or len(kinds) < 2):
+            raise InvalidValue('a bond can be linked to switches only, as it is')
+        self.cables.append(Cable((ends[0], ends[1]), worse))
+
+    def _end(self, value: str) -> End:
+        """Read an end of a link: NAME, or MACHINE:NUMBER."""
+        name, colon, number = value.partition(':')
+        if name not in self.kinds:
+            raise InvalidValue(f'{name!r:.60} is ' + unknown(name, self.kinds))
+        if colon and not (number.isdecimal() and self.kinds[name] == 'machines'):
+            raise InvalidValue(f'{value!r:.60}: only a machine\'s nics have numbers, from 0')
+        return End(name, int(number) if colon else -1)
+
+    def _number_cards(self) -> None:
+        """Give each link's end at a machine the number of a nic, and each machine as many nics."""
+        ends = [end for cable in self.cables for end in cable.ends]
+        taken = {end for end in ends if end.nic >= 0}
+        problems = [('links', f'{end} is in two of them') for end in taken if ends.count(end) > 1]
+
+        def numbered(end: End) -> End:
+            if end.nic < 0 and self.kinds[end.name] == 'machines':
+                end = next(free for free in map(End, itertools.repeat(end.name), itertools.count())
+                           if free not in taken)
+                taken.add(end)
+            return end
+        self.cables = [cable._replace(ends=(numbered(cable.ends[0]), numbered(cable.ends[1])))
+                       for cable in self.cables]
+        for name, given in self.sections['machines'].items():
+            wanted = max((end.nic for end in taken if end.name == name), default=-1) + 1
+            nics = given.get('nics', wanted)
+            cards = [{}] * nics if isinstance(nics, int) else [] if isinstance(nics, str) else \
+                _several(nics)
+            if wanted > len(cards) or any(end.name == name and cards[end.nic] is None
+                                          for end in taken):
+                problems.append((f'machines.{name}.nics', 'are too few for the links; leave it '
+                                 f'out, or have {wanted}'))
+            self.nics[name] = [card if card is None else {
+                'ifname': f'{name}-p{number}', 'namespace': given.get('namespace') or name, **card}
+                for number, card in enumerate(cards)]
+        if problems:
+            raise InvalidValue('', places=problems)
+
+    def port(self, end: End) -> str:
+        """Return the interface of this host that an end is."""
+        card = self.nics[end.name][end.nic] if end.nic >= 0 else None
+        return short_name(card['ifname']) if card else end.name
+
+
+def at_once(what: str, names: Iterable[str], work: Callable[[str], Result],
+            stopping: threading.Event | None = None) -> dict[str, Result]:
+    """Do something for several names at once; return the outcomes, or raise what went wrong.
+
+    Ctrl-C sets `stopping`, and waits until each has come to the end of its step.
+    """
+    futures = {name: in_thread(f'{what} {name}', work, name) for name in names}
+    try:
+        concurrent.futures.wait(futures.values(), LAB_TIMEOUT)
+    except KeyboardInterrupt:
+        if stopping:
+            stopping.set()
+        concurrent.futures.wait(futures.values(), INTERRUPTED_TIMEOUT)
+        raise
+    problems = {name: future.exception() if future.done() else
+                MachineError(f'{name}: no end of this ({what}) within {LAB_TIMEOUT:g} s')
+                for name, future in futures.items()}
+    wrong = [problem for problem in problems.values() if problem]
+    for problem in wrong:
+        if len(wrong) == 1 or not isinstance(problem, Error):
+            raise problem
+    if wrong:
+        raise MachineError(f'{len(wrong)} of {len(futures)}: '
+                           + '; '.join(map(explain, wrong)))
+    return {name: future.result() for name, future in futures.items()}
+
+
+class Lab:
+    """Machines, switches, routers, bonds and links that a JSON file describes.
+
+    Lab.load('lab.json').up() makes what is not there, and changes nothing else; so it goes on after
+    an error or a crash. What it makes is written down first, in a file of this host; down() takes
+    away just that, whatever the lab's file says by then. What was there before is used, and stays.
+    Raises ConfigError with all that is wrong in the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self._stopping = threading.Event()
+        self._noting = threading.Lock()             # guards what is written down
+        self._place = os.path.join(MACHINES_DIR, '.labs', hashlib.sha256(
+            os.fsencode(self.path)).hexdigest()[:16])
+        self._file: LabFile | None = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] = LAB_FILE) -> Lab:
+        """Read a lab's file."""
+        lab = cls(path)
+        lab._file = LabFile(str(path))
+        return lab
+
+    def __repr__(self) -> str:
+        return f'Lab({self.path!r})'
+
+    @property
+    def file(self) -> LabFile:
+        """What the file says."""
+        self._file = self._file or LabFile(self.path)
+        return self._file
+
+    # What was made: kind -> name -> what tells it from another one of that name.
+
+    def made(self) -> dict[str, dict[str, str]]:
+        """Return what this lab has made and not taken away: machines, nics, switches ..., disks."""
+        try:
+            known = checked('lab', parse_json(Path(self._place).read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as problem:
+            raise FileError(f'{self._place}: what {self.path} has made can\'t be read: '
+                            f'{explain(problem)}', 'delete its machines, disks and networks one by '
+                            'one (vmmonitor delete, clean), then this file') from None
+        if known['version'] > LAB_VERSION:
+            raise FileError(f'{self._place}: is of a newer version', 'use the newer vmmonitor')
+        return dict(known['made'])
+
+    def _note(self, change: Callable[[dict[str, dict[str, str]]], object]) -> None:
+        """Write down what is about to be made, or has gone."""
+        with self._noting:
+            made = self.made()
+            before = json.dumps(made)
+            change(made)
+            left = {kind: names for kind, names in made.items() if names}
+            if left and json.dumps(left) != before:
+                os.makedirs(os.path.dirname(self._place), mode=0o700, exist_ok=True)
+                write_whole(self._place, json.dumps({
+                    'version': LAB_VERSION, 'lab': self.path, 'made': left}).encode(), replace=True)
+            elif not left:
+                remove_file(self._place)
+
+    def _note_new(self, kind: str, names: Mapping[str, str]) -> None:
+        """Write down the names of what is not there, and so shall be ours."""
+        if names:
+            self._note(lambda made: made.setdefault(kind, {}).update(names))
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with turn(f'vmmonitor lab {self._place}', Deadline(BUSY_TIMEOUT)) as holder:
+            if holder is not None:
+                raise Busy(f'{self.path}: process {holder or "unknown"} is at work on this lab',
+                           'try later')
+            yield
+
+    # up
+
+    def up(self, done: Callable[[str], object] = bool, wait: str = '') -> list[str]:
+        """Make what is not there, and start the machines, all at once; return what was done. `done`
+        is called with the name of each machine that is up; with `wait` ('agent'), it is waited for.
+
+        What stands is not touched; what stands with other arguments is refused, and named.
+        """
+        file, did = self.file, list[str]()
+        machines = file.sections['machines']
+        with self._turn():
+            self._make_networks(did)
+
+            def bring_up(name: str) -> None:
+                machine, says = self._make_machine(name)
+                if not self._stopping.is_set():
+                    says += [text for text in [machine.start()] if text != 'already running']
+                if wait and not self._stopping.is_set() and not Deadline(LAB_TIMEOUT).poll(
+                        lambda: self._stopping.is_set() or GUEST_ENDS[wait](machine)):
+                    raise GuestError(f'{name}: is up, but not {wait}')
+                did.extend([f'{name}: {", ".join(says)}'] * bool(says))
+                done(name)
+            at_once('up', machines, bring_up, self._stopping)
+        return did
+
+    def _make_networks(self, did: list[str]) -> None:
+        file = self.file
+        if not (any(file.nics.values()) or any(
+                file.sections[kind] for kind in ('switches', 'routers', 'bonds'))):
+            return
+        known = Registry.read().records
+        for kind in ('switches', 'routers', 'bonds'):
+            self._note_new(kind, {name: '' for name in file.sections[kind] if name not in known})
+            for name, given in file.sections[kind].items():
+                SECTIONS[kind](name=name, **given)
+                did += [f'{name}: made'] * (name not in known)
+        self._make_cards(known)
+        for cable in file.cables:
+            carrier = self._carrier(cable, *self._seen())
+            if carrier is None:
+                self._connect(cable)
+                did.append(f'{cable}: connected')
+        self._impair()
+
+    def _make_cards(self, known: Mapping[str, Record]) -> None:
+        """Make the machines' nics, those of a switch connected to it: all that can be in one go."""
+        file = self.file
+        plugs = {end: other for cable in file.cables for end, other in (
+            cable.ends, cable.ends[::-1]) if end.nic >= 0 and other.nic < 0}
+        cards = {End(name, number): card for name, rows in file.nics.items()
+                 for number, card in enumerate(rows) if card}
+        self._note_new('nics', {port: '' for port in map(file.port, cards) if port not in known})
+        if cards:
+            with transaction() as plan:
+                for end, card in cards.items():
+                    long = valid_name(card['ifname'], 'nic')
+                    plan_nic(plan, long, 'macvtap', card.get('sink', ''), card['namespace'],
+                             valid_mac(card['mac']) if card.get('mac') else '',
+                             plugs[end].name if end in plugs else '')
+
+    def _seen(self) -> tuple[Mapping[str, Record], NetworkState]:
+        return Registry.read().records, read_network()
+
+    def _carrier(self, cable: Cable, records: Mapping[str, Record], network: NetworkState
+                 ) -> str | None:
+        """Return the nic that a link goes through ('' for a bond's), None if it is not there."""
+        one, other = map(self.file.port, cable.ends)
+        for here, there in ((one, other), (other, one)):
+            if here in network.links and network.links[here].master == there:
+                return here if here in records and records[here].kind == 'nic' else ''
+        for name, row in records.items():
+            if set(row.parents) == {one, other}:
+                return one if row.kind == 'cable' else name
+            master = network.links[name].master if name in network.links else ''
+            if row.parents and {row.parents[0], master} == {one, other}:    # a router's LAN port
+                return name
+        return None
+
+    def _connect(self, cable: Cable) -> None:
+        def thing(end: End) -> Any:
+            if end.nic >= 0:
+                return VirtualNic.known(self.file.port(end))
+            kind = self.file.kinds[end.name]
+            return SECTIONS[kind](name=end.name, **self.file.sections[kind][end.name])
+        one, other = sorted(cable.ends, key=lambda end: (
+            end.nic < 0, self.file.kinds[end.name] == 'bonds'))
+        thing(one).connect(thing(other))
+
+    def _impair(self) -> None:
+        """Make links as bad as the file says, and those good again of which it says so no more."""
+        seen = self._seen()
+        worse = {carrier: cable.worse for cable in self.file.cables if cable.worse
+                 for carrier in [self._carrier(cable, *seen)] if carrier}
+        better = self.made().get('worse', {}).keys() - worse.keys()
+        self._note_new('worse', dict.fromkeys(worse, ''))
+        for name in better & seen[0].keys():
+            VirtualNic.known(name, seen[0]).impair()
+        for name, how in worse.items():
+            VirtualNic.known(name, seen[0]).impair(**how)
+        if better:
+            self._note(lambda made: made.update(worse=dict.fromkeys(worse, '')))
+
+    def _make_machine(self, name: str) -> tuple[Machine, list[str]]:
+        given, says = dict(self.file.sections['machines'][name]), list[str]()
+        drives = [self._drive(drive) for drive in _several(given.get('harddrives'))]
+        cards = self.file.nics[name]
+        if cards:
+            records = Registry.read().records
+            given['nics'] = [card and VirtualNic.known(self.file.port(End(name, number)), records)
+                             for number, card in enumerate(cards)]
+        for key in ('cd', 'cds'):
+            if isinstance(given.get(key), (dict, list)):
+                discs = [CD(**disc) if isinstance(disc, dict) else disc
+                         for disc in _several(given[key])]
+                given[key] = discs if isinstance(given[key], list) else discs[0]
+        if machines.find(name) is None:
+            self._note_new('machines', {name: ''})
+            says.append('made')
+        machine = Machine(name, **{**given, **({'harddrives': drives} if drives else {})})
+        self._note(lambda made: made.get('machines', {}).get(name) == '' and
+                   made['machines'].update({name: machine.id}))
+        return machine, says
+
+    def _drive(self, given: Any) -> Harddrive:
+        """Make a disk, and what it stands on; write down first that it is ours if it is absent."""
+        given = dict(given) if isinstance(given, dict) else {'filename': given}
+        if isinstance(given.get('backing'), dict):
+            given['backing'] = self._drive(given['backing'])
+        if not os.path.exists(given['filename']):
+            self._note_new('disks', {given['filename']: given.get('format', 'qcow2')})
+        return Harddrive(**given)
+
+    # down
+
+    def down(self, disks: bool = False, force: bool = False, done: Callable[[str], object] = bool
+             ) -> list[str]:
+        """Shut down the machines that up() has made, all at once, and remove all that it has made
+        but for the disks; also what is half made. Return what was done.
+
+        With `disks` those go, too; `force` cuts the machines' power.
+        """
+        did = list[str]()
+        with self._turn():
+            made = self.made()
+
+            def end(name: str) -> None:
+                did.append(f'{name}: {self._end(name, made["machines"][name], force or disks)}')
+                self._note(lambda now: now['machines'].pop(name))
+                done(name)
+            at_once('down', made.get('machines', {}), end)
+            kinds = ('nics', 'routers', 'switches', 'bonds')
+            networks = [name for kind in kinds for name in made.get(kind, {})]
+            if networks:
+                did += [f'{name}: deleted' for name in delete_names(networks, force)]
+                self._note(lambda now: [now.pop(kind, None) for kind in (*kinds, 'worse')])
+            for path in made.get('disks', {}) if disks else ():
+                if os.path.exists(path):
+                    with open(path, 'rb') as image:
+                        if bytes_locked(image.fileno(), *IMAGE_LOCKS):
+                            raise DiskError(f'{path}: {holder_of(path) or "a machine"} has it open',
+                                            'stop that first')
+                    os.unlink(path)
+                    did.append(f'{path}: deleted')
+                self._note(lambda now, path=path: now['disks'].pop(path))   # type: ignore[misc]
+        return did
+
+    def _end(self, name: str, known: str, force: bool) -> str:
+        """Shut down and delete a machine, or what there is of one."""
+        home = os.path.join(MACHINES_DIR, name)
+        machine = machines.find(name) or (DamagedMachine(name, DamagedFile(
+            home, name, 'it was not finished')) if os.path.isdir(home) else None)
+        if machine is None:
+            return 'is gone'
+        if isinstance(machine, Machine) and known not in ('', machine.id):
+            return 'is another machine by now, and stays'
+        says = machine.power_off() if force else machine.shut_down()
+        machine.delete(force=True)              # type: ignore[attr-defined]
+        return f'{says}, deleted'
+
+    # What is there
+
+    def plan(self, down: bool = False, disks: bool = False) -> list[str]:
+        """Return what up() would do now, or with `down`, what down() would."""
+        made = self.made()
+        if down:
+            lines = [f'delete {KIND_NAMES.get(kind, kind)} {name}' for kind in reversed(made)
+                     for name in made[kind] if kind not in ('disks', 'worse')]
+            return lines + [f'{"delete" if disks else "keep"} disk {name}'
+                            for name in made.get('disks', {})]
+        lines, rows = [], {row['name']: row for row in self.status()}
+        for kind in SECTIONS:
+            for name in self.file.sections[kind]:
+                state = rows[name]['state']
+                if state == 'absent':
+                    lines.append(f'make {KIND_NAMES[kind]} {name}')
+                elif kind == 'machines':
+                    other = differences(MachineFile.open(name).spec.made, self._kept(name))
+                    lines += [f'refuse machine {name}, made with {"; ".join(other)}'] * bool(other)
+                if kind == 'machines' and state != 'running':
+                    lines.append(f'start machine {name}')
+        return lines + [f'connect {row["name"]}' for row in rows.values()
+                        if row['kind'] == 'link' and row['state'] == 'absent']
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        """Return what would be kept of a machine's arguments, as by as_kept(); make nothing."""
+        def chain(drive: Any) -> list[list[str]]:
+            if not drive:
+                return []
+            row = drive if isinstance(drive, dict) else {'filename': drive}
+            return [[row['filename'], row.get('format', 'qcow2')], *chain(row.get('backing'))]
+
+        def medium(disc: Any) -> Any:
+            return disc.get('filename') if isinstance(disc, dict) else disc
+        given = {**defaults_of(Machine), **self.file.sections['machines'][name]}
+        given['harddrives'] = [chain(drive) for drive in _several(given['harddrives'])]
+        for key in {'cd', 'cds'} & given.keys():
+            given[key] = [*map(medium, given[key])] if isinstance(given[key], (list, tuple)) else \
+                medium(given[key])
+        if self.file.nics[name]:
+            given['nics'] = [card and self.file.port(End(name, number))
+                             for number, card in enumerate(self.file.nics[name])]
+        return as_kept(given)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what there is of the lab: for each switch, router, bond, machine and link of the
+        file its kind, name and state, of a link also its `ends` and what makes it worse."""
+        records, network = self._seen()
+        rows: list[dict[str, Any]] = []
+        guests = {name: machines.find(name) for name in self.file.sections['machines']}
+        states = ask_all([one for one in guests.values() if one], lambda guest: {
+            'state': guest.state().value})
+        known = {row['name']: row.get('state', 'damaged') for row in states}
+        for name, kind in self.file.kinds.items():
+            state = known.get(name, 'absent') if kind == 'machines' else \
+                network.links[name].state if name in network.links else 'absent'
+            rows.append({'kind': KIND_NAMES[kind], 'name': name, 'state': state})
+        for cable in self.file.cables:
+            carrier = self._carrier(cable, records, network)
+            ports = [network.links[port].state for port in (
+                *[carrier] * bool(carrier), *map(self.file.port, cable.ends))
+                if port in network.links]
+            rows.append({'kind': 'link', 'name': str(cable), 'ends': [*map(str, cable.ends)],
+                         'state': 'absent' if carrier is None else
+                         'up' if all(state in ('up', 'unknown') for state in ports) else 'down',
+                         **cable.worse})
+        return rows
+
+    def graph(self, dot: bool = False) -> str:
+        """Return a drawing of who is connected to whom, for a terminal, or in Graphviz's DOT."""
+        rows = self.status()
+        links = [(row, ', '.join([*[row['state']] * (row['state'] != 'up'), *(
+            f'{key} {row[key]:g}' for key in IMPAIRMENTS if key in row)]))
+            for row in rows if row['kind'] == 'link']
+        things = {row['name']: f'{row["kind"]}, {row["state"]}' for row in rows
+                  if row['kind'] != 'link'}
+        if dot:
+            shapes = {row['name']: 'box' if row['kind'] == 'machine' else 'ellipse' for row in rows}
+            return '\n'.join([
+                f'graph {json.dumps(os.path.basename(self.path))} {{',
+                *(f'  "{name}" [shape={shapes[name]}, label="{name}\\n{text}"];'
+                  for name, text in things.items()),
+                *('  ' + ' -- '.join(f'"{end.partition(":")[0]}"' for end in row['ends'])
+                  + f' [label="{text}"{"" if row["state"] == "up" else ", style=dashed"}];'
+                  for row, text in links), '}'])
+        lines = []
+        for name, text in things.items():
+            lines.append(f'{name}  ({text})')
+            mine = [(row['ends'], text) for row, text in links
+                    if name in [end.partition(':')[0] for end in row['ends']]]
+            for number, (ends, text) in enumerate(mine, 1):
+                one, other = ends if ends[0].partition(':')[0] == name else ends[::-1]
+                lines.append(f' {"└" if number == len(mine) else "├"}─ '
+                             + f'{one} ── '.partition(':')[2] + other + (text and f'  ({text})'))
+        return '\n'.join(lines)
+
+    # Snapshots
+
+    @property
+    def machines(self) -> dict[str, Machine]:
+        """Its machines, by name; NoGuest for one that is not there."""
+        return {name: Machine.load(name) for name in self.file.sections['machines']}
+
+    @contextlib.contextmanager
+    def _still(self, ran: Mapping[str, Machine], then: Mapping[str, Machine]) -> Iterator[None]:
+        """Have machines stand still together, and `then` go on together, with right clocks."""
+        at_once('freeze', ran, lambda name: ran[name].freeze())
+        try:
+            yield
+        finally:
+            at_once('unfreeze', then, lambda name: then[name].unfreeze())
+
+    def snapshot(self, tag: str) -> str:
+        """Snapshot all machines, memory and disks, at one moment: they stand still together. One
+        that is off gives its disks. All snapshots are made, or none. Return what was done."""
+        with self._turn(), unbroken():
+            all_ = self.machines
+            for name, machine in all_.items():
+                if tag in [row.tag for row in machine.snapshots]:
+                    raise MachineError(f'{name}: has a snapshot {tag}', 'name another')
+            ran = {name: machine for name, machine in all_.items()
+                   if machine.state() is State.RUNNING}
+            with self._still(ran, ran):
+                try:
+                    at_once('snapshot', all_, lambda name: all_[name].snapshot(tag))
+                except BaseException:
+                    for machine in all_.values():
+                        if tag in [row.tag for row in machine.snapshots]:
+                            machine.delete_snapshot(tag)
+                    raise
+        return f'snapshot {tag} of {", ".join(all_)}'
+
+    def load_snapshot(self, tag: str) -> str:
+        """Put all machines back to a snapshot(): those that it has memory of go on together from
+        there, started if they are off; the others are off then. Return what was done."""
+        with self._turn(), unbroken():
+            all_ = self.machines
+            with_memory = {}
+            for name, machine in all_.items():
+                found = [row for row in machine.snapshots if row.tag == tag]
+                if not found:
+                    raise MachineError(f'{name}: has no snapshot {tag}', 'snapshot all, then load')
+                machine.qemu.require_not_saved()
+                if found[0].ram:
+                    with_memory[name] = machine
+
+            def load(name: str) -> None:
+                if name in with_memory:
+                    if not all_[name].is_alive():
+                        all_[name].start_vm(paused=True)
+                else:
+                    all_[name].stop(force=True)
+                all_[name].load_snapshot(tag, clock=False)
+            ran = {name: machine for name, machine in with_memory.items()
+                   if machine.state() is State.RUNNING}
+            with self._still(ran, with_memory):
+                at_once('load', all_, load)
+        return f'{", ".join(all_)}: put back to {tag}'
 
 
 # ### part 4: command line ########################################################################
@@ -13237,14 +13983,30 @@ class Task(NamedTuple):
 
     help: str
     names: str | int | None = '*'       # how many guests it takes, as of argparse; None: none
+    words: str = ''                     # what else stands behind it; LAB may be left out
+    flags: tuple[tuple[str, str], ...] = ()     # what it can be told, and what that means
 
 
+DISKS = ('--disks', 'also the disks that "up" has made')
 TASKS = {
+    'up': Task('build the lab that a file describes: what is not there', None, 'LAB'),
+    'down': Task('shut down and remove what "up" has made of a lab; disks stay', None, 'LAB', (
+        DISKS, ('--force', 'cut the power of its machines, and also what others use'))),
+    'plan': Task('show what "up" would do, or with --down, what "down" would', None, 'LAB', (
+        ('--down', 'show what "down" would do'), DISKS)),
+    'graph': Task('draw who is connected to whom in a lab', None, 'LAB', (
+        ('--dot', 'for Graphviz: vmmonitor graph --dot | dot -Tsvg'),)),
+    'snapshot': Task('snapshot all machines of a lab at one moment', None, 'LAB TAG'),
+    'load': Task('put all machines of a lab back to a snapshot', None, 'LAB TAG'),
+    'capture': Task('write what crosses a nic (its number) to a file, as pcap, until Ctrl-C', None,
+                    'MACHINE NIC FILE'),
     'sync': Task('correct clocks now'),
     'check': Task('say whether all is there that is needed, or what to do', None),
     'console': Task('its serial console; Ctrl-] leaves it', 1),
     'delete': Task('forget machines and the nics that were made for them; disks stay', '+'),
-    'clean': Task('remove what interrupted programs left of networks, or what has this name'),
+    'clean': Task('remove what interrupted programs left of networks, or what has this name', '*',
+                  '', (('--dry-run', 'only show it'), ('--force', 'also what a running machine '
+                       'uses'), ('--all', 'all of programs that have ended'))),
     'log': Task('what was done, from the journal', '?'),
     'completion': Task('print what completes these words in bash; in zsh after bashcompinit', None)}
 
@@ -13265,6 +14027,11 @@ complete -o default -F _vmmonitor vmmonitor
 """
 
 
+# Of the words of a lab's verbs, the one that can be left out.
+LAB_WORD: dict[str, Any] = {'nargs': '?', 'default': LAB_FILE,
+                            'help': f'its file; {LAB_FILE}, if it is left out'}
+
+
 def verb_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='vmmonitor', description='Do something with guests, by their names or patterns such '
@@ -13278,16 +14045,20 @@ def verb_arguments() -> argparse.ArgumentParser:
             one.add_argument('names', nargs=names, metavar='NAME')
         if verb == 'screenshot':
             one.add_argument('file', metavar='FILE')
-        if verb == 'clean':
-            for flag, text in (('--dry-run', 'only show it'), ('--force', 'also what a running '
-                               'machine uses'), ('--all', 'all of programs that have ended')):
-                one.add_argument(flag, action='store_true', help=text)
+        task = row if isinstance(row, Task) else Task('')
+        for word in task.words.split():
+            one.add_argument(word.lower(), metavar=word, **LAB_WORD if word == 'LAB' else {})
+        for flag, text in task.flags:
+            one.add_argument(flag, action='store_true', help=text)
+        if verb == 'up':
+            one.add_argument('--wait', choices=GUEST_ENDS, default='', help='then wait until '
+                             'it is so for each machine')
         if verb == 'list':
             one.add_argument('--only-names', '--names', action='store_true', help='nothing else')
         if isinstance(row, Verb) and row.act:
             one.add_argument('--all', action='store_true', help='all guests')
             one.add_argument('--wait', choices=GUEST_ENDS, help='then wait until it is so')
-        if verb not in ('console', 'screenshot', 'completion', 'log', 'clean'):
+        if verb not in ('console', 'screenshot', 'completion', 'log', 'clean') and not task.words:
             one.add_argument('--json', action='store_true', help='answer in JSON')
         one.add_argument('--config', metavar='FILE', help='the configuration')
         one.add_argument('--verbose', action='store_true', help='log every event, too')
@@ -13309,6 +14080,12 @@ def dispatch_verb(options: argparse.Namespace) -> int:
         return 0
     if options.verb == 'log':
         return command_log(''.join(options.names or ()))
+    if options.verb == 'capture':
+        return command_capture(options)
+    if options.verb == 'status' and ''.join(options.names).endswith('.json'):
+        options.lab = options.names.pop()       # no guest's name, but a lab's file
+    if 'lab' in options:
+        return command_lab(options)
     # The listener's keys are none of these commands' business, nor whether they are right.
     config = load(path, ('monitor',)) if path else Config()
     commands = {'list': command_list, 'status': command_status, 'sync': command_sync,
@@ -13343,6 +14120,53 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
         config, options, lambda guests, guest: {'result': do(guests, guest)},
         lambda answers: (f'{known["name"]}: {known["result"]}' for known in answers
                          if 'result' in known), timeout=ACTION_TIMEOUT)
+
+
+def command_lab(options: argparse.Namespace) -> int:
+    """up, down, plan, status LAB, graph, snapshot and load: do it, and print what was done."""
+    lab = Lab(options.lab) if options.verb == 'down' else Lab.load(options.lab)
+    over, done = threading.Event(), set[str]()
+    if options.verb in ('up', 'down') and sys.stderr.isatty():
+        names = lab.file.sections if options.verb == 'up' else lab.made()
+        spawn('progress', _show_progress, [*names.get('machines', ())], done, over)
+    try:
+        does: dict[str, Callable[[], Iterable[str]]] = {
+            'up': lambda: lab.up(done.add, options.wait),
+            'down': lambda: lab.down(options.disks, options.force, done.add),
+            'plan': lambda: lab.plan(options.down, options.disks),
+            'graph': lambda: [lab.graph(options.dot)],
+            'snapshot': lambda: [lab.snapshot(options.tag)],
+            'load': lambda: [lab.load_snapshot(options.tag)],
+            'status': lambda: _lab_lines(lab, options.json)}
+        lines = [*does[options.verb]()]
+    finally:
+        over.set()
+    for line in lines or ['nothing to do']:
+        show(line)
+    return 0
+
+
+def _lab_lines(lab: Lab, as_json: bool) -> Iterator[str]:
+    rows = lab.status()
+    if as_json:
+        yield json.dumps({'lab': rows})
+        return
+    width = max((len(row['name']) for row in rows), default=0)
+    for row in rows:
+        worse = ', '.join(f'{key} {row[key]:g}' for key in IMPAIRMENTS if key in row)
+        yield f'{row["kind"]:7}  {row["name"]:{width}}  {row["state"]}{worse and ", " + worse}'
+
+
+def command_capture(options: argparse.Namespace) -> int:
+    """capture: write what crosses a nic to a file, until Ctrl-C or the end of the machine."""
+    machine = Machine.load(options.machine)
+    nic = int(options.nic) if options.nic.isdecimal() else options.nic
+    with machine.capture(nic, options.file) as path, contextlib.suppress(KeyboardInterrupt):
+        show(f'{machine.name}: what crosses its nic {nic} goes to {path}; Ctrl-C ends it',
+             sys.stderr)
+        while machine.is_alive():
+            time.sleep(STATE_POLL)
+    return 0
 
 
 def command_log(name: str) -> int:
