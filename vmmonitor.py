@@ -9767,29 +9767,6 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-@contextlib.contextmanager
-def captured(port: str, file: int) -> Iterator[None]:
-    """Write the frames that come and go at an interface of this host to a file (packet(7))."""
-    over, frames = threading.Event(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-
-    def copy() -> None:
-        with contextlib.suppress(OSError):              # the interface, or the space, has gone
-            while not over.is_set():
-                if select.select([frames], [], [], STATE_POLL)[0]:
-                    data, now = frames.recv(CAPTURE_BYTES), time.time_ns() // 1000
-                    os.write(file, struct.pack('IIII', *divmod(now, 1_000_000), len(data),
-                                               len(data)) + data)
-    with frames:
-        frames.bind((port, ETH_P_ALL))
-        os.write(file, struct.pack('IHHiIII', 0xa1b2c3d4, 2, 4, 0, 0, CAPTURE_BYTES, 1))
-        copier = spawn(f'capture {port}', copy)
-        try:
-            yield
-        finally:
-            over.set()
-            copier.join(QMP_TIMEOUT)
-
-
 class DriveSlot:
     """Where a Harddrive or CD is: the Attached of *disks*."""
 
@@ -9978,12 +9955,13 @@ class Devices(Part):
             own=own, mtu=told_mtu(nic), forwards=list(forwards))), nic)
 
     @staticmethod
-    def _back_name(device: Device) -> str:
+    def back_name(device: Device) -> str:
+        """Return what the back end of a device is called."""
         return f'{device.id}-{KINDS[device.kind].suffix}'
 
     def front(self, device: Device) -> dict[str, Any]:
         """Return the arguments of device_add."""
-        facts, back = device.facts, self._back_name(device)
+        facts, back = device.facts, self.back_name(device)
         rows: dict[str, dict[str, Any]] = {
             'disk': {'driver': 'virtio-blk-pci', 'drive': back},
             'nic': {'driver': 'virtio-net-pci', 'netdev': back,
@@ -10045,7 +10023,7 @@ class Devices(Part):
 
     def _back(self, device: Device, give: FdGiver) -> dict[str, Any]:
         """Return the arguments of the QMP command that adds a device's back end."""
-        facts, thing, name = device.facts, self.thing(device), self._back_name(device)
+        facts, thing, name = device.facts, self.thing(device), self.back_name(device)
         if device.kind == 'disk':
             return dict(thing.blockdev(name, lambda path, write: give.fdset(os.open(
                 path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC))))
@@ -10072,7 +10050,7 @@ class Devices(Part):
     def _unplug(self, device: Device, timeout: float) -> bool:
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
-        back: dict[str, Any] = {kind.key: self._back_name(device)}
+        back: dict[str, Any] = {kind.key: self.back_name(device)}
         with self.qemu.session() as qmp:
             gone = self._request_unplug(qmp, device, Deadline(timeout))
             device.pending = not gone
@@ -10190,43 +10168,6 @@ class Devices(Part):
         """Unplug a disk: the object, its id, or its number; the image stays (device_del)."""
         return self.remove('disk', drive, timeout)
 
-    @contextlib.contextmanager
-    def capture(self, nic: VirtualNic | str | int, filename: str | os.PathLike[str]
-                ) -> Iterator[str]:
-        """Write the frames of a nic, as long as the block lasts, to a new file in pcap's format,
-        and lend its path: at the port of a VirtualNic, for QEMU's own NAT by object-add
-        filter-dump.
-        """
-        device, path = self.find('nic', nic), image_path(filename)
-        with self.file.one_of('capture', CAPTURES, Deadline(0)) as number, \
-                contextlib.ExitStack() as opened:
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            except OSError as problem:
-                raise write_error(path, problem) from None
-            opened.callback(os.close, file)
-            # A tap's frames pass by QEMU where there is vhost, which then refuses the filter; and
-            # QEMU before 8.0 has the filter write the tap's header before each.
-            opened.enter_context(captured(device.facts.name, file) if device.facts.name else
-                                 self._dumped(device, f'capture{number}', file))
-            yield path
-
-    @contextlib.contextmanager
-    def _dumped(self, device: Device, id: str, file: int) -> Iterator[None]:
-        """Have QEMU write a nic's frames to a file. It is asked for nothing that it would refuse:
-        QEMU (7.2) then closes its descriptor 0, whatever that is (net/dump.c)."""
-        with self.qemu.session() as qmp:
-            with contextlib.suppress(QemuRefused):      # of a program that was killed
-                qmp.execute('object-del', id=id)
-            with qmp.opened(file, self.spec.uid) as name:
-                qmp.execute('object-add', qom_type='filter-dump', id=id, file=name,
-                            netdev=self._back_name(device), maxlen=CAPTURE_BYTES)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(GuestError):       # it has ended
-                self.qemu.qmp('object-del', id=id)
-
     def nic_state(self, nic: Any, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
         with self.file.change():
@@ -10239,7 +10180,7 @@ class Devices(Part):
         """Have these ports of the host, and no others, lead to the guest behind a nic 'user', at
         once if it runs, and kept (hostfwd_add, hostfwd_remove)."""
         def console(verb: str, rule: str) -> str:
-            line = f'hostfwd_{verb} {self._back_name(device)} {rule}'
+            line = f'hostfwd_{verb} {self.back_name(device)} {rule}'
             return str(self.qemu.qmp('human-monitor-command', command_line=line)).strip()
 
         def lead(away: Iterable[str], here: Iterable[str]) -> None:
@@ -10414,6 +10355,74 @@ class Ram(Part):
         raise MachineError(f'{self.name}: the guest has {actual} MiB, not {mb}',
                            'it needs the virtio_balloon driver, and can\'t have more than '
                            f'{self.spec.ram()} MiB')
+
+
+@contextlib.contextmanager
+def captured(port: str, file: int) -> Iterator[None]:
+    """Write the frames that come and go at an interface of this host to a file (packet(7))."""
+    over, frames = threading.Event(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+
+    def copy() -> None:
+        with contextlib.suppress(OSError):              # the interface, or the space, has gone
+            while not over.is_set():
+                if select.select([frames], [], [], STATE_POLL)[0]:
+                    data, now = frames.recv(CAPTURE_BYTES), time.time_ns() // 1000
+                    os.write(file, struct.pack('IIII', *divmod(now, 1_000_000), len(data),
+                                               len(data)) + data)
+    with frames:
+        frames.bind((port, ETH_P_ALL))
+        os.write(file, struct.pack('IHHiIII', 0xa1b2c3d4, 2, 4, 0, 0, CAPTURE_BYTES, 1))
+        copier = spawn(f'capture {port}', copy)
+        try:
+            yield
+        finally:
+            over.set()
+            copier.join(QMP_TIMEOUT)
+
+
+class Captures(Part):
+    """What crosses a machine's network cards, in files."""
+
+    def __init__(self, devices: Devices) -> None:
+        super().__init__(devices.qemu)
+        self.devices = devices
+
+    @contextlib.contextmanager
+    def capture(self, nic: VirtualNic | str | int, filename: str | os.PathLike[str]
+                ) -> Iterator[str]:
+        """Write the frames of a nic, as long as the block lasts, to a new file in pcap's format,
+        and lend its path: at the port of a VirtualNic, for QEMU's own NAT by object-add
+        filter-dump.
+        """
+        device, path = self.devices.find('nic', nic), image_path(filename)
+        with self.file.one_of('capture', CAPTURES, Deadline(0)) as number, \
+                contextlib.ExitStack() as opened:
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except OSError as problem:
+                raise write_error(path, problem) from None
+            opened.callback(os.close, file)
+            # A tap's frames pass by QEMU where there is vhost, which then refuses the filter; and
+            # QEMU before 8.0 has the filter write the tap's header before each.
+            opened.enter_context(captured(device.facts.name, file) if device.facts.name else
+                                 self._dumped(device, f'capture{number}', file))
+            yield path
+
+    @contextlib.contextmanager
+    def _dumped(self, device: Device, id: str, file: int) -> Iterator[None]:
+        """Have QEMU write a nic's frames to a file. It is asked for nothing that it would refuse:
+        QEMU (7.2) then closes its descriptor 0, whatever that is (net/dump.c)."""
+        with self.qemu.session() as qmp:
+            with contextlib.suppress(QemuRefused):      # of a program that was killed
+                qmp.execute('object-del', id=id)
+            with qmp.opened(file, self.spec.uid) as name:
+                qmp.execute('object-add', qom_type='filter-dump', id=id, file=name,
+                            netdev=Devices.back_name(device), maxlen=CAPTURE_BYTES)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(GuestError):       # it has ended
+                self.qemu.qmp('object-del', id=id)
 
 
 # === memory stream ==============================================================================
@@ -11626,6 +11635,7 @@ class Machine(Guest):
         self.qemu = Qemu(file)
         self.devices = Devices(self.qemu, cd)
         self._ram = Ram(self.devices)
+        self._captures = Captures(self.devices)
         self._memory = MemoryStream(self.qemu)
         self._power = Power(self.devices, self._memory)
         self._snapshots = Snapshots(self.devices)
@@ -11670,7 +11680,7 @@ class Machine(Guest):
     add_nic = handed('devices', Devices.add_nic)
     del_nic = handed('devices', Devices.del_nic)
     nic_state = handed('devices', Devices.nic_state)
-    capture = handed('devices', Devices.capture)
+    capture = handed('_captures', Captures.capture)
     set_forwards = handed('devices', Devices.set_forwards)
     add_harddrive = handed('devices', Devices.add_harddrive)
     del_harddrive = handed('devices', Devices.del_harddrive)
