@@ -8680,19 +8680,65 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
 SPEC_VERSION = 2                # of machine.json
+VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
+PORTS_MAX = 15 * 8              # root ports of PCI
 HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes at most
 
+
+class Model(NamedTuple):
+    """What a device is to its guest."""
+
+    driver: str                 # QEMU's
+    port: str                   # the name, without its number, of what it sits on
+
+
+# kind of device -> the names of what it can be
+MODELS: dict[str, dict[str, Model]] = {
+    'disk': {'virtio': Model('virtio-blk-pci', 'rp'), 'scsi': Model('scsi-hd', 'scsi'),
+             'sata': Model('ide-hd', 'ide'), 'nvme': Model('nvme', 'rp'),
+             'usb': Model('usb-storage', 'usb')},
+    'cd': {'scsi': Model('scsi-cd', 'scsi'), 'sata': Model('ide-cd', 'ide')},
+    'nic': {'virtio': Model('virtio-net-pci', 'rp'), **{name: Model(name, 'rp') for name in (
+        'e1000', 'e1000e', 'igb', 'rtl8139', 'vmxnet3', 'pcnet', 'ne2k_pci')}},
+    'dimm': {'': Model('pc-dimm', '')}, 'chardev': {'': Model('virtserialport', 'nr')}}
+VIDEO = {name: Model(driver, 'pcie') for name, driver in {
+    'std': 'VGA', 'virtio': 'virtio-vga', 'qxl': 'qxl-vga', 'vmware': 'vmware-svga',
+    'cirrus': 'cirrus-vga', 'bochs': 'bochs-display', 'none': ''}.items()}
+# name of a port without its number -> the numbers (the first of virtio serial are console and
+# agent, that of USB is the pointer; of PCI's root ports each machine has some), and how device_add
+# is told of one
+PORTS_OF: dict[str, tuple[range, Callable[[int], dict[str, Any]]]] = {
+    'rp': (range(PORTS_MAX), lambda n: {'bus': f'rp{n}'}),
+    'nr': (range(2, VIRTIO_PORTS), lambda n: {'bus': 'serial.0', 'nr': n}),
+    'ide': (range(6), lambda n: {'bus': f'ide.{n}'}),
+    'scsi': (range(256), lambda n: {'bus': 'scsi.0', 'scsi-id': n}),
+    'usb': (range(2, 5), lambda n: {'bus': 'usb.0', 'port': str(n)})}
+# Firmware and the variables that a machine begins with, in each distribution's place: those for
+# secure boot have Microsoft's keys, by which distributions' boot loaders are signed.
+OVMF: dict[str, tuple[tuple[str, str], ...]] = {'bios': (), 'uefi': (
+        ('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
+        ('/usr/share/OVMF/OVMF_CODE.fd', '/usr/share/OVMF/OVMF_VARS.fd'),
+        ('/usr/share/edk2/ovmf/OVMF_CODE.fd', '/usr/share/edk2/ovmf/OVMF_VARS.fd'),
+        ('/usr/share/edk2/x64/OVMF_CODE.4m.fd', '/usr/share/edk2/x64/OVMF_VARS.4m.fd')),
+    'uefi-secure': (
+        ('/usr/share/OVMF/OVMF_CODE_4M.secboot.fd', '/usr/share/OVMF/OVMF_VARS_4M.ms.fd'),
+        ('/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd', '/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd'))}
+# member of MachineSpec -> the names that it can have
+CHOICES: dict[str, Mapping[str, Any]] = {'firmware': OVMF, 'video': VIDEO,
+                                         'nic_model': MODELS['nic'], 'disk_bus': MODELS['disk']}
 FACTS: dict[str, Any] = {       # what machine.json says of each kind of device
-    'disk': {'chain': [[str]]}, 'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
+    'disk': {'chain': [[str]], 'model': str}, 'cd': {'chain': [[str]], 'model': str},
+    'dimm': {'mib': int}, 'chardev': {'type': str, 'name': str},
     'nic': {'name': str, 'namespace': str, 'mac': str, 'up': bool, 'own': bool, 'mtu?': int,
-            'moved_mac?': str, 'forwards?': [str]}}
+            'moved_mac?': str, 'forwards?': [str], 'model': str}}
 SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending?': bool,
                      'facts': dict}
 SCHEMAS['machine.json'] = {
     'version': int, 'name': str, 'uuid': str, 'type': str, 'memory': int, 'cpus': int,
-    'maxmemory': int, 'namespace': str, 'efi': bool, 'accel': str, 'kernel': str, 'initrd': str,
-    'cmdline': str, 'display': str, 'monitor_port?': (int, None), 'uid': int, 'ports': int,
-    'cd': str, 'cd_boot': int, 'memory_at': str, 'memory_place': str, 'cpu': str, 'processor': str,
+    'maxmemory': int, 'namespace': str, 'accel': str, 'kernel': str, 'initrd': str,
+    'cmdline': str, 'display': str, 'monitor_port': (int, None), 'uid': int, 'ports': int,
+    'memory_at': str, 'memory_place': str, 'cpu': str, 'processor': str,
+    **dict.fromkeys(CHOICES, str), 'tpm': bool, 'args': [str],
     'devices': [SCHEMAS['device']], 'snapshots': {'*': [list]}, 'made': dict}
 
 
@@ -8735,16 +8781,22 @@ class Facts:
     mtu: int = 0                # that the guest is told; 0: nothing, it takes 1500
     moved_mac: str = ''         # of a guest that was migrated here, which it keeps
     forwards: list[str] = dataclasses.field(default_factory=list)   # of a nic 'user', as given
+    model: str = ''             # a name of MODELS
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """The image of a disk, the medium in a CD drive; '' for none."""
+        return self.chain[0][0] if self.chain else ''
 
 
 @dataclasses.dataclass
 class Device:
     """Something plugged into a machine, as its file keeps it."""
 
-    id: str                     # disk0, nic0, dimm0, port0
-    kind: str                   # a row of KINDS
-    bus: str = ''               # the port that it sits on: rpN for PCI, nrN of virtio serial
+    id: str                     # disk0, cd0, nic0, dimm0, chardev0
+    kind: str                   # a row of MODELS
+    bus: str = ''               # the port that it sits on
     boot: int = 0               # its place in the boot order, from 1; 0: is not booted from
     pending: bool = False       # the guest has been asked to let it go, and has not
     facts: Facts = dataclasses.field(default_factory=Facts)
@@ -8752,7 +8804,17 @@ class Device:
 
     def shape(self) -> list[Any]:
         """Return what a snapshot's guest would miss, if it were different."""
-        return [self.id, self.kind, self.bus, self.facts.mib or self.facts.mtu]
+        return [self.id, self.kind, self.bus, self.facts.mib or self.facts.mtu, self.facts.model]
+
+    @property
+    def model(self) -> Model:
+        """What it is to the guest."""
+        return MODELS[self.kind][self.facts.model]
+
+    def place(self) -> dict[str, Any]:
+        """Return the arguments of device_add that say which port it is in."""
+        stem = self.model.port
+        return PORTS_OF[stem][1](int(self.bus[len(stem):])) if stem else {}
 
 
 @dataclasses.dataclass
@@ -8766,7 +8828,7 @@ class MachineSpec:
     cpus: int
     maxmemory: int              # MiB, 0: no room for more
     namespace: str              # '' for the host's
-    efi: bool
+    firmware: str               # bios, uefi or uefi-secure
     accel: str
     kernel: str
     initrd: str
@@ -8775,14 +8837,17 @@ class MachineSpec:
     monitor_port: int | None
     uid: int                    # that QEMU runs as
     ports: int
-    cd: str = ''                # the medium in the drive
-    cd_boot: int = 0
     memory_at: MemoryAt = MemoryAt.HERE
     memory_place: str = ''
     devices: list[Device] = dataclasses.field(default_factory=list)
     snapshots: dict[str, list[Any]] = dataclasses.field(default_factory=dict)   # tag -> shape()
     cpu: str = 'auto'           # or as QEMU takes it
     processor: str = ''         # what that was at the last start
+    nic_model: str = 'virtio'   # of cards, and ...
+    disk_bus: str = 'virtio'    # ... of disks, that are added
+    video: str = 'std'
+    tpm: bool = False
+    args: list[str] = dataclasses.field(default_factory=list)   # more of QEMU's command line
     made: dict[str, Any] = dataclasses.field(default_factory=dict)      # the arguments of Machine()
     #                             that it was made with, but for defaults
     version: int = SPEC_VERSION
@@ -8807,15 +8872,38 @@ class MachineSpec:
     def of_kind(self, kind: str) -> list[Device]:
         return [device for device in self.devices if device.kind == kind]
 
+    def new_id(self, stem: str) -> str:
+        """Return an id that no device has."""
+        taken = {device.id for device in self.devices}
+        return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
+
+    def new(self, kind: str, model: str = '', **facts: Any) -> Device:
+        """Return a new device of its kind, with a free port for it."""
+        device = Device(self.new_id(kind), kind, facts=Facts(**facts, model=model))
+        stem, taken = device.model.port, {row.bus for row in self.devices}
+        if stem:
+            ports = range(self.ports) if stem == 'rp' else PORTS_OF[stem][0]
+            free = [f'{stem}{number}' for number in ports if f'{stem}{number}' not in taken]
+            if not free:
+                raise MachineError(f'{self.name}: all {len(ports)} ports for such a device are '
+                                   'taken', 'remove one first, or take another disk_bus')
+            device.bus = free[0]
+        return device
+
     def ram(self) -> int:
         """Return the MiB of memory that it has, with what was plugged in."""
         return self.memory + sum(row.facts.mib for row in self.devices)
 
     def shape(self) -> list[Any]:
         """Return all that must be the same for a memory image to fit."""
-        return [[self.type, self.memory, self.cpus, self.maxmemory, self.efi, self.ports],
-                ['processor', self.processor],
+        return [[self.type, self.memory, self.cpus, self.maxmemory, self.ports, self.firmware,
+                 self.video, self.tpm, self.args], ['processor', self.processor],
                 *sorted(device.shape() for device in self.devices)]
+
+    @property
+    def uefi(self) -> bool:
+        """Whether it boots by UEFI."""
+        return self.firmware != 'bios'
 
     @classmethod
     def read(cls, data: bytes, name: str) -> MachineSpec:
@@ -8832,8 +8920,12 @@ class MachineSpec:
                                  f'{clip(repr(known.get(key.rstrip("?"), "missing")), 80)}')
         for row in known['devices']:
             if not matches(row['facts'], FACTS.get(row['kind'], ())) \
-                    or not all(map(len, row['facts'].get('chain', ()))):
+                    or not all(map(len, row['facts'].get('chain', ()))) \
+                    or row['facts'].get('model', '') not in MODELS[row['kind']]:
                 raise ValueError(f'the device {row["id"]!r:.40} is {row!r:.80}')
+        for key, choices in CHOICES.items():
+            if known[key] not in choices:
+                raise ValueError(f'"{key}" is {known[key]!r:.80}')
         if known['name'] != name:
             raise ValueError(f'it is the file of the machine {known["name"]!r:.80}')
         known['memory_at'] = MemoryAt(known['memory_at'])
@@ -8994,7 +9086,7 @@ class MachineFile:
             os.rmdir(self.home)
 
 
-HOME_DIRECTORIES = ('sockets', 'ports', 'vnc')
+HOME_DIRECTORIES = ('sockets', 'ports', 'vnc', 'tpm')
 HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.log|'
                         r'console\.log(\.1)?|(change|qmp|agent|console|capture)\d+\.lock|memory|'
                         r'efi-vars\.qcow2|screen-[0-9a-f]+|\.vmmonitor-.*')
@@ -9025,10 +9117,6 @@ JOB_TIMEOUT = 600.0             # for a snapshot, a dump, a saved state
 CANCEL_TIMEOUT = 30.0           # for the end of one that was interrupted and can't be cancelled
 WORK_POLL = STATE_POLL / 5      # between two looks at how far one is
 DIMM_SLOTS = 16
-OVMF = (('/usr/share/OVMF/OVMF_CODE_4M.fd', '/usr/share/OVMF/OVMF_VARS_4M.fd'),
-        ('/usr/share/OVMF/OVMF_CODE.fd', '/usr/share/OVMF/OVMF_VARS.fd'),
-        ('/usr/share/edk2/ovmf/OVMF_CODE.fd', '/usr/share/edk2/ovmf/OVMF_VARS.fd'),
-        ('/usr/share/edk2/x64/OVMF_CODE.4m.fd', '/usr/share/edk2/x64/OVMF_VARS.4m.fd'))
 # QEMU's RunState -> what people call it; what is not here is running
 QEMU_STATES = {
     'paused': State.PAUSED, 'prelaunch': State.PAUSED, 'inmigrate': State.PAUSED,
@@ -9104,6 +9192,30 @@ def processor_of(spec: MachineSpec) -> str:
     if accel == 'kvm' and cpu.split(',')[0] in ('host', 'max'):
         own = re.search(r'^model name\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
     return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}'
+
+
+def require_hardware(spec: MachineSpec) -> None:
+    """Raise MachineError unless this host has all that a machine needs."""
+    if spec.uefi:
+        firmware_files(spec.firmware)
+    if spec.tpm and not which('swtpm'):
+        raise MachineError(f'{spec.name}: no swtpm, for its TPM', 'install swtpm')
+    shown = run([QEMU, '-device', 'help'], QMP_TIMEOUT).stdout.decode(errors='replace')
+    for name in ('video', 'nic_model', 'disk_bus'):
+        there = [key for key, model in CHOICES[name].items()
+                 if f'"{model.driver}"' in shown or not model.driver]
+        if getattr(spec, name) not in there:
+            raise MachineError(f'{spec.name}: {name} {getattr(spec, name)}: not in this QEMU',
+                               f'use {", ".join(there)}, or install a newer QEMU or, for qxl, '
+                               'qemu-system-modules-spice')
+
+
+def firmware_files(name: str) -> tuple[str, str]:
+    """Return the files of a firmware: its code, and the variables that a machine begins with."""
+    for pair in OVMF[name]:
+        if all(map(os.path.exists, pair)):
+            return pair
+    raise MachineError(f'firmware {name}: not on this host', 'install ovmf')
 
 
 class QemuCommand:
@@ -9349,6 +9461,9 @@ class Qemu:
         for path in (self.file.spec.kernel, self.file.spec.initrd):
             if path and path in text and 'Permission denied' in text:
                 return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
+        if 'non-migratable' in text:
+            return 'the memory of a machine with such a device, as a disk with disk_bus=\'nvme\' ' \
+                'is, can\'t be kept'
         if 'host forwarding rule' in text:
             return FORWARD_HINT
         if '" lock' not in text:
@@ -9384,13 +9499,9 @@ class Qemu:
             self._record(0)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.file.path('qemu.log'))
-            log_ = appended(self.file.path('qemu.log'))
-            try:
-                process = subprocess.Popen(
-                    [*self.wrapper(), QEMU, *command.argv], stdin=subprocess.DEVNULL, stdout=log_,
-                    stderr=log_, cwd='/', start_new_session=True, pass_fds=command.fds)
-            finally:
-                os.close(log_)
+            if self.spec.tpm:
+                self._start_tpm(command)
+            process = self._run([QEMU, *command.argv], command.fds)
         except OSError as problem:
             os.unlink(self.file.path('process.json'))
             raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
@@ -9409,6 +9520,27 @@ class Qemu:
             why = self.last_words() or f': {problem.message}'
             raise MachineError(f'{self.name}: QEMU did not start{why}', self._remedy(why)
                                or f'see {self.file.path("qemu.log")}') from None
+
+    def _run(self, argv: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+        """Start a program that has no rights, and writes to qemu.log."""
+        log_ = appended(self.file.path('qemu.log'))
+        try:
+            return subprocess.Popen([*self.wrapper(), *argv], stdin=subprocess.DEVNULL, stdout=log_,
+                                    stderr=log_, cwd='/', start_new_session=True, pass_fds=fds)
+        finally:
+            os.close(log_)
+
+    def _start_tpm(self, command: QemuCommand) -> None:
+        """Start its TPM, a program that keeps its state in HOME/tpm, and ends with QEMU."""
+        near, far = socket.socketpair()
+        with far:
+            command.add('-chardev', f'socket,id=tpm,fd={command.named_fd(near.detach())}')
+            command.add('-tpmdev', 'emulator,id=tpm0,chardev=tpm')
+            command.add('-device', 'tpm-crb,tpmdev=tpm0')
+            tpm = self._run(['swtpm', 'socket', '--tpm2', '--terminate', '--tpmstate',
+                             f'dir={self.file.path("tpm")},mode=0600', '--ctrl',
+                             f'type=unixio,clientfd={far.fileno()}'], [far.fileno()])
+        spawn(f'reap the TPM of {self.name}', tpm.wait)
 
     def end(self, *ways: tuple[str, float, Callable[[], bool]], patience: int = 2) -> str:
         """End it in one of these ways, (name, seconds, what to do), then by quit, SIGTERM and
@@ -9484,7 +9616,8 @@ class Qemu:
                 with contextlib.suppress(GuestError):
                     qmp.execute('job-dismiss', id=job)
         if error:
-            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {error}')
+            raise MachineError(f'{self.name}: {command} {arguments.get("tag", "")}: {error}',
+                               self._remedy(error))
 
     def wrapper(self) -> list[str]:
         """Return what runs QEMU in its namespace and as its user, with no rights at all."""
@@ -9515,17 +9648,15 @@ class Qemu:
                 ('-initrd', spec.initrd) if spec.initrd else (),
                 ('-append', spec.cmdline) if spec.cmdline else (),
                 ('-vnc', f'unix:{self.file.path("vnc/vnc")}'.replace(',', ',,'))
-                if spec.display == 'vnc' else ())
+                if spec.display == 'vnc' else (), tuple(spec.args))
         launch.argv += itertools.chain(*plain)
         self._compose_firmware(launch)
         self._compose_sockets(launch)
 
     def _compose_firmware(self, launch: QemuCommand) -> None:
-        flash = ''
-        if self.spec.efi:
-            code, blank = next((pair for pair in OVMF if all(map(os.path.exists, pair))), ('', ''))
-            if not code:
-                raise MachineError(f'{self.name}: no UEFI firmware', 'install ovmf')
+        machine, firmware = self.spec.type, self.spec.firmware
+        if self.spec.uefi:
+            code, blank = firmware_files(firmware)
             own = os.path.join(self.file.home, 'efi-vars.qcow2')
             if not os.path.exists(own):
                 with whole_file(own) as file:
@@ -9538,8 +9669,11 @@ class Qemu:
                     'node-name': node, 'driver': form, 'read-only': node == 'efi-code',
                     'file': {'driver': 'file', 'filename': launch.fdset(file),
                              'read-only': node == 'efi-code'}}))
-            flash = ',pflash0=efi-code,pflash1=efi-vars'
-        launch.add('-machine', self.spec.type + flash)
+            machine += ',pflash0=efi-code,pflash1=efi-vars'
+        if firmware == 'uefi-secure':           # the guest's system can't change its variables
+            machine += ',smm=on'
+            launch.add('-global', 'driver=cfi.pflash01,property=secure,value=on')
+        launch.add('-machine', machine)
 
     def _compose_sockets(self, launch: QemuCommand) -> None:
         """Open the listening sockets here: no polling for them, and no right to make them."""
@@ -9676,14 +9810,12 @@ class Part:
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports
 SPARE_PORTS = 8                 # ... and at least this many are free at first
-PORTS_MAX = 15 * 8
 ETH_P_ALL = 3                   # all frames (packet(7))
 CAPTURES = 8                    # of one machine at once
 CAPTURE_BYTES = 1 << 18         # of a frame: what its network card segments itself comes whole
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
 UNPLUG_AGAIN = 6.0              # between two requests; a second one within 5 s could be taken for
 #                                 a taking back, where a slot has a button
-VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 DIMM_MIB = 128                  # Linux on x86 takes memory in such blocks only
 BALLOON_TIMEOUT = 30.0          # a guest gives back some 100 MiB/s when the host is busy
 HOTPLUG_RAM = 512               # MiB; room for more turns on bounce buffers of 64 MiB in the
@@ -9776,12 +9908,14 @@ class DriveSlot:
 
     def alive(self) -> bool:
         return self.qemu.is_alive() and (not self.filename or any(
-            row.id == self.id and row.facts.chain[0][0] == self.filename
+            row.id == self.id and row.facts.file == self.filename
             for row in self.qemu.file.now().of_kind('disk')))
 
     def keep(self, medium: str) -> None:
         with self.qemu.file.change() as spec:
-            spec.cd = medium
+            for device in spec.devices:
+                if device.id == self.id:
+                    device.facts.chain = [[medium, 'raw']] if medium else []
 
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
         with self.qemu.session() as session:
@@ -9793,24 +9927,22 @@ class DriveSlot:
 class Devices(Part):
     """What is plugged into a machine, and how it comes in and out, and their boot order."""
 
-    def __init__(self, qemu: Qemu, cd: CD) -> None:
+    def __init__(self, qemu: Qemu) -> None:
         super().__init__(qemu)
-        self._cd = cd
-        cd.attached = DriveSlot(qemu, 'cd0')
-        self._things: dict[str, Any] = {}       # id of a device -> its Harddrive or VirtualNic
+        self._things: dict[str, Any] = {}       # id of a device -> its Harddrive, CD or VirtualNic
 
     @property
-    def cd(self) -> CD:
-        with contextlib.suppress(GuestError):
-            self._cd.filename = self.file.refresh().cd
-        return self._cd
+    def cds(self) -> list[CD]:
+        self.file.refresh()
+        return [self.thing(device) for device in self.spec.of_kind('cd')]
 
     def after_start(self) -> None:
-        """Do what the command line can't say: the medium, and links that are down."""
-        if self.cd.filename:
-            DriveSlot(self.qemu, 'cd0').execute(
-                'blockdev-change-medium', self.cd.filename, id='cd0', format='raw',
-                read_only_mode='read-only')
+        """Do what the command line can't say: the media, and links that are down."""
+        for device in self.spec.of_kind('cd'):
+            if device.facts.file:
+                DriveSlot(self.qemu, device.id).execute(
+                    'blockdev-change-medium', device.facts.file, id=device.id, format='raw',
+                    read_only_mode='read-only')
         self.set_links()
 
     def set_links(self) -> None:
@@ -9823,7 +9955,8 @@ class Devices(Part):
         if self.spec.memory_at in (MemoryAt.LOST, MemoryAt.GIVEN):
             self.spec.memory_at, self.spec.memory_place = MemoryAt.HERE, ''
         self.spec.processor = processor_of(self.spec)
-        for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid)):
+        for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid),
+                             ('tpm', self.spec.uid)):
             os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
             if os.geteuid() == 0:
                 os.chown(self.file.path(place), owner, owner)
@@ -9845,7 +9978,8 @@ class Devices(Part):
             yield options('pcie-root-port', {
                 'id': f'rp{number}', 'bus': 'pcie.0', 'chassis': number + 1, 'slot': number + 1,
                 'addr': f'{0x10 + number // 8:#x}.{number % 8}', 'multifunction': number % 8 == 0})
-        yield 'VGA,id=video'
+        if self.spec.video != 'none':
+            yield f'{VIDEO[self.spec.video].driver},id=video'
         yield 'qemu-xhci,id=usb'
         yield 'usb-tablet,id=pointer,bus=usb.0'     # every system has a driver for one of the two
         yield 'virtio-tablet-pci,id=tablet'
@@ -9853,8 +9987,6 @@ class Devices(Part):
         yield 'virtserialport,chardev=agent,name=org.qemu.guest_agent.0,bus=serial.0'
         yield 'virtio-balloon-pci,id=balloon'
         yield 'virtio-scsi-pci,id=scsi'
-        yield 'scsi-cd,id=cd0,bus=scsi.0' + (f',bootindex={self.spec.cd_boot}'
-                                             if self.spec.cd_boot else '')
 
     @property
     def harddrives(self) -> list[Harddrive]:
@@ -9867,10 +9999,13 @@ class Devices(Part):
         return [self.thing(device) for device in self.spec.of_kind('nic')]
 
     def thing(self, device: Device) -> Any:
-        """Return the Harddrive or VirtualNic behind a device, made again after a load()."""
+        """Return the Harddrive, CD or VirtualNic behind a device, made again after a load()."""
         if device.id not in self._things or not self._same(device, self._things[device.id]):
             self.attach(device, self._remake(device))
-        return self._things[device.id]
+        thing = self._things[device.id]
+        if device.kind == 'cd':                 # a drive stays, its medium changes
+            thing.filename = device.facts.file
+        return thing
 
     def recognise(self, things: Iterable[Any]) -> None:
         """Take these Harddrives and VirtualNics for those of its devices that they are."""
@@ -9881,15 +10016,16 @@ class Devices(Part):
                     self._keep(device, thing)
 
     def _keep(self, device: Device, thing: Any) -> None:
-        if self.spec.memory_at is MemoryAt.AWAITED:     # a disk is its other machine's until then
-            self._things[device.id] = thing
+        if device.kind == 'disk' and self.spec.memory_at is MemoryAt.AWAITED:
+            self._things[device.id] = thing     # it is its other machine's until then
         else:
             self.attach(device, thing)
 
     def attach(self, device: Device, thing: Any) -> None:
         self._things[device.id] = thing
-        if isinstance(thing, Harddrive):
-            thing.attached = DriveSlot(self.qemu, device.id, thing.filename)
+        if device.kind in ('disk', 'cd'):
+            thing.attached = DriveSlot(self.qemu, device.id,
+                                       thing.filename if device.kind == 'disk' else '')
 
     @staticmethod
     def _same(device: Device, thing: Any) -> bool:
@@ -9907,26 +10043,14 @@ class Devices(Part):
                     raise DiskError(f'{self.name}: {filename}: its disk is gone', 'put it back')
                 drive = Harddrive(filename, format=form, backing=drive)
             return drive
+        if device.kind == 'cd':
+            return CD()
         return self._nic(facts) if facts.mac and facts.name else None
 
     @staticmethod
     def _nic(facts: Facts) -> VirtualNic:
         """Return a nic, made again if the host has rebooted since."""
         return VirtualNic(facts.name, namespace=facts.namespace, mac=facts.mac)
-
-    def new_id(self, stem: str) -> str:
-        taken = {device.id for device in self.spec.devices}
-        return next(f'{stem}{n}' for n in itertools.count() if f'{stem}{n}' not in taken)
-
-    def _free_port(self, stem: str = 'rp') -> str:
-        """Return a free port: rpN for PCI, nrN of virtio serial (0, 1: console, agent)."""
-        taken = {device.bus for device in self.spec.devices}
-        ports = range(self.spec.ports) if stem == 'rp' else range(2, VIRTIO_PORTS)
-        free = [f'{stem}{n}' for n in ports if f'{stem}{n}' not in taken]
-        if not free:
-            raise MachineError(f'{self.name}: all {len(ports)} ports for such a device are taken',
-                               'remove one first')
-        return free[0]
 
     def plan(self, device: Device, thing: Any) -> Device:
         self.spec.devices.append(device)
@@ -9935,24 +10059,27 @@ class Devices(Part):
 
     def plan_disk(self, drive: Harddrive) -> Device:
         drive.check()
-        files = {os.path.realpath(row.facts.chain[0][0]) for row in self.spec.of_kind('disk')}
+        files = {os.path.realpath(row.facts.file) for row in self.spec.of_kind('disk')}
         if os.path.realpath(drive.filename) in files:
             raise DiskError(f'{self.name}: has {drive.filename} already')
-        return self.plan(Device(self.new_id('disk'), 'disk', self._free_port(), facts=Facts(
-            chain=chain_of(drive))), drive)
+        return self.plan(self.spec.new('disk', self.spec.disk_bus, chain=chain_of(drive)), drive)
+
+    def plan_cd(self, disc: CD, model: str) -> Device:
+        chain = [[disc.filename, 'raw']] if disc.filename else []
+        return self.plan(self.spec.new('cd', model, chain=chain), disc)
 
     def plan_nic(self, nic: VirtualNic | None, own: bool, forwards: Sequence[str] = ()) -> Device:
-        id = self.new_id('nic')
-        digest = hashlib.sha256(f'{self.file.uuid} {id}'.encode()).digest()
+        digest = hashlib.sha256(f'{self.file.uuid} {self.spec.new_id("nic")}'.encode()).digest()
         mac = nic.mac.lower() if nic else ':'.join(['52', '54', '00', *(
             f'{byte:02x}' for byte in digest[:3])])
         if not MAC.fullmatch(mac):
             raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
         if nic and any(nic.name == device.facts.name for device in self.spec.of_kind('nic')):
             raise MachineError(f'{self.name}: has {nic.name} already')
-        return self.plan(Device(id, 'nic', self._free_port(), facts=Facts(
-            name=nic.name if nic else '', namespace=nic.namespace if nic else '', mac=mac, up=True,
-            own=own, mtu=told_mtu(nic), forwards=list(forwards))), nic)
+        return self.plan(self.spec.new(
+            'nic', self.spec.nic_model, name=nic.name if nic else '', mac=mac, up=True, own=own,
+            namespace=nic.namespace if nic else '', mtu=told_mtu(nic), forwards=list(forwards)),
+            nic)
 
     @staticmethod
     def back_name(device: Device) -> str:
@@ -9961,19 +10088,14 @@ class Devices(Part):
 
     def front(self, device: Device) -> dict[str, Any]:
         """Return the arguments of device_add."""
-        facts, back = device.facts, self.back_name(device)
+        facts, driver = device.facts, device.model.driver
+        back = self.back_name(device) if device.kind in KINDS else ''
         rows: dict[str, dict[str, Any]] = {
-            'disk': {'driver': 'virtio-blk-pci', 'drive': back},
-            'nic': {'driver': 'virtio-net-pci', 'netdev': back,
-                    'mac': facts.moved_mac or facts.mac,
-                    **({'host_mtu': facts.mtu} if facts.mtu else {})},
-            'dimm': {'driver': 'pc-dimm', 'memdev': back},
-            'chardev': {'driver': 'virtserialport', 'chardev': back, 'name': facts.name}}
-        told = {**rows[device.kind], 'id': device.id}
-        if device.bus.startswith('nr'):
-            told.update({'bus': 'serial.0', 'nr': int(device.bus[2:])})
-        elif device.bus:
-            told['bus'] = device.bus            # a root port
+            'disk': {'drive': back, **({'serial': device.id} if driver == 'nvme' else {})},
+            'nic': {'netdev': back, 'mac': facts.moved_mac or facts.mac, **(
+                {'host_mtu': facts.mtu} if facts.mtu and facts.model == 'virtio' else {})},
+            'cd': {}, 'dimm': {'memdev': back}, 'chardev': {'chardev': back, 'name': facts.name}}
+        told = {'driver': driver, **rows[device.kind], 'id': device.id, **device.place()}
         if device.boot:
             told['bootindex'] = device.boot
         return told
@@ -9989,12 +10111,14 @@ class Devices(Part):
             thing.check()
             if self.spec.memory_at is not MemoryAt.AWAITED:
                 self._ensure_free(thing)
-        kind, back, front = KINDS[device.kind], self._back(device, launch), self.front(device)
-        if device.kind == 'disk':
-            launch.add(kind.option, json.dumps(back))
-        else:
-            back = flat(back)
-            launch.add(kind.option, options(back.pop(kind.type), back))
+        if device.kind in KINDS:                # a CD drive comes without its medium
+            kind, back = KINDS[device.kind], self._back(device, launch)
+            if device.kind == 'disk':
+                launch.add(kind.option, json.dumps(back))
+            else:
+                back = flat(back)
+                launch.add(kind.option, options(back.pop(kind.type), back))
+        front = self.front(device)
         launch.add('-device', options(front.pop('driver'), front))
 
     @staticmethod
@@ -10006,9 +10130,15 @@ class Devices(Part):
         except OSError:
             return {}
 
+    def _require_hotplug(self, device: Device) -> None:
+        if device.model.port == 'ide':
+            raise WrongState(f'{self.name} is running, and SATA takes and gives nothing meanwhile',
+                             'stop it first')
+
     def _plug(self, device: Device) -> None:
         """Plug a device into the running machine: back end, then device, or neither."""
         kind = KINDS[device.kind]
+        self._require_hotplug(device)
         if device.kind == 'disk':
             self._ensure_free(self.thing(device))
         with self.qemu.session() as qmp:
@@ -10050,6 +10180,7 @@ class Devices(Part):
     def _unplug(self, device: Device, timeout: float) -> bool:
         """Ask the guest to let a device go, and remove it when it does (DEVICE_DELETED)."""
         kind = KINDS[device.kind]
+        self._require_hotplug(device)
         back: dict[str, Any] = {kind.key: self.back_name(device)}
         with self.qemu.session() as qmp:
             gone = self._request_unplug(qmp, device, Deadline(timeout))
@@ -10087,12 +10218,15 @@ class Devices(Part):
     def find(self, kind: str, thing: Any) -> Device:
         """Return the device of a thing, which may also be its id or number."""
         rows = self.spec.of_kind(kind)
+        held = [row for row in rows if self._things.get(row.id) is thing is not None]
+        if held:
+            return held[0]
         wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
         for number, device in enumerate(rows):
-            chain, names = device.facts.chain, [device.id, device.facts.name]
+            names = [device.id, device.facts.name]
             if wanted and wanted in names or wanted == number and type(wanted) is int or (
-                    chain and isinstance(wanted, (str, os.PathLike))
-                    and image_path(wanted) == chain[0][0]):
+                    wanted and isinstance(wanted, (str, os.PathLike))
+                    and image_path(wanted) == device.facts.file):
                 return device
         raise MachineError(f'{self.name}: has no {kind} {thing!r}',
                            f'it has {", ".join(row.id for row in rows) or "none"}')
@@ -10113,7 +10247,7 @@ class Devices(Part):
     def drop(self, device: Device) -> None:
         self.spec.devices.remove(device)
         thing = self._things.pop(device.id, None)
-        if isinstance(thing, Harddrive):
+        if isinstance(thing, (Harddrive, CD)):
             thing.attached = None
         if device.facts.own:
             self._nic(device.facts).delete()
@@ -10209,7 +10343,6 @@ class Devices(Part):
         self.thing(self.find('disk', drive)).resize(size, shrink)
 
     def set_boot_order(self, ids: Sequence[str]) -> None:
-        self.spec.cd_boot = ids.index('cd0') + 1 if 'cd0' in ids else 0
         for device in self.spec.devices:
             device.boot = ids.index(device.id) + 1 if device.id in ids else 0
 
@@ -10223,7 +10356,6 @@ class Devices(Part):
                 raise MachineError(f'{self.name}: {twice[0]} twice in the boot order',
                                    'name each device once')
             before = {device.id: device.boot for device in self.spec.devices}
-            before['cd0'] = self.spec.cd_boot
             self.set_boot_order(ids)
             if not self.qemu.is_alive():
                 return
@@ -10235,9 +10367,9 @@ class Devices(Part):
                                 property='bootindex', value=place)
 
     def _boot_id(self, thing: Any) -> str:
-        if thing is self.cd or thing in ('cd', 'cd0'):
+        if isinstance(thing, str) and thing == 'cd':
             return 'cd0'
-        for kind in ('disk', 'nic'):
+        for kind in ('disk', 'cd', 'nic'):
             with contextlib.suppress(MachineError):
                 return self.find(kind, thing).id
         raise MachineError(f'{self.name}: can\'t boot from {thing!r}',
@@ -10255,11 +10387,10 @@ class Devices(Part):
         def plan() -> Device:
             if any(row.facts.name == name for row in self.spec.of_kind('chardev')):
                 raise MachineError(f'{self.name}: has a chardev {name}')
-            id = self.new_id('chardev')
+            id = self.spec.new_id('chardev')
             with contextlib.suppress(FileNotFoundError):        # of one that was deleted
                 os.unlink(self.file.path(f'ports/{id}'))
-            return self.plan(Device(id, 'chardev', self._free_port('nr'),
-                                     facts=Facts(type=kind, name=name)), None)
+            return self.plan(self.spec.new('chardev', type=kind, name=name), None)
         self.add(plan)
         return self.chardevs[name]
 
@@ -10305,7 +10436,7 @@ class Ram(Part):
             raise MachineError(f'{self.name}: can\'t get {mb} MiB more: {why}', remedy)
         blocks = self.memory_blocks() if self.qemu.is_alive() else {}
         device = self.devices.add(lambda: self.devices.plan(
-            Device(self.devices.new_id('dimm'), 'dimm', facts=Facts(mib=mb)), None))
+            self.spec.new('dimm', mib=mb), None))
         return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
 
     def _check_mib(self, mb: int) -> None:
@@ -10658,8 +10789,8 @@ class Snapshots(Part):
             del self.spec.snapshots[tag]
             self.file.write()
             if isinstance(problem, MachineError):
-                raise MachineError(str(problem), f'its memory, up to {self.spec.ram()} MiB, goes '
-                                   f'into {layers[0][1].filename}: is there space?') from None
+                problem.hint = problem.hint or (f'its memory, up to {self.spec.ram()} MiB, goes '
+                                                f'into {layers[0][1].filename}: is there space?')
             raise
         finally:
             if ran and self.qemu.is_alive():
@@ -10697,7 +10828,7 @@ class Snapshots(Part):
         self.qemu.job(f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
 
     def _nodes(self, nodes: Sequence[str]) -> list[str]:
-        return [*nodes, *['efi-vars'] * self.spec.efi]
+        return [*nodes, *['efi-vars'] * self.spec.uefi]
 
     def load(self, tag: str, disks_only: bool = False) -> str:
         with self.file.change():
@@ -10743,7 +10874,7 @@ class Snapshots(Part):
         asleep = self.qemu.run_state() == 'suspended'   # it would be with the other guest
         ran = started or asleep or self.qemu.run_state() == 'running'
         drives = [drive for _, drive in layers]
-        if self.spec.efi:
+        if self.spec.uefi:
             drives.append(Harddrive(os.path.join(self.file.home, 'efi-vars.qcow2')))
             drives[-1].attached = firmware = DriveSlot(self.qemu, 'efi-vars')
             firmware.node = 'efi-vars'
@@ -10901,9 +11032,8 @@ class Migration(Part):
         layers = [(layer.format, layer.info()['virtual-size'], layer.filename)
                   for device in self.spec.of_kind('disk')
                   for layer in self.devices.thing(device).chain()]
-        disc = self.devices.cd.filename
-        if disc:
-            layers.append(('cd', os.path.getsize(readable(disc)), disc))
+        layers += [('cd', os.path.getsize(readable(disc.filename)), disc.filename)
+                   for disc in self.devices.cds if disc.filename]
         return [{'format': form, 'size': size, 'host': host, 'name': name,
                  'file': [os.stat(name).st_dev, os.stat(name).st_ino]}
                 for form, size, name in layers]
@@ -11340,7 +11470,13 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     **{name: (lambda text: isinstance(text, (str, os.PathLike)), 'is no string')
        for name in ('kernel', 'initrd')},
     'cmdline': (lambda text: isinstance(text, str), 'is no string'),
-    **{name: (lambda flag: isinstance(flag, bool), 'is no bool') for name in ('efi', 'incoming')}}
+    **{name: (lambda flag: isinstance(flag, bool), 'is no bool')
+       for name in ('incoming', 'tpm')},
+    **{name: (functools.partial(operator.contains, [*choices]), f'use {", ".join(choices)}')
+       for name, choices in CHOICES.items()},
+    'args': (lambda args: isinstance(args, (list, tuple)) and all(
+        isinstance(word, str) and '\0' not in word for word in args), 'use a list of strings'),
+    'cds': (lambda cds: isinstance(cds, (list, tuple)), 'use a list, of one or more')}
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -11352,6 +11488,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
                                f'{what.format(name_limit(), MACHINES_DIR)}')
     valid_name(given['namespace'], 'namespace', empty=True)
     usable_accel(given['accel'])
+    if given['cd'] and given['cds']:
+        raise MachineError(f'machine {given["name"]!r:.80}: cd and cds', 'name all CDs in cds')
 
 
 def _make_home(name: str) -> str:
@@ -11521,7 +11659,6 @@ class Power(Part):
             self.qemu.end()
             for device in [*self.spec.devices]:
                 self.devices.drop(device)
-            self.devices.cd.attached = None
             self.file.forget()
 
 
@@ -11538,9 +11675,14 @@ def handed(part: str, method: Callable[Concatenate[Any, Parameters], Result]
 class Machine(Guest):
     """A virtual machine under this program: QEMU, driven over QMP.
 
-    `harddrives` and `cd` are objects or paths (or a list); `nics` a VirtualNic, a list of them, a
-    number of them to be made, or 'user' for QEMU's own NAT without any right, with `forwards` such
-    as 'tcp:127.0.0.1:2222:22': that port of the host leads to port 22 of the guest. `memory` and
+    `harddrives`, `cd` and `cds` are objects or paths (or a list); `nics` a VirtualNic, a list of
+    them, a number of them to be made, or 'user' for QEMU's own NAT without any right, with
+    `forwards` such as 'tcp:127.0.0.1:2222:22': that port of the host leads to port 22 of the guest.
+    For guests without virtio drivers there are other `nic_model`s, a `disk_bus` (virtio, scsi,
+    sata, nvme, usb), and `cds` instead of `cd`, drives on SATA. `firmware` is bios, uefi, or
+    uefi-secure, which starts what is signed by a key of Microsoft's. `tpm` is a TPM 2.0 (swtpm).
+    `args` is what else QEMU's command line is to say; a file named there is not opened for it, as
+    all others are. See MODELS and VIDEO for what there is to choose from. `memory` and
     `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on the socket `vnc`.
     `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
     who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
@@ -11554,12 +11696,14 @@ class Machine(Guest):
     def __init__(self, name: str = '', harddrives: DriveLike | Sequence[DriveLike] | None = None,
                  nics: int | str | VirtualNic | Sequence[VirtualNic | None] | None = 0,
                  cd: CD | str | os.PathLike[str] | None = None,
-                 memory: int = 1024, cpus: int = 1, namespace: str = '', efi: bool = False,
+                 memory: int = 1024, cpus: int = 1, namespace: str = '', firmware: str = 'bios',
                  accel: str = 'auto', kernel: str | os.PathLike[str] = '',
                  initrd: str | os.PathLike[str] = '', cmdline: str = '',
                  display: str | None = None, monitor_port: int | None = None, maxmemory: int = 0,
                  user: str | int | None = None, incoming: bool = False, cpu: str = 'auto',
-                 forwards: Sequence[str] = ()) -> None:
+                 forwards: Sequence[str] = (), nic_model: str = 'virtio', disk_bus: str = 'virtio',
+                 cds: Sequence[CD | str | os.PathLike[str]] = (), tpm: bool = False,
+                 video: str = 'std', args: Sequence[str] = ()) -> None:
         given = {**locals()}
         identity = Path('/proc/sys/kernel/random/uuid').read_text('utf-8').strip()
         check_arguments(given)
@@ -11569,24 +11713,27 @@ class Machine(Guest):
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
                   for drive in _several(harddrives)]
         # A CD object that is in another machine's drive goes on speaking of that one.
-        disc = cd if isinstance(cd, CD) and not cd.attached else CD(
-            cd.filename if isinstance(cd, CD) else cd)
-        given.update(harddrives=drives, cd=disc.filename or None, kernel=kernel, forwards=leads,
-                     initrd=initrd, nics=nics if isinstance(nics, (int, str)) else _several(nics))
+        discs = [disc if isinstance(disc, CD) and not disc.attached else CD(
+            disc.filename if isinstance(disc, CD) else disc) for disc in (*cds, *[cd] * (not cds))]
+        media = [disc.filename for disc in discs]
+        given.update(harddrives=drives, kernel=kernel, initrd=initrd, forwards=leads, args=[*args],
+                     cd=None if cds else media[0] or None, cds=media if cds else [],
+                     nics=nics if isinstance(nics, (int, str)) else _several(nics))
         home = _make_home(name)
         file = MachineFile(home, MachineSpec(
             os.path.basename(home), identity, '', memory, cpus,
-            maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0), namespace, efi, accel,
-            kernel, initrd, cmdline, display or '', monitor_port, uid, 0, disc.filename, cpu=cpu,
+            maxmemory or (memory * 4 if memory >= HOTPLUG_RAM else 0), namespace, firmware, accel,
+            kernel, initrd, cmdline, display or '', monitor_port, uid, 0, cpu=cpu, tpm=tpm,
+            nic_model=nic_model, disk_bus=disk_bus, video=video, args=given['args'],
             memory_at=MemoryAt.AWAITED if incoming else MemoryAt.HERE, made=as_kept(given)))
         with file.one_of('change', 1, Deadline(BUSY_TIMEOUT)):
             if os.path.exists(file.path('machine.json')):
                 self._take(file, [*drives, *given['nics']] if isinstance(given['nics'], list)
-                           else drives, disc)
+                           else drives, discs)
             else:                               # also what is left of a program that was killed
-                self._make(file, drives, nics, disc)
+                self._make(file, drives, nics, discs)
 
-    def _take(self, file: MachineFile, things: Sequence[Any], disc: CD) -> None:
+    def _take(self, file: MachineFile, things: Sequence[Any], discs: Sequence[CD]) -> None:
         """Be the machine that is there, if it was made with the same arguments."""
         there = MachineFile.open(file.name)
         other = differences(there.spec.made, file.spec.made)
@@ -11594,31 +11741,38 @@ class Machine(Guest):
             raise MachineError(f'machine {file.name} exists, made with {"; ".join(other)}',
                                f'Machine.load({file.name!r}) takes it as it is; its delete() '
                                'removes it')
-        self._compose_parts(there, disc)
+        self._compose_parts(there)
         self.devices.recognise(things)
+        for device, disc in zip(self.spec.of_kind('cd'), discs):
+            self.devices.attach(device, disc)
 
-    def _make(self, file: MachineFile, drives: Sequence[Harddrive], nics: Any, disc: CD) -> None:
-        spec, things = file.spec, list[Union[Harddrive, CD]]([*drives, disc])
+    def _make(self, file: MachineFile, drives: Sequence[Harddrive], nics: Any, discs: Sequence[CD]
+              ) -> None:
+        spec, things = file.spec, list[Union[Harddrive, CD]]([*drives, *discs])
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(file.forget)
             for thing in things:
                 on_failure.callback(setattr, thing, 'attached', thing.attached)
             spec.type = newest_type()
+            require_hardware(spec)
             cards = _cards(nics, spec.namespace or file.name)
             for card in cards if isinstance(nics, int) else ():
                 on_failure.callback(card.delete)    # type: ignore[union-attr]
             spec.namespace = spec.namespace or next(
                 (card.namespace for card in cards if card), '')
             spec.ports = min(max(PORTS, len(drives) + len(cards) + SPARE_PORTS), PORTS_MAX)
-            self._compose_parts(file, disc)
+            self._compose_parts(file)
             for drive in drives:
                 self.devices.plan_disk(drive)
+            for disc in discs:
+                self.devices.plan_cd(disc, 'sata' if 'cds' in spec.made else 'scsi')
             for card in cards:
                 self.devices.plan_nic(card, own=isinstance(nics, int))
             leads = spec.made.get('forwards')
             if leads:
                 self.spec.of_kind('nic')[cards.index(None)].facts.forwards = leads
-            self.devices.set_boot_order([*(row.id for row in self.spec.of_kind('disk')), 'cd0'])
+            self.devices.set_boot_order([row.id for kind in ('disk', 'cd')
+                                         for row in spec.of_kind(kind)])
             self.file.write()
             on_failure.pop_all()
 
@@ -11630,10 +11784,10 @@ class Machine(Guest):
                     f'{nics} nic{"s" * (nics != 1)})')
         return f'Machine({self.name!r})'
 
-    def _compose_parts(self, file: MachineFile, cd: CD) -> None:
+    def _compose_parts(self, file: MachineFile) -> None:
         self.name, self.id, self.home, self.file = file.name, file.uuid, file.home, file
         self.qemu = Qemu(file)
-        self.devices = Devices(self.qemu, cd)
+        self.devices = Devices(self.qemu)
         self._ram = Ram(self.devices)
         self._captures = Captures(self.devices)
         self._memory = MemoryStream(self.qemu)
@@ -11653,12 +11807,12 @@ class Machine(Guest):
             raise NoGuest(f'no machine is named {name!r:.80}')
         machine = cls.__new__(cls)
         file = MachineFile.repair(name) if repair else MachineFile.open(name)
-        machine._compose_parts(file, CD())
+        machine._compose_parts(file)
         return machine
 
     # What one part has, or does, by itself.
     spec: MachineSpec = of_part('file.spec')
-    cd: CD = of_part('devices.cd', 'Its CD drive.')
+    cds: list[CD] = of_part('devices.cds', 'Its CD drives.')
     harddrives: list[Harddrive] = of_part('devices.harddrives', 'Its disks.')
     nics: list[VirtualNic | None] = of_part(
         'devices.nics', "Its network cards; None is QEMU's own NAT.")
@@ -11703,6 +11857,11 @@ class Machine(Guest):
     mouse_click = handed('_input', Input.mouse_click)
     picture = handed('_input', Input.picture)
     screenshot = handed('_input', Input.screenshot)
+
+    @property
+    def cd(self) -> CD:
+        """Its CD drive, the first if it has several."""
+        return self.cds[0]
 
     def agent(self, command: str, arguments: Arguments = None,
               timeout: float = AGENT_TIMEOUT) -> Any:
@@ -11892,7 +12051,7 @@ class DamagedMachine(Guest):
             text = Path(home, 'machine.json').read_text(errors='replace')
             known.update(re.findall(r'"(uuid|uid)": "?([0-9a-f-]{1,36})\b', text))
         self._file = MachineFile(home, MachineSpec(
-            name, known.get('uuid', ''), '', 0, 0, 0, '', False, '', '', '', '', '', None,
+            name, known.get('uuid', ''), '', 0, 0, 0, '', '', '', '', '', '', '', None,
             int(known['uid']) if known.get('uid', '').isdecimal() else 0, 0))
         self._qemu = Qemu(self._file)
 
