@@ -2539,7 +2539,7 @@ except vm.ConfigError as problem:
             return set(values['enabled'])
         # A file from before there were more commands switches none of the later ones on.
         old = {'wake': True, 'save': False, 'start': True, 'stop': True}
-        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list', 'log', 'sync',
+        self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list', 'log',
                                         'metrics'})
         for value, why in (([], 'must be an object such as {"start": true'), ({'start': 1}, 'must'),
                            ({'strat': True}, 'strat: unknown; the commands are start, stop')):
@@ -3152,6 +3152,7 @@ class NoticesTest(ConfigCase):
     def test_what_guests_do(self) -> None:
         guest = ScriptedGuest()
         guests = vm.Guests([ScriptedHost(guest)], self.settings)
+        self.enter(mock.patch.object(vm, 'TROUBLED_MOMENT', 0.1))
 
         def hear(kind: str, condition: vm.State = vm.State.RUNNING, reason: str = '') -> None:
             guest.status = lambda: vm.Status(condition, reason)     # type: ignore[method-assign]
@@ -3162,6 +3163,7 @@ class NoticesTest(ConfigCase):
             raise vm.LibvirtError('no memory')
         hear('stuck', vm.State.PAUSED)                              # somebody has paused it
         hear('stuck', vm.State.PAUSED, vm.IO_ERROR)
+        hear('resumed', vm.State.PAUSED, vm.IO_ERROR)               # and it stopped again
         self.assertEqual(guests.notices.of(guest), [
             "web1 is paused (I/O error); is the host's disk full?"])
         hear('resumed')
@@ -4137,8 +4139,10 @@ class StartupTest(Case):
                 raise vm.LibvirtError('no memory')
             return 'started'
         broken.start = fail             # type: ignore[method-assign]
-        with unittest.mock.patch.object(vm, 'START_RETRY_PAUSE', 0.2):
+        with mock.patch.object(vm, 'START_RETRY_PAUSE', 0.2), \
+                mock.patch.object(vm.Notices, 'begin') as begin:
             messages = self.run_list(['start absent', 'start broken', 'start good'], guest, broken)
+        self.assertEqual([call.args[:2] for call in begin.mock_calls], [('start', 'absent')])
         self.assertEqual(len(moments), 3)
         self.assertTrue(all(b - a > 0.15 for a, b in zip(moments, moments[1:])), moments)
         self.assertEqual(guest.calls, ['start'])
@@ -4597,6 +4601,7 @@ class ListenerTest(ConfigCase):
         odd = 'web"\\1'
         self.host.guests[odd] = ScriptedGuest(odd)
         self.changes['listener']['keys'][0]['commands'] = ['start', 'metrics']
+        self.changes['listener']['commandsEnabled'] = {'sync': True}
         self.settings.config = vm.load(self.write(self.changes))
         url = f'{self.url}metrics'
         self.assertEqual(self.curl(url=url), (401, 'key is missing'))
@@ -10189,9 +10194,17 @@ class AnswersTest(GuestCase):
     def daemon(self) -> Callable[[str], tuple[int, str]]:
         """Start one that listens; return what asks it."""
         port = free_port()
-        self.program('--monitor', '--listen', config=self.config(
-            {'listener': {'enabled': True, 'port': port}})).wait_log('connected after')
+        self.program('--monitor', '--listen', config=self.config({
+            'listener': {'enabled': True, 'port': port},
+            'notify': {'command': ['tee', '-a', self.path('told')]}})).wait_log('connected after')
         return lambda query: self.answers(port, query)[query]
+
+    def told(self) -> list[tuple[str, bool]]:
+        """Return what notify.command was told: kinds, and whether it was over."""
+        with contextlib.suppress(FileNotFoundError):
+            return [(row['kind'], row['over']) for row in map(
+                json.loads, Path(self.path('told')).read_text().splitlines())]
+        return []
 
     def saved_file(self, guest: Vm) -> Path:
         return Path(f'/proc/{self.host.holder.pid}/root/var/lib/libvirt/qemu/save',
@@ -10218,15 +10231,22 @@ class AnswersTest(GuestCase):
         guest.exec(['sh', '-c', '(dd if=/dev/urandom of=/dev/vda bs=1M count=4; sync) '
                     '>/dev/null 2>&1 &'])
         guest.wait_state('paused', 30)
+        soon(lambda: self.told() == [('io-error', False)], 20)
         for command in ('start', 'wake'):
             self.assertEqual(ask(f'{command}&target=full'), (
                 409, "full: paused again: I/O error; is the host's disk full?"))
+        self.assertEqual(self.told(), [('io-error', False), ('start', False)])
         self.assertRegex(ask('status&target=full')[1], r'^full paused \(I/O error\) agent=')
         self.assertRegex(ask('list')[1], r'(?m)^full paused \(I/O error\) agent=')
         status, out, _ = vmmonitor('--config', self.config(), '--status', 'full')
         self.assertRegex(out, r'(?m)^full +paused \(I/O error\) ')
         subprocess.run([*inside, 'mount', '-o', 'remount,size=20m', str(place)], check=True)
+        before = len(self.told())
         self.assertEqual(ask('start&target=full'), (200, 'full: resumed'))
+        os.kill(guest.pid(), signal.SIGKILL)
+        soon(lambda: len(self.told()) >= before + 3, 20)
+        self.assertEqual(self.told()[before:], [('start', True), ('io-error', True),
+                                                ('crashed', False)])
 
     def test_one_that_stops_again(self) -> None:
         for state, reason, says, hint in (
@@ -11200,7 +11220,7 @@ class DaemonTest(GuestCase):
         limited = 'l' * 20
         config = self.config({'listener': {
             'enabled': True, 'port': port, 'commandsEnabled': {
-                'off': True, 'screenshot': True, 'pause': True, 'resume': True},
+                'off': True, 'screenshot': True, 'pause': True, 'resume': True, 'sync': True},
             'keys': [{'name': 'one', 'key': limited, 'targets': ['web1'],
                       'commands': ['list', 'start']}]},
             'startup': {'vmStartupCommands': [f'wait path {self.path("data")} 600']}})

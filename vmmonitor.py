@@ -1276,7 +1276,7 @@ VERBS = {
     'reset': Verb('press its reset button'),
     'pause': Verb('stop its processors'),
     'resume': Verb('let them go on'),
-    'sync': Verb('correct its clock now', enabled=True),
+    'sync': Verb('correct its clock now'),
     'status': Verb('what it is doing', enabled=True, act=False),
     'screenshot': Verb('a PNG of what its screen shows', act=False),
     'list': Verb('all guests, and what they are doing', enabled=True, act=False),
@@ -3814,8 +3814,9 @@ class Guests:
     # action -> the kind of notice when it fails
     FAILURES = {'start': 'start', 'start anew': 'start', 'wake': 'start', 'stop': 'stop',
                 'save': 'stop', 'off': 'stop'}
-    # kind of event -> the notices that are over then
-    CURES = {'agent connected': (), 'stuck': (), 'stopped': ('clock', 'stop')}
+    CURES = {State.RUNNING: ('start', 'io-error', 'crashed'),       # what is over then
+             State.OFF: ('clock', 'stop', 'io-error', 'crashed'),
+             State.SAVED: ('clock', 'stop', 'io-error', 'crashed')}
 
     def __init__(self, hosts: Sequence[GuestHost], settings: Settings | None = None) -> None:
         self.hosts = list(hosts)
@@ -3828,6 +3829,7 @@ class Guests:
         self.lists: dict[str, str] = {}             # "startup" -> where that list is now
         self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
         #                                             the last ones found: seconds since 1970, ms
+        self._looks: dict[str, GuestEvent] = {}     # id of a guest -> why it will be looked at
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy; notified when one ends
 
@@ -3921,13 +3923,19 @@ class Guests:
         return found
 
     def heard(self, event: GuestEvent) -> None:
-        """Note what an event says of what was wrong with a guest."""
-        self.notices.end(event.guest.name, *self.CURES.get(
-            event.kind, ('start', 'io-error', 'crashed')))
-        if event.kind in ('stopped', 'stuck'):          # why, only its status says
-            spawn(f'look {event.guest.name}', self._look_at, event.guest)
+        """Have a guest looked at that may be in trouble, or out of it."""
+        stuck = event.kind in ('stopped', 'stuck')
+        if stuck or self.notices.of(event.guest):       # with a full disk it soon stops again
+            self._looks[event.guest.id] = event
+            spawn(f'look {event.guest.name}', self._look_at, event,
+                  0 if stuck else 2 * TROUBLED_MOMENT)
 
-    def _look_at(self, guest: Guest) -> None:
+    def _look_at(self, event: GuestEvent, pause: float) -> None:
+        time.sleep(pause)
+        guest = event.guest
+        if self._looks.get(guest.id) is not event:      # something else happened meanwhile
+            return
+        del self._looks[guest.id]
         try:
             status = guest.status()
         except NoGuest:                                 # it was the last event of that one
@@ -3938,12 +3946,13 @@ class Guests:
         except (GuestError, LibvirtError) as problem:   # when it is back, it gives this again
             log.debug('%s: %s', guest.name, explain(problem))
         else:
-            kind = 'io-error' if status.reason == IO_ERROR else 'crashed'
-            if status.reason in TROUBLES:
+            kind = '' if status.reason not in TROUBLES else \
+                'io-error' if status.reason == IO_ERROR else 'crashed'
+            self.notices.end(guest.name, *(
+                cured for cured in self.CURES.get(status.state, ()) if cured != kind))
+            if kind:
                 self.notices.begin(kind, guest.name, WrongState(
                     f'{guest.name} is {status}', TROUBLES[status.reason]))
-            elif status.state in (State.OFF, State.SAVED):
-                self.notices.end(guest.name, 'io-error', 'crashed')
 
     def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT,
             tell: bool = True) -> str:
