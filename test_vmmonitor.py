@@ -2340,6 +2340,8 @@ class ConfigTest(ConfigCase):
         ({'startup': {'vmStartupCommands': ['stop a']}}, 'is not understood'),
         ({'shutdown': {'vmShutdownCommands': ['start a']}}, 'write "stop NAME [SECONDS] [or save|'),
         ({'shutdown': {'vmShutdownCommands': ['save a or off']}}, 'is not understood'),
+        ({'notify': {'kinds': ['clock', 'x']}}, 'notify.kinds: [1]: must be one of clock, start, '),
+        ({'notify': {'command': 'sendmail me'}}, 'notify.command: must be a list of strings'),
         ({'shutdown': {'timeout': 1801}}, 'must be a number from 1 to 1500'),
         ({'startup': {'vmStartupCommands': ['wait a port 0']}}, '\'0\' is no port from 1 to'),
         ({'startup': {'vmStartupCommands': ['wait a port']}}, '\'port\' is no number of seconds'),
@@ -3184,6 +3186,17 @@ class NoticesTest(ConfigCase):
         soon(lambda: list(guests.commands) == ['x'], 5)             # nothing is kept of it
         self.assertEqual([(row['kind'], row['over']) for row in self.told()], [
             (kind, over) for kind in ('io-error', 'crashed', 'start') for over in (False, True)])
+
+    def test_the_way_down_waits_for_the_word(self) -> None:
+        self.settings.config = vm.Config(
+            notify_command=self.command('sleep 0.5\n'),
+            shutdown_steps=vm.steps(['stop web1 0.1'], vm.SHUTDOWN_FORMS))
+        guests = vm.Guests([ScriptedHost(ScriptedGuest())], self.settings)
+        with self.assertLogs('vmmonitor', 'WARNING'):
+            vm.Shutdown(guests, self.settings.config).run()
+        row = json.loads(self.heard.read_text())
+        self.assertEqual((row['kind'], row['name'], row['error']), (
+            'stop', 'web1', 'web1: did not shut down within 0.1 s'))
 
     def test_what_the_service_does(self) -> None:
         """A host that is away, a refused reload, wrong keys, a certificate that ends soon."""
@@ -8868,7 +8881,8 @@ class TestSaving(Live):
         machines = vm.Machines()
         self.addCleanup(machines.stop)
         m.start_vm()
-        machines.watch(lambda event: None)
+        guests = vm.Guests([machines])
+        machines.watch(guests.heard)
         m.wait('agent', BOOT)
         soon(lambda: 'full2' in threads('events'))
         sh(m, 'modprobe virtio_blk')
@@ -8878,6 +8892,8 @@ class TestSaving(Live):
             m.wait('paused', 30)
             soon(lambda: 'disk0-node failed: No space left on device; it is paused'
                  in str(logged.output))
+        soon(lambda: guests.notices.of(m) == [
+            "full2 is paused (I/O error); is the host's disk full?"])
         with self.refused('full2: paused again: I/O error', "is the host's disk full?"):
             m.start()
         with self.refused('paused (I/O error)'):
@@ -8892,6 +8908,7 @@ class TestSaving(Live):
         subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
         self.assertEqual(m.start(), 'resumed, clock set')
         soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20)
+        soon(lambda: not guests.notices.of(m), 20)
 
     def test_killed_while_it_writes_its_memory(self) -> None:
         m = self.bios('killed')

@@ -3723,7 +3723,7 @@ class Notices:
         self._lock = threading.Lock()                   # guards these
         self._now: dict[tuple[str, str], Error] = {}    # (kind, name) -> what is wrong
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
-        self._sending = False                           # a thread is at it
+        self.sending = False                            # a thread is at it
 
     def of(self, guest: Guest) -> list[str]:
         """Return what is wrong with a guest, in words."""
@@ -3758,15 +3758,15 @@ class Notices:
                 return
             self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
                                   'at': utc(time.time()), 'host': os.uname().nodename, **known})
-            start, self._sending = not self._sending, True
+            start, self.sending = not self.sending, True
         if start:
             spawn('notify', self._send)
 
     def _send(self) -> None:
         while True:
             with self._lock:
-                self._sending = bool(self._waiting)
-                if not self._sending:
+                self.sending = bool(self._waiting)
+                if not self.sending:
                     return
                 notice = self._waiting.popleft()
             try:
@@ -3996,7 +3996,8 @@ class Guests:
         if result.method:
             self.figures.count('corrections_total', result.cause)
             self.figures.observe('right_seconds', result.right)
-            self.note(guest.name, str(result))
+            if result.cause != 'sync':                  # else act() does
+                self.note(guest.name, str(result))
         if result.method or guest.id not in self.corrections:
             self.corrections[guest.id] = result
 
@@ -4433,7 +4434,10 @@ class Shutdown(GuestList):
             log.error('shutdown: %s', explain(problem))
         for name, since in list(self._waits.items()):
             self.failed.setdefault(name, f'still on after {time.monotonic() - since:.0f} s')
+        for name, why in self.failed.items():
+            self.guests.notices.begin('stop', name, Error(f'{name}: {why}'))
         self._sum_up(began)
+        Deadline(NOTIFY_TIMEOUT).poll(lambda: not self.guests.notices.sending)
 
     def _find(self, away: list[Error]) -> None:
         """Find out which guests of this host are on, and what their lines call them."""
@@ -4505,9 +4509,6 @@ class Shutdown(GuestList):
                 self.failed[guest.name] = explain(problem)
             log.warning('shutdown: %s %s: %s', verb, guest.name, self.failed[guest.name])
         self._waits.pop(guest.name, None)
-        if guest.name in self.failed:
-            self.guests.notices.begin('stop', guest.name, Error(
-                f'{guest.name}: {self.failed[guest.name]}'))
         log.info('shutdown: %s: %s; %s', guest.name, self._results.get(guest.name) or 'still on',
                  self.progress())
 
@@ -12141,7 +12142,8 @@ class Machines:
 
     # event of QMP -> kind of GuestEvent
     EVENTS = {'RESUME': 'resumed', 'RESET': 'booted', 'WAKEUP': 'woken',
-              'VSERPORT_CHANGE': 'agent connected'}
+              'VSERPORT_CHANGE': 'agent connected', 'GUEST_PANICKED': 'stuck',
+              'WATCHDOG': 'stuck'}
 
     def __init__(self) -> None:
         self.name = self.label = MACHINES_LABEL
