@@ -11506,6 +11506,11 @@ class PackagingTest(Case):
                           if not Path(HERE, line).exists() and not arguments().parse_args(
                               line.split())], [])
 
+    def test_the_places_to_mutate_are_there(self) -> None:
+        for number in range(1, len(MUTANTS) + 1):
+            with self.subTest(number):
+                mutated(number)
+
     def test_the_rows_have_their_tests(self) -> None:
         for row, shown in ROWS.items():
             kind: type = type(self)
@@ -13260,6 +13265,176 @@ class Soak:
         print(*(f'WRONG: {text}' for text in self.wrong), f'soak: {verdict}', sep='\n')
 
 
+# === mutation ===================================================================================
+
+# What --mutate breaks, one place at a time: the section of vmmonitor.py, a text that stands there
+# once, what takes its place, and the tests that may see it. The places were chosen without a look
+# at the tests.
+MUTANTS: tuple[tuple[str, str, str, str], ...] = (
+    ('logging and threads', 'c if c.isprintable() else ascii(c)[1:-1]',
+     "c if c.isprintable() or c == '\\n' else ascii(c)[1:-1]", 'WordsTest'),
+    ('logging and threads', '.splitlines()[:TRACE_LINES]', '.splitlines()[-TRACE_LINES:]',
+     'WordsTest'),
+    ('data from outside', 'if depth > JSON_DEPTH:', 'if depth >= JSON_DEPTH:', 'JsonTest'),
+    ('data from outside', 'object_pairs_hook=_no_duplicates if unique else None',
+     'object_pairs_hook=None', 'JsonTest ConfigTest'),
+    ('files and locks', 'if replace or not _linked(file, name, home):', 'if True:', 'FilesTest'),
+    ('files and locks', "if user not in (0, os.geteuid()) and not in_group(user, 'libvirt'):",
+     'if False:', 'ClockTest OneShotTest.test_one_command_per_guest_of_all_programs'),
+    ('processes', 'os.pathsep.join(dict.fromkeys([*path, *SBIN]))', 'os.pathsep.join(path)',
+     'TestReading.test_programs_of_administrators_are_found'),
+    ('processes', "return fields[19].decode() if fields[0] not in (b'Z', b'X') else ''",
+     'return fields[19].decode()', 'TestCrash TestLife.test_survives_its_manager'),
+    ('configuration', 'if bool(entry.key) == bool(entry.key_file):',
+     'if not entry.key and not entry.key_file:', 'ConfigTest'),
+    ('configuration', "for name in ((own, full) if '/' in pattern else (own,)))",
+     'for name in (own, full))', 'HostsTest'),
+    ('configuration', "('PORT', int, 1, 65535, 'port')", "('PORT', int, 0, 65535, 'port')",
+     'ConfigTest'),
+    ('configuration', "if len(set(names)) < len(names) or 'main' in names:",
+     'if len(set(names)) < len(names):', 'ConfigTest'),
+    ('guest', "else 128 + status.get('signal', 0)", "else status.get('signal', 0)",
+     'TestGuest.test_agent LibvirtTest.test_programs_and_files_in_a_domain'),
+    ('guest', "return [text for text in found if not re.match(r'127\\.|::1$|fe80:', text)]",
+     'return found', 'StartupTest TestNetwork.test_startup_waits_for_a_port'),
+    ('clock', 'return self.value - self.asked - self.delay // 2', 'return self.value - self.asked',
+     'ClockTest'),
+    ('clock', 'if off and (behind or len(readings) > 1):', 'if off:', 'ClockTest'),
+    ('clock', 'stuck = failed and abs(found.offset) > max(before // 2, 4 * tolerance)',
+     'stuck = failed', 'ClockTest'),
+    ('clock', 'if failed.trouble.transient:       # it may work later',
+     'if False:       # it may work later', 'ClockTest'),
+    ('libvirt', "(STARTED, 3): 'reverted', (STARTED, 4): 'woken',",
+     "(STARTED, 3): 'booted', (STARTED, 4): 'woken',", 'CauseTest.test_snapshot_revert'),
+    ('libvirt', 'if problem.domain == FROM_RPC or not self.alive():', 'if False:',
+     'DaemonTest.test_a_save_whose_libvirtd_dies_is_said_to_have_failed'),
+    ('figures', "self._counts[f'{name}_bucket', (f'{limit:g}',)] += seconds <= limit",
+     "self._counts[f'{name}_bucket', (f'{limit:g}',)] += seconds < limit < 1",
+     'ListenerTest.test_metrics NoticesTest'),
+    ('figures', 'news = (kind, name) not in self._now', 'news = True', 'NoticesTest'),
+    ('guests', 'if len(found) > 1:', 'if len(found) > 2:', 'HostsTest'),
+    ('guests',
+     'found = [row for row in found if not row[1].damage] or found     # which hides no other',
+     'pass', 'TestAsGuests.test_damaged_files'),
+    ('monitor', 'if not job.again or self._stopping.is_set():', 'if True:', 'MonitorTest'),
+    ('monitor', 'job.again = job.again or job.event', 'pass', 'MonitorTest'),
+    ('monitor', "NO_TRIGGERS = frozenset(('booted', 'stopped', 'stuck'))",
+     "NO_TRIGGERS = frozenset(('stopped', 'stuck'))", 'MonitorTest'),
+    ('startup', "elif not self._wait(step) and step.otherwise == 'stop':",
+     'elif not self._wait(step):', 'StartupTest'),
+    ('startup', 'for attempt in range(1 + START_RETRIES):', 'for attempt in range(START_RETRIES):',
+     'StartupTest'),
+    ('startup', 'for place in sorted(set(places.values()), reverse=True)]',
+     'for place in sorted(set(places.values()))]', 'WayDownTest.test_reverse_order'),
+    ('page', 'if (verb in DANGEROUS && !await sure(verb, name)) return;', '',
+     'DaemonTest.test_page'),
+    ('listener', 'if count >= WRONG_KEYS and pause > 0:', 'if count > WRONG_KEYS and pause > 0:',
+     'ListenerTest.test_too_many_wrong_keys ListenerTest.test_throttle_forgets'),
+    ('listener', "socket.inet_pton(socket.AF_INET6, peer.partition('%')[0])[:8].hex()",
+     "socket.inet_pton(socket.AF_INET6, peer.partition('%')[0]).hex()",
+     'ListenerTest.test_addresses ListenerTest.test_throttle_forgets '
+     'ListenerTest.test_too_many_wrong_keys ListenerTest.test_trusted_proxies'),
+    ('listener', "or self.request_version < 'HTTP/1.1':", 'or False:',
+     'ListenerTest.test_refusals ListenerTest.test_odd_but_good ListenerTest.test_garbage'),
+    ('ip', "'onlink' in way.get('flags', ()))", 'False)',
+     'TestParsing TestRouter.test_all_of_routes_and_addresses_comes_back'),
+    ('ip', 'or int(small[:2], 16) & 1 or', 'or', 'TestNames TestNic TestErrors'),
+    ('ip', 'if seconds == 0 or (back and seconds != FOR_EVER):', 'if back and seconds != FOR_EVER:',
+     'TestRouter.test_all_of_routes_and_addresses_comes_back '
+     'TestRouter.test_addresses_and_routes_move_and_come_back TestParsing'),
+    ('registry', 'if row.kind == kind and not other:', 'if row.kind == kind:',
+     'TestNic TestOwnership TestErrors'),
+    ('registry', "return bool(now) and row.facts['inode'] in ('', now)", 'return bool(now)',
+     'TestOwnership'),
+    ('interfaces', "found = sorted(self.routes, key=lambda route: route.table != 'main')",
+     'found = self.routes', 'TestReading TestRouter.test_default_route'),
+    ('switches and nics', 'if other in plan.joined([one]):', 'if other == one:',
+     'TestRouter.test_no_loops'),
+    ('switches and nics', "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT',", "-j ACCEPT',",
+     'TestRouter.test_nat'),
+    ('switches and nics', "if not os.path.exists(f'/dev/tap{index}'):", 'if True:',
+     'TestNic.test_index_avoids_taps_that_exist'),
+    ('network checks', "chains[place] |= verdicts in ([{'drop'}], [{'reject'}])",
+     "chains[place] |= verdicts == [{'drop'}]", 'TestSwitch.test_chains_of_others_that_drop'),
+    ('json sockets', "elif answer.get('id') == self.serial or 'id' not in answer:", 'else:',
+     'QmpTest'),
+    ('json sockets', 'self.serial = (self.serial + 1) & 0x7fffffff', 'self.serial &= 0x7fffffff',
+     'AgentWireTest'),
+    ('disks', 'return -(-round(size * GIB) // 512) * 512', 'return round(size * GIB) // 512 * 512',
+     'TestHarddrive'),
+    ('disks', 'if self.backing and not header.backing:', 'if False:', 'TestHarddrive'),
+    ('disks', 'on_failure.callback(drive.delete_snapshot, tag)', 'pass',
+     'TestHarddrive TestSnapshots TestLab.test_group_snapshot'),
+    ('spec', "if known['name'] != name:", 'if False:',
+     'TestAsGuests.test_a_copied_directory TestAsGuests.test_damaged_files'),
+    ('spec', 'if spec.uuid != self.uuid:', 'if False:',
+     'TestMaking.test_two_programs TestMaking.test_found_by_use TestAsGuests '
+     'TestLife.test_survives_its_manager'),
+    ('qemu', "if known['machine'] != self.name or known['boot'] != boot_id():", 'if False:',
+     'TestAsGuests.test_a_copied_directory TestLife'),
+    ('devices', 'all(0 < int(one) < 65536 for one in (port, inner))',
+     'all(0 <= int(one) < 65536 for one in (port, inner))',
+     'TestNetwork.test_forwards_that_can_not_be'),
+    ('memory stream', 'on_failure.callback(self._go_on)', 'pass',
+     'TestSaving.test_host_without_space'),
+    ('migration', "if any(mine[key] != other[key] for key in ('format', 'size', *file)):",
+     "if any(mine[key] != other[key] for key in ('format', 'size')):",
+     'TestMigration.test_migrate_to_what_does_not_fit'),
+    ('input', "text = re.sub('\\r\\n?', '\\n', text)", "text = text.replace('\\r', '\\n')",
+     'TestGuest.test_text_is_typed_whole TestGuest.test_keys'),
+    ('console', 'self.position -= len(seen) - found.end()', 'pass', 'TestGuest.test_console'),
+    ('machine', 'if saved and now != then:', 'if False:',
+     'TestLife.test_processor TestGuest.test_processor'),
+    ('lab', 'if ends.count(end) > 1]', 'if ends.count(end) > 2]',
+     'TestLab.test_what_is_wrong_in_a_file'),
+    ('command line', 'if step.name and len(named) != 1:', 'if step.name and not named:',
+     'OneShotTest.test_check HostsTest'),
+    ('command line', 'found = re.match(rf\'{setting}=["\\\']?([\\w-]*)\', line)',
+     'found = re.search(rf\'{setting}=["\\\']?([\\w-]*)\', line)',
+     'OneShotTest.test_check_knows_libvirt_guests'),
+)
+
+
+def mutated(number: int) -> str:
+    """Return the program with that row of MUTANTS in it; ValueError if its place is not there."""
+    section, old, new, _ = MUTANTS[number - 1]
+    program = (HERE / 'vmmonitor.py').read_text()
+    found = re.search(rf'(?ms)^# === {section} =+\n.*?(?=^# ===|\Z)', program)
+    if program.count(old) != 1 or not found or old not in found[0]:
+        raise ValueError(f'MUTANTS, row {number}: {old!r} stands {program.count(old)} times in '
+                         f'vmmonitor.py, and must once, in the section "{section}"; write there '
+                         'what that line is now (or another line of that section), and in the '
+                         f'next column how it is broken; then run --mutate {number}')
+    return program.replace(old, new)
+
+
+def survives(number: int) -> bool:
+    """Break the program in a copy, run its tests there; tell whether none has seen it."""
+    section, old, new, tests = MUTANTS[number - 1]
+    with tempfile.TemporaryDirectory(prefix=OURS) as place:
+        for path in HERE.iterdir():
+            if path.is_file():
+                shutil.copy2(path, place)
+        program = mutated(number)
+        compile(program, 'vmmonitor.py', 'exec')        # else no test had to see it
+        Path(place, 'vmmonitor.py').write_text(program)
+        done = subprocess.run([sys.executable, f'{place}/test_vmmonitor.py', *tests.split()],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=False, cwd=place)
+    seen = re.findall(r'(?m)^(?:FAIL|ERROR): (\S+)', done.stdout.decode(errors='replace'))
+    print(f'{number:3} {section}: {old!r:.60} -> {new!r:.40}: '
+          + (f'seen by {", ".join(dict.fromkeys(seen))}' if seen else 'SURVIVES'), flush=True)
+    return not seen
+
+
+def mutate(numbers: Sequence[int]) -> int:
+    """Try these rows of MUTANTS, or all; return the exit status."""
+    numbers = numbers or range(1, len(MUTANTS) + 1)
+    left = [number for number in numbers if survives(number)]
+    print(f'{len(numbers) - len(left)} of {len(numbers)} seen')
+    return 1 if left else 0
+
+
 # === benchmark ==================================================================================
 
 # Each benchmark of BENCHES prepares what it needs, yields contests, and clears up. The ways of a
@@ -14313,6 +14488,9 @@ def arguments() -> argparse.ArgumentParser:
                         help='drive guests at random for so long, and see that all stays right')
     parser.add_argument('--seed', type=int, default=SOAK_SEED, metavar='N',
                         help=f'with --soak: which random numbers; {SOAK_SEED} if not given')
+    parser.add_argument('--mutate', type=int, nargs='*', metavar='N',
+                        help='break the program in each place of MUTANTS, or these rows, and see '
+                             'that a test fails')
     parser.add_argument('--debian', action='store_true',
                         help='with --soak: two Debian guests, too, as from '
                              f'{SOAK_DEBIAN:.0f} minutes on')
@@ -14344,8 +14522,8 @@ def main() -> int:
     if options.install and install():
         # Begin anew: what this file looked for when it was read may be there now.
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    if options.bench is None and not options.soak and len(options.only) != 1 \
-            and not options.tests:
+    if options.bench is None and options.mutate is None and not options.soak \
+            and len(options.only) != 1 and not options.tests:
         return side_by_side([group for group in GROUPS if group in (options.only or GROUPS)],
                             options.strict)
     for number in (signal.SIGINT, signal.SIGTERM):      # what was begun is ended
@@ -14353,7 +14531,9 @@ def main() -> int:
     logging.getLogger('vmmonitor').addHandler(logging.NullHandler())
     logging.lastResort = None
     try:
-        if options.soak:
+        if options.mutate is not None:
+            status = mutate(options.mutate)
+        elif options.soak:
             status = Soak(options.soak, options.seed,
                           options.debian or options.soak >= SOAK_DEBIAN).run()
         elif options.bench is not None:
