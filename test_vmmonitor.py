@@ -14199,30 +14199,19 @@ esac
 
 def bench_lab() -> Iterator[Contest]:
     """So many machines without an operating system, 96 MiB each, in one switch."""
-    with machines_and_libvirt() as (_, place), \
-            concurrent.futures.ThreadPoolExecutor(16) as pool:
-        lab: list[vm.Machine] = []
-
-        def up(count: int) -> None:
-            nics = vm.VirtualNic.create_many(count, switch=vm.Switch('lab'))
-            lab.extend(vm.Machine(f'lab{number}', nics=nic, memory=96)
-                       for number, nic in enumerate(nics))
-            list(pool.map(vm.Machine.start_vm, lab))
-
-        def down() -> None:
-            nics = [nic for machine in lab for nic in machine.nics if nic]
-            list(pool.map(lambda machine: machine.stop(force=True), lab))
-            list(pool.map(vm.Machine.delete, lab))
-            vm.delete_all([*nics, vm.Switch('lab')])
-            lab.clear()
-
-        def script(*words: str) -> str:
-            return run('sh', '-c', LAB_SCRIPT, place, *words, timeout=120)
+    with machines_and_libvirt() as (_, place):
         for count in (2, 8, 16):
+            names = [f'lab{number}' for number in range(count)]
+            path = Path(place, f'{count}.json')
+            path.write_text(json.dumps({
+                'switches': {'lab': {}}, 'machines': {name: {'memory': 96} for name in names},
+                'links': [[name, 'lab'] for name in names]}))
+            lab = vm.Lab.load(path)
+            up, down = (functools.partial(run, 'sh', '-c', LAB_SCRIPT, place, word, str(count),
+                                          timeout=120) for word in ('up', 'down'))
             yield Contest(f'{count} machines', {'up': 'ms', 'down': 'ms'}, {
-                US: functools.partial(marks, functools.partial(up, count), down),
-                'script': functools.partial(marks, functools.partial(script, 'up', str(count)),
-                                            functools.partial(script, 'down', str(count)))})
+                US: functools.partial(marks, lab.up, functools.partial(lab.down, force=True)),
+                'script': functools.partial(marks, up, down)})
 
 
 # --- taking turns ---
