@@ -7545,7 +7545,7 @@ class TestGuest(Live):
                                 (56, 1), (60, 1), (60, 0), (56, 0),
                                 (42, 1), (2, 1), (2, 0), (42, 0), (42, 1), (30, 1), (30, 0),
                                 (42, 0)])
-        with self.refused("no key is named 'nokey'", 'there are ', ' numlock ', ' kp_add '):
+        with self.refused("'nokey'", 'keys are ', ' numlock ', 'QKeyCode'):
             self.machine.send_key('ctrl-nokey')
         for name, code in (('numlock', 69), ('plus', 13), ('altgr', 100), ('PageUp', 104)):
             events = self.pressed(lambda key=name: self.machine.send_key(key))  # type: ignore[misc]
