@@ -4314,7 +4314,7 @@ asyncio.run(main())
 """}
 
 
-class ListenerTest(ConfigCase):
+class ListenerCase(ConfigCase):
     """The https trigger with real TLS and real curl; the guests behind it are scripted."""
 
     group = 'wire'
@@ -4350,6 +4350,50 @@ class ListenerTest(ConfigCase):
     BEARER = ('-H', f'Authorization: Bearer {KEY}')
     WEB_BEARER = ('-H', f'Authorization: Bearer {OTHER_KEY}')
     WRONG = (401, 'wrong key, or not for this target')
+    LOCKED = (429, 'too many wrong keys or targets; try again in')
+
+    def raw(self, request: bytes) -> bytes:
+        """Return what is answered to these bytes and the end of the connection."""
+        connection = self.connect(request)
+        answer = b''
+        while b'\r\n\r\n' not in answer or not answer.endswith(b'\n'):
+            data = connection.recv(65536)
+            if not data:
+                break
+            answer += data
+        return answer
+
+    def proxies(self) -> tuple[int, int]:
+        """Run nginx; return the ports at which it serves as it does by default, and as an admin
+        sets it up who cares."""
+        self.changes['listener']['trustedProxies'] = ['127.0.0.1']
+        self.settings.config = vm.load(self.write(self.changes))
+        old, new = free_port(), free_port()
+        text = NGINX
+        for word, value in (('PLACE', self.directory), ('PORT', self.port), ('OLD', old),
+                            ('NEW', new)):
+            text = text.replace(word, str(value))
+        nginx = subprocess.Popen([nginx_program(), '-p', str(self.directory), '-e', 'stderr', '-c',
+                                  self.write_text(text, 'nginx.conf')], stderr=subprocess.DEVNULL)
+        self.addCleanup(nginx.wait, 20)
+        self.addCleanup(nginx.terminate)
+        return old, new
+
+    def connect(self, send: bytes = b'') -> socket.socket:
+        """Return a connection, with TLS only if there is something to `send`."""
+        raw = socket.create_connection(('127.0.0.1', self.port), timeout=20)
+        self.addCleanup(raw.close)
+        if not send:
+            return raw
+        context = ssl.create_default_context(cafile=str(self.directory / 'cert.pem'))
+        secure = context.wrap_socket(raw, server_hostname='localhost')
+        self.addCleanup(secure.close)
+        secure.sendall(send)
+        return secure
+
+
+class ListenerTest(ListenerCase):
+    """What is asked, and what is answered."""
 
     def test_the_ways_to_ask(self) -> None:
         done = (200, 'web1: started')
@@ -4363,17 +4407,6 @@ class ListenerTest(ConfigCase):
         self.assertEqual(self.ask(f'key={KEY}&cmd=start&target=gr%C3%B6%C3%9Fe+1'),
                          (200, 'größe 1: started'))
         self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER, '--http1.0'), done)
-
-    def raw(self, request: bytes) -> bytes:
-        """Return what is answered to these bytes and the end of the connection."""
-        connection = self.connect(request)
-        answer = b''
-        while b'\r\n\r\n' not in answer or not answer.endswith(b'\n'):
-            data = connection.recv(65536)
-            if not data:
-                break
-            answer += data
-        return answer
 
     def test_utf8(self) -> None:
         """Names and keys in UTF-8, raw or percent-encoded, and any name that libvirt takes."""
@@ -4469,22 +4502,6 @@ class ListenerTest(ConfigCase):
                             '-H', 'Transfer-Encoding: chunked', answers=1)
             for line in logged.output:
                 self.assertIn('peer=127.0.0.2 key=main', line)
-
-    def proxies(self) -> tuple[int, int]:
-        """Run nginx; return the ports at which it serves as it does by default, and as an admin
-        sets it up who cares."""
-        self.changes['listener']['trustedProxies'] = ['127.0.0.1']
-        self.settings.config = vm.load(self.write(self.changes))
-        old, new = free_port(), free_port()
-        text = NGINX
-        for word, value in (('PLACE', self.directory), ('PORT', self.port), ('OLD', old),
-                            ('NEW', new)):
-            text = text.replace(word, str(value))
-        nginx = subprocess.Popen([nginx_program(), '-p', str(self.directory), '-e', 'stderr', '-c',
-                                  self.write_text(text, 'nginx.conf')], stderr=subprocess.DEVNULL)
-        self.addCleanup(nginx.wait, 20)
-        self.addCleanup(nginx.terminate)
-        return old, new
 
     def test_failed_handshakes_are_counted(self) -> None:
         """One line a minute, with their count, however many there are."""
@@ -4782,7 +4799,9 @@ class ListenerTest(ConfigCase):
             self.assertEqual(self.ask('cmd=wake&target=web1&wait=agent', *self.BEARER),
                              (202, 'web1: started, but its agent does not answer yet'))
 
-    LOCKED = (429, 'too many wrong keys or targets; try again in')
+
+class KeysTest(ListenerCase):
+    """Who may ask, and what is written down of it."""
 
     def guess(self, *arguments: str, times: int = vm.WRONG_KEYS) -> None:
         """Ask with wrong keys until the address they come from is locked out."""
@@ -4872,17 +4891,9 @@ class ListenerTest(ConfigCase):
         for secret in (KEY, OTHER_KEY, 'guess'):
             self.assertNotIn(secret, '\n'.join(logged.output))
 
-    def connect(self, send: bytes = b'') -> socket.socket:
-        """Return a connection, with TLS only if there is something to `send`."""
-        raw = socket.create_connection(('127.0.0.1', self.port), timeout=20)
-        self.addCleanup(raw.close)
-        if not send:
-            return raw
-        context = ssl.create_default_context(cafile=str(self.directory / 'cert.pem'))
-        secure = context.wrap_socket(raw, server_hostname='localhost')
-        self.addCleanup(secure.close)
-        secure.sendall(send)
-        return secure
+
+class WireTest(ListenerCase):
+    """Connections: good, slow and broken ones, and their end."""
 
     def test_keep_alive_and_one_write(self) -> None:
         request = f'GET /?key={KEY}&cmd=start&target=web1 HTTP/1.1\r\nHost: x\r\n\r\n'.encode()
@@ -7290,648 +7301,7 @@ class TestCD(Case):
         self.assertFalse(os.path.exists(self.path('seed.iso')))
 
 
-# === machine ====================================================================================
-
-def impatient(seconds: float) -> Any:
-    """Have machines wait only so long for a monitor."""
-    return mock.patch.object(vm, 'QMP_TIMEOUT', seconds)
-
-
-def pixels(path: str) -> list[bytes]:
-    """Return the rows of a PNG, 3 bytes for each pixel, read independently of what wrote it."""
-    data, at, packed = Path(path).read_bytes(), 8, b''
-    while at < len(data):
-        size, kind = struct.unpack('>I4s', data[at:at + 8])
-        body = data[at + 8:at + 8 + size]
-        assert struct.unpack('>I', data[at + 8 + size:at + 12 + size])[0] == zlib.crc32(kind + body)
-        if kind == b'IHDR':
-            width, height, depth, colour = struct.unpack('>IIBB', body[:10])
-            assert (depth, colour) == (8, 2), (depth, colour)
-        packed += body if kind == b'IDAT' else b''
-        at += 12 + size
-    raw, line, found = zlib.decompress(packed), 1 + width * 3, []
-    assert len(raw) == height * line
-    above = bytearray(line - 1)
-    for start in range(0, len(raw), line):
-        row = bytearray(raw[start + 1:start + line])
-        for i in range(line - 1) if raw[start] else ():
-            a, b, c = (row[i - 3] if i > 2 else 0), above[i], (above[i - 3] if i > 2 else 0)
-            paeth = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
-            row[i] = (row[i] + (0, a, b, (a + b) // 2, paeth)[raw[start]]) & 255
-        found.append(bytes(row))
-        above = row
-    return found
-
-
-def colours(path: str) -> set[bytes]:
-    """Return the colours in a PNG."""
-    return {row[i:i + 3] for row in pixels(path) for i in range(0, len(row), 3)}
-
-
-def screen_cells(m: vm.Machine) -> bytes:
-    """Return the text screen of 80x25 that stands in a guest's memory: characters and colours."""
-    words = re.findall(r'0x([0-9a-f]{8})\b', m.send('xp /1000xw 0xb8000'))
-    return b''.join(int(word, 16).to_bytes(4, 'little') for word in words)
-
-
-def await_screen(m: vm.Machine, pattern: str, path: str) -> None:
-    """Wait until that is on a machine's screen, and assert that its picture shows it: there each
-    character has one image, of its own."""
-    soon(lambda: re.search(pattern, screen_cells(m)[::2].decode('cp437')), BOOT,
-         f'{m.name}: {pattern}', 0.3)
-    m.freeze()
-    cells, rows = screen_cells(m), pixels(m.screenshot(path))
-    m.unfreeze(clock=False)
-    assert (len(rows), len(rows[0])) == (400, 720 * 3), len(rows)
-    images: dict[bytes, set[bytes]] = {}
-    for at in range(0, 4000, 2):
-        line, column = divmod(at // 2, 80)
-        if cells[at] > 32 and cells[at + 1] == 7:       # light grey on black, as most is
-            images.setdefault(cells[at:at + 1], set()).add(b''.join(
-                row[column * 27:column * 27 + 24] for row in rows[line * 16:line * 16 + 16]))
-    found = [image for row in images.values() for image in row]
-    assert len(images) == len(found) == len(set(found)), images.keys()
-
-
-class TestGuest(Live):
-    """All that can be done with one running guest."""
-
-    machine: vm.Machine
-    disk: vm.Harddrive
-    raw: vm.Harddrive
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-        cls.disk = vm.Harddrive(cls.directory / 'disk.qcow2', 0.1)
-        cls.raw = vm.Harddrive(cls.directory / 'data.raw', 0.05, 'raw')
-        cls.machine = cls.guest('web', harddrives=cls.disk, memory=512, maxmemory=1024, nics=1,
-                                monitor_port=0)
-        cls.machine.start_vm()
-        cls.machine.wait('agent', BOOT)
-        sh(cls.machine, 'modprobe -a virtio_net virtio_blk sr_mod isofs')
-
-    def setUp(self) -> None:
-        self.assertIs(self.machine.state(), vm.State.RUNNING)
-
-    def test_agent(self) -> None:
-        m = self.machine
-        done = m.exec(['sh', '-c', 'cat; echo err >&2; exit 3'], stdin=b'in\0put')
-        self.assertEqual(done, (3, b'in\0put', b'err\n'))
-        with self.refused('no-such-program', kind=vm.AgentError):
-            m.exec(['no-such-program'])
-        with mock.patch.object(vm, 'JSON_BYTES', 1 << 19), \
-                self.refused('more than an answer', 'read_file'):
-            m.exec(['head', '-c', str(2 << 20), '/dev/zero'], timeout=BOOT)
-        with mock.patch.object(vm, 'JSON_BYTES', 1 << 19):      # what is left of it is skipped
-            self.assertEqual(m.exec(['echo', 'on']).out, b'on\n')
-        with self.refused('did not end within'):
-            m.exec(['sh', '-c', 'sleep 3 & echo'], timeout=0.5)
-        data = os.urandom(150_000)
-        m.write_file('/tmp/data', data)
-        self.assertEqual(m.read_file('/tmp/data'), data)
-        self.assertIn('lo', [row['name'] for row in m.interfaces()])
-        self.assertEqual(m.agent_state(), 'connected')
-        m.set_time(10 ** 18)
-        self.assertLess(abs(m.get_time() - 1e18), 60e9)
-        self.assertEqual(m.sync_time().method, 'guest-set-time')
-        self.assertLess(off_by(m), 1e9)
-
-    def test_agent_answers_late(self) -> None:
-        """An answer to an earlier question is never taken for one to a later."""
-        m = self.machine
-        sh(m, 'pid=$(pidof qemu-ga); (sleep 0.3; kill -STOP $pid; sleep 2.5; kill -CONT $pid)'
-              ' >/dev/null 2>&1 &')
-        time.sleep(0.6)
-        for _ in range(2):
-            with self.refused('does not answer', kind=vm.AgentError):
-                m.agent('guest-info', timeout=0.5)
-        soon(lambda: self.clock(m))
-        for _ in range(5):
-            self.assertIsInstance(m.agent('guest-get-time'), int)
-
-    def clock(self, m: vm.Machine) -> int:
-        with contextlib.suppress(vm.AgentError):
-            return m.get_time()
-        return 0
-
-    def test_processor(self) -> None:
-        """Distributions of today need x86-64-v2."""
-        flags = sh(self.machine, 'grep -m1 ^flags /proc/cpuinfo').split()
-        self.assertLessEqual({'popcnt', 'sse4_1', 'sse4_2', 'ssse3', 'cx16', 'lahf_lm'}, {*flags})
-
-    def test_unprivileged_and_sandboxed(self) -> None:
-        m = self.machine
-        status = dict(line.split(':\t', 1) for line in
-                      Path(f'/proc/{m.pid()}/status').read_text().splitlines() if ':\t' in line)
-        self.assertEqual(set(status['Uid'].split()), {str(m.spec.uid)})
-        self.assertGreater(m.spec.uid, 1 << 30)
-        self.assertEqual(status['Groups'].strip(), '')
-        for row in ('CapEff', 'CapPrm', 'CapBnd', 'CapAmb', 'CapInh'):
-            self.assertEqual(int(status[row], 16), 0, row)
-        self.assertEqual((status['NoNewPrivs'].strip(), status['Seccomp'].strip()), ('1', '2'))
-        self.assertEqual({path: os.stat(m.file.path(path)).st_uid for path in (
-            '.', 'sockets', 'ports', 'vnc', 'qemu.log', 'console.log', 'process.json')}, {
-            '.': 0, 'sockets': 0, 'ports': 0, 'vnc': m.spec.uid, 'qemu.log': 0, 'console.log': 0,
-            'process.json': 0})
-        argv = Path(f'/proc/{m.pid()}/cmdline').read_text().split('\0')
-        self.assertIn('elevateprivileges=deny', argv[argv.index('-sandbox') + 1])
-        self.assertNotIn(self.disk.filename, ' '.join(argv))
-        self.assertRegex(argv[argv.index('-machine') + 1], r'^pc-q35-\d')
-        self.assertEqual(os.stat(self.disk.filename).st_uid, 0)
-        with self.refused('Permission denied'):
-            m.qmp('blockdev-add', driver='file', node_name='x', filename=self.disk.filename)
-
-    def test_monitors(self) -> None:
-        m = self.machine
-        self.assertIn('info version', m.send('help info'))
-        self.assertRegex(m.send('info version'), r'^\d+\.')
-        self.assertIn('unknown command', m.send('nonsense'))
-        with self.refused('nonsense has not been found'):
-            m.qmp('nonsense')
-        with socket.create_connection(('127.0.0.1', m.monitor_port), 5) as hmp:
-            hmp.sendall(b'info name\n')
-            soon(lambda: b'web' in hmp.recv(4096))
-        with vm.QMP(m.qemu.socket('tool')) as tool:        # a person's, while ours works
-            self.assertEqual(tool.execute('query-name')['name'], 'web')
-            self.assertEqual(m.qmp('query-uuid')['UUID'], m.id)
-        with contextlib.ExitStack() as all_of_them:
-            for _ in range(vm.SESSIONS):
-                all_of_them.enter_context(m.monitor())
-            with self.refused('in use', kind=vm.Busy), m.monitor(0.2):
-                pass
-        got: list[str] = []
-        thread = threading.Thread(target=lambda: got.extend(
-            row['event'] for row in m.events(1.0)))
-        thread.start()
-        time.sleep(0.3)
-        m.freeze()
-        m.unfreeze()
-        thread.join()
-        self.assertIn('STOP', got)
-        self.assertIn('RESUME', got)
-
-    def test_qemu_that_hangs(self) -> None:
-        m, pid = self.machine, self.machine.pid()
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            self.assertTrue(m.is_alive())
-            with self.refused('stopped or overloaded', kind=vm.MachineError), m.monitor(0.5) as qmp:
-                qmp.execute('query-status', 0.5)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        self.assertEqual(m.state(), vm.State.RUNNING)
-
-    def test_freeze(self) -> None:
-        m = self.machine
-        for _ in range(2):
-            m.freeze()
-            self.assertIs(m.state(), vm.State.PAUSED)
-        with self.refused('drop its input', kind=vm.WrongState):
-            m.send_key('a')
-        with self.refused('does not answer', 'is paused: unfreeze', kind=vm.AgentError):
-            m.agent('guest-ping', timeout=1)
-        for _ in range(2):
-            m.unfreeze()
-            self.assertIs(m.state(), vm.State.RUNNING)
-
-    def test_the_clock_is_right_after_a_pause(self) -> None:
-        m = self.machine
-        m.freeze()
-        time.sleep(2)
-        self.assertEqual(m.unfreeze(), 'resumed, clock set')
-        self.assertLess(off_by(m), vm.SECOND // 5)
-        m.freeze()
-        time.sleep(2)
-        self.assertEqual(m.unfreeze(clock=False), 'resumed')
-        self.assertLess(m.get_time() - time.time_ns(), -vm.SECOND)
-        self.assertRegex(str(m.sync_time()), r'clock corrected, cause=sync before=-\d{4}\.\dms '
-                         r'after=\S+ right_after=\d{1,4}ms proved_after=\d{1,5}ms')
-
-    def test_descriptors_of_failed_commands_are_closed(self) -> None:
-        sets = len(self.machine.qmp('query-fdsets'))
-        with self.refused('no-such-type'), self.machine.monitor() as qmp:
-            left = qmp.named_fd(os.open('/dev/null', os.O_RDWR))
-            qmp.fdset(os.open('/dev/null', os.O_RDWR))
-            qmp.execute('netdev_add', type='no-such-type', id='left')
-        with self.refused(left):
-            self.machine.qmp('closefd', fdname=left)
-        self.assertEqual(len(self.machine.qmp('query-fdsets')), sets)
-
-    def pressed(self, act: Callable[[], object], seconds: int = 60) -> list[tuple[int, int, int]]:
-        """Return the events (type, code, value) of all input devices while `act` is done."""
-        m = self.machine
-        count = int(sh(m, 'rm -f /tmp/ev.*; ls -d /dev/input/event* | wc -l'))
-        m.agent('guest-exec', {'path': 'sh', 'arg': [
-            '-c', 'for i in /dev/input/event*; do timeout '
-            f'{seconds} cat $i > /tmp/ev.${{i##*/}} & done; wait']})
-        soon(lambda: int(sh(m, 'ls /proc/[0-9]*/fd/* -l | grep -c "> /dev/input/event"; true'))
-             >= count)
-        act()
-        sh(m, 'sleep 0.2; killall cat')
-        data = m.exec(['sh', '-c', 'cat /tmp/ev.event*']).out
-        rows = [struct.unpack('qqHHi', data[at:at + 24]) for at in range(0, len(data), 24)]
-        return [row[2:] for row in rows if row[2]]
-
-    def test_keys(self) -> None:
-        def press() -> None:
-            self.machine.send_key('ctrl-shift-z')
-            self.machine.send(b'alt-F2')
-            self.machine.send_key('!')
-            self.machine.send_key('A')
-        events = self.pressed(press)
-        keys = [(code, value) for kind, code, value in events if kind == 1]
-        self.assertEqual(keys, [(29, 1), (42, 1), (44, 1), (44, 0), (42, 0), (29, 0),
-                                (56, 1), (60, 1), (60, 0), (56, 0),
-                                (42, 1), (2, 1), (2, 0), (42, 0), (42, 1), (30, 1), (30, 0),
-                                (42, 0)])
-        with self.refused("'nokey'", 'keys are ', ' numlock ', 'QKeyCode'):
-            self.machine.send_key('ctrl-nokey')
-        for name, code in (('numlock', 69), ('plus', 13), ('altgr', 100), ('PageUp', 104)):
-            events = self.pressed(lambda key=name: self.machine.send_key(key))  # type: ignore[misc]
-            self.assertIn((1, code, 1), events)
-
-    def test_text_is_typed_whole(self) -> None:
-        text = ('The quick {brown} fox_jumps @ "lazy" dogs; ' * 8)[:230]
-        events = self.pressed(lambda: self.machine.type_text(f'{text}\r\nx\r'))
-        table = {2 + i: c for i, c in enumerate('1234567890-=')} | {
-            16 + i: c for i, c in enumerate('qwertyuiop[]')} | {
-            30 + i: c for i, c in enumerate("asdfghjkl;'`")} | {
-            43: '\\', 57: ' ', 28: '\n'} | {44 + i: c for i, c in enumerate('zxcvbnm,./')}
-        upper = dict(zip("1234567890-=[];'`\\,./", '!@#$%^&*()_+{}:"~|<>?'))
-        typed, shift = '', False
-        for kind, code, value in events:
-            if kind == 1 and code == 42:
-                shift = bool(value)
-            elif kind == 1 and value == 1:
-                typed += upper.get(table[code], table[code].upper()) if shift else table[code]
-        self.assertEqual(typed, f'{text}\nx\n')
-        with self.refused('no key for'):
-            self.machine.type_text('naïve')
-
-    def test_mouse(self) -> None:
-        m = self.machine
-        m.screenshot(self.path('s.png'))
-        width, height = struct.unpack('>II', Path(self.path('s.png')).read_bytes()[16:24])
-
-        def act() -> None:
-            m.mouse_move(width - 1, 0)
-            m.mouse_click()
-            m.mouse_move(width // 2, height + 999)
-            m.mouse_click(3)
-        events = self.pressed(act)
-        self.assertEqual([row for row in events if row[0] == 1],
-                         [(1, 0x110, 1), (1, 0x110, 0), (1, 0x111, 1), (1, 0x111, 0)])
-        xs = [value for kind, code, value in events if (kind, code) == (3, 0)]
-        ys = [value for kind, code, value in events if (kind, code) == (3, 1)]
-        self.assertEqual((xs[0], ys[-1]), (32767, 32767))
-        self.assertAlmostEqual(xs[-1] * (width - 1) / 32767, width // 2, delta=0.5)
-        with self.refused('mouse button'):
-            m.mouse_click(9)
-        sh(m, 'rmmod virtio_input')
-        try:
-            with self.refused('no absolute pointer'):
-                m.mouse_move(1, 1)
-        finally:
-            sh(m, 'modprobe virtio_input')
-
-    def test_screenshot(self) -> None:
-        m = self.machine
-        before = len(m.qmp('query-fdsets')), sorted(os.listdir(m.home))
-        self.assertEqual(m.screenshot(self.path('a.png')), self.path('a.png'))
-        self.assertEqual((len(m.qmp('query-fdsets')), sorted(os.listdir(m.home))), before)
-        self.assertGreater(len(colours(self.path('a.png'))), 1)
-        real = vm.QMP.execute
-
-        def old(qmp: vm.QMP, command: str, *more: Any, **form: Any) -> Any:
-            if 'format' in form:
-                raise vm.ReplyError('web', 'GenericError', "Parameter 'format' is unexpected")
-            return real(qmp, command, *more, **form)
-        with mock.patch.object(vm.QMP, 'execute', old):         # QEMU before 7.1
-            m.screenshot(self.path('b.png'))
-        self.assertEqual(colours(self.path('b.png')), colours(self.path('a.png')))
-        with self.refused('no-such-dir'):
-            m.screenshot('/no-such-dir/a.png')
-        execute = vm.QMP.execute
-
-        def nothing(qmp: vm.QMP, command: str, *more: Any, **arguments: Any) -> Any:
-            return {} if command == 'screendump' else execute(qmp, command, *more, **arguments)
-        with mock.patch.object(vm.QMP, 'execute', nothing):
-            for call in (lambda: m.screenshot(self.path('c.png')), lambda: m.mouse_move(1, 1)):
-                with self.refused('web: QEMU made no picture'):
-                    call()
-        with self.refused('Is a directory'):
-            m.screenshot(os.path.dirname(self.path('a')))
-        self.assertEqual(sorted(os.listdir(os.path.dirname(self.path('a')))), ['a.png', 'b.png'])
-
-    def test_dump(self) -> None:
-        m, seen = self.machine, []
-        secret = os.urandom(8).hex()
-        m.write_file('/tmp/secret', (f'<<{secret}>>' * 1000).encode())
-        path = m.dump_memory(self.path('core'), progress=lambda *row: seen.append(row))
-        self.assertIs(m.state(), vm.State.RUNNING)
-        data = Path(path).read_bytes()
-        self.assertEqual(data[:4], b'\x7fELF')
-        self.assertIn(f'<<{secret}>><<'.encode(), data)
-        self.assertEqual(seen[-1][0], seen[-1][1])
-        self.assertGreater(seen[-1][1], 400 << 20)
-        for name in ('at', 'once'):                     # while QEMU lets the guest go on
-            os.unlink(m.dump_memory(self.path(name)))
-        os.unlink(path)
-        with self.refused('nonsense'):
-            m.dump_memory(self.path('core2'), format='nonsense')
-        Path(path).write_text('mine')
-        with self.refused('exists'):
-            m.dump_memory(path)
-        self.assertEqual(os.listdir(os.path.dirname(path)), ['core'])
-        m.freeze()
-        os.unlink(path)
-        m.dump_memory(path, format='kdump-zlib')
-        self.assertIs(m.state(), vm.State.PAUSED)
-        m.unfreeze()
-        os.unlink(path)
-
-    @unittest.skipUnless(XORRISO, 'needs xorriso or genisoimage')
-    def test_cd(self) -> None:
-        m = self.machine
-        one, two = (vm.CD.seed(f'#disc {n}\n', 'i: 1\n', self.path(f'{n}.iso')) for n in (1, 2))
-        sets = len(m.qmp('query-fdsets'))
-        m.insert(one)
-        self.assertIn('#disc 1', sh(m, "tr -dc ' -~' < /dev/sr0"))
-        self.assertEqual((one.tray, one.drive), (vm.Tray(False, False, True), m.cd))
-        one.eject()                                     # it is the drive's own
-        self.assertFalse(m.cd.tray.medium)
-        m.insert(one)
-        m.insert(two.filename)
-        with self.refused(one.filename, 'not in the drive any more', two.filename):
-            one.eject()
-        self.assertIn('#disc 2', sh(m, "tr -dc ' -~' < /dev/sr0"))
-        self.assertEqual(m.cd.tray, vm.Tray(False, False, True))
-        with self.refused('No such file'):
-            m.insert(self.path('absent.iso'))
-        self.assertEqual(m.cd.filename, two.filename)
-        sh(m, 'mkdir -p /mnt; mount -t iso9660 -o ro /dev/sr0 /mnt; '
-              'echo 1 > /proc/sys/dev/cdrom/lock; umount /mnt; mount -t iso9660 /dev/sr0 /mnt')
-        self.assertTrue(m.cd.tray.locked)
-        with self.refused('locked'):
-            m.eject()
-        with self.refused('locked'):
-            m.insert(one)
-        sh(m, 'umount /mnt')
-        for _ in range(2):                              # twice is fine
-            m.eject()
-            self.assertEqual(m.cd.tray.medium, False)
-        self.assertEqual(len(m.qmp('query-fdsets')), sets)      # no descriptor is left behind
-        self.assertEqual(vm.Machine.load('web').cd.filename, '')
-        self.assertNotEqual(m.exec(['sh', '-c', 'dd if=/dev/sr0 count=1']).status, 0)
-
-    def test_harddrives(self) -> None:
-        m = self.machine
-        more = vm.Harddrive(self.path('more.qcow2'), 0.05)
-        before = sh(m, 'ls /sys/block')
-        device = m.add_harddrive(more)
-        name = soon(lambda: set(sh(m, 'ls /sys/block').split()) - set(before.split())).pop()
-        sh(m, f'echo found-it > /dev/{name}; sync')
-        self.assertTrue(more.in_use())
-        with self.refused('has', 'already'):
-            m.add_harddrive(more)
-        m.resize_harddrive(more, 0.1)
-        soon(lambda: int(sh(m, f'cat /sys/block/{name}/size')) * 512
-             == more.info()['virtual-size'] > 100 << 20)
-        with self.refused('shrink=True'):
-            m.resize_harddrive(device.id, 0.05)
-        with self.refused('stop the machine'):
-            more.wipe()
-        self.assertEqual(m.del_harddrive(more), f'{device.id} removed')
-        self.assertFalse(more.in_use())
-        self.assertEqual(sh(m, 'ls /sys/block'), before)
-        self.assertIn(b'found-it', Path(more.filename).read_bytes())
-        self.assertEqual(self.devices(vm.Machine.load('web'), 'disk'), self.devices(m, 'disk'))
-        with self.refused('has no disk'):
-            m.del_harddrive(more)
-
-    def test_nics(self) -> None:
-        m = self.machine
-        nic = vm.VirtualNic(namespace='web')
-        device = m.add_nic(nic)
-        soon(lambda: m.exec(['grep', '-l', nic.mac, '/sys/class/net/eth1/address']).status == 0)
-        sh(m, 'ip link set eth1 up')
-        carrier = 'cat /sys/class/net/eth1/carrier'
-        soon(lambda: sh(m, carrier) == '1\n')
-        m.nic_state(nic, False)
-        soon(lambda: sh(m, carrier) == '0\n')
-        self.assertFalse(vm.Machine.load('web').devices.find('nic', nic.name).facts.up)
-        m.nic_state(device.id, True)
-        soon(lambda: sh(m, carrier) == '1\n')
-        m.freeze()                                      # a guest that does not let go
-        self.assertIn('does not let it go', m.del_nic(nic, timeout=0.5))
-        self.assertTrue(self.devices(m, 'nic')[-1].pending)
-        m.unfreeze()
-        self.assertEqual(m.del_nic(nic, 30), f'{device.id} removed')
-        self.assertNotIn('eth1', sh(m, 'ls /sys/class/net'))
-        self.assertTrue(nic.exists)                   # it was not the machine's own
-        nic.delete()
-        own = m.add_nic()                               # its port and id are free again
-        self.assertEqual((own.id, own.bus), (device.id, device.bus))
-        name = own.facts.name
-        soon(lambda: 'eth1' in sh(m, 'ls /sys/class/net'))
-        m.del_nic(1)
-        self.assertNotIn(name, vm.Registry.read().records)
-        with altered('device_add', driver='nonsense'), self.refused('nonsense'):
-            m.add_nic()
-        self.assertEqual(len(m.nics), 1)
-        self.assertEqual(len(vm.Registry.read().records), 2)    # the namespace and its one nic
-
-    def test_chardevs(self) -> None:
-        m = self.machine
-        for kind in ('socket', 'pty', 'file'):
-            with self.subTest(kind):
-                name = f'org.example.{kind}'
-                path = m.create_chardev(name, kind)
-                find = f'grep -l {name} /sys/class/virtio-ports/*/name; true'
-                port = soon(functools.partial(sh, m, find)).split('/')[4]
-                with contextlib.ExitStack() as stack:
-                    if kind == 'socket':
-                        end = stack.enter_context(socket.socket(socket.AF_UNIX))
-                        end.connect(path)
-                        read = end.fileno()
-                    else:
-                        read = os.open(path, os.O_RDONLY | os.O_NOCTTY)
-                        stack.callback(os.close, read)
-                    sh(m, f'echo hello > /dev/{port}')
-                    self.assertIn(b'hello', soon(functools.partial(os.read, read, 100)))
-                    if kind == 'socket':
-                        m.agent('guest-exec', {'path': 'sh', 'arg': [
-                            '-c', f'head -n1 /dev/{port} > /tmp/from-host']})
-                        time.sleep(0.3)
-                        end.sendall(b'to the guest\n')
-                        soon(lambda: m.exec(
-                            ['grep', 'to the guest', '/tmp/from-host']).status == 0)
-                with self.refused('has a chardev'):
-                    m.create_chardev(name)
-                self.assertIn('removed', m.delete_chardev(name))
-        self.assertEqual(m.chardevs, {})
-        with self.refused('pty, socket or file'):
-            m.create_chardev('a', 'tcp')
-        with self.refused('chardev'):
-            m.create_chardev('../x')
-
-    def test_console(self) -> None:
-        m = self.machine
-        sh(m, 'echo marker-1 > /dev/ttyS0')
-        with m.console() as console:
-            self.assertTrue(console.expect('marker-[0-9]', 10).endswith('marker-1'))
-            m.agent('guest-exec', {'path': 'sh', 'arg': [
-                '-c', 'head -n1 < /dev/ttyS0 | sed s/^/got-/ > /dev/ttyS0']})
-            time.sleep(0.5)
-            console.write('typed\n')
-            console.expect('got-typed', 10)
-            with self.refused('"console" is in use', kind=vm.Busy):
-                m.console().write('x')
-            with mock.patch.object(vm.MachineFile, 'one_of',        # by another kind of program
-                                   lambda *_: contextlib.nullcontext(0)), \
-                    self.refused('has its console open', kind=vm.Busy):
-                m.console().write('x')
-            sh(m, 'echo kept-word > /dev/ttyS0')
-            with self.refused('never-said', 'on the console', 'kept-word'):
-                console.expect('never-said', 0.3)
-            console.expect('kept-word', 0.3)
-        self.assertIn(b'marker-1', m.console().read())
-        m.agent('guest-exec', {'path': 'sh', 'arg': [
-            '-c', 'head -n3 < /dev/ttyS0 | sed s/^/and-/ > /dev/ttyS0']})
-        time.sleep(0.5)
-        with mock.patch.object(threading.Thread, 'join', side_effect=BaseException), \
-                mock.patch.object(sys, 'unraisablehook') as unraisable:
-            for number in range(3):
-                m.console().write(f'line-{number}\n')       # nobody closes these, or waits
-        unraisable.assert_not_called()
-        m.console().expect('and-line-0\r\nand-line-1\r\nand-line-2', 10)
-
-    def test_console_on_a_terminal(self) -> None:
-        m = self.machine
-        sh(m, 'echo marker-2 > /dev/ttyS0')
-        terminal, end = pty.openpty()
-        before = termios.tcgetattr(end)
-        verb = subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', 'console', m.name],
-                                stdin=end, stdout=end, stderr=end,
-                                env={**os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR})
-        self.addCleanup(os.close, terminal)
-        self.addCleanup(os.close, end)
-        self.addCleanup(verb.wait, 20)
-        self.addCleanup(verb.kill)
-        seen = bytearray()
-
-        def says(text: bytes) -> bool:
-            if select.select([terminal], [], [], 0.1)[0]:
-                seen.extend(os.read(terminal, 65536))
-            return text in seen
-        soon(lambda: says(b'marker-2'), 20)
-        m.agent('guest-exec', {'path': 'sh', 'arg': [
-            '-c', 'head -n1 < /dev/ttyS0 | sed s/^/heard-/ > /dev/ttyS0']})
-        time.sleep(0.5)
-        os.write(terminal, b'hello\n')
-        soon(lambda: says(b'heard-hello'), 20)
-        os.write(terminal, b'\x1d')
-        self.assertEqual(verb.wait(20), 0)
-        self.assertEqual(termios.tcgetattr(end), before)
-
-    def test_console_without_end(self) -> None:
-        m, log = self.machine, Path(self.machine.file.path('console.log'))
-        console = m.console()
-        sh(m, 'seq 3000 > /dev/ttyS0; echo last-word > /dev/ttyS0')
-        console.expect('last-word\r\n')
-        with mock.patch.object(vm, 'CONSOLE_BYTES', log.stat().st_size + 1):
-            m.qemu.trim_console()
-        self.assertGreater(log.stat().st_size, 3000)
-        with mock.patch.object(vm, 'CONSOLE_BYTES', 1000):
-            m.qemu.trim_console()
-        self.assertEqual(log.stat().st_size, 0)
-        old = log.with_name('console.log.1').read_bytes()
-        self.assertEqual((len(old), b'last-word' in old), (1000, True))
-        sh(m, 'echo goes-on > /dev/ttyS0')
-        self.assertIn('goes-on', console.expect('goes-on'))
-
-    def test_ram(self) -> None:
-        m = self.machine
-        total = 'grep MemTotal /proc/meminfo | tr -dc 0-9'
-        before = int(sh(m, total))
-        self.assertIn('confirmed by the guest', m.increase_ram(256))
-        self.assertAlmostEqual(int(sh(m, total)) - before, 256 * 1024, delta=9000)
-        for size, why in ((100, 'blocks of 128 MiB'), (1024, 'room for 256 MiB'), (0, 'use MiB')):
-            with self.refused(why):
-                m.increase_ram(size)
-        sh(m, 'modprobe virtio_balloon')
-        m.balloon(400)
-        self.assertLess(int(sh(m, total)), 400 * 1024)
-        self.assertIn('768 MiB now', m.increase_ram(368))   # lets the balloon out, no dimm
-        self.assertEqual(len(self.devices(m, 'dimm')), 1)
-        self.assertAlmostEqual(int(sh(m, total)) - before, 256 * 1024, delta=9000)
-        with self.refused("can't have 4000 MiB, only 768"):
-            m.balloon(4000)
-        sh(m, 'rmmod virtio_balloon')
-        with self.refused('not 500', 'driver'), mock.patch.object(vm, 'BALLOON_TIMEOUT', 0.5):
-            m.balloon(500)
-
-    def test_snapshots(self) -> None:
-        m = self.machine
-        m.add_harddrive(self.raw)
-        self.addCleanup(m.del_harddrive, self.raw)
-        with mock.patch.object(vm.log, 'warning') as warned:
-            taken = m.snapshot('s1')
-        self.assertEqual((taken.tag, taken.ram, taken.disks, taken.uncovered), (
-            's1', True, (self.disk.filename,), (self.raw.filename,)))
-        self.assertIn(self.raw.filename, str(warned.call_args))
-        self.assertIs(m.state(), vm.State.RUNNING)
-        sh(m, 'echo later > /tmp/later; echo later > /dev/vda; sync')
-        size = self.disk.info()['virtual-size']
-        m.resize_harddrive(self.disk, 0.2)
-        m.nic_state(0, False)                           # this stays, whatever the snapshot says
-        time.sleep(1.2)
-        for ran in (True, False):
-            m.freeze() if not ran else None
-            says = m.load_snapshot('s1')
-            self.assertIs(m.state(), vm.State.RUNNING if ran else vm.State.PAUSED)
-            self.assertEqual(says, 'put back to s1' + ', clock set' * ran)
-            m.unfreeze()
-            self.assertNotEqual(m.exec(['cat', '/tmp/later']).status, 0)
-            self.assertNotIn('later', sh(m, 'head -c 5 /dev/vda'))
-            self.assertEqual(self.disk.info()['virtual-size'], size)
-            if ran:
-                self.assertLess(off_by(m), 0.5e9)
-        m.sync_time()
-        sh(m, 'ip link set eth0 up')
-        soon(lambda: sh(m, 'cat /sys/class/net/eth0/carrier') == '0\n')
-        m.nic_state(0, True)
-        with self.refused('has a snapshot s1'):
-            m.snapshot('s1')
-        for call in (m.load_snapshot, m.delete_snapshot):
-            with self.refused('no snapshot s9'):
-                call('s9')
-            self.assertIs(m.state(), vm.State.RUNNING)
-        nic = vm.VirtualNic(namespace='web')            # another device list
-        added = m.add_nic(nic)
-        with self.refused('of other devices', added.id):
-            m.load_snapshot('s1')
-        self.assertIs(m.state(), vm.State.RUNNING)
-        m.wait('agent')
-        self.assertEqual(m.del_nic(nic, 30), f'{added.id} removed')
-        nic.delete()
-        # One that QEMU itself refuses.
-        with altered('snapshot-save', devices=['nonsense']), self.refused('nonsense'):
-            m.snapshot('s2')
-        with altered('snapshot-load', vmstate=9), self.refused('vmstate'):
-            m.load_snapshot('s1')
-        self.assertIs(m.state(), vm.State.RUNNING)
-        m.wait('agent')
-        self.assertEqual(m.qmp('query-jobs'), [])
-        m.delete_snapshot('s1')
-        self.assertEqual(m.snapshots, [])
-        self.assertEqual(self.disk.snapshots, [])
-        self.disk.snapshot('disk-only')
-        with self.refused('no memory in it', kind=vm.WrongState):
-            m.load_snapshot('disk-only')
-        self.disk.delete_snapshot('disk-only')
-
+# === spec =======================================================================================
 
 class TestMaking(Live):
     """What a machine is made of, and what is refused."""
@@ -8214,220 +7584,176 @@ class TestMaking(Live):
             m.start_vm()
 
 
-GRUB, IPXE = '/usr/lib/grub-rescue/grub-rescue-cdrom.iso', '/usr/lib/ipxe/ipxe.lkrn'
-MEMTEST = '/usr/lib/memtest86+/memtest86+x64.iso'
-BLUE = b'\0\0\xaa'              # its screen
+# === qemu =======================================================================================
 
+class Running(Live):
+    """All that can be done with one running guest."""
 
-class TestHardware(Live):
-    """What guests without virtio drivers need, with guests that have none: GRUB, memtest86+, iPXE
-    see nothing but what the firmware does, or have drivers for real cards."""
+    machine: vm.Machine
+    disk: vm.Harddrive
+    raw: vm.Harddrive
 
     @classmethod
     def setUpClass(cls) -> None:
-        missing = [path for path in (GRUB, MEMTEST, IPXE) if not os.path.exists(path)]
-        if missing or not shutil.which('swtpm'):
-            raise unittest.SkipTest('lacks grub-rescue-pc, memtest86+, ipxe or swtpm; --install')
         super().setUpClass()
+        cls.disk = vm.Harddrive(cls.directory / 'disk.qcow2', 0.1)
+        cls.raw = vm.Harddrive(cls.directory / 'data.raw', 0.05, 'raw')
+        cls.machine = cls.guest('web', harddrives=cls.disk, memory=512, maxmemory=1024, nics=1,
+                                monitor_port=0)
+        cls.machine.start_vm()
+        cls.machine.wait('agent', BOOT)
+        sh(cls.machine, 'modprobe -a virtio_net virtio_blk sr_mod isofs')
 
-    def is_coloured(self, m: vm.Machine) -> bool:
-        """Tell whether there is anything on its screen."""
-        return len(colours(m.screenshot(self.path(f'{m.name}.png')))) > 1
+    def setUp(self) -> None:
+        self.assertIs(self.machine.state(), vm.State.RUNNING)
 
-    def test_each_bus_and_several_cds(self) -> None:
-        made = []
-        for bus in vm.MODELS['disk']:
-            disk = vm.Harddrive(shutil.copy(GRUB, self.path(f'{bus}.raw')), format='raw')
-            made.append(self.bios(f'bus-{bus}', memory=64, harddrives=disk, disk_bus=bus))
-        made.append(self.bios('bus-cds', memory=64, cds=[GRUB, MEMTEST]))
-        for m in made:
-            m.start_vm()
-        for m in made:
-            await_screen(m, 'GNU GRUB', self.path('s.png'))
-        cds = made[-1].cds
-        self.assertEqual([disc.filename for disc in cds], [GRUB, MEMTEST])
-        made[-1].change_boot_device(cds[1])
-        made[-1].reset()
-        await_screen(made[-1], r'Memtest86\+', self.path('s.png'))
-        cds[0].eject()
-        again = vm.Machine.load('bus-cds')
-        self.assertEqual([disc.filename for disc in again.cds], ['', MEMTEST])
-        self.assertEqual([disc.tray.medium for disc in again.cds], [False, True])
-        again.cds[0].insert(MEMTEST)
-        again.stop(force=True)
-        again.start()
-        await_screen(again, r'Memtest86\+', self.path('s.png'))
-        for m in made:
-            m.delete(force=True)
 
-    def test_each_nic_model(self) -> None:
-        devices, made = vm.run([QEMU, '-device', 'help'], 30).stdout.decode(), []
-        for name, model in vm.MODELS['nic'].items():
-            options = {'memory': 64, 'kernel': IPXE, 'nics': 'user',
-                       'cmdline': 'ifopen net0 && ifstat && dhcp', 'nic_model': name}
-            if f'"{model.driver}"' in devices:
-                made.append(self.bios(f'nic-{name}', **options))
-                made[-1].start_vm()
-            else:                               # igb is of QEMU 8.0
-                with self.refused(f'nic_model {name}: not in this QEMU', 'use virtio, e1000'):
-                    self.bios(f'nic-{name}', **options)
-        for m in made:                  # it gets an address by DHCP; of QEMU's igb it sees no link
-            await_screen(m, 'using 82576' if m.name == 'nic-igb' else
-                         r'Configuring \(net0 52:54:00:[0-9a-f:]+\)\.* ok', self.path('s.png'))
-            m.delete(force=True)
-        self.assertGreater(len(made), 6)
+class TestGuest(Running):
+    """Its QEMU and its agent."""
 
-    def test_plugging(self) -> None:
-        """Where a bus takes and gives disks while the machine runs, and where it has no place."""
-        disks = [vm.Harddrive(self.path(f'{n}.qcow2'), 0.01) for n in range(7)]
-        for bus, room in (('sata', 6), ('usb', 3), ('scsi', 7), ('nvme', 7), ('virtio', 7)):
-            m = self.bios(f'plug-{bus}', disk_bus=bus)
-            if bus == 'sata':
-                m.add_harddrive(disks[0])
-                m.start_vm()
-                with self.refused('is running, and SATA', 'stop it first'):
-                    m.add_harddrive(disks[1])
-                with self.refused('is running, and SATA', 'stop it first'):
-                    m.del_harddrive(0)
-                m.stop(force=True)
-                m.del_harddrive(0)
-            else:
-                m.start_vm()
-            for disk in disks[:room]:
-                m.add_harddrive(disk)
-            if room < 7:
-                with self.refused(f'all {room} ports', 'another disk_bus'):
-                    m.add_harddrive(disks[room])
-            if bus in ('usb', 'scsi'):          # they need no word of the guest's
-                self.assertEqual(m.del_harddrive(0), 'disk0 removed')
-                m.add_harddrive(disks[0])
-            m.delete(force=True)
+    def test_agent(self) -> None:
+        m = self.machine
+        done = m.exec(['sh', '-c', 'cat; echo err >&2; exit 3'], stdin=b'in\0put')
+        self.assertEqual(done, (3, b'in\0put', b'err\n'))
+        with self.refused('no-such-program', kind=vm.AgentError):
+            m.exec(['no-such-program'])
+        with mock.patch.object(vm, 'JSON_BYTES', 1 << 19), \
+                self.refused('more than an answer', 'read_file'):
+            m.exec(['head', '-c', str(2 << 20), '/dev/zero'], timeout=BOOT)
+        with mock.patch.object(vm, 'JSON_BYTES', 1 << 19):      # what is left of it is skipped
+            self.assertEqual(m.exec(['echo', 'on']).out, b'on\n')
+        with self.refused('did not end within'):
+            m.exec(['sh', '-c', 'sleep 3 & echo'], timeout=0.5)
+        data = os.urandom(150_000)
+        m.write_file('/tmp/data', data)
+        self.assertEqual(m.read_file('/tmp/data'), data)
+        self.assertIn('lo', [row['name'] for row in m.interfaces()])
+        self.assertEqual(m.agent_state(), 'connected')
+        m.set_time(10 ** 18)
+        self.assertLess(abs(m.get_time() - 1e18), 60e9)
+        self.assertEqual(m.sync_time().method, 'guest-set-time')
+        self.assertLess(off_by(m), 1e9)
 
-    def test_choices_are_named(self) -> None:
-        for options, words in (
-                ({'nic_model': 'x'}, ("nic_model 'x'", 'use virtio, e1000')),
-                ({'disk_bus': 'ide'}, ("disk_bus 'ide'", 'use virtio, scsi, sata, nvme, usb')),
-                ({'firmware': 'efi'}, ("firmware 'efi'", 'use bios, uefi, uefi-secure')),
-                ({'video': []}, ('video []', 'use std, virtio')),
-                ({'tpm': 1}, ('tpm 1', 'no bool')),
-                ({'args': '-x'}, ("args '-x'", 'list of strings')),
-                ({'cds': GRUB}, ('cds', 'use a list')),
-                ({'cd': GRUB, 'cds': [GRUB]}, ('cd and cds', 'name all CDs in cds'))):
-            with self.subTest(words), self.refused(*words):
-                self.bios('chosen', **options)
-        with mock.patch('shutil.which', return_value=None), self.refused('install swtpm'):
-            self.bios('chosen', tpm=True)
-        with mock.patch.dict(vm.OVMF, {'uefi-secure': (('/absent', '/absent'),)}), \
-                self.refused('firmware uefi-secure: not on this host', 'install ovmf'):
-            self.bios('chosen', firmware='uefi-secure')
-        m = self.bios('chosen', args=['-nonsense'])
-        with self.refused('did not start', 'nonsense'):
-            m.start()
+    def test_agent_answers_late(self) -> None:
+        """An answer to an earlier question is never taken for one to a later."""
+        m = self.machine
+        sh(m, 'pid=$(pidof qemu-ga); (sleep 0.3; kill -STOP $pid; sleep 2.5; kill -CONT $pid)'
+              ' >/dev/null 2>&1 &')
+        time.sleep(0.6)
+        for _ in range(2):
+            with self.refused('does not answer', kind=vm.AgentError):
+                m.agent('guest-info', timeout=0.5)
+        soon(lambda: self.clock(m))
+        for _ in range(5):
+            self.assertIsInstance(m.agent('guest-get-time'), int)
 
-    def test_kept_and_part_of_what_must_fit(self) -> None:
-        wanted: dict[str, Any] = {'video': 'cirrus', 'nic_model': 'e1000', 'tpm': True, 'cds': [''],
-                                  'args': ['-smbios', 'type=1,serial=S 7'], 'nics': 'user'}
-        m = self.bios('whole', **wanted)
-        m.start_vm()
-        found = re.findall(r'dev: ([a-z0-9-]+),', m.send('info qtree'))
-        self.assertEqual({'cirrus-vga', 'e1000', 'ide-cd'} - {*found}, set())
-        self.assertEqual([row['model'] for row in m.qmp('query-tpm')], ['tpm-crb'])
-        self.assertIn(b'S 7', Path(f'/proc/{m.pid()}/cmdline').read_bytes())
-        again = vm.Machine.load('whole')
-        self.assertEqual(again.spec, m.spec)
-        self.assertEqual(again.add_nic('user').model.driver, 'e1000')
-        again.del_nic(1, timeout=0)
-        for key in wanted:
-            other = self.bios('other', incoming=True, **{
-                name: value for name, value in wanted.items() if name != key})
-            other.start_vm()
-            with self.subTest(key), self.refused('another kind of machine'):
-                m.migrate(other)
-            other.delete(force=True)
-        m.delete(force=True)
+    def clock(self, m: vm.Machine) -> int:
+        with contextlib.suppress(vm.AgentError):
+            return m.get_time()
+        return 0
 
-    def test_each_video(self) -> None:
-        devices = vm.run([QEMU, '-device', 'help'], 30).stdout.decode()
-        for name, model in vm.VIDEO.items():
-            if f'"{model.driver}"' not in devices and name != 'none':
-                with self.refused(f'video {name}: not in this QEMU', 'modules-spice'):
-                    self.bios(f'video-{name}', video=name)
-                continue
-            m = self.bios(f'video-{name}', video=name)
-            m.start_vm()
-            if name == 'none':
-                with self.refused('console'):
-                    m.screenshot(self.path('none.png'))
-            else:
-                soon(functools.partial(self.is_coloured, m), BOOT, name)
-            m.delete(force=True)
+    def test_processor(self) -> None:
+        """Distributions of today need x86-64-v2."""
+        flags = sh(self.machine, 'grep -m1 ^flags /proc/cpuinfo').split()
+        self.assertLessEqual({'popcnt', 'sse4_1', 'sse4_2', 'ssse3', 'cx16', 'lahf_lm'}, {*flags})
 
-    def test_nvme_memory(self) -> None:
-        m = self.bios('nvme', harddrives=self.path('n.qcow2'), disk_bus='nvme')
-        m.start_vm()
-        for call in (m.save, m.snapshot):
-            with self.refused('non-migratable', "disk_bus='nvme'"):
-                call()
-        self.assertIs(m.state(), vm.State.RUNNING)
-        m.stop(force=True)
-        self.assertFalse(m.snapshot('off').ram)
-        m.delete()
+    def test_unprivileged_and_sandboxed(self) -> None:
+        m = self.machine
+        status = dict(line.split(':\t', 1) for line in
+                      Path(f'/proc/{m.pid()}/status').read_text().splitlines() if ':\t' in line)
+        self.assertEqual(set(status['Uid'].split()), {str(m.spec.uid)})
+        self.assertGreater(m.spec.uid, 1 << 30)
+        self.assertEqual(status['Groups'].strip(), '')
+        for row in ('CapEff', 'CapPrm', 'CapBnd', 'CapAmb', 'CapInh'):
+            self.assertEqual(int(status[row], 16), 0, row)
+        self.assertEqual((status['NoNewPrivs'].strip(), status['Seccomp'].strip()), ('1', '2'))
+        self.assertEqual({path: os.stat(m.file.path(path)).st_uid for path in (
+            '.', 'sockets', 'ports', 'vnc', 'qemu.log', 'console.log', 'process.json')}, {
+            '.': 0, 'sockets': 0, 'ports': 0, 'vnc': m.spec.uid, 'qemu.log': 0, 'console.log': 0,
+            'process.json': 0})
+        argv = Path(f'/proc/{m.pid()}/cmdline').read_text().split('\0')
+        self.assertIn('elevateprivileges=deny', argv[argv.index('-sandbox') + 1])
+        self.assertNotIn(self.disk.filename, ' '.join(argv))
+        self.assertRegex(argv[argv.index('-machine') + 1], r'^pc-q35-\d')
+        self.assertEqual(os.stat(self.disk.filename).st_uid, 0)
+        with self.refused('Permission denied'):
+            m.qmp('blockdev-add', driver='file', node_name='x', filename=self.disk.filename)
 
-    def test_secure_boot(self) -> None:
-        """memtest86+ is signed by nobody."""
-        machines = {name: self.bios(name, firmware=name, memory=128, cds=[MEMTEST])
-                    for name in ('uefi', 'uefi-secure')}
-        for m in machines.values():
-            m.start_vm()
-        machines['uefi-secure'].console().expect('Security Violation|Access Denied', BOOT)
-        soon(lambda: BLUE in colours(machines['uefi'].screenshot(self.path('u.png'))), BOOT)
-        self.assertNotIn(BLUE, colours(machines['uefi-secure'].screenshot(self.path('s.png'))))
-        raw = self.path('vars')
-        vm.run(['qemu-img', 'convert', '-U', '-O', 'raw',
-                machines['uefi-secure'].file.path('efi-vars.qcow2'), raw], 60)
-        self.assertIn(b'Microsoft Corporation UEFI CA 2011', Path(raw).read_bytes())
-        for m in machines.values():
-            m.delete(force=True)
+    def test_monitors(self) -> None:
+        m = self.machine
+        self.assertIn('info version', m.send('help info'))
+        self.assertRegex(m.send('info version'), r'^\d+\.')
+        self.assertIn('unknown command', m.send('nonsense'))
+        with self.refused('nonsense has not been found'):
+            m.qmp('nonsense')
+        with socket.create_connection(('127.0.0.1', m.monitor_port), 5) as hmp:
+            hmp.sendall(b'info name\n')
+            soon(lambda: b'web' in hmp.recv(4096))
+        with vm.QMP(m.qemu.socket('tool')) as tool:        # a person's, while ours works
+            self.assertEqual(tool.execute('query-name')['name'], 'web')
+            self.assertEqual(m.qmp('query-uuid')['UUID'], m.id)
+        with contextlib.ExitStack() as all_of_them:
+            for _ in range(vm.SESSIONS):
+                all_of_them.enter_context(m.monitor())
+            with self.refused('in use', kind=vm.Busy), m.monitor(0.2):
+                pass
+        got: list[str] = []
+        thread = threading.Thread(target=lambda: got.extend(
+            row['event'] for row in m.events(1.0)))
+        thread.start()
+        time.sleep(0.3)
+        m.freeze()
+        m.unfreeze()
+        thread.join()
+        self.assertIn('STOP', got)
+        self.assertIn('RESUME', got)
 
-    def test_tpm(self) -> None:
-        m = self.guest('tpm', tpm=True, harddrives=self.path('t.qcow2'))
-        m.start_vm()
-        m.wait('agent', BOOT)
-        # TPM2_PCR_Extend of PCR 16 by a password session without one, SHA-256 of 32 bytes.
-        command = bytes.fromhex('80020000004100000182000000100000000940000009000000000000000001000b'
-                                ) + b'x' * 32
-        m.write_file('/tmp/extend', command)
+    def test_qemu_that_hangs(self) -> None:
+        m, pid = self.machine, self.machine.pid()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            self.assertTrue(m.is_alive())
+            with self.refused('stopped or overloaded', kind=vm.MachineError), m.monitor(0.5) as qmp:
+                qmp.execute('query-status', 0.5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        self.assertEqual(m.state(), vm.State.RUNNING)
 
-        def register(extend: bool = False) -> str:
-            if extend:
-                sh(m, 'exec 3<>/dev/tpm0; cat /tmp/extend >&3; dd bs=4096 count=1 <&3 >/dev/null')
-            return sh(m, 'cat /sys/class/tpm/tpm0/pcr-sha256/16')
-        first, second = register(), register(extend=True)
-        self.assertNotEqual(first, second)
-        m.snapshot('second')
-        third = register(extend=True)
-        self.assertEqual(len({first, second, third}), 3)
-        m.load_snapshot('second')
-        self.assertEqual(register(), second)
-        m.save()
-        m.start()
-        self.assertEqual(register(), second)
-        self.assertEqual(register(extend=True), third)
-        program = next(pid for pid in filter(str.isdecimal, os.listdir('/proc'))
-                       if f'dir={m.file.path("tpm")}'.encode() in cmdline(pid))
-        status = Path(f'/proc/{program}/status').read_text()
-        for line in (f'Uid:\t{m.spec.uid}\t', 'NoNewPrivs:\t1', 'CapEff:\t0000000000000000',
-                     'CapBnd:\t0000000000000000'):
-            self.assertIn(line, status)
-        kept = Path(m.file.path('tpm'), 'tpm2-00.permall')
-        self.assertEqual((kept.stat().st_uid, kept.stat().st_mode & 0o777), (m.spec.uid, 0o600))
-        self.end(m)
-        soon(lambda: not os.path.exists(f'/proc/{program}'), what='the TPM ends with its QEMU')
-        for _ in range(3):
-            m.start()
-            m.stop(force=True)
-        m.delete()
-        self.assertFalse(os.path.exists(m.home))
+    def test_freeze(self) -> None:
+        m = self.machine
+        for _ in range(2):
+            m.freeze()
+            self.assertIs(m.state(), vm.State.PAUSED)
+        with self.refused('drop its input', kind=vm.WrongState):
+            m.send_key('a')
+        with self.refused('does not answer', 'is paused: unfreeze', kind=vm.AgentError):
+            m.agent('guest-ping', timeout=1)
+        for _ in range(2):
+            m.unfreeze()
+            self.assertIs(m.state(), vm.State.RUNNING)
+
+    def test_the_clock_is_right_after_a_pause(self) -> None:
+        m = self.machine
+        m.freeze()
+        time.sleep(2)
+        self.assertEqual(m.unfreeze(), 'resumed, clock set')
+        self.assertLess(off_by(m), vm.SECOND // 5)
+        m.freeze()
+        time.sleep(2)
+        self.assertEqual(m.unfreeze(clock=False), 'resumed')
+        self.assertLess(m.get_time() - time.time_ns(), -vm.SECOND)
+        self.assertRegex(str(m.sync_time()), r'clock corrected, cause=sync before=-\d{4}\.\dms '
+                         r'after=\S+ right_after=\d{1,4}ms proved_after=\d{1,5}ms')
+
+    def test_descriptors_of_failed_commands_are_closed(self) -> None:
+        sets = len(self.machine.qmp('query-fdsets'))
+        with self.refused('no-such-type'), self.machine.monitor() as qmp:
+            left = qmp.named_fd(os.open('/dev/null', os.O_RDWR))
+            qmp.fdset(os.open('/dev/null', os.O_RDWR))
+            qmp.execute('netdev_add', type='no-such-type', id='left')
+        with self.refused(left):
+            self.machine.qmp('closefd', fdname=left)
+        self.assertEqual(len(self.machine.qmp('query-fdsets')), sets)
 
 
 def cmdline(pid: str) -> bytes:
@@ -8739,6 +8065,746 @@ class TestLife(Live):
                 m.add_nic()
 
 
+# Done as the machine's own user, without a capability: whatever is not forbidden, to every path.
+ATTACK = '''
+import os, sys
+home, victim = sys.argv[1:]
+names = ['pid', 'vnc', 'tool', 'events', 'agent', 'console', 'qmp0', 'console.log', 'console.log.1',
+         'qemu.log', 'process.json', 'machine.json', 'change0.lock', 'chardev0', 'memory']
+for place in '.', 'sockets', 'ports', 'vnc':
+    for name in names:
+        path = os.path.join(home, place, name)
+        for what, call in (('written', lambda: open(path, 'r+').close()),
+                           ('removed', lambda: os.rename(path, path + '.old')),
+                           ('link', lambda: os.symlink(victim, path)),
+                           ('link2', lambda: os.symlink(victim, path + '.1'))):
+            try:
+                call()
+                print(place, what)
+            except OSError:
+                pass
+    try:
+        os.mkfifo(os.path.join(home, place, 'fifo'))
+        print(place, 'fifo')
+    except OSError:
+        pass
+'''
+
+
+class TestAttacks(Live):
+    """What a guest gets that has broken into its QEMU."""
+
+    def as_user(self, uid: int, *argv: str) -> str:
+        """Run a program as a machine's user, and return what it prints."""
+        done = subprocess.run(['setpriv', f'--reuid={uid}', f'--regid={uid}', *vm.NO_PRIVILEGES,
+                               '--clear-groups', '--', *argv], check=True, capture_output=True,
+                              text=True, timeout=30)
+        return done.stdout
+
+    def test_every_path_that_it_can_write(self) -> None:
+        victim = Path(self.path('victim'))
+        victim.write_text('mine')
+        victim.chmod(0o666)
+        m = vm.Machine('prey', memory=32, display='vnc', harddrives=self.path('d.qcow2'))
+        m.create_chardev('log', 'file')
+        m.start_vm()
+        pid = m.pid()
+        got = self.as_user(m.spec.uid, sys.executable, '-c', ATTACK, m.home, str(victim))
+        self.assertEqual({line.split()[0] for line in got.splitlines()}, {'vnc'})
+        self.assertTrue(m.is_alive())
+        m.console().read()
+        with mock.patch.object(vm, 'CONSOLE_BYTES', 0):
+            m.qemu.trim_console()
+        m.screenshot(self.path('s.png'))
+        m.snapshot('s')
+        m.create_chardev('more', 'socket')
+        self.assertEqual((m.pid(), m.stop(force=True)), (pid, 'stopped by quit'))
+        m.start_vm()
+        m.delete(force=True)
+        self.assertFalse(os.path.exists(f'/proc/{pid}'))
+        self.assertEqual(victim.read_text(), 'mine')
+        self.assertFalse(os.path.exists(m.home))
+
+    def test_killed_before_it_was_written_down(self) -> None:
+        m = vm.Machine('early', memory=32)
+        killed_at(f'write {m.home}/process.json', "vm.Machine.load('early').start_vm()")
+        self.assertFalse(m.is_alive())
+        killed_at('send qmp_capabilities', "vm.Machine.load('early').start_vm()")
+        record = Path(m.file.path('process.json'))
+        known = json.loads(record.read_text())
+        record.write_text(json.dumps({**known, 'pid': 0, 'started': ''}))
+        self.assertEqual(m.pid(), known['pid'])
+        self.assertEqual(m.start_vm(), 'already running')
+        m.delete(force=True)
+
+    def test_a_log_without_end(self) -> None:
+        m = vm.Machine('long', memory=32)
+        m.start_vm()
+        for name in ('console.log', 'qemu.log'):
+            os.truncate(m.file.path(name), 1 << 40)     # as it can, by the descriptor it has
+        self.assertLessEqual(len(m.console().read()), vm.CONSOLE_BYTES)
+        self.assertLess(len(m.qemu.last_words()), 3 * vm.LAST_WORDS + 20)
+        m.qemu.trim_console()
+        self.assertEqual(os.stat(m.file.path('console.log')).st_size, 0)
+        m.delete(force=True)
+
+
+# === devices ====================================================================================
+
+class TestParts(Running):
+    """What is plugged into it, its memory and its snapshots."""
+
+    def test_dump(self) -> None:
+        m, seen = self.machine, []
+        secret = os.urandom(8).hex()
+        m.write_file('/tmp/secret', (f'<<{secret}>>' * 1000).encode())
+        path = m.dump_memory(self.path('core'), progress=lambda *row: seen.append(row))
+        self.assertIs(m.state(), vm.State.RUNNING)
+        data = Path(path).read_bytes()
+        self.assertEqual(data[:4], b'\x7fELF')
+        self.assertIn(f'<<{secret}>><<'.encode(), data)
+        self.assertEqual(seen[-1][0], seen[-1][1])
+        self.assertGreater(seen[-1][1], 400 << 20)
+        for name in ('at', 'once'):                     # while QEMU lets the guest go on
+            os.unlink(m.dump_memory(self.path(name)))
+        os.unlink(path)
+        with self.refused('nonsense'):
+            m.dump_memory(self.path('core2'), format='nonsense')
+        Path(path).write_text('mine')
+        with self.refused('exists'):
+            m.dump_memory(path)
+        self.assertEqual(os.listdir(os.path.dirname(path)), ['core'])
+        m.freeze()
+        os.unlink(path)
+        m.dump_memory(path, format='kdump-zlib')
+        self.assertIs(m.state(), vm.State.PAUSED)
+        m.unfreeze()
+        os.unlink(path)
+
+    @unittest.skipUnless(XORRISO, 'needs xorriso or genisoimage')
+    def test_cd(self) -> None:
+        m = self.machine
+        one, two = (vm.CD.seed(f'#disc {n}\n', 'i: 1\n', self.path(f'{n}.iso')) for n in (1, 2))
+        sets = len(m.qmp('query-fdsets'))
+        m.insert(one)
+        self.assertIn('#disc 1', sh(m, "tr -dc ' -~' < /dev/sr0"))
+        self.assertEqual((one.tray, one.drive), (vm.Tray(False, False, True), m.cd))
+        one.eject()                                     # it is the drive's own
+        self.assertFalse(m.cd.tray.medium)
+        m.insert(one)
+        m.insert(two.filename)
+        with self.refused(one.filename, 'not in the drive any more', two.filename):
+            one.eject()
+        self.assertIn('#disc 2', sh(m, "tr -dc ' -~' < /dev/sr0"))
+        self.assertEqual(m.cd.tray, vm.Tray(False, False, True))
+        with self.refused('No such file'):
+            m.insert(self.path('absent.iso'))
+        self.assertEqual(m.cd.filename, two.filename)
+        sh(m, 'mkdir -p /mnt; mount -t iso9660 -o ro /dev/sr0 /mnt; '
+              'echo 1 > /proc/sys/dev/cdrom/lock; umount /mnt; mount -t iso9660 /dev/sr0 /mnt')
+        self.assertTrue(m.cd.tray.locked)
+        with self.refused('locked'):
+            m.eject()
+        with self.refused('locked'):
+            m.insert(one)
+        sh(m, 'umount /mnt')
+        for _ in range(2):                              # twice is fine
+            m.eject()
+            self.assertEqual(m.cd.tray.medium, False)
+        self.assertEqual(len(m.qmp('query-fdsets')), sets)      # no descriptor is left behind
+        self.assertEqual(vm.Machine.load('web').cd.filename, '')
+        self.assertNotEqual(m.exec(['sh', '-c', 'dd if=/dev/sr0 count=1']).status, 0)
+
+    def test_harddrives(self) -> None:
+        m = self.machine
+        more = vm.Harddrive(self.path('more.qcow2'), 0.05)
+        before = sh(m, 'ls /sys/block')
+        device = m.add_harddrive(more)
+        name = soon(lambda: set(sh(m, 'ls /sys/block').split()) - set(before.split())).pop()
+        sh(m, f'echo found-it > /dev/{name}; sync')
+        self.assertTrue(more.in_use())
+        with self.refused('has', 'already'):
+            m.add_harddrive(more)
+        m.resize_harddrive(more, 0.1)
+        soon(lambda: int(sh(m, f'cat /sys/block/{name}/size')) * 512
+             == more.info()['virtual-size'] > 100 << 20)
+        with self.refused('shrink=True'):
+            m.resize_harddrive(device.id, 0.05)
+        with self.refused('stop the machine'):
+            more.wipe()
+        self.assertEqual(m.del_harddrive(more), f'{device.id} removed')
+        self.assertFalse(more.in_use())
+        self.assertEqual(sh(m, 'ls /sys/block'), before)
+        self.assertIn(b'found-it', Path(more.filename).read_bytes())
+        self.assertEqual(self.devices(vm.Machine.load('web'), 'disk'), self.devices(m, 'disk'))
+        with self.refused('has no disk'):
+            m.del_harddrive(more)
+
+    def test_nics(self) -> None:
+        m = self.machine
+        nic = vm.VirtualNic(namespace='web')
+        device = m.add_nic(nic)
+        soon(lambda: m.exec(['grep', '-l', nic.mac, '/sys/class/net/eth1/address']).status == 0)
+        sh(m, 'ip link set eth1 up')
+        carrier = 'cat /sys/class/net/eth1/carrier'
+        soon(lambda: sh(m, carrier) == '1\n')
+        m.nic_state(nic, False)
+        soon(lambda: sh(m, carrier) == '0\n')
+        self.assertFalse(vm.Machine.load('web').devices.find('nic', nic.name).facts.up)
+        m.nic_state(device.id, True)
+        soon(lambda: sh(m, carrier) == '1\n')
+        m.freeze()                                      # a guest that does not let go
+        self.assertIn('does not let it go', m.del_nic(nic, timeout=0.5))
+        self.assertTrue(self.devices(m, 'nic')[-1].pending)
+        m.unfreeze()
+        self.assertEqual(m.del_nic(nic, 30), f'{device.id} removed')
+        self.assertNotIn('eth1', sh(m, 'ls /sys/class/net'))
+        self.assertTrue(nic.exists)                   # it was not the machine's own
+        nic.delete()
+        own = m.add_nic()                               # its port and id are free again
+        self.assertEqual((own.id, own.bus), (device.id, device.bus))
+        name = own.facts.name
+        soon(lambda: 'eth1' in sh(m, 'ls /sys/class/net'))
+        m.del_nic(1)
+        self.assertNotIn(name, vm.Registry.read().records)
+        with altered('device_add', driver='nonsense'), self.refused('nonsense'):
+            m.add_nic()
+        self.assertEqual(len(m.nics), 1)
+        self.assertEqual(len(vm.Registry.read().records), 2)    # the namespace and its one nic
+
+    def test_chardevs(self) -> None:
+        m = self.machine
+        for kind in ('socket', 'pty', 'file'):
+            with self.subTest(kind):
+                name = f'org.example.{kind}'
+                path = m.create_chardev(name, kind)
+                find = f'grep -l {name} /sys/class/virtio-ports/*/name; true'
+                port = soon(functools.partial(sh, m, find)).split('/')[4]
+                with contextlib.ExitStack() as stack:
+                    if kind == 'socket':
+                        end = stack.enter_context(socket.socket(socket.AF_UNIX))
+                        end.connect(path)
+                        read = end.fileno()
+                    else:
+                        read = os.open(path, os.O_RDONLY | os.O_NOCTTY)
+                        stack.callback(os.close, read)
+                    sh(m, f'echo hello > /dev/{port}')
+                    self.assertIn(b'hello', soon(functools.partial(os.read, read, 100)))
+                    if kind == 'socket':
+                        m.agent('guest-exec', {'path': 'sh', 'arg': [
+                            '-c', f'head -n1 /dev/{port} > /tmp/from-host']})
+                        time.sleep(0.3)
+                        end.sendall(b'to the guest\n')
+                        soon(lambda: m.exec(
+                            ['grep', 'to the guest', '/tmp/from-host']).status == 0)
+                with self.refused('has a chardev'):
+                    m.create_chardev(name)
+                self.assertIn('removed', m.delete_chardev(name))
+        self.assertEqual(m.chardevs, {})
+        with self.refused('pty, socket or file'):
+            m.create_chardev('a', 'tcp')
+        with self.refused('chardev'):
+            m.create_chardev('../x')
+
+    def test_ram(self) -> None:
+        m = self.machine
+        total = 'grep MemTotal /proc/meminfo | tr -dc 0-9'
+        before = int(sh(m, total))
+        self.assertIn('confirmed by the guest', m.increase_ram(256))
+        self.assertAlmostEqual(int(sh(m, total)) - before, 256 * 1024, delta=9000)
+        for size, why in ((100, 'blocks of 128 MiB'), (1024, 'room for 256 MiB'), (0, 'use MiB')):
+            with self.refused(why):
+                m.increase_ram(size)
+        sh(m, 'modprobe virtio_balloon')
+        m.balloon(400)
+        self.assertLess(int(sh(m, total)), 400 * 1024)
+        self.assertIn('768 MiB now', m.increase_ram(368))   # lets the balloon out, no dimm
+        self.assertEqual(len(self.devices(m, 'dimm')), 1)
+        self.assertAlmostEqual(int(sh(m, total)) - before, 256 * 1024, delta=9000)
+        with self.refused("can't have 4000 MiB, only 768"):
+            m.balloon(4000)
+        sh(m, 'rmmod virtio_balloon')
+        with self.refused('not 500', 'driver'), mock.patch.object(vm, 'BALLOON_TIMEOUT', 0.5):
+            m.balloon(500)
+
+    def test_snapshots(self) -> None:
+        m = self.machine
+        m.add_harddrive(self.raw)
+        self.addCleanup(m.del_harddrive, self.raw)
+        with mock.patch.object(vm.log, 'warning') as warned:
+            taken = m.snapshot('s1')
+        self.assertEqual((taken.tag, taken.ram, taken.disks, taken.uncovered), (
+            's1', True, (self.disk.filename,), (self.raw.filename,)))
+        self.assertIn(self.raw.filename, str(warned.call_args))
+        self.assertIs(m.state(), vm.State.RUNNING)
+        sh(m, 'echo later > /tmp/later; echo later > /dev/vda; sync')
+        size = self.disk.info()['virtual-size']
+        m.resize_harddrive(self.disk, 0.2)
+        m.nic_state(0, False)                           # this stays, whatever the snapshot says
+        time.sleep(1.2)
+        for ran in (True, False):
+            m.freeze() if not ran else None
+            says = m.load_snapshot('s1')
+            self.assertIs(m.state(), vm.State.RUNNING if ran else vm.State.PAUSED)
+            self.assertEqual(says, 'put back to s1' + ', clock set' * ran)
+            m.unfreeze()
+            self.assertNotEqual(m.exec(['cat', '/tmp/later']).status, 0)
+            self.assertNotIn('later', sh(m, 'head -c 5 /dev/vda'))
+            self.assertEqual(self.disk.info()['virtual-size'], size)
+            if ran:
+                self.assertLess(off_by(m), 0.5e9)
+        m.sync_time()
+        sh(m, 'ip link set eth0 up')
+        soon(lambda: sh(m, 'cat /sys/class/net/eth0/carrier') == '0\n')
+        m.nic_state(0, True)
+        with self.refused('has a snapshot s1'):
+            m.snapshot('s1')
+        for call in (m.load_snapshot, m.delete_snapshot):
+            with self.refused('no snapshot s9'):
+                call('s9')
+            self.assertIs(m.state(), vm.State.RUNNING)
+        nic = vm.VirtualNic(namespace='web')            # another device list
+        added = m.add_nic(nic)
+        with self.refused('of other devices', added.id):
+            m.load_snapshot('s1')
+        self.assertIs(m.state(), vm.State.RUNNING)
+        m.wait('agent')
+        self.assertEqual(m.del_nic(nic, 30), f'{added.id} removed')
+        nic.delete()
+        # One that QEMU itself refuses.
+        with altered('snapshot-save', devices=['nonsense']), self.refused('nonsense'):
+            m.snapshot('s2')
+        with altered('snapshot-load', vmstate=9), self.refused('vmstate'):
+            m.load_snapshot('s1')
+        self.assertIs(m.state(), vm.State.RUNNING)
+        m.wait('agent')
+        self.assertEqual(m.qmp('query-jobs'), [])
+        m.delete_snapshot('s1')
+        self.assertEqual(m.snapshots, [])
+        self.assertEqual(self.disk.snapshots, [])
+        self.disk.snapshot('disk-only')
+        with self.refused('no memory in it', kind=vm.WrongState):
+            m.load_snapshot('disk-only')
+        self.disk.delete_snapshot('disk-only')
+
+
+GRUB, IPXE = '/usr/lib/grub-rescue/grub-rescue-cdrom.iso', '/usr/lib/ipxe/ipxe.lkrn'
+
+
+MEMTEST = '/usr/lib/memtest86+/memtest86+x64.iso'
+
+
+BLUE = b'\0\0\xaa'              # its screen
+
+
+class TestHardware(Live):
+    """What guests without virtio drivers need, with guests that have none: GRUB, memtest86+, iPXE
+    see nothing but what the firmware does, or have drivers for real cards."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        missing = [path for path in (GRUB, MEMTEST, IPXE) if not os.path.exists(path)]
+        if missing or not shutil.which('swtpm'):
+            raise unittest.SkipTest('lacks grub-rescue-pc, memtest86+, ipxe or swtpm; --install')
+        super().setUpClass()
+
+    def is_coloured(self, m: vm.Machine) -> bool:
+        """Tell whether there is anything on its screen."""
+        return len(colours(m.screenshot(self.path(f'{m.name}.png')))) > 1
+
+    def test_each_bus_and_several_cds(self) -> None:
+        made = []
+        for bus in vm.MODELS['disk']:
+            disk = vm.Harddrive(shutil.copy(GRUB, self.path(f'{bus}.raw')), format='raw')
+            made.append(self.bios(f'bus-{bus}', memory=64, harddrives=disk, disk_bus=bus))
+        made.append(self.bios('bus-cds', memory=64, cds=[GRUB, MEMTEST]))
+        for m in made:
+            m.start_vm()
+        for m in made:
+            await_screen(m, 'GNU GRUB', self.path('s.png'))
+        cds = made[-1].cds
+        self.assertEqual([disc.filename for disc in cds], [GRUB, MEMTEST])
+        made[-1].change_boot_device(cds[1])
+        made[-1].reset()
+        await_screen(made[-1], r'Memtest86\+', self.path('s.png'))
+        cds[0].eject()
+        again = vm.Machine.load('bus-cds')
+        self.assertEqual([disc.filename for disc in again.cds], ['', MEMTEST])
+        self.assertEqual([disc.tray.medium for disc in again.cds], [False, True])
+        again.cds[0].insert(MEMTEST)
+        again.stop(force=True)
+        again.start()
+        await_screen(again, r'Memtest86\+', self.path('s.png'))
+        for m in made:
+            m.delete(force=True)
+
+    def test_each_nic_model(self) -> None:
+        devices, made = vm.run([QEMU, '-device', 'help'], 30).stdout.decode(), []
+        for name, model in vm.MODELS['nic'].items():
+            options = {'memory': 64, 'kernel': IPXE, 'nics': 'user',
+                       'cmdline': 'ifopen net0 && ifstat && dhcp', 'nic_model': name}
+            if f'"{model.driver}"' in devices:
+                made.append(self.bios(f'nic-{name}', **options))
+                made[-1].start_vm()
+            else:                               # igb is of QEMU 8.0
+                with self.refused(f'nic_model {name}: not in this QEMU', 'use virtio, e1000'):
+                    self.bios(f'nic-{name}', **options)
+        for m in made:                  # it gets an address by DHCP; of QEMU's igb it sees no link
+            await_screen(m, 'using 82576' if m.name == 'nic-igb' else
+                         r'Configuring \(net0 52:54:00:[0-9a-f:]+\)\.* ok', self.path('s.png'))
+            m.delete(force=True)
+        self.assertGreater(len(made), 6)
+
+    def test_plugging(self) -> None:
+        """Where a bus takes and gives disks while the machine runs, and where it has no place."""
+        disks = [vm.Harddrive(self.path(f'{n}.qcow2'), 0.01) for n in range(7)]
+        for bus, room in (('sata', 6), ('usb', 3), ('scsi', 7), ('nvme', 7), ('virtio', 7)):
+            m = self.bios(f'plug-{bus}', disk_bus=bus)
+            if bus == 'sata':
+                m.add_harddrive(disks[0])
+                m.start_vm()
+                with self.refused('is running, and SATA', 'stop it first'):
+                    m.add_harddrive(disks[1])
+                with self.refused('is running, and SATA', 'stop it first'):
+                    m.del_harddrive(0)
+                m.stop(force=True)
+                m.del_harddrive(0)
+            else:
+                m.start_vm()
+            for disk in disks[:room]:
+                m.add_harddrive(disk)
+            if room < 7:
+                with self.refused(f'all {room} ports', 'another disk_bus'):
+                    m.add_harddrive(disks[room])
+            if bus in ('usb', 'scsi'):          # they need no word of the guest's
+                self.assertEqual(m.del_harddrive(0), 'disk0 removed')
+                m.add_harddrive(disks[0])
+            m.delete(force=True)
+
+    def test_choices_are_named(self) -> None:
+        for options, words in (
+                ({'nic_model': 'x'}, ("nic_model 'x'", 'use virtio, e1000')),
+                ({'disk_bus': 'ide'}, ("disk_bus 'ide'", 'use virtio, scsi, sata, nvme, usb')),
+                ({'firmware': 'efi'}, ("firmware 'efi'", 'use bios, uefi, uefi-secure')),
+                ({'video': []}, ('video []', 'use std, virtio')),
+                ({'tpm': 1}, ('tpm 1', 'no bool')),
+                ({'args': '-x'}, ("args '-x'", 'list of strings')),
+                ({'cds': GRUB}, ('cds', 'use a list')),
+                ({'cd': GRUB, 'cds': [GRUB]}, ('cd and cds', 'name all CDs in cds'))):
+            with self.subTest(words), self.refused(*words):
+                self.bios('chosen', **options)
+        with mock.patch('shutil.which', return_value=None), self.refused('install swtpm'):
+            self.bios('chosen', tpm=True)
+        with mock.patch.dict(vm.OVMF, {'uefi-secure': (('/absent', '/absent'),)}), \
+                self.refused('firmware uefi-secure: not on this host', 'install ovmf'):
+            self.bios('chosen', firmware='uefi-secure')
+        m = self.bios('chosen', args=['-nonsense'])
+        with self.refused('did not start', 'nonsense'):
+            m.start()
+
+    def test_kept_and_part_of_what_must_fit(self) -> None:
+        wanted: dict[str, Any] = {'video': 'cirrus', 'nic_model': 'e1000', 'tpm': True, 'cds': [''],
+                                  'args': ['-smbios', 'type=1,serial=S 7'], 'nics': 'user'}
+        m = self.bios('whole', **wanted)
+        m.start_vm()
+        found = re.findall(r'dev: ([a-z0-9-]+),', m.send('info qtree'))
+        self.assertEqual({'cirrus-vga', 'e1000', 'ide-cd'} - {*found}, set())
+        self.assertEqual([row['model'] for row in m.qmp('query-tpm')], ['tpm-crb'])
+        self.assertIn(b'S 7', Path(f'/proc/{m.pid()}/cmdline').read_bytes())
+        again = vm.Machine.load('whole')
+        self.assertEqual(again.spec, m.spec)
+        self.assertEqual(again.add_nic('user').model.driver, 'e1000')
+        again.del_nic(1, timeout=0)
+        for key in wanted:
+            other = self.bios('other', incoming=True, **{
+                name: value for name, value in wanted.items() if name != key})
+            other.start_vm()
+            with self.subTest(key), self.refused('another kind of machine'):
+                m.migrate(other)
+            other.delete(force=True)
+        m.delete(force=True)
+
+    def test_each_video(self) -> None:
+        devices = vm.run([QEMU, '-device', 'help'], 30).stdout.decode()
+        for name, model in vm.VIDEO.items():
+            if f'"{model.driver}"' not in devices and name != 'none':
+                with self.refused(f'video {name}: not in this QEMU', 'modules-spice'):
+                    self.bios(f'video-{name}', video=name)
+                continue
+            m = self.bios(f'video-{name}', video=name)
+            m.start_vm()
+            if name == 'none':
+                with self.refused('console'):
+                    m.screenshot(self.path('none.png'))
+            else:
+                soon(functools.partial(self.is_coloured, m), BOOT, name)
+            m.delete(force=True)
+
+    def test_nvme_memory(self) -> None:
+        m = self.bios('nvme', harddrives=self.path('n.qcow2'), disk_bus='nvme')
+        m.start_vm()
+        for call in (m.save, m.snapshot):
+            with self.refused('non-migratable', "disk_bus='nvme'"):
+                call()
+        self.assertIs(m.state(), vm.State.RUNNING)
+        m.stop(force=True)
+        self.assertFalse(m.snapshot('off').ram)
+        m.delete()
+
+    def test_secure_boot(self) -> None:
+        """memtest86+ is signed by nobody."""
+        machines = {name: self.bios(name, firmware=name, memory=128, cds=[MEMTEST])
+                    for name in ('uefi', 'uefi-secure')}
+        for m in machines.values():
+            m.start_vm()
+        machines['uefi-secure'].console().expect('Security Violation|Access Denied', BOOT)
+        soon(lambda: BLUE in colours(machines['uefi'].screenshot(self.path('u.png'))), BOOT)
+        self.assertNotIn(BLUE, colours(machines['uefi-secure'].screenshot(self.path('s.png'))))
+        raw = self.path('vars')
+        vm.run(['qemu-img', 'convert', '-U', '-O', 'raw',
+                machines['uefi-secure'].file.path('efi-vars.qcow2'), raw], 60)
+        self.assertIn(b'Microsoft Corporation UEFI CA 2011', Path(raw).read_bytes())
+        for m in machines.values():
+            m.delete(force=True)
+
+    def test_tpm(self) -> None:
+        m = self.guest('tpm', tpm=True, harddrives=self.path('t.qcow2'))
+        m.start_vm()
+        m.wait('agent', BOOT)
+        # TPM2_PCR_Extend of PCR 16 by a password session without one, SHA-256 of 32 bytes.
+        command = bytes.fromhex('80020000004100000182000000100000000940000009000000000000000001000b'
+                                ) + b'x' * 32
+        m.write_file('/tmp/extend', command)
+
+        def register(extend: bool = False) -> str:
+            if extend:
+                sh(m, 'exec 3<>/dev/tpm0; cat /tmp/extend >&3; dd bs=4096 count=1 <&3 >/dev/null')
+            return sh(m, 'cat /sys/class/tpm/tpm0/pcr-sha256/16')
+        first, second = register(), register(extend=True)
+        self.assertNotEqual(first, second)
+        m.snapshot('second')
+        third = register(extend=True)
+        self.assertEqual(len({first, second, third}), 3)
+        m.load_snapshot('second')
+        self.assertEqual(register(), second)
+        m.save()
+        m.start()
+        self.assertEqual(register(), second)
+        self.assertEqual(register(extend=True), third)
+        program = next(pid for pid in filter(str.isdecimal, os.listdir('/proc'))
+                       if f'dir={m.file.path("tpm")}'.encode() in cmdline(pid))
+        status = Path(f'/proc/{program}/status').read_text()
+        for line in (f'Uid:\t{m.spec.uid}\t', 'NoNewPrivs:\t1', 'CapEff:\t0000000000000000',
+                     'CapBnd:\t0000000000000000'):
+            self.assertIn(line, status)
+        kept = Path(m.file.path('tpm'), 'tpm2-00.permall')
+        self.assertEqual((kept.stat().st_uid, kept.stat().st_mode & 0o777), (m.spec.uid, 0o600))
+        self.end(m)
+        soon(lambda: not os.path.exists(f'/proc/{program}'), what='the TPM ends with its QEMU')
+        for _ in range(3):
+            m.start()
+            m.stop(force=True)
+        m.delete()
+        self.assertFalse(os.path.exists(m.home))
+
+
+class TestNetwork(Live):
+    """The README's example, and machines that see each other."""
+
+    def test_example(self) -> None:
+        readme = (HERE / 'README.md').read_text()
+        if 'Library: machines' in readme:
+            self.assertIn(EXAMPLE, readme)
+        subprocess.run('ip link add eth1 type veth peer name wire; ip link set eth1 up', shell=True,
+                       check=True)
+        self.addCleanup(subprocess.run, ['ip', 'link', 'del', 'eth1'], check=True)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(os.path.dirname(self.path('x')))
+        said: list[str] = []
+        exec(EXAMPLE, {'KERNEL': self.kernel, 'INITRD': self.initramfs,
+                       'CMDLINE': CMDLINE,
+                       'print': lambda *words: said.append(' '.join(words))})
+        self.assertRegex(said[0], r'3 packets received|[123] packets received')
+        self.assertEqual(said[1:], ['put back to clean, clock set', 'web stopped by power button',
+                                    'db stopped by power button'])
+        self.assertGreater(len(colours('web.png')), 1)
+        self.assertEqual(sorted(os.listdir('.')), ['db.qcow2', 'web.png', 'web.qcow2'])
+        self.assertFalse([name for name in vm.Registry.read().records
+                          if re.search('web|db|lan|gate', name) and 'netns' not in name])
+
+    def test_startup_waits_for_a_port(self) -> None:
+        switch = vm.Switch('lan')
+        self.addCleanup(switch.delete)
+        m = self.guest('served', memory=112, nics=1)
+        self.addCleanup(m.delete, True)
+        card = m.nics[0]
+        assert isinstance(card, vm.VirtualNic)
+        switch.connect(card)
+        subprocess.run('ip address add 10.9.7.1/24 dev lan', shell=True, check=True)
+        m.start()
+        m.wait('agent', BOOT)
+        sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
+           'ip link set eth0 up; ip address add 10.9.7.2/24 dev eth0')
+        startup = vm.Startup(vm.Guests([vm.Machines()]), vm.steps([
+            'wait served port 5432 1', 'wait served port 5432 30 or stop', 'start served']))
+        with self.assertLogs('vmmonitor', 'INFO') as logged:
+            thread = vm.spawn('startup', startup.run)
+            soon(lambda: 'going on' in str(logged.output), 20)
+            m.agent('guest-exec', {'path': 'nc', 'arg': ['-l', '-p', '5432']})
+            thread.join(60)
+        self.assertRegex(str(logged.output), 'line 1: served: not yet "port 5432" after 1')
+        self.assertRegex(str(logged.output), 'startup: line 2: served: port 5432 after')
+        self.assertIn('served already running', str(logged.output))
+
+    def test_addresses_from_a_router(self) -> None:
+        physical('eth1', 'server', '192.0.2.1/24')
+        self.addCleanup(ip, 'netns del server')
+        ip('address add 192.0.2.5/24 dev eth1')
+        lan, router = vm.Switch('lan'), vm.Router('eth1', nat=True, dhcp=True,
+                                                  hosts={'fixed': '10.77.0.10'})
+        router.connect(lan)
+        self.addCleanup(vm.delete_all, [router, lan])
+        m = self.guest('fixed', memory=112, nics=1)
+        self.addCleanup(m.delete, True)
+        lan.connect(m.nics[0])                  # type: ignore[arg-type]
+        m.start_vm()
+        m.wait('agent', BOOT)
+        m.write_file('/lease', LEASE.encode())
+        said = sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; '
+                  'done; ip link set eth0 up; chmod +x /lease; udhcpc -fqn -i eth0 -s /lease; '
+                  'ip route add default via 10.77.0.1; nslookup -type=a fixed.internal 10.77.0.1')
+        self.assertIn("ip='10.77.0.10'", said)
+        self.assertRegex(said, "Name:\tfixed.internal\nAddress: 10.77.0.10")
+        soon(lambda: m.exec(['ping', '-c', '1', '-W', '1', '192.0.2.1']).status == 0)
+
+    def test_ports_of_the_host_lead_to_a_guest(self) -> None:
+        here, late, taken = (f'tcp:127.0.0.1:{free_port()}:22' for _ in range(3))
+        m = self.guest('reached', memory=112, nics='user', forwards=[here, 'udp:0.0.0.0:5353:53'])
+        self.addCleanup(m.delete, True)
+
+        def said(forward: str) -> bytes:
+            with contextlib.suppress(OSError), socket.create_connection(
+                    ('127.0.0.1', int(forward.split(':')[2])), 5) as wire:
+                return wire.recv(100)
+            return b''
+        m.start_vm()
+        m.wait('agent', BOOT)
+        sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
+           'ip link set eth0 up; ip address add 10.0.2.15/24 dev eth0')
+        m.agent('guest-exec', {'path': 'nc', 'arg': ['-ll', '-p', '22', '-e', 'echo', 'hello']})
+        soon(lambda: said(here) == b'hello\n')
+        m.set_forwards(0, [late])
+        self.assertEqual((said(here), said(late)), (b'', b'hello\n'))
+        with socket.create_server(('127.0.0.1', int(taken.split(':')[2]))):
+            with self.refused('host forwarding rule', 'another program has that port'):
+                m.set_forwards(0, [here, taken])
+            self.assertEqual((said(here), said(late)), (b'', b'hello\n'))
+            with self.refused('host forwarding rule', 'another program has that port'):
+                m.add_nic('user', [taken])
+            other = self.bios('other', nics='user', forwards=[taken])
+            with self.refused('host forwarding rule', 'another program has that port'):
+                other.start()
+        self.assertEqual(other.start(), 'started')
+        other.delete(force=True)
+        m.stop(force=True)
+        m.set_forwards('nic0', [here, late])
+        m = self.guest('reached', memory=112, nics='user', forwards=[here, 'udp:0.0.0.0:5353:53'])
+        m.start_vm(paused=True)
+        self.assertEqual(re.findall(r'TCP\[HOST_FORWARD\].* 10[.]0[.]2[.]15 +(\d+) ',
+                                    m.send('info usernet')), ['22', '22'])
+
+    def test_forwards_that_can_not_be(self) -> None:
+        for forwards, why in (
+                (['tcp:127.0.0.1:22:22'], "ports below 1024 are root's"), (['22:22'], 'it is not'),
+                ('tcp::2222:22', 'it is not PROTOCOL'), ([5], 'it is not'),
+                ('tcp:1.2:2222:22', 'no IP address'), (['tcp:127.0.0.1:70000:22'], 'a port is'),
+                (['tcp:127.0.0.1:2222:0'], 'a port is'),
+                (['tcp:127.0.0.1:2222:22,id=x'], 'it is not'),
+                (['tcp:127.0.0.1:2222:22'] * 2, 'twice'), (None, 'it is not')):
+            with self.subTest(why), self.refused(why):
+                self.bios('no', nics='user', forwards=forwards)
+        with self.refused('only for a nic', "nics='user'"):
+            self.bios('no', nics=1, forwards=['tcp:127.0.0.1:2222:22'])
+        self.assertFalse((self.home / 'no').exists())
+        m = self.bios('some', nics=1)
+        self.addCleanup(m.delete)
+        for refused in (lambda: m.set_forwards(0, ['tcp:127.0.0.1:2222:22']),
+                        lambda: m.add_nic(None, ['tcp:127.0.0.1:2222:22'])):
+            with self.refused('only for a nic'):
+                refused()
+
+    def test_examples_of_the_help(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(os.path.dirname(self.path('x')))
+        space: dict[str, Any] = {'vm': vm}
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(''.join(examples()[:2]), space)
+        self.assertRegex(said.getvalue(), r"^lan \['web-p0'\] 1500\nput back to clean.* stopped")
+        for name in 'web', 'card', 'lan':
+            space[name].delete()
+
+    def test_what_a_machine_uses_stays(self) -> None:
+        lan = vm.Switch('lan')
+        machine = self.guest('used', memory=112, nics=1)
+        machine.add_nic(plain := vm.VirtualNic())
+        lan.connect(machine.nics[0])                            # type: ignore[arg-type]
+        lan.mtu = 1400
+        machine.start_vm(paused=True)
+        for number, mtu in enumerate((1400, 0)):                # 0: it is told nothing
+            self.assertEqual(machine.qmp('qom-get', path=f'/machine/peripheral/nic{number}',
+                                         property='host_mtu'), mtu)
+        before = vm.Registry.read().records.keys()
+        for thing in (plain, lan, *machine.nics):
+            with self.refused('machine used (', 'uses it', 'force=True', kind=vm.InUse):
+                thing.delete()                                  # type: ignore[union-attr]
+        with self.assertLogs('vmmonitor', 'WARNING') as said:
+            self.assertEqual(vm.clean(['lan', plain.name]), {})
+        self.assertIn('lan stays: machine used (', said.output[0])
+        self.assertEqual(vm.Registry.read().records.keys(), before)
+        machine.stop(force=True)
+        machine.delete()
+        vm.delete_all([lan, plain])
+        self.assertFalse(vm.Registry.read().records.keys() & before)
+
+    def test_two_machines_reach_each_other(self) -> None:
+        switch = vm.Switch('lan')
+        switch.mtu = 1400
+        pair = [self.guest(name, memory=112, nics=number) for name, number in (('left', 1),
+                                                                               ('right', 0))]
+        pair[0].nics[0].connect(switch)         # type: ignore[union-attr]
+        for machine in pair:
+            machine.start_vm()
+        for machine, address in zip(pair, ('10.9.0.1', '10.9.0.2')):
+            machine.wait('agent', BOOT)
+            sh(machine, 'modprobe virtio_net')
+            if not machine.nics:
+                machine.add_nic()
+            machine.nics[0].connect(switch)     # type: ignore[union-attr]
+            soon(functools.partial(sh, machine, 'ls -d /sys/class/net/e*; true'))
+            sh(machine, f'ip link set eth0 up; ip addr add {address}/24 dev eth0')
+        left, right = pair
+        self.assertEqual(sh(left, 'cat /sys/class/net/eth0/mtu'), '1400\n')
+        ping = ['ping', '-c', '1', '-W', '1', '10.9.0.2']
+        soon(lambda: left.exec(ping).status == 0)
+        right.nic_state(0, False)
+        self.assertNotEqual(left.exec(ping).status, 0)
+        right.nic_state(0, True)
+        soon(lambda: left.exec(ping).status == 0)
+        self.assertIn('10.9.0.1', str(left.interfaces()))
+        moved = self.guest('moved', memory=112, nics=1, incoming=True)
+        moved.nics[0].connect(switch)           # type: ignore[union-attr]
+        moved.start_vm()
+        left.migrate(moved)                     # with its own MAC and address
+        soon(lambda: moved.exec(ping).status == 0)
+        for machine in (*pair, moved):
+            machine.delete(force=True)
+        switch.delete()
+        self.assertFalse([name for name in vm.Registry.read().records
+                          if re.search('left|right|lan|moved', name)])
+
+
+# === memory stream ==============================================================================
+
 class TestSaving(Live):
     """Memory in a file, and what interrupts it."""
 
@@ -8975,6 +9041,8 @@ class TestSaving(Live):
             m.wait('flying')
 
 
+# === snapshots ==================================================================================
+
 class TestSnapshots(Live):
     """Memory and disks as they were, whatever has changed since."""
 
@@ -9124,6 +9192,8 @@ class TestSnapshots(Live):
         self.assertIn('read 65536', self.io(disk, 'read -P 0xbb 0 64k'))
         self.assertEqual(m.start(), 'started')
 
+
+# === migration ==================================================================================
 
 class TestMigration(Live):
     """A guest that goes to another machine, or fails to."""
@@ -9365,6 +9435,262 @@ class TestMigration(Live):
         return f':{port:04X} ' in Path('/proc/net/tcp').read_text().partition('rem_')[2]
 
 
+# === input ======================================================================================
+
+def impatient(seconds: float) -> Any:
+    """Have machines wait only so long for a monitor."""
+    return mock.patch.object(vm, 'QMP_TIMEOUT', seconds)
+
+
+def pixels(path: str) -> list[bytes]:
+    """Return the rows of a PNG, 3 bytes for each pixel, read independently of what wrote it."""
+    data, at, packed = Path(path).read_bytes(), 8, b''
+    while at < len(data):
+        size, kind = struct.unpack('>I4s', data[at:at + 8])
+        body = data[at + 8:at + 8 + size]
+        assert struct.unpack('>I', data[at + 8 + size:at + 12 + size])[0] == zlib.crc32(kind + body)
+        if kind == b'IHDR':
+            width, height, depth, colour = struct.unpack('>IIBB', body[:10])
+            assert (depth, colour) == (8, 2), (depth, colour)
+        packed += body if kind == b'IDAT' else b''
+        at += 12 + size
+    raw, line, found = zlib.decompress(packed), 1 + width * 3, []
+    assert len(raw) == height * line
+    above = bytearray(line - 1)
+    for start in range(0, len(raw), line):
+        row = bytearray(raw[start + 1:start + line])
+        for i in range(line - 1) if raw[start] else ():
+            a, b, c = (row[i - 3] if i > 2 else 0), above[i], (above[i - 3] if i > 2 else 0)
+            paeth = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
+            row[i] = (row[i] + (0, a, b, (a + b) // 2, paeth)[raw[start]]) & 255
+        found.append(bytes(row))
+        above = row
+    return found
+
+
+def colours(path: str) -> set[bytes]:
+    """Return the colours in a PNG."""
+    return {row[i:i + 3] for row in pixels(path) for i in range(0, len(row), 3)}
+
+
+def screen_cells(m: vm.Machine) -> bytes:
+    """Return the text screen of 80x25 that stands in a guest's memory: characters and colours."""
+    words = re.findall(r'0x([0-9a-f]{8})\b', m.send('xp /1000xw 0xb8000'))
+    return b''.join(int(word, 16).to_bytes(4, 'little') for word in words)
+
+
+def await_screen(m: vm.Machine, pattern: str, path: str) -> None:
+    """Wait until that is on a machine's screen, and assert that its picture shows it: there each
+    character has one image, of its own."""
+    soon(lambda: re.search(pattern, screen_cells(m)[::2].decode('cp437')), BOOT,
+         f'{m.name}: {pattern}', 0.3)
+    m.freeze()
+    cells, rows = screen_cells(m), pixels(m.screenshot(path))
+    m.unfreeze(clock=False)
+    assert (len(rows), len(rows[0])) == (400, 720 * 3), len(rows)
+    images: dict[bytes, set[bytes]] = {}
+    for at in range(0, 4000, 2):
+        line, column = divmod(at // 2, 80)
+        if cells[at] > 32 and cells[at + 1] == 7:       # light grey on black, as most is
+            images.setdefault(cells[at:at + 1], set()).add(b''.join(
+                row[column * 27:column * 27 + 24] for row in rows[line * 16:line * 16 + 16]))
+    found = [image for row in images.values() for image in row]
+    assert len(images) == len(found) == len(set(found)), images.keys()
+
+
+class TestInput(Running):
+    """Its screen, keyboard and mouse."""
+
+    def pressed(self, act: Callable[[], object], seconds: int = 60) -> list[tuple[int, int, int]]:
+        """Return the events (type, code, value) of all input devices while `act` is done."""
+        m = self.machine
+        count = int(sh(m, 'rm -f /tmp/ev.*; ls -d /dev/input/event* | wc -l'))
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'for i in /dev/input/event*; do timeout '
+            f'{seconds} cat $i > /tmp/ev.${{i##*/}} & done; wait']})
+        soon(lambda: int(sh(m, 'ls /proc/[0-9]*/fd/* -l | grep -c "> /dev/input/event"; true'))
+             >= count)
+        act()
+        sh(m, 'sleep 0.2; killall cat')
+        data = m.exec(['sh', '-c', 'cat /tmp/ev.event*']).out
+        rows = [struct.unpack('qqHHi', data[at:at + 24]) for at in range(0, len(data), 24)]
+        return [row[2:] for row in rows if row[2]]
+
+    def test_keys(self) -> None:
+        def press() -> None:
+            self.machine.send_key('ctrl-shift-z')
+            self.machine.send(b'alt-F2')
+            self.machine.send_key('!')
+            self.machine.send_key('A')
+        events = self.pressed(press)
+        keys = [(code, value) for kind, code, value in events if kind == 1]
+        self.assertEqual(keys, [(29, 1), (42, 1), (44, 1), (44, 0), (42, 0), (29, 0),
+                                (56, 1), (60, 1), (60, 0), (56, 0),
+                                (42, 1), (2, 1), (2, 0), (42, 0), (42, 1), (30, 1), (30, 0),
+                                (42, 0)])
+        with self.refused("'nokey'", 'keys are ', ' numlock ', 'QKeyCode'):
+            self.machine.send_key('ctrl-nokey')
+        for name, code in (('numlock', 69), ('plus', 13), ('altgr', 100), ('PageUp', 104)):
+            events = self.pressed(lambda key=name: self.machine.send_key(key))  # type: ignore[misc]
+            self.assertIn((1, code, 1), events)
+
+    def test_text_is_typed_whole(self) -> None:
+        text = ('The quick {brown} fox_jumps @ "lazy" dogs; ' * 8)[:230]
+        events = self.pressed(lambda: self.machine.type_text(f'{text}\r\nx\r'))
+        table = {2 + i: c for i, c in enumerate('1234567890-=')} | {
+            16 + i: c for i, c in enumerate('qwertyuiop[]')} | {
+            30 + i: c for i, c in enumerate("asdfghjkl;'`")} | {
+            43: '\\', 57: ' ', 28: '\n'} | {44 + i: c for i, c in enumerate('zxcvbnm,./')}
+        upper = dict(zip("1234567890-=[];'`\\,./", '!@#$%^&*()_+{}:"~|<>?'))
+        typed, shift = '', False
+        for kind, code, value in events:
+            if kind == 1 and code == 42:
+                shift = bool(value)
+            elif kind == 1 and value == 1:
+                typed += upper.get(table[code], table[code].upper()) if shift else table[code]
+        self.assertEqual(typed, f'{text}\nx\n')
+        with self.refused('no key for'):
+            self.machine.type_text('naïve')
+
+    def test_mouse(self) -> None:
+        m = self.machine
+        m.screenshot(self.path('s.png'))
+        width, height = struct.unpack('>II', Path(self.path('s.png')).read_bytes()[16:24])
+
+        def act() -> None:
+            m.mouse_move(width - 1, 0)
+            m.mouse_click()
+            m.mouse_move(width // 2, height + 999)
+            m.mouse_click(3)
+        events = self.pressed(act)
+        self.assertEqual([row for row in events if row[0] == 1],
+                         [(1, 0x110, 1), (1, 0x110, 0), (1, 0x111, 1), (1, 0x111, 0)])
+        xs = [value for kind, code, value in events if (kind, code) == (3, 0)]
+        ys = [value for kind, code, value in events if (kind, code) == (3, 1)]
+        self.assertEqual((xs[0], ys[-1]), (32767, 32767))
+        self.assertAlmostEqual(xs[-1] * (width - 1) / 32767, width // 2, delta=0.5)
+        with self.refused('mouse button'):
+            m.mouse_click(9)
+        sh(m, 'rmmod virtio_input')
+        try:
+            with self.refused('no absolute pointer'):
+                m.mouse_move(1, 1)
+        finally:
+            sh(m, 'modprobe virtio_input')
+
+    def test_screenshot(self) -> None:
+        m = self.machine
+        before = len(m.qmp('query-fdsets')), sorted(os.listdir(m.home))
+        self.assertEqual(m.screenshot(self.path('a.png')), self.path('a.png'))
+        self.assertEqual((len(m.qmp('query-fdsets')), sorted(os.listdir(m.home))), before)
+        self.assertGreater(len(colours(self.path('a.png'))), 1)
+        real = vm.QMP.execute
+
+        def old(qmp: vm.QMP, command: str, *more: Any, **form: Any) -> Any:
+            if 'format' in form:
+                raise vm.ReplyError('web', 'GenericError', "Parameter 'format' is unexpected")
+            return real(qmp, command, *more, **form)
+        with mock.patch.object(vm.QMP, 'execute', old):         # QEMU before 7.1
+            m.screenshot(self.path('b.png'))
+        self.assertEqual(colours(self.path('b.png')), colours(self.path('a.png')))
+        with self.refused('no-such-dir'):
+            m.screenshot('/no-such-dir/a.png')
+        execute = vm.QMP.execute
+
+        def nothing(qmp: vm.QMP, command: str, *more: Any, **arguments: Any) -> Any:
+            return {} if command == 'screendump' else execute(qmp, command, *more, **arguments)
+        with mock.patch.object(vm.QMP, 'execute', nothing):
+            for call in (lambda: m.screenshot(self.path('c.png')), lambda: m.mouse_move(1, 1)):
+                with self.refused('web: QEMU made no picture'):
+                    call()
+        with self.refused('Is a directory'):
+            m.screenshot(os.path.dirname(self.path('a')))
+        self.assertEqual(sorted(os.listdir(os.path.dirname(self.path('a')))), ['a.png', 'b.png'])
+
+
+# === console ====================================================================================
+
+class TestConsole(Running):
+    """Its serial port."""
+
+    def test_console(self) -> None:
+        m = self.machine
+        sh(m, 'echo marker-1 > /dev/ttyS0')
+        with m.console() as console:
+            self.assertTrue(console.expect('marker-[0-9]', 10).endswith('marker-1'))
+            m.agent('guest-exec', {'path': 'sh', 'arg': [
+                '-c', 'head -n1 < /dev/ttyS0 | sed s/^/got-/ > /dev/ttyS0']})
+            time.sleep(0.5)
+            console.write('typed\n')
+            console.expect('got-typed', 10)
+            with self.refused('"console" is in use', kind=vm.Busy):
+                m.console().write('x')
+            with mock.patch.object(vm.MachineFile, 'one_of',        # by another kind of program
+                                   lambda *_: contextlib.nullcontext(0)), \
+                    self.refused('has its console open', kind=vm.Busy):
+                m.console().write('x')
+            sh(m, 'echo kept-word > /dev/ttyS0')
+            with self.refused('never-said', 'on the console', 'kept-word'):
+                console.expect('never-said', 0.3)
+            console.expect('kept-word', 0.3)
+        self.assertIn(b'marker-1', m.console().read())
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'head -n3 < /dev/ttyS0 | sed s/^/and-/ > /dev/ttyS0']})
+        time.sleep(0.5)
+        with mock.patch.object(threading.Thread, 'join', side_effect=BaseException), \
+                mock.patch.object(sys, 'unraisablehook') as unraisable:
+            for number in range(3):
+                m.console().write(f'line-{number}\n')       # nobody closes these, or waits
+        unraisable.assert_not_called()
+        m.console().expect('and-line-0\r\nand-line-1\r\nand-line-2', 10)
+
+    def test_console_on_a_terminal(self) -> None:
+        m = self.machine
+        sh(m, 'echo marker-2 > /dev/ttyS0')
+        terminal, end = pty.openpty()
+        before = termios.tcgetattr(end)
+        verb = subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', 'console', m.name],
+                                stdin=end, stdout=end, stderr=end,
+                                env={**os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR})
+        self.addCleanup(os.close, terminal)
+        self.addCleanup(os.close, end)
+        self.addCleanup(verb.wait, 20)
+        self.addCleanup(verb.kill)
+        seen = bytearray()
+
+        def says(text: bytes) -> bool:
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen.extend(os.read(terminal, 65536))
+            return text in seen
+        soon(lambda: says(b'marker-2'), 20)
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'head -n1 < /dev/ttyS0 | sed s/^/heard-/ > /dev/ttyS0']})
+        time.sleep(0.5)
+        os.write(terminal, b'hello\n')
+        soon(lambda: says(b'heard-hello'), 20)
+        os.write(terminal, b'\x1d')
+        self.assertEqual(verb.wait(20), 0)
+        self.assertEqual(termios.tcgetattr(end), before)
+
+    def test_console_without_end(self) -> None:
+        m, log = self.machine, Path(self.machine.file.path('console.log'))
+        console = m.console()
+        sh(m, 'seq 3000 > /dev/ttyS0; echo last-word > /dev/ttyS0')
+        console.expect('last-word\r\n')
+        with mock.patch.object(vm, 'CONSOLE_BYTES', log.stat().st_size + 1):
+            m.qemu.trim_console()
+        self.assertGreater(log.stat().st_size, 3000)
+        with mock.patch.object(vm, 'CONSOLE_BYTES', 1000):
+            m.qemu.trim_console()
+        self.assertEqual(log.stat().st_size, 0)
+        old = log.with_name('console.log.1').read_bytes()
+        self.assertEqual((len(old), b'last-word' in old), (1000, True))
+        sh(m, 'echo goes-on > /dev/ttyS0')
+        self.assertIn('goes-on', console.expect('goes-on'))
+
+
+# === machine ====================================================================================
+
 # The example of the README, word by word.
 EXAMPLE = '''\
 import vmmonitor as vm
@@ -9400,284 +9726,6 @@ for machine in machines:
 router.delete()
 lan.delete()
 '''
-
-# Done as the machine's own user, without a capability: whatever is not forbidden, to every path.
-ATTACK = '''
-import os, sys
-home, victim = sys.argv[1:]
-names = ['pid', 'vnc', 'tool', 'events', 'agent', 'console', 'qmp0', 'console.log', 'console.log.1',
-         'qemu.log', 'process.json', 'machine.json', 'change0.lock', 'chardev0', 'memory']
-for place in '.', 'sockets', 'ports', 'vnc':
-    for name in names:
-        path = os.path.join(home, place, name)
-        for what, call in (('written', lambda: open(path, 'r+').close()),
-                           ('removed', lambda: os.rename(path, path + '.old')),
-                           ('link', lambda: os.symlink(victim, path)),
-                           ('link2', lambda: os.symlink(victim, path + '.1'))):
-            try:
-                call()
-                print(place, what)
-            except OSError:
-                pass
-    try:
-        os.mkfifo(os.path.join(home, place, 'fifo'))
-        print(place, 'fifo')
-    except OSError:
-        pass
-'''
-
-
-class TestAttacks(Live):
-    """What a guest gets that has broken into its QEMU."""
-
-    def as_user(self, uid: int, *argv: str) -> str:
-        """Run a program as a machine's user, and return what it prints."""
-        done = subprocess.run(['setpriv', f'--reuid={uid}', f'--regid={uid}', *vm.NO_PRIVILEGES,
-                               '--clear-groups', '--', *argv], check=True, capture_output=True,
-                              text=True, timeout=30)
-        return done.stdout
-
-    def test_every_path_that_it_can_write(self) -> None:
-        victim = Path(self.path('victim'))
-        victim.write_text('mine')
-        victim.chmod(0o666)
-        m = vm.Machine('prey', memory=32, display='vnc', harddrives=self.path('d.qcow2'))
-        m.create_chardev('log', 'file')
-        m.start_vm()
-        pid = m.pid()
-        got = self.as_user(m.spec.uid, sys.executable, '-c', ATTACK, m.home, str(victim))
-        self.assertEqual({line.split()[0] for line in got.splitlines()}, {'vnc'})
-        self.assertTrue(m.is_alive())
-        m.console().read()
-        with mock.patch.object(vm, 'CONSOLE_BYTES', 0):
-            m.qemu.trim_console()
-        m.screenshot(self.path('s.png'))
-        m.snapshot('s')
-        m.create_chardev('more', 'socket')
-        self.assertEqual((m.pid(), m.stop(force=True)), (pid, 'stopped by quit'))
-        m.start_vm()
-        m.delete(force=True)
-        self.assertFalse(os.path.exists(f'/proc/{pid}'))
-        self.assertEqual(victim.read_text(), 'mine')
-        self.assertFalse(os.path.exists(m.home))
-
-    def test_killed_before_it_was_written_down(self) -> None:
-        m = vm.Machine('early', memory=32)
-        killed_at(f'write {m.home}/process.json', "vm.Machine.load('early').start_vm()")
-        self.assertFalse(m.is_alive())
-        killed_at('send qmp_capabilities', "vm.Machine.load('early').start_vm()")
-        record = Path(m.file.path('process.json'))
-        known = json.loads(record.read_text())
-        record.write_text(json.dumps({**known, 'pid': 0, 'started': ''}))
-        self.assertEqual(m.pid(), known['pid'])
-        self.assertEqual(m.start_vm(), 'already running')
-        m.delete(force=True)
-
-    def test_a_log_without_end(self) -> None:
-        m = vm.Machine('long', memory=32)
-        m.start_vm()
-        for name in ('console.log', 'qemu.log'):
-            os.truncate(m.file.path(name), 1 << 40)     # as it can, by the descriptor it has
-        self.assertLessEqual(len(m.console().read()), vm.CONSOLE_BYTES)
-        self.assertLess(len(m.qemu.last_words()), 3 * vm.LAST_WORDS + 20)
-        m.qemu.trim_console()
-        self.assertEqual(os.stat(m.file.path('console.log')).st_size, 0)
-        m.delete(force=True)
-
-
-class TestNetwork(Live):
-    """The README's example, and machines that see each other."""
-
-    def test_example(self) -> None:
-        readme = (HERE / 'README.md').read_text()
-        if 'Library: machines' in readme:
-            self.assertIn(EXAMPLE, readme)
-        subprocess.run('ip link add eth1 type veth peer name wire; ip link set eth1 up', shell=True,
-                       check=True)
-        self.addCleanup(subprocess.run, ['ip', 'link', 'del', 'eth1'], check=True)
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(os.path.dirname(self.path('x')))
-        said: list[str] = []
-        exec(EXAMPLE, {'KERNEL': self.kernel, 'INITRD': self.initramfs,
-                       'CMDLINE': CMDLINE,
-                       'print': lambda *words: said.append(' '.join(words))})
-        self.assertRegex(said[0], r'3 packets received|[123] packets received')
-        self.assertEqual(said[1:], ['put back to clean, clock set', 'web stopped by power button',
-                                    'db stopped by power button'])
-        self.assertGreater(len(colours('web.png')), 1)
-        self.assertEqual(sorted(os.listdir('.')), ['db.qcow2', 'web.png', 'web.qcow2'])
-        self.assertFalse([name for name in vm.Registry.read().records
-                          if re.search('web|db|lan|gate', name) and 'netns' not in name])
-
-    def test_startup_waits_for_a_port(self) -> None:
-        switch = vm.Switch('lan')
-        self.addCleanup(switch.delete)
-        m = self.guest('served', memory=112, nics=1)
-        self.addCleanup(m.delete, True)
-        card = m.nics[0]
-        assert isinstance(card, vm.VirtualNic)
-        switch.connect(card)
-        subprocess.run('ip address add 10.9.7.1/24 dev lan', shell=True, check=True)
-        m.start()
-        m.wait('agent', BOOT)
-        sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
-           'ip link set eth0 up; ip address add 10.9.7.2/24 dev eth0')
-        startup = vm.Startup(vm.Guests([vm.Machines()]), vm.steps([
-            'wait served port 5432 1', 'wait served port 5432 30 or stop', 'start served']))
-        with self.assertLogs('vmmonitor', 'INFO') as logged:
-            thread = vm.spawn('startup', startup.run)
-            soon(lambda: 'going on' in str(logged.output), 20)
-            m.agent('guest-exec', {'path': 'nc', 'arg': ['-l', '-p', '5432']})
-            thread.join(60)
-        self.assertRegex(str(logged.output), 'line 1: served: not yet "port 5432" after 1')
-        self.assertRegex(str(logged.output), 'startup: line 2: served: port 5432 after')
-        self.assertIn('served already running', str(logged.output))
-
-    def test_addresses_from_a_router(self) -> None:
-        physical('eth1', 'server', '192.0.2.1/24')
-        self.addCleanup(ip, 'netns del server')
-        ip('address add 192.0.2.5/24 dev eth1')
-        lan, router = vm.Switch('lan'), vm.Router('eth1', nat=True, dhcp=True,
-                                                  hosts={'fixed': '10.77.0.10'})
-        router.connect(lan)
-        self.addCleanup(vm.delete_all, [router, lan])
-        m = self.guest('fixed', memory=112, nics=1)
-        self.addCleanup(m.delete, True)
-        lan.connect(m.nics[0])                  # type: ignore[arg-type]
-        m.start_vm()
-        m.wait('agent', BOOT)
-        m.write_file('/lease', LEASE.encode())
-        said = sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; '
-                  'done; ip link set eth0 up; chmod +x /lease; udhcpc -fqn -i eth0 -s /lease; '
-                  'ip route add default via 10.77.0.1; nslookup -type=a fixed.internal 10.77.0.1')
-        self.assertIn("ip='10.77.0.10'", said)
-        self.assertRegex(said, "Name:\tfixed.internal\nAddress: 10.77.0.10")
-        soon(lambda: m.exec(['ping', '-c', '1', '-W', '1', '192.0.2.1']).status == 0)
-
-    def test_ports_of_the_host_lead_to_a_guest(self) -> None:
-        here, late, taken = (f'tcp:127.0.0.1:{free_port()}:22' for _ in range(3))
-        m = self.guest('reached', memory=112, nics='user', forwards=[here, 'udp:0.0.0.0:5353:53'])
-        self.addCleanup(m.delete, True)
-
-        def said(forward: str) -> bytes:
-            with contextlib.suppress(OSError), socket.create_connection(
-                    ('127.0.0.1', int(forward.split(':')[2])), 5) as wire:
-                return wire.recv(100)
-            return b''
-        m.start_vm()
-        m.wait('agent', BOOT)
-        sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
-           'ip link set eth0 up; ip address add 10.0.2.15/24 dev eth0')
-        m.agent('guest-exec', {'path': 'nc', 'arg': ['-ll', '-p', '22', '-e', 'echo', 'hello']})
-        soon(lambda: said(here) == b'hello\n')
-        m.set_forwards(0, [late])
-        self.assertEqual((said(here), said(late)), (b'', b'hello\n'))
-        with socket.create_server(('127.0.0.1', int(taken.split(':')[2]))):
-            with self.refused('host forwarding rule', 'another program has that port'):
-                m.set_forwards(0, [here, taken])
-            self.assertEqual((said(here), said(late)), (b'', b'hello\n'))
-            with self.refused('host forwarding rule', 'another program has that port'):
-                m.add_nic('user', [taken])
-            other = self.bios('other', nics='user', forwards=[taken])
-            with self.refused('host forwarding rule', 'another program has that port'):
-                other.start()
-        self.assertEqual(other.start(), 'started')
-        other.delete(force=True)
-        m.stop(force=True)
-        m.set_forwards('nic0', [here, late])
-        m = self.guest('reached', memory=112, nics='user', forwards=[here, 'udp:0.0.0.0:5353:53'])
-        m.start_vm(paused=True)
-        self.assertEqual(re.findall(r'TCP\[HOST_FORWARD\].* 10[.]0[.]2[.]15 +(\d+) ',
-                                    m.send('info usernet')), ['22', '22'])
-
-    def test_forwards_that_can_not_be(self) -> None:
-        for forwards, why in (
-                (['tcp:127.0.0.1:22:22'], "ports below 1024 are root's"), (['22:22'], 'it is not'),
-                ('tcp::2222:22', 'it is not PROTOCOL'), ([5], 'it is not'),
-                ('tcp:1.2:2222:22', 'no IP address'), (['tcp:127.0.0.1:70000:22'], 'a port is'),
-                (['tcp:127.0.0.1:2222:0'], 'a port is'),
-                (['tcp:127.0.0.1:2222:22,id=x'], 'it is not'),
-                (['tcp:127.0.0.1:2222:22'] * 2, 'twice'), (None, 'it is not')):
-            with self.subTest(why), self.refused(why):
-                self.bios('no', nics='user', forwards=forwards)
-        with self.refused('only for a nic', "nics='user'"):
-            self.bios('no', nics=1, forwards=['tcp:127.0.0.1:2222:22'])
-        self.assertFalse((self.home / 'no').exists())
-        m = self.bios('some', nics=1)
-        self.addCleanup(m.delete)
-        for refused in (lambda: m.set_forwards(0, ['tcp:127.0.0.1:2222:22']),
-                        lambda: m.add_nic(None, ['tcp:127.0.0.1:2222:22'])):
-            with self.refused('only for a nic'):
-                refused()
-
-    def test_examples_of_the_help(self) -> None:
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(os.path.dirname(self.path('x')))
-        space: dict[str, Any] = {'vm': vm}
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            exec(''.join(examples()[:2]), space)
-        self.assertRegex(said.getvalue(), r"^lan \['web-p0'\] 1500\nput back to clean.* stopped")
-        for name in 'web', 'card', 'lan':
-            space[name].delete()
-
-    def test_what_a_machine_uses_stays(self) -> None:
-        lan = vm.Switch('lan')
-        machine = self.guest('used', memory=112, nics=1)
-        machine.add_nic(plain := vm.VirtualNic())
-        lan.connect(machine.nics[0])                            # type: ignore[arg-type]
-        lan.mtu = 1400
-        machine.start_vm(paused=True)
-        for number, mtu in enumerate((1400, 0)):                # 0: it is told nothing
-            self.assertEqual(machine.qmp('qom-get', path=f'/machine/peripheral/nic{number}',
-                                         property='host_mtu'), mtu)
-        before = vm.Registry.read().records.keys()
-        for thing in (plain, lan, *machine.nics):
-            with self.refused('machine used (', 'uses it', 'force=True', kind=vm.InUse):
-                thing.delete()                                  # type: ignore[union-attr]
-        with self.assertLogs('vmmonitor', 'WARNING') as said:
-            self.assertEqual(vm.clean(['lan', plain.name]), {})
-        self.assertIn('lan stays: machine used (', said.output[0])
-        self.assertEqual(vm.Registry.read().records.keys(), before)
-        machine.stop(force=True)
-        machine.delete()
-        vm.delete_all([lan, plain])
-        self.assertFalse(vm.Registry.read().records.keys() & before)
-
-    def test_two_machines_reach_each_other(self) -> None:
-        switch = vm.Switch('lan')
-        switch.mtu = 1400
-        pair = [self.guest(name, memory=112, nics=number) for name, number in (('left', 1),
-                                                                               ('right', 0))]
-        pair[0].nics[0].connect(switch)         # type: ignore[union-attr]
-        for machine in pair:
-            machine.start_vm()
-        for machine, address in zip(pair, ('10.9.0.1', '10.9.0.2')):
-            machine.wait('agent', BOOT)
-            sh(machine, 'modprobe virtio_net')
-            if not machine.nics:
-                machine.add_nic()
-            machine.nics[0].connect(switch)     # type: ignore[union-attr]
-            soon(functools.partial(sh, machine, 'ls -d /sys/class/net/e*; true'))
-            sh(machine, f'ip link set eth0 up; ip addr add {address}/24 dev eth0')
-        left, right = pair
-        self.assertEqual(sh(left, 'cat /sys/class/net/eth0/mtu'), '1400\n')
-        ping = ['ping', '-c', '1', '-W', '1', '10.9.0.2']
-        soon(lambda: left.exec(ping).status == 0)
-        right.nic_state(0, False)
-        self.assertNotEqual(left.exec(ping).status, 0)
-        right.nic_state(0, True)
-        soon(lambda: left.exec(ping).status == 0)
-        self.assertIn('10.9.0.1', str(left.interfaces()))
-        moved = self.guest('moved', memory=112, nics=1, incoming=True)
-        moved.nics[0].connect(switch)           # type: ignore[union-attr]
-        moved.start_vm()
-        left.migrate(moved)                     # with its own MAC and address
-        soon(lambda: moved.exec(ping).status == 0)
-        for machine in (*pair, moved):
-            machine.delete(force=True)
-        switch.delete()
-        self.assertFalse([name for name in vm.Registry.read().records
-                          if re.search('left|right|lan|moved', name)])
 
 
 class TestAsGuests(Live):
@@ -10956,7 +11004,7 @@ class DaemonTest(GuestCase):
         self.addCleanup(there.close)
         there.start()
         path = there.dir / 'mail.xml'
-        path.write_text(self.NAMELESS % 'mail')
+        path.write_text(DaemonTest.NAMELESS % 'mail')
         there.virsh('define', str(path))
         config = self.write({'hosts': {'alpha': self.host.uri, 'beta': there.uri},
                              'listener': {'port': port}})
@@ -11121,6 +11169,44 @@ class DaemonTest(GuestCase):
             self.assertEqual(program.stop()[0], 0)
             until(lambda: 'STOPPING=1' in seen)
 
+    NAMELESS = ('<domain type="qemu"><name>%s</name><memory unit="MiB">64</memory><os>'
+                '<type arch="x86_64" machine="q35">hvm</type></os></domain>')
+
+    def test_any_name_that_libvirt_takes(self) -> None:
+        port = free_port()
+        names = (ODD_NAME, 'gr\u00f6\u00dfe 1', '-x', '.y', '*', '[a]', '&<>', 'x' * 200)
+        path = self.host.dir / 'odd.xml'
+        for name in names:
+            path.write_text(DaemonTest.NAMELESS % html.escape(name))
+            self.host.virsh('define', str(path))
+            self.addCleanup(self.host.virsh, 'undefine', '--', name)
+        program = self.program('--listen', config=self.config(
+            {'listener': {'enabled': True, 'port': port}}))
+        program.wait_log('connected after')
+        curl = ('curl', '-sS', '--cacert', str(self.directory / 'cert.pem'), '-H',
+                f'Authorization: Bearer {KEY}', f'https://localhost:{port}/', '-d', 'cmd=status')
+        for name in names:
+            told = run(*curl, '--data-urlencode', f'target={name}', timeout=60)
+            self.assertEqual(told.partition(' agent=')[0], vm.printable(f'{name} off'))
+        program.process.terminate()
+        program.wait_log('stopping')
+        self.assertEqual(program.log().count('result=200'), len(names))
+
+    def test_stop_without_an_agent_uses_acpi(self) -> None:
+        self.only('noagent')
+        guest = self.vm('noagent', cmdline='noga')
+        host = vm.LibvirtHost(self.host.uri)
+        found = host.find('noagent')
+        assert found
+        self.assertEqual(found.shut_down(), 'asked to shut down')
+        # Before the guest has booted, its button does nothing; no agent says when it has.
+        soon(lambda: guest.state() == 'shut off' or not found.shut_down(), 60, 'noagent off', 1)
+        host.stop()
+
+
+class RequestsTest(GuestCase):
+    """What is asked of it by curl and by a browser, with real guests."""
+
     def test_https_to_real_guests(self) -> None:
         self.only('web1')
         guest, port = self.vm('web1'), free_port()
@@ -11231,7 +11317,7 @@ class DaemonTest(GuestCase):
         evil = '<img src=x onerror=document.title="pwned">'
         path = self.host.dir / 'odd.xml'
         for name in (evil, *(f'more{number}' for number in range(100))):
-            path.write_text(self.NAMELESS % html.escape(name))
+            path.write_text(DaemonTest.NAMELESS % html.escape(name))
             self.host.virsh('define', str(path))
             self.addCleanup(self.host.virsh, 'undefine', '--', name)
         limited = 'l' * 20
@@ -11345,40 +11431,6 @@ class DaemonTest(GuestCase):
         except urllib.error.HTTPError as problem:
             return problem.code, problem.headers
 
-    NAMELESS = ('<domain type="qemu"><name>%s</name><memory unit="MiB">64</memory><os>'
-                '<type arch="x86_64" machine="q35">hvm</type></os></domain>')
-
-    def test_any_name_that_libvirt_takes(self) -> None:
-        port = free_port()
-        names = (ODD_NAME, 'gr\u00f6\u00dfe 1', '-x', '.y', '*', '[a]', '&<>', 'x' * 200)
-        path = self.host.dir / 'odd.xml'
-        for name in names:
-            path.write_text(self.NAMELESS % html.escape(name))
-            self.host.virsh('define', str(path))
-            self.addCleanup(self.host.virsh, 'undefine', '--', name)
-        program = self.program('--listen', config=self.config(
-            {'listener': {'enabled': True, 'port': port}}))
-        program.wait_log('connected after')
-        curl = ('curl', '-sS', '--cacert', str(self.directory / 'cert.pem'), '-H',
-                f'Authorization: Bearer {KEY}', f'https://localhost:{port}/', '-d', 'cmd=status')
-        for name in names:
-            told = run(*curl, '--data-urlencode', f'target={name}', timeout=60)
-            self.assertEqual(told.partition(' agent=')[0], vm.printable(f'{name} off'))
-        program.process.terminate()
-        program.wait_log('stopping')
-        self.assertEqual(program.log().count('result=200'), len(names))
-
-    def test_stop_without_an_agent_uses_acpi(self) -> None:
-        self.only('noagent')
-        guest = self.vm('noagent', cmdline='noga')
-        host = vm.LibvirtHost(self.host.uri)
-        found = host.find('noagent')
-        assert found
-        self.assertEqual(found.shut_down(), 'asked to shut down')
-        # Before the guest has booted, its button does nothing; no agent says when it has.
-        soon(lambda: guest.state() == 'shut off' or not found.shut_down(), 60, 'noagent off', 1)
-        host.stop()
-
 
 # ### the repository ##############################################################################
 
@@ -11397,13 +11449,13 @@ ROWS = {
     'VirtualNic': (
         'TestNic.test_macvtap_as_it_should_be test_plain_tap '
         'TestSwitch.test_macvtaps_on_a_switch'),
-    'CD, Machine.eject': 'TestCD TestGuest.test_cd',
+    'CD, Machine.eject': 'TestCD TestParts.test_cd',
     'Harddrive, .snapshots, .create, .wipe, .resize, .qemu_string': (
-        'TestHarddrive TestGuest.test_harddrives'),
+        'TestHarddrive TestParts.test_harddrives'),
     'Machine() and the forms of its arguments': (
         'TestMaking.test_forms_of_arguments test_bad_arguments test_bad_calls test_found_by_use '
         'test_two_programs TestLife.test_kept_over_a_restart test_machine_type test_vnc'),
-    'monitor_port, .send': 'TestGuest.test_monitors test_keys',
+    'monitor_port, .send': 'TestGuest.test_monitors TestInput.test_keys',
     'is_alive': 'TestLife.test_survives_its_manager TestGuest.test_qemu_that_hangs',
     'start_vm': (
         'TestSaving.test_host_without_space TestLife.test_paused_and_as_another_user '
@@ -11412,30 +11464,30 @@ ROWS = {
     'stop': 'TestLife.test_stop',
     'freeze, unfreeze': 'TestGuest.test_freeze',
     'snapshot, load_snapshot, delete_snapshot': (
-        'TestGuest.test_snapshots '
+        'TestParts.test_snapshots '
         'TestSnapshots.test_snapshot_when_off test_load_that_fails_midway '
         'TestSaving.test_interrupted_snapshot TestSnapshots.test_snapshot_that_does_not_fit '
         'TestHarddrive.test_snapshots_of_others TestSnapshots.test_disks_that_changed_places '
         'TestSaving.test_interrupted_load'),
-    'increase_ram': 'TestGuest.test_ram',
-    'resize_harddrive': 'TestGuest.test_harddrives',
+    'increase_ram': 'TestParts.test_ram',
+    'resize_harddrive': 'TestParts.test_harddrives',
     'change_boot_device': 'TestLife.test_boot_device',
     'create_chardev': (
-        'TestGuest.test_chardevs TestLife.test_kept_over_a_restart '
+        'TestParts.test_chardevs TestLife.test_kept_over_a_restart '
         'TestSaving.test_ports_stay_where_they_are'),
-    'dump_memory': 'TestGuest.test_dump',
+    'dump_memory': 'TestParts.test_dump',
     'migrate': (
         'TestMigration.test_migrate test_migrate_to_what_does_not_fit '
         'test_migrate_to_what_hangs test_migrate_that_holds_qemu_up '
         'test_migration_whose_program_is_killed FuzzTest.test_migrations'),
-    'mouse_move, mouse_click': 'TestGuest.test_mouse',
+    'mouse_move, mouse_click': 'TestInput.test_mouse',
     'add_nic, del_nic, nic_state': (
-        'TestGuest.test_nics TestLife.test_unplug_without_a_system TestNetwork'),
-    'screenshot': 'TestGuest.test_screenshot',
-    'send_key': 'TestGuest.test_keys test_text_is_typed_whole',
+        'TestParts.test_nics TestLife.test_unplug_without_a_system TestNetwork'),
+    'screenshot': 'TestInput.test_screenshot',
+    'send_key': 'TestInput.test_keys test_text_is_typed_whole',
     '(beyond the table) save, wake, agent, console, sandbox, daemon': (
         'TestSaving.test_save test_sleep TestGuest.test_agent test_agent_answers_late '
-        'test_console test_unprivileged_and_sandboxed TestAsGuests')}
+        'test_unprivileged_and_sandboxed TestConsole.test_console TestAsGuests')}
 
 
 class PackagingTest(Case):
@@ -11720,17 +11772,18 @@ class Container:
         self.lock.close()
 
 
-STEPS: list[Callable[[Fresh], None]] = []       # in their order; a docstring is a step's name
+Method = TypeVar('Method', bound=Callable[..., None])
+STEPS: list[Callable[[Any], None]] = []       # in their order; a docstring is a step's name
 
 
-def step(function: Callable[[Fresh], None]) -> Callable[[Fresh], None]:
+def step(function: Method) -> Method:
     """Make a method of Fresh a step."""
     STEPS.append(function)
     return function
 
 
-class Fresh(unittest.TestCase):
-    """What somebody does with this directory on a new machine, one step after another."""
+class FreshMachine(unittest.TestCase):
+    """What the steps of Fresh are made of."""
 
     HERE = '/opt/vmmonitor'
 
@@ -11739,8 +11792,6 @@ class Fresh(unittest.TestCase):
         self.box, self.sh = box, box.sh
         self.printed = ''                   # by the first install.sh
         self.here = self.HERE               # where it is installed now
-
-    # What the steps are made of.
 
     def copy(self, place: str, change: tuple[str, str] = ('', '')) -> None:
         """Copy the program to a directory of the container, with something replaced in it."""
@@ -11826,7 +11877,9 @@ class Fresh(unittest.TestCase):
         path = self.box.path(f'{self.here}/config.json')
         path.write_text(json.dumps(merged(json.loads(path.read_text()), change), indent=4))
 
-    # The steps.
+
+class Installed(FreshMachine):
+    """Steps: it is installed, and what that opens to whom."""
 
     @step
     def boots(self) -> None:
@@ -11969,6 +12022,10 @@ class Fresh(unittest.TestCase):
         self.sh('systemctl stop vmmonitor')
         self.assertIn('FAIL  service: inactive; see journalctl', self.box.run(check).stdout)
         self.sh('systemctl start vmmonitor')
+
+
+class Served(Installed):
+    """Steps: it serves, through crashes, restarts and new files."""
 
     @step
     def crashes(self) -> None:
@@ -12118,6 +12175,10 @@ class Fresh(unittest.TestCase):
             10)
         self.sh(f'cp -a /root/*.pem {self.here}; systemctl reload vmmonitor; '
                 f'rm -r {place} /root/*.pem')
+
+
+class Fresh(Served):
+    """What somebody does with this directory on a new machine, one step after another."""
 
     @step
     def again(self) -> None:
