@@ -8088,7 +8088,7 @@ class GuestAgent:
 
 GIB, MIB = 1 << 30, 1 << 20
 IMAGE_TIMEOUT = 120.0           # for one run of qemu-img; none of its uses here copies data
-QCOW2_MAGIC = b'QFI\xfb'
+QCOW2_MAGIC, XZ = b'QFI\xfb', b'\xfd7zXZ\0'
 BACKING_LAST = 1 << 21          # byte at which a backing file's name may begin: of one cluster
 BACKING_LENGTH = 1023           # ... and how long it may be
 CORRUPT = 1 << 1                # of the incompatible features: QEMU found it to be damaged
@@ -8114,7 +8114,7 @@ FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
     *((place, magic, f'{what}, not a disk', f'unpack it: {program} {{}}')
       for place, magic, what, program in (
         (257, b'ustar', 'a tar archive, as an .ova is', 'tar xf'),
-        (0, b'\xfd7zXZ\0', 'compressed by xz', 'xz -dk'),
+        (0, XZ, 'compressed by xz', 'xz -dk'),
         (0, b'\x1f\x8b', 'compressed by gzip', 'gunzip -k'),
         (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd', 'zstd -d'),
         (0, b'BZh', 'compressed by bzip2', 'bunzip2 -k'),
@@ -8123,6 +8123,7 @@ IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that i
 WRITER_LOCK = 101, 1            # ... and this one if it writes to it
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
+SSH_KEY = re.compile(r'(ssh|ecdsa|sk)-[!-~]+ [A-Za-z0-9+/=]+( [ -~]*)?')
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
 SCHEMAS.update({
@@ -8519,6 +8520,33 @@ class Harddrive:
             '-device', f'virtio-blk-pci,id={id},drive={id}-node'])
 
 
+def base_image(filename: str | os.PathLike[str]) -> Harddrive:
+    """Return an image that others made, qcow2 or raw as its header says, for a thin copy; what is
+    compressed by xz is unpacked beside it, once."""
+    path = readable(filename)
+    if image_at(path, 0)[0].startswith(XZ):
+        packed, path = path, path[:-3] if path.endswith('.xz') else f'{path}.unpacked'
+        if not os.path.exists(path):
+            _unpack(packed, path)
+    form = 'qcow2' if qcow2_header(path) else 'raw'
+    what, remedy = foreign(path) if form == 'raw' else ('', '')
+    if what:
+        raise DiskError(f'{path}: not a disk image, but {what}', remedy)
+    return Harddrive(path, format=form)
+
+
+def _unpack(packed: str, path: str) -> None:
+    import lzma
+    with whole_file(path) as file:
+        try:
+            with lzma.open(packed) as source, open(file, 'wb', closefd=False) as target:
+                shutil.copyfileobj(source, target, MIB)
+        except (lzma.LZMAError, EOFError) as problem:
+            raise DiskError(f'{packed}: {problem}', 'download it again') from None
+        except OSError as problem:
+            raise write_error(path, problem) from None
+
+
 @contextlib.contextmanager
 def put_back_on_failure(drives: Sequence[Harddrive]) -> Iterator[None]:
     """Have disks hold again what they held before when the block fails, by snapshots of them that
@@ -8552,6 +8580,22 @@ def snapshot_all(drives: Sequence[Harddrive], tag: str) -> None:
             drive.snapshot(tag)
             on_failure.callback(drive.delete_snapshot, tag)
         on_failure.pop_all()
+
+
+def login(user: str, ssh_key: str | os.PathLike[str]) -> str:
+    """Return the user-data that lets somebody in by an SSH key, which is text or a file's: a new
+    `user` who may do all by sudo, or the one that the image has."""
+    text = os.fspath(ssh_key).strip()
+    if not SSH_KEY.fullmatch(text):
+        with open(open_file(image_path(os.path.expanduser(text))), encoding='utf-8',
+                  errors='replace') as file:
+            text = file.read(JSON_BYTES).strip()
+    if not SSH_KEY.fullmatch(text):
+        raise DiskError('ssh_key: is no public key', 'give the file .pub, or the line in it')
+    keys: dict[str, Any] = {'ssh_authorized_keys': [text]}
+    return '#cloud-config\n' + json.dumps({'users': [{
+        'name': user, 'shell': '/bin/bash', 'sudo': 'ALL=(ALL) NOPASSWD:ALL', **keys}]}
+        if user else keys)
 
 
 class Tray(NamedTuple):
@@ -8647,13 +8691,15 @@ class CD:
 
     @classmethod
     def seed(cls, user_data: str, meta_data: str = '', filename: str | os.PathLike[str]
-             = 'seed.iso') -> CD:
+             = 'seed.iso', network_config: str = '') -> CD:
         """Make a cloud-init NoCloud image in a new file (xorriso, genisoimage or mkisofs)."""
         path = image_path(filename)
         try:
-            files = {'user-data': raw_bytes(user_data), 'meta-data': raw_bytes(meta_data)}
+            files = {'user-data': raw_bytes(user_data), 'meta-data': raw_bytes(meta_data),
+                     **({'network-config': raw_bytes(network_config)} if network_config else {})}
         except (TypeError, ValueError):
-            raise DiskError(f'{path}: user_data or meta_data is no text', 'give strings') from None
+            raise DiskError(f'{path}: user_data, meta_data or network_config is no text',
+                            'give strings') from None
         maker = next((maker for maker in ISO_MAKERS if which(maker[0])), None)
         if not maker:
             raise DiskError(f'{path}: no program to make it with', 'install xorriso or genisoimage')
@@ -9472,8 +9518,7 @@ class Qemu:
             if path and path in text and 'Permission denied' in text:
                 return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
         if 'non-migratable' in text:
-            return 'the memory of a machine with such a device, as a disk with disk_bus=\'nvme\' ' \
-                'is, can\'t be kept'
+            return 'its memory can\'t be kept; that of disk_bus=\'nvme\' can with QEMU 11'
         if 'host forwarding rule' in text:
             return FORWARD_HINT
         if '" lock' not in text:
@@ -11812,6 +11857,35 @@ class Machine(Guest):
         file = MachineFile.repair(name) if repair else MachineFile.open(name)
         machine._compose_parts(file)
         return machine
+
+    @classmethod
+    def from_image(cls, name: str, image: str | os.PathLike[str], user: str = '',
+                   ssh_key: str | os.PathLike[str] = '', size: float = 5, user_data: str = '',
+                   network_config: str = '', disk: str | os.PathLike[str] = '', **options: Any
+                   ) -> Machine:
+        """Make a machine of a cloud image (qcow2, raw, also packed by xz), which is only read.
+
+        Its disk, of at least `size` GiB, is a thin copy beside the image, or `disk`; cloud-init
+        gets a CD beside that: a `user` with the public `ssh_key` (text, or a file), or your own
+        `user_data`, and `network_config`. `options` are Machine's. What is there already stays.
+        """
+        if bool(ssh_key) == bool(user_data) or user and user_data:
+            raise MachineError(f'machine {name!r:.80}: nobody could log in, or not only as told',
+                               'give an ssh_key, and perhaps a user, or user_data instead')
+        if not isinstance(name, str) or not NAME.fullmatch(name) or {'cd', 'cds'} & {*options}:
+            raise MachineError(f'machine {name!r:.80}: from_image needs a name, and its CD drive',
+                               'insert() other CDs later')
+        base, data = base_image(image), user_data or login(user, ssh_key)
+        path = image_path(disk or os.path.join(os.path.dirname(base.filename), f'{name}.qcow2'))
+        drive = Harddrive(path, size, backing=base)
+        # cloud-init looks at all of it anew when the name of the instance is another one.
+        digest = hashlib.sha256(f'{name}\0{data}\0{network_config}'.encode()).hexdigest()[:8]
+        seed = f'{os.path.splitext(path)[0]}-seed-{digest}.iso'
+        if not os.path.exists(seed):
+            CD.seed(data, json.dumps({'instance-id': f'{name}-{digest}', 'local-hostname': name}),
+                    seed, network_config)
+        more = _several(options.pop('harddrives', None))
+        return cls(name, harddrives=[drive, *more], cd=seed, **options)
 
     # What one part has, or does, by itself.
     spec: MachineSpec = of_part('file.spec')
