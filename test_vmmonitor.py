@@ -13992,10 +13992,10 @@ def bench_https() -> Iterator[Contest]:
             if way not in servers:
                 servers[way] = stack.enter_context(contextlib.closing(begin[way]()))
                 soon(lambda: not socket.socket().connect_ex(('127.0.0.1', ports[way])), 10, way)
-            before = Usage.of(servers[way].process.pid)
+            before = cpu_of(servers[way].process.pid)
             times = sorted(itertools.chain(*pool.map(lambda client: client.ask(
                 function, ports[way], request, 2, *more), some)))
-            spent = Usage.of(servers[way].process.pid).cpu - before.cpu
+            spent = cpu_of(servers[way].process.pid) - before
             return (len(times) / 2, times[len(times) // 2] * 1000,
                     times[len(times) * 99 // 100] * 1000, spent / len(times) * 1000)
         units = {'requests': '/s', 'p50': 'ms', 'p99': 'ms', 'CPU a request': 'ms'}
@@ -14006,6 +14006,11 @@ def bench_https() -> Iterator[Contest]:
 
 
 # --- footprint ---
+
+def cpu_of(pid: int) -> float:
+    """Return how much CPU a process has used, in s (clock_getcpuclockid)."""
+    return time.clock_gettime((~pid << 3) | 2)
+
 
 class Usage(NamedTuple):
     """What a process has used so far."""
@@ -14025,10 +14030,9 @@ class Usage(NamedTuple):
                     for name in names]
         tasks = list(Path(f'/proc/{pid}/task').iterdir())
         memory = numbers(Path(f'/proc/{pid}/status'), 'VmRSS', 'RssAnon')
-        return cls(time.clock_gettime((~pid << 3) | 2),             # clock_getcpuclockid(3)
-                   sum(sum(numbers(task / 'status', 'voluntary_ctxt_switches',
-                                   'nonvoluntary_ctxt_switches')) for task in tasks),
-                   len(tasks), *(size / 1024 for size in memory))
+        switches = sum(sum(numbers(task / 'status', 'voluntary_ctxt_switches',
+                                   'nonvoluntary_ctxt_switches')) for task in tasks)
+        return cls(cpu_of(pid), switches, len(tasks), *(size / 1024 for size in memory))
 
 
 LIST_PEER = """
@@ -14378,22 +14382,19 @@ def readable_figure(value: float) -> str:
     return 'never' if math.isinf(value) else f'{value:.0f}' if value >= 100 else f'{value:.3g}'
 
 
-def bench_lines(what: str, unit: str, rows: Mapping[str, Sequence[float]]) -> Iterator[str]:
-    """Yield the lines of a figure: one for each peer, as a table of Markdown has them."""
+def bench_line(what: str, unit: str, rows: Mapping[str, Sequence[float]]) -> str:
+    """Return the line of a figure: median, lowest and highest, this program's by each peer's."""
+    middles = {way: statistics.median(row) for way, row in rows.items()}
+
     def shown(way: str) -> str:
-        row = rows[way]
-        middle, *ends = map(readable_figure, (statistics.median(row), min(row), max(row)))
-        return f'{middle}{unit and middle != "never" and " " + unit or ""} ({" to ".join(ends)})'
-    peers = [way for way in rows if way != US]
-    for number, way in enumerate(peers or ['']):
-        ours = US in rows and shown(US) or '-'
-        ratio = ''
-        if US in rows and way:
-            mine, other = (statistics.median(rows[name]) for name in (US, way))
-            ratio = '-' if math.isinf(mine) or math.isinf(other) else f'{mine / other:.2f}'
-        first = (what, ours) if number == 0 else ('', '')
-        yield '| {:47} | {:27} | {:40} | {:5} |'.format(
-            *first, f'{way}: {shown(way)}' if way else '', ratio)
+        middle, *ends = map(readable_figure, (middles[way], min(rows[way]), max(rows[way])))
+        return middle if middle == 'never' else f'{middle}{unit and " " + unit} ({"-".join(ends)})'
+
+    def beside(way: str) -> str:
+        known = US in rows and not math.isinf(middles[US] + middles[way])
+        return f'{way} {shown(way)}' + (f' = {middles[US] / middles[way]:.2f}' if known else '')
+    return '| {:46} | {:24} | {} |'.format(what, shown(US) if US in rows else '-', '; '.join(
+        beside(way) for way in rows if way != US))
 
 
 def bench_machine_description() -> dict[str, str]:
@@ -14420,15 +14421,16 @@ def benchmark(names: Sequence[str], as_json: bool) -> int:
     description, measured = bench_machine_description(), []
     out = sys.stderr if as_json else sys.stdout
     print(*(f'{name}: {text}' for name, text in description.items()), sep='\n', file=out)
-    print(f'\n| {"median of " + str(BENCH_ROUNDS) + " (lowest to highest)":47} | {US:27} | '
-          f'{"beside it":40} | ratio |\n| --- | --- | --- | --- |', file=out, flush=True)
+    title = f'median of {BENCH_ROUNDS} (lowest-highest)'
+    print(f'\n| {title:46} | {US:24} | beside it = {US} by it |\n| --- | --- | --- |', file=out,
+          flush=True)
     interrupted = False
     try:
         for name in names or BENCHES:
             for contest, figures, missing in contests(name):
                 for figure, rows in figures.items():
-                    print(*bench_lines(f'{name}, {contest.what}: {figure}', contest.units[figure],
-                                       rows), sep='\n', file=out, flush=True)
+                    print(bench_line(f'{name}, {contest.what}: {figure}', contest.units[figure],
+                                     rows), file=out, flush=True)
                     measured.append({
                         'name': name, 'what': contest.what, 'figure': figure,
                         'unit': contest.units[figure], 'missing': missing, 'ways': {
@@ -14473,7 +14475,7 @@ class BenchTest(Case):
         self.assertEqual({*row['ways'], *row['missing']}, {US, 'qemu.qmp'})     # its peer, or why
         for why in row['missing'].values():
             self.assertIn(f"qemu.qmp: {why} (--install adds", table)
-        self.assertRegex(table, r'(?m)^\| qmp, one session: commands +\| \d+ /s \(\d+ to \d+\) +\|')
+        self.assertRegex(table, r'(?m)^\| qmp, one session: commands +\| \d+ /s \(\d+-\d+\) +\|')
 
     def test_a_peer_that_fails(self) -> None:
         """The others go on, and what never came about is said."""
@@ -14486,9 +14488,8 @@ class BenchTest(Case):
         self.assertEqual(told.getvalue(), 'rig: all: gone: RigError: no such module '
                          '(--install adds the peers)\n')
         self.assertEqual(missing, {'gone': 'RigError: no such module'})
-        text = re.sub(' +', ' ', '\n'.join(bench_lines('time', 'ms', figures['time'])))
-        self.assertEqual(text, '| time | 3 ms (3 to 3) | other: 2 ms (2 to 2) | 1.50 |\n'
-                         '| | | slow: never (never to never) | - |')
+        self.assertEqual(re.sub(' +', ' ', bench_line('time', 'ms', figures['time'])),
+                         '| time | 3 ms (3-3) | other 2 ms (2-2) = 1.50; slow never |')
 
     def test_an_unknown_name(self) -> None:
         process = self.bench('nosuch')
