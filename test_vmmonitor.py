@@ -1784,6 +1784,7 @@ class WordsTest(Case):
             record.exc_info = sys.exc_info()
         lines = vm.LogFormat(True).format(record).split('\n')
         self.assertLess(len(lines), 99)
+        self.assertIn('Traceback', lines[1])            # it is the end that is left out
         self.assertEqual([line for line in lines if len(line) > 1003 or line[:3] != '<6>'], [])
 
     def test_an_agent_forges_no_line_of_the_journal(self) -> None:
@@ -1905,7 +1906,7 @@ class JsonTest(Case):
         self.assertEqual(vm.parse_json(b'{"a": [1, 2.5, "x"], "a": null}'), {'a': None})
         with self.assertRaisesRegex(ValueError, "the key 'a' stands twice"):
             vm.parse_json('{"a": 1, "a": 2}', unique=True)
-        self.assertEqual(len(vm.parse_json('[' * 60 + ']' * 60)), 1)
+        self.assertEqual(len(vm.parse_json('[' * vm.JSON_DEPTH + ']' * vm.JSON_DEPTH)), 1)
 
     def test_shapes(self) -> None:
         shape = [{'pid': int, 'out?': str}]
@@ -2314,6 +2315,7 @@ class ConfigTest(ConfigCase):
         ({'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'tragets': []}]}},
          'listener.keys: [0]: unknown key \'tragets\''),
         ({'listener': {'keys': [{'name': 'a'}]}}, '[0]: (a) needs one of "key" and "keyFile"'),
+        ({'listener': {'keys': [{'name': 'a', 'key': KEY, 'keyFile': 'x'}]}}, '(a) needs one of'),
         ({'listener': {'keys': [{'key': OTHER_KEY}]}}, '[0]: needs a "name"'),
         ({'listener': {'keys': ['x']}}, 'listener.keys: must be a list of objects such as'),
         ({'listener': {'keys': [{'name': 'a', 'key': 5}]}}, '[0].key: must be a string'),
@@ -12550,19 +12552,23 @@ umount /dev/hugepages /dev/mqueue || :
 mount -t devtmpfs dev /dev
 mount -t devpts -o ptmxmode=666 pts /dev/pts
 mount -t tmpfs shm /dev/shm
-exec python3 -B test_vmmonitor.py --install
-"""
+exec python3 -B test_vmmonitor.py """
 
     def whole_suite(self) -> None:
         """the whole test suite"""
+        self.tested('--install', 3600)
+
+    def tested(self, options: str, timeout: float) -> None:
+        """Run the tests in it."""
         place = '/root/vmmonitor'
         self.copy(place)
         # Packages first, and by the host's network: the rest runs in the container's own.
         self.sh(f'cd {place}; python3 -B -c "import test_vmmonitor as t; t.install(); '
                 't.guest_image(); t.nginx_program(); t.promtool()"', 1200, network=False)
         done = subprocess.run(
-            self.box.command(f'cd {place}; exec unshare -m sh -c {shlex.quote(self.LIKE_A_HOST)}'),
-            env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=3600, check=False)
+            self.box.command(f'cd {place}; exec unshare -m sh -c '
+                             + shlex.quote(self.LIKE_A_HOST + options)),
+            env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=timeout, check=False)
         self.assertEqual(done.returncode, 0)
 
     def goes_down(self) -> None:
@@ -12617,13 +12623,19 @@ def fresh(suite: str, steps: Sequence[Callable[[Fresh], None]]) -> int:
     return passed
 
 
-def fresh_machines(suites: Sequence[str], whole_suite: bool) -> int:
+def fresh_machines(options: argparse.Namespace) -> int:
     """--fresh: print what was done on each, and a closing line; return the exit status."""
+    def soaked(machine: Fresh) -> None:
+        machine.tested(f'--soak {options.soak} --seed {options.seed}' + ' --debian'
+                       * options.debian, options.soak * 120 + 3600)
+    soaked.__doc__ = 'the soak'
+    suites: Sequence[str] = options.fresh
     install(FRESH_PACKAGES)
     guest_image()
-    if whole_suite:
+    if options.suite or options.soak:
         debian_image()                  # it can't be built in there, without a network
-    steps = STEPS + [Fresh.whole_suite] * whole_suite + [Fresh.goes_down]
+    steps = [soaked] if options.soak else [
+        *STEPS, *[Fresh.whole_suite] * options.suite, Fresh.goes_down]
     passed = [fresh(suite, steps) for suite in suites]
     failed = sum(count < len(steps) for count in passed)
     print(f'{sum(passed)} passed, {failed} failed', flush=True)
@@ -14604,7 +14616,8 @@ def arguments() -> argparse.ArgumentParser:
                         help=f'measure instead of testing: {", ".join(BENCHES)}, or all')
     parser.add_argument('--json', action='store_true', help='with --bench: print the raw figures')
     parser.add_argument('--soak', type=float, metavar='MINUTES',
-                        help='drive guests at random for so long, and see that all stays right')
+                        help='drive guests at random for so long, and see that all stays right; '
+                             'with --fresh: there, and nothing else')
     parser.add_argument('--seed', type=int, default=SOAK_SEED, metavar='N',
                         help=f'with --soak: which random numbers; {SOAK_SEED} if not given')
     parser.add_argument('--mutate', type=int, nargs='*', metavar='N',
@@ -14637,7 +14650,7 @@ def main() -> int:
     """Run the tests that the command line names, or all."""
     options = arguments().parse_args()
     if options.fresh:
-        return fresh_machines(options.fresh, options.suite)
+        return fresh_machines(options)
     if options.install and install():
         # Begin anew: what this file looked for when it was read may be there now.
         os.execv(sys.executable, [sys.executable, *sys.argv])
