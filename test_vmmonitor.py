@@ -12563,9 +12563,9 @@ exec python3 -B test_vmmonitor.py """
 
     def whole_suite(self) -> None:
         """the whole test suite"""
-        self.tested('--install', 3600)
+        self.run_here('--install', 3600)
 
-    def tested(self, options: str, timeout: float) -> None:
+    def run_here(self, options: str, timeout: float) -> None:
         """Run the tests in it."""
         place = '/root/vmmonitor'
         self.copy(place)
@@ -12633,7 +12633,7 @@ def fresh(suite: str, steps: Sequence[Callable[[Fresh], None]]) -> int:
 def fresh_machines(options: argparse.Namespace) -> int:
     """--fresh: print what was done on each, and a closing line; return the exit status."""
     def soaked(machine: Fresh) -> None:
-        machine.tested(f'--soak {options.soak} --seed {options.seed}' + ' --debian'
+        machine.run_here(f'--soak {options.soak} --seed {options.seed}' + ' --debian'
                        * options.debian, options.soak * 120 + 3600)
     soaked.__doc__ = 'the soak'
     suites: Sequence[str] = options.fresh
