@@ -9859,6 +9859,17 @@ class TestAsGuests(Live):
         with self.assertRaises(vm.NoGuest):
             guests.find('nobody')
 
+    def test_a_start_writes_only_what_is_new(self) -> None:
+        m = vm.Machine('calm', memory=32)
+        m.start_vm()
+        m.stop(force=True)
+        steps: list[str] = []
+        with mock.patch.object(vm, 'TRACE', steps.append):
+            m.start_vm()
+        m.stop(force=True)
+        self.assertEqual([step for step in steps if 'machine.json' in step], [])
+        self.assertIn(f'write {m.home}/process.json', steps)
+
     def test_damaged_files(self) -> None:
         """One is named once, with what to do, and is in the way of nobody."""
         disk = vm.Harddrive(self.path('kept.qcow2'), 0.01)

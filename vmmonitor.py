@@ -769,15 +769,16 @@ def remove_file(path: str, directory: int | None = None) -> None:
 
 
 def write_whole(path: str, data: bytes, replace: bool = False,
-                dress: Callable[[int], object] = os.fstat) -> None:
-    """Write a file so that it is there whole, also after a power failure, or not at all; `dress`
-    gives the open file its owner and mode."""
+                dress: Callable[[int], object] = os.fstat, lasting: bool = True) -> None:
+    """Write a file so that it is there whole, or not at all, after a power failure, too, if it is
+    `lasting`; `dress` gives the open file its owner and mode."""
     with whole_file(path, replace) as file:
         try:
             with open(file, 'wb', closefd=False) as stream:
                 stream.write(data)
             dress(file)
-            os.fsync(file)
+            if lasting:
+                os.fsync(file)
         except OSError as problem:                  # such as a full disk
             raise write_error(path, problem) from None
 
@@ -9058,8 +9059,13 @@ class MachineFile:
     def write(self) -> None:
         """Write what `spec` says, and a copy for Machine.load(name, repair=True)."""
         data = self.spec.json()
-        write_whole(self.path('machine.json'), data, replace=True)
-        write_whole(self.path('machine.json.copy'), data, replace=True)
+        for path in (self.path('machine.json'), self.path('machine.json.copy')):
+            try:
+                same = Path(path).read_bytes() == data
+            except OSError:
+                same = False
+            if not same:
+                write_whole(path, data, replace=True)
 
     def move_memory(self, at: MemoryAt, place: str = '') -> None:
         """Write down where the guest is from now on."""
@@ -9441,7 +9447,8 @@ class Qemu:
 
     def _record(self, pid: int) -> dict[str, Any]:
         known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid)}
-        write_whole(self.file.path('process.json'), json.dumps(known).encode(), replace=True)
+        write_whole(self.file.path('process.json'), json.dumps(known).encode(), replace=True,
+                    lasting=False)                      # until the next boot
         return known
 
     def _known(self) -> dict[str, Any]:
