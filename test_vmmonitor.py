@@ -6655,6 +6655,30 @@ class TestInGuest(NetCase):
         for tap in ends:
             os.close(tap)
 
+    def test_lab(self) -> None:
+        """Links between switches are made worse, and better again when the file says so."""
+        path = Path(self.path('lab.json'))
+        self.enter(mock.patch.object(vm, 'MACHINES_DIR', self.path('m')))
+        tree = {'switches': {'one': {}, 'two': {}}, 'bonds': {'bond0': {'interfaces': ['e0']}},
+                'links': [{'ends': ['one', 'two'], 'delay': 0.05, 'loss': 1}, ['bond0', 'two']]}
+
+        def qdiscs() -> str:
+            return subprocess.run(['tc', 'qdisc', 'show'], capture_output=True, text=True,
+                                  check=True).stdout
+        path.write_text(json.dumps(tree))
+        lab = vm.Lab.load(path)
+        self.assertEqual(lab.up(), ['one: made', 'two: made', 'bond0: made',
+                                    'one - two: connected', 'bond0 - two: connected'])
+        self.assertEqual(len(re.findall('netem .* delay 50ms loss 1%', qdiscs())), 2)
+        self.assertEqual(lab.up(), [])
+        self.assertEqual({row['state'] for row in lab.status()}, {'up'})
+        tree['links'] = [['one', 'two'], ['bond0', 'two']]
+        path.write_text(json.dumps(tree))
+        vm.Lab.load(path).up()
+        self.assertNotIn('netem', qdiscs())
+        lab.down()
+        self.assertEqual((names(), lab.made()), ({'e0', 'e1'}, {}))
+
     def test_tunnels_and_what_has_no_mac(self) -> None:
         """One `modprobe ipip` made the whole library unusable."""
         for module in TUNNEL_MODULES:
@@ -6747,7 +6771,7 @@ class TestKernel(Case):
         with tempfile.TemporaryDirectory() as work:
             said = boot_guest(Path(work), 'TestInGuest', 240)
         self.assertIn('guest: status 0', said)
-        self.assertIn('Ran 7 tests', said)
+        self.assertIn('Ran 8 tests', said)
         self.assertNotIn('skipped', said)
 
 
@@ -10002,6 +10026,23 @@ class TestAsGuests(Live):
 
 # === lab ========================================================================================
 
+@contextlib.contextmanager
+def netem_or_none() -> Iterator[str]:
+    """Where the kernel lacks netem, have a `tc` that only notes down what is to be made worse, and
+    return where; TestInGuest.test_lab has the real one."""
+    real = shutil.which('tc')
+    if not any('kernel lacks netem' in look.text for look in vm.check_networks()):
+        yield ''
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, 'tc').write_text(
+            f'#!/bin/sh\nlines=$(cat)\ncase $lines in *netem*) echo "$lines" >> {directory}/said;; '
+            f'*) echo "$lines" | {real} "$@";; esac\n')
+        Path(directory, 'tc').chmod(0o755)
+        with mock.patch.dict(os.environ, {'PATH': f'{directory}:{os.environ["PATH"]}'}):
+            yield f'{directory}/said'
+
+
 class TestLab(Live):
     """Machines and networks that a file describes. Most machines here have no operating system."""
 
@@ -10165,9 +10206,52 @@ class TestLab(Live):
                 **os.environ, 'VMMONITOR_MACHINES': str(self.home)})
         self.assertEqual((done.returncode, done.stderr), (vm.EXIT_INTERRUPTED, b''))
         lab = vm.Lab.load(path)
-        self.assertEqual({row['state'] for row in lab.status() if row['kind'] == 'machine'},
-                         {'off'})               # made whole, and not started any more
-        self.assertEqual(len(lab.up()), 2)
+        states = {row['name']: row['state'] for row in lab.status() if row['kind'] == 'machine'}
+        self.assertLessEqual({*states.values()}, {'off', 'absent'})     # made whole, not started
+        self.assertEqual({path.name for path in self.home.glob('m*')},
+                         {name for name, state in states.items() if state == 'off'})
+        self.assertEqual(len(lab.up()), len(lab.machines))
+
+    def test_example(self) -> None:
+        """The README's lab, as it stands there, with the tests' kernel; then its Python."""
+        text = readme('Labs')
+        self.write(re.findall(r'(?s)^```json\n(.*?)^```', text, re.MULTILINE)[0])
+        self.assertLess(Path('lab.json').read_text().count('\n'), 21)
+        for path, name in ((self.kernel, 'vmlinuz'), (self.initramfs, 'initrd.img')):
+            shutil.copyfile(path, name)
+        physical('eth1', 'server', '192.0.2.1/24')
+        self.addCleanup(ip, 'netns del server')
+        ip('address add 192.0.2.5/24 dev eth1')
+        worse = self.enter(netem_or_none())
+        self.assertIn('web: made, started', self.verb('up', '--wait', 'agent'))
+        self.assertTrue(not worse or 'delay 20000us 0us loss 0.5% rate 10000000bit' in str(
+            Path(worse).read_text()))
+        lab = vm.Lab.load()
+        for name, machine in lab.machines.items():
+            machine.write_file('/lease', LEASE.encode())
+            said = sh(machine, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep '
+                      '50000; done; ip link set eth0 up; chmod +x /lease; '
+                      'udhcpc -fqn -t 20 -T 1 -i eth0 -s /lease', BOOT)
+            self.assertRegex(said, "ip='10[.]77[.]0[.]" + ('10' if name == 'db' else '') )
+        self.assertIn('10.77.0.10', sh(lab.machines['probe'],
+                                       'nslookup -type=a db.internal 10.77.0.1'))
+        for source, target in (('till', '10.77.0.10'), ('probe', '10.77.0.1')):
+            soon(lambda: lab.machines[source].exec(     # noqa: B023
+                ['ping', '-c', '1', '-W', '1', target]).status == 0, 20)    # noqa: B023
+            sh(lab.machines[source], 'touch /tmp/kept')
+        self.assertIn('up', self.verb('status', 'lab.json'))
+        self.verb('snapshot', 'before')
+        sh(lab.machines['till'], 'rm /tmp/kept; date -s @1000000000')
+        self.verb('load', 'before')
+        sh(lab.machines['till'], 'ls /tmp/kept')
+        self.assertLess(max(map(off_by, lab.machines.values())), 5e8)
+        self.assertIn('shop  (switch, up)\n ├─ till:0\n ├─ probe:0\n └─ office  '
+                      '(delay 0.02, loss 0.5, rate 1e+07)', lab.graph())
+        code = re.findall(r'(?s)^```python\n(.*?)^```', text, re.MULTILINE)[0]
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            exec(code, {'vm': vm})
+        self.assertIn('State.RUNNING', shown.getvalue())
+        self.assertEqual((lab.made().keys(), names()), ({'disks'}, {'eth1'}))
 
     def test_group_snapshot(self) -> None:
         lab = vm.Lab.load(self.write(self.pair()))

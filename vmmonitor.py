@@ -12544,8 +12544,10 @@ def at_once(what: str, names: Iterable[str], work: Callable[[str], Result],
 
     Ctrl-C sets `stopping`, and waits until each has come to the end of its step.
     """
-    futures = {name: in_thread(f'{what} {name}', work, name) for name in names}
+    futures: dict[str, concurrent.futures.Future[Result]] = {}
     try:
+        for name in names:
+            futures[name] = in_thread(f'{what} {name}', work, name)
         concurrent.futures.wait(futures.values(), LAB_TIMEOUT)
     except KeyboardInterrupt:
         if stopping:
@@ -12649,13 +12651,18 @@ class Lab:
 
         What stands is not touched; what stands with other arguments is refused, and named.
         """
-        file, did = self.file, list[str]()
-        machines = file.sections['machines']
+        given, did = self.file.sections['machines'], list[str]()
         with self._turn():
             self._make_networks(did)
+            new = [name for name in given if machines.find(name) is None]
+            self._note_new('machines', dict.fromkeys(new, ''))
+            self._note_new('disks', {
+                path: '' for row in given.values() for drive in _several(row.get('harddrives'))
+                for path, _ in self._chain(drive) if not os.path.exists(path)})
 
-            def bring_up(name: str) -> None:
-                machine, says = self._make_machine(name)
+            def bring_up(name: str) -> str:
+                machine = self._make_machine(name)
+                says = ['made'] * (name in new)
                 if not self._stopping.is_set():
                     says += [text for text in [machine.start()] if text != 'already running']
                 if wait and not self._stopping.is_set() and not Deadline(LAB_TIMEOUT).poll(
@@ -12663,7 +12670,10 @@ class Lab:
                     raise GuestError(f'{name}: is up, but not {wait}')
                 did.extend([f'{name}: {", ".join(says)}'] * bool(says))
                 done(name)
-            at_once('up', machines, bring_up, self._stopping)
+                return machine.id
+            ids = at_once('up', given, bring_up, self._stopping)
+            self._note_new('machines', {name: ids[name] for name in self.made().get('machines', {})
+                                        if name in ids})
         return did
 
     def _make_networks(self, did: list[str]) -> None:
@@ -12678,12 +12688,13 @@ class Lab:
                 SECTIONS[kind](name=name, **given)
                 did += [f'{name}: made'] * (name not in known)
         self._make_cards(known)
+        seen = self._seen()
         for cable in file.cables:
-            carrier = self._carrier(cable, *self._seen())
-            if carrier is None:
+            if self._carrier(cable, *seen) is None:
                 self._connect(cable)
                 did.append(f'{cable}: connected')
-        self._impair()
+        if 'worse' in self.made() or any(cable.worse for cable in file.cables):
+            self._impair()
 
     def _make_cards(self, known: Mapping[str, Record]) -> None:
         """Make the machines' nics, those of a switch connected to it: all that can be in one go."""
@@ -12743,8 +12754,8 @@ class Lab:
         if better:
             self._note(lambda made: made.update(worse=dict.fromkeys(worse, '')))
 
-    def _make_machine(self, name: str) -> tuple[Machine, list[str]]:
-        given, says = dict(self.file.sections['machines'][name]), list[str]()
+    def _make_machine(self, name: str) -> Machine:
+        given = dict(self.file.sections['machines'][name])
         drives = [self._drive(drive) for drive in _several(given.get('harddrives'))]
         cards = self.file.nics[name]
         if cards:
@@ -12756,22 +12767,21 @@ class Lab:
                 discs = [CD(**disc) if isinstance(disc, dict) else disc
                          for disc in _several(given[key])]
                 given[key] = discs if isinstance(given[key], list) else discs[0]
-        if machines.find(name) is None:
-            self._note_new('machines', {name: ''})
-            says.append('made')
-        machine = Machine(name, **{**given, **({'harddrives': drives} if drives else {})})
-        self._note(lambda made: made.get('machines', {}).get(name) == '' and
-                   made['machines'].update({name: machine.id}))
-        return machine, says
+        return Machine(name, **{**given, **({'harddrives': drives} if drives else {})})
 
     def _drive(self, given: Any) -> Harddrive:
-        """Make a disk, and what it stands on; write down first that it is ours if it is absent."""
+        """Make a disk, and what it stands on."""
         given = dict(given) if isinstance(given, dict) else {'filename': given}
         if isinstance(given.get('backing'), dict):
             given['backing'] = self._drive(given['backing'])
-        if not os.path.exists(given['filename']):
-            self._note_new('disks', {given['filename']: given.get('format', 'qcow2')})
         return Harddrive(**given)
+
+    def _chain(self, drive: Any) -> list[list[str]]:
+        """Return the files and formats of a disk and what it stands on, as chain_of() does."""
+        if not drive:
+            return []
+        row = drive if isinstance(drive, dict) else {'filename': drive}
+        return [[row['filename'], row.get('format', 'qcow2')], *self._chain(row.get('backing'))]
 
     # down
 
@@ -12788,9 +12798,9 @@ class Lab:
 
             def end(name: str) -> None:
                 did.append(f'{name}: {self._end(name, made["machines"][name], force or disks)}')
-                self._note(lambda now: now['machines'].pop(name))
                 done(name)
             at_once('down', made.get('machines', {}), end)
+            self._note(lambda now: now.pop('machines', None))
             kinds = ('nics', 'routers', 'switches', 'bonds')
             networks = [name for kind in kinds for name in made.get(kind, {})]
             if networks:
@@ -12846,16 +12856,10 @@ class Lab:
 
     def _kept(self, name: str) -> dict[str, Any]:
         """Return what would be kept of a machine's arguments, as by as_kept(); make nothing."""
-        def chain(drive: Any) -> list[list[str]]:
-            if not drive:
-                return []
-            row = drive if isinstance(drive, dict) else {'filename': drive}
-            return [[row['filename'], row.get('format', 'qcow2')], *chain(row.get('backing'))]
-
         def medium(disc: Any) -> Any:
             return disc.get('filename') if isinstance(disc, dict) else disc
         given = {**defaults_of(Machine), **self.file.sections['machines'][name]}
-        given['harddrives'] = [chain(drive) for drive in _several(given['harddrives'])]
+        given['harddrives'] = [*map(self._chain, _several(given['harddrives']))]
         for key in {'cd', 'cds'} & given.keys():
             given[key] = [*map(medium, given[key])] if isinstance(given[key], (list, tuple)) else \
                 medium(given[key])
