@@ -13703,13 +13703,16 @@ class Contest(NamedTuple):
 
 
 def install_peers() -> None:
-    """Install the programs and libraries that --bench compares with."""
-    install(PEER_PACKAGES)
-    nginx_program()
-    if not PEERS.exists():
+    """Install the programs and libraries that --bench compares with; say which can't be."""
+    def modules() -> None:
         with cache('peers'):
             run('/usr/bin/python3', '-m', 'venv', '--system-site-packages', str(PEERS), timeout=120)
-    run(f'{PEERS}/bin/pip', 'install', '-q', *PEER_MODULES, timeout=600)
+            run(f'{PEERS}/bin/pip', 'install', '-q', *PEER_MODULES, timeout=600)
+    for step in (lambda: install(PEER_PACKAGES), nginx_program, modules):
+        try:
+            step()
+        except RigError as problem:
+            say(str(problem))
 
 
 def peers_python() -> str:
@@ -14356,8 +14359,9 @@ def bench_machine() -> Iterator[Contest]:
         def run_bare(qemu: vm.Qemu, command: vm.QemuCommand) -> None:
             def begin() -> None:
                 processes.append(subprocess.Popen(
-                    [QEMU, *command.argv], pass_fds=command.fds, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+                    [QEMU, *command.argv], pass_fds=command.fds, start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL))
                 command.close()
                 with vm.QMP(qemu.socket('qmp0')) as qmp:
                     qmp.execute('cont')
