@@ -9745,12 +9745,13 @@ class TestConsole(Running):
         unraisable.assert_not_called()
         m.console().expect('and-line-0\r\nand-line-1\r\nand-line-2', 10)
 
-    def test_console_on_a_terminal(self) -> None:
-        m = self.machine
-        sh(m, 'echo marker-2 > /dev/ttyS0')
+    def on_terminal(self, *words: str) -> tuple[subprocess.Popen[bytes], int, list[Any],
+                                                Callable[[bytes], bytes]]:
+        """Run vmmonitor.py on a terminal; return it, the other end, how the terminal was set, and
+        what returns all that it has shown if some text is in that, else b''."""
         terminal, end = pty.openpty()
         before = termios.tcgetattr(end)
-        verb = subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', 'console', m.name],
+        verb = subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', *words],
                                 stdin=end, stdout=end, stderr=end,
                                 env={**os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR})
         self.addCleanup(os.close, terminal)
@@ -9759,10 +9760,28 @@ class TestConsole(Running):
         self.addCleanup(verb.kill)
         seen = bytearray()
 
-        def says(text: bytes) -> bool:
+        def says(text: bytes) -> bytes:
             if select.select([terminal], [], [], 0.1)[0]:
                 seen.extend(os.read(terminal, 65536))
-            return text in seen
+            return bytes(seen) if text in seen else b''
+        return verb, terminal, before, says
+
+    def test_progress_on_a_terminal(self) -> None:
+        m = self.machine
+        m.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'sleep 0.5; killall -STOP qemu-ga; sleep 4; killall -CONT qemu-ga']})
+        time.sleep(1)
+        verb, _, _, says = self.on_terminal('status', m.name)
+        soon(lambda: says(b'\r\x1b[K0 of 1 done, waiting for %s: 1 s\r' % m.name.encode()), 30)
+        self.assertEqual(verb.wait(60), 0)
+        last = soon(lambda: says(b' running '), 5).rpartition(b'\x1b[K')[2]
+        self.assertRegex(last, rb'^NAME .*\r\n%s +running ' % m.name.encode())   # none before that
+        m.wait('agent', BOOT)
+
+    def test_console_on_a_terminal(self) -> None:
+        m = self.machine
+        sh(m, 'echo marker-2 > /dev/ttyS0')
+        verb, terminal, before, says = self.on_terminal('console', m.name)
         soon(lambda: says(b'marker-2'), 20)
         m.agent('guest-exec', {'path': 'sh', 'arg': [
             '-c', 'head -n1 < /dev/ttyS0 | sed s/^/heard-/ > /dev/ttyS0']})
@@ -9771,7 +9790,7 @@ class TestConsole(Running):
         soon(lambda: says(b'heard-hello'), 20)
         os.write(terminal, b'\x1d')
         self.assertEqual(verb.wait(20), 0)
-        self.assertEqual(termios.tcgetattr(end), before)
+        self.assertEqual(termios.tcgetattr(terminal), before)
 
     def test_console_without_end(self) -> None:
         m, log = self.machine, Path(self.machine.file.path('console.log'))

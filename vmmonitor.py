@@ -14123,11 +14123,13 @@ def ask_and_show(config: Config, options: argparse.Namespace,
             if not (running and config.excludes(guest.own, guest.name))]
         if away and not chosen:
             raise away[0]
-        if sys.stderr.isatty():
-            spawn('progress', _show_progress, [guest.name for guest in chosen], done, over)
+        progress = sys.stderr.isatty() and spawn(
+            'progress', _show_progress, [guest.name for guest in chosen], done, over)
         answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known
                    else known for known in ask_all(chosen, asked, timeout)]
         over.set()
+        if progress:
+            progress.join(STATE_POLL)               # its line goes before the answers come
     if options.json:
         show(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
                                      for known in answers],
