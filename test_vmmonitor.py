@@ -11808,7 +11808,8 @@ class TestReadme(NetCase):
 # --fresh SUITE: a Debian of its essential packages and systemd boots as a container, and what the
 # README says is done in it. Its root comes from the cache and stays as it is: changes are kept in
 # memory (an overlay). Its network is its own, with nothing but loopback; only packages are
-# downloaded by the host's, before they are needed. It ends with us, of whatever cause.
+# downloaded by the host's, before they are needed. It can reboot, and ends with us, of whatever
+# cause.
 
 SUITES = ('bookworm', 'trixie', 'forky')
 FRESH_PACKAGES = ('debootstrap', 'systemd-container', 'busybox-static', 'qemu-guest-agent',
@@ -11819,9 +11820,11 @@ ENVIRONMENT = {'PATH': '/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '
                'LANG': 'C.UTF-8', 'DEBIAN_FRONTEND': 'noninteractive'}
 PROGRAM = ('vmmonitor.py', 'test_vmmonitor.py', 'vmmonitor.service', 'install.sh',
            'config.json.sample', 'README.md')
-# /run is hidden: systemd-nspawn leaves locks and directories there.
-NSPAWN = ('mount -t tmpfs -o mode=0755 fresh /run; '
-          'SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn "$@"')
+# /run is hidden: systemd-nspawn leaves locks and directories there. It ends with 133 at a reboot.
+NSPAWN = ('root=$1; shift; mount -t tmpfs -o mode=0755 fresh /run; cd /run; mkdir up work root; '
+          'mount -t overlay -o lowerdir="$root",upperdir=up,workdir=work fresh root; '
+          'while SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 systemd-nspawn -D /run/root "$@"; '
+          '[ $? = 133 ]; do :; done')
 # All of the machine that an installation may touch.
 STATE = r"""exec 2>&1
 for file in /etc/passwd /etc/group; do sed "s|^|$file |" $file; done
@@ -11887,8 +11890,8 @@ class Container:
         root = bare_root(suite)
         self.nspawn = subprocess.Popen(
             ['setpriv', '--pdeathsig', 'KILL', 'unshare', '-m', '-p', '-f', '--kill-child',
-             '--mount-proc', 'sh', '-c', NSPAWN, 'fresh', '-q', '--register=no', '--keep-unit',
-             '-D', str(root), '--volatile=overlay', '--boot', '--console=pipe',
+             '--mount-proc', 'sh', '-c', NSPAWN, 'fresh', str(root), '-q', '--register=no',
+             '--keep-unit', '--boot', '--console=pipe',
              '--private-network', '--resolv-conf=off', '--capability=all',
              '--drop-capability=CAP_SYS_MODULE',        # there are none in it to load
              f'--machine=fresh-{suite}', '--bind=/dev/net/tun',
@@ -11903,8 +11906,17 @@ class Container:
         if self.nspawn.poll() is not None:
             assert self.nspawn.stderr
             raise RigError(f'systemd-nspawn: {self.nspawn.stderr.read().decode()}')
-        self.pid = descendant(self.nspawn.pid, 'unshare', 'sh', 'systemd-nspawn')
-        return bool(self.pid) and self.status('test -S /run/systemd/private') == 0
+        with contextlib.suppress(OSError):              # between two boots
+            self.pid = descendant(self.nspawn.pid, 'unshare', 'sh', 'systemd-nspawn', 'mount')
+            return bool(self.pid) and self.status('test -S /run/systemd/private') == 0
+        return False
+
+    def reboot(self) -> None:
+        """Reboot it, and wait until it has booted."""
+        before = vm.process_start(self.pid), self.pid
+        self.sh('systemctl reboot --no-block')
+        soon(lambda: vm.process_start(before[1]) != before[0], 120, 'the way down', 0.2)
+        soon(self._booted, 60, f'{self.suite} boots again')
 
     def path(self, inside: str) -> Path:
         """Return where the host sees a path of the container."""
@@ -12250,7 +12262,8 @@ class Served(Installed):
         self.assertEqual(self.ask('start&target=web1'), (200, 'web1: restored'))
         self.logged(since, 'web1: clock corrected, cause=.* before=-[1-9]')
         told = self.sh('cd /; vmmonitor log web1')
-        self.assertRegex(told, r'web1: clock corrected(.*\n)*.* target=web1 result=200')
+        for line in ('web1: clock corrected', 'target=web1 result=200'):
+            self.assertIn(line, told)
         self.assertNotIn('listening on', told)
         self.assertIn('listening on', self.sh('cd /; vmmonitor log'))
         offset, error = self._offset()
@@ -12259,20 +12272,21 @@ class Served(Installed):
         # It is fed at each third of WatchdogSec=.
         soon(lambda: int(self.service('WatchdogTimestampMonotonic')) > fed, 30, 'the watchdog', 0.5)
 
-    def _agent(self, command: str) -> str:
-        return self.sh('virsh -q qemu-agent-command web1 \'{"execute": "guest-%s"}\'' % command)
+    def _agent(self, command: str, guest: str = 'web1') -> str:
+        return self.sh(f'virsh -q qemu-agent-command {guest} '
+                       '\'{"execute": "guest-%s"}\'' % command)
 
-    def _ping(self) -> bool:
+    def _ping(self, guest: str = 'web1') -> bool:
         with contextlib.suppress(RigError):
-            return 'return' in self._agent('ping')
+            return 'return' in self._agent('ping', guest)
         return False
 
-    def _offset(self) -> tuple[float, float]:
+    def _offset(self, guest: str = 'web1') -> tuple[float, float]:
         """Return guest time minus host time by virsh, and how far that may be wrong."""
         best = (0.0, float('inf'))
         for _ in range(10):
             before = time.time()
-            there = json.loads(self._agent('get-time'))['return'] / 1e9
+            there = json.loads(self._agent('get-time', guest))['return'] / 1e9
             half = (time.time() - before) / 2
             best = min(best, (there - before - half, half), key=lambda reading: reading[1])
         return best
@@ -12692,15 +12706,73 @@ exec python3 -B test_vmmonitor.py """
             env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=timeout, check=False)
         self.assertEqual(done.returncode, 0)
 
-    def goes_down(self) -> None:
-        """the host goes down: its guests end as the list says, and systemd waits for that"""
+    def far_host(self) -> None:
+        """a host by ssh: a wrong host key is said in words, with the right one its guests obey"""
         self.here = '/opt/down'
         self.copy(self.here)
         self.install()
+        ssh = 'openssh-server openssh-client'
+        self.box.download(ssh)
+        self.sh(f'apt-get -qq -y --no-install-recommends install {ssh}', 120)
+        key = f'{self.here}/far.key'
+        self.sh(f'ssh-keygen -q -t ed25519 -N "" -f {key}; chgrp vmmonitor {key}; chmod 640 {key}; '
+                f'install -D -m 600 {key}.pub /root/.ssh/authorized_keys; systemctl start ssh')
+        known = 'echo "127.0.0.1 $(cut -d " " -f 1,2 %s.pub)" > /etc/ssh/ssh_known_hosts'
+        self.sh(known % key)                            # which is not that of the host
+        before = json.loads(self.box.path(f'{self.here}/config.json').read_text())
+        self.configure({'hosts': {
+            'here': 'qemu:///system',
+            'far': f'qemu+ssh://root@127.0.0.1/system?keyfile={key}'}})
+        since = self.cursor()
+        self.sh('systemctl restart vmmonitor')
+        self.logged(since, 'far: .*WARNING: REMOTE HOST .*verification failed.*; the key that it '
+                    'shows is not known to be its own: put the right one', 15)
+        since = self.cursor()
+        self.sh(known % '/etc/ssh/ssh_host_ed25519_key')
+        self.logged(since, 'far: connected', 60)
+        self.assertEqual(self.ask('save&target=far/web1'), (200, 'far/web1: saved'))
+        self.assertEqual(self.ask('start&target=here/web1'), (200, 'here/web1: restored'))
+        self.box.path(f'{self.here}/config.json').write_text(json.dumps(before))
+
+    def reboots(self) -> None:
+        """the host reboots, without libvirt-guests: what was saved is back, in order and in time"""
+        self.sh('virsh -q destroy web1; systemctl stop libvirt-guests; mv $(systemctl show -P '
+                'FragmentPath libvirt-guests) /root; systemctl daemon-reload')
         for name in ('down1', 'down2', 'down3'):
             self.box.path('/root/down.xml').write_text(self.box.path('/root/web1.xml').read_text(
                 ).replace('>web1<', f'>{name}<').replace('/web1.serial', f'/{name}.serial'))
-            self.sh(f'virsh -q define /root/down.xml; virsh -q start {name}')
+            self.sh('virsh -q define /root/down.xml')
+        for name in ('web1', 'down1', 'down2'):
+            self.sh(f'virsh -q start {name}')
+        self.configure({'startup': {'enabled': True, 'vmStartupCommands': [
+            'start down1', 'wait down1 agent 60', 'start down2']}, 'shutdown': {
+                'enabled': True, 'timeout': 90, 'vmShutdownCommands': ['save all']}})
+        self.sh('systemctl restart vmmonitor')
+        for name in ('down1', 'down2'):
+            soon(functools.partial(self._ping, name), 60, f'the agent of {name}', 0.5)
+        since = self.cursor()
+        self.box.reboot()
+        for line in ('startup: ended after', 'down1: clock corrected', 'down2: clock corrected'):
+            self.logged(since, line, 90)
+        self.in_order(self.sh(f'journalctl -q -o cat --after-cursor "{since}"'),
+                      'shutdown: web1: saved', 'shutdown: down2: saved', 'shutdown: down1: saved',
+                      'Stopped vmmonitor.service', 'Stopping libvirtd.service',
+                      'startup: down1 restored', 'startup: down2 restored')
+        for name in ('down1', 'down2'):
+            offset, error = self._offset(name)
+            self.assertLess(abs(offset), error + 0.01, name)
+        self.assertIn('saved', self.sh('vmmonitor list web1'))
+
+    def in_order(self, text: str, *lines: str) -> None:
+        """These lines must be in a text, in this order."""
+        places = [text.find(line) for line in lines]
+        self.assertEqual(places, sorted(places), text)
+        self.assertNotIn(-1, places, text)
+
+    def goes_down(self) -> None:
+        """the host goes down: its guests end as the list says, and systemd waits for that"""
+        self.sh('mv /root/libvirt-guests.service /etc/systemd/system; systemctl daemon-reload; '
+                'systemctl start libvirt-guests; virsh -q start web1; virsh -q start down3')
         self.configure({'startup': {'enabled': False}, 'shutdown': {
             'enabled': True, 'timeout': 25, 'vmShutdownCommands': [
                 'off web1', 'save down1', 'delay 0.5', 'stop down2 3 or off', 'save down3']}})
@@ -12722,7 +12794,7 @@ exec python3 -B test_vmmonitor.py """
         # Longer than TimeoutStopSec=, and nothing that it needs was stopped meanwhile.
         self.assertNotIn('timed out. Killing', text)
         ours = text.index('Stopped vmmonitor.service')
-        for other in ('libvirtd', 'dbus', 'polkit'):
+        for other in ('libvirtd', 'libvirt-guests', 'dbus', 'polkit'):
             self.assertLess(ours, text.find(f'Stopping {other}.service') % (1 << 60), other)
 
 
@@ -12755,8 +12827,8 @@ def fresh_machines(options: argparse.Namespace) -> int:
     guest_image()
     if options.suite or options.soak:
         debian_image()                  # it can't be built in there, without a network
-    steps = [soaked] if options.soak else [
-        *STEPS, *[Fresh.whole_suite] * options.suite, Fresh.goes_down]
+    steps = [soaked] if options.soak else [*STEPS, *[Fresh.whole_suite] * options.suite,
+                                           Fresh.far_host, Fresh.reboots, Fresh.goes_down]
     passed = [fresh(suite, steps) for suite in suites]
     failed = sum(count < len(steps) for count in passed)
     print(f'{sum(passed)} passed, {failed} failed', flush=True)

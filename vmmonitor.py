@@ -2641,6 +2641,8 @@ LIBVIRT_HINTS = {
 # is the host in it. Others have the hint of their error.
 URI_HINTS = (
     (r'\w+\+ssh:', r"[Cc]annot find 'ssh'|ssh'?:? .*No such file", 'install openssh-client here'),
+    (r'\w+\+ssh:', 'Host key verification failed', 'the key that it shows is not known to be its '
+     'own: put the right one into /etc/ssh/ssh_known_hosts, which the service reads, too'),
     (r'\w+\+(ssh|libssh2?):', '', 'this must work without a question: ssh {far} true'),
     (r'\w+\+tls:', 'certificate|PKI', 'make libvirt\'s certificates: virt-pki-validate says which '
      'are missing'),
@@ -2908,8 +2910,8 @@ class Connection:
                          if re.match(pattern, uri) and re.search(text, problem.message)),
                         problem.hint)
             far = re.sub(r'.*?//([^/?]*).*', r'\1', uri)
-            raise HostAway(problem.message, problem.code, problem.domain,
-                           hint.format(far=far)) from None
+            said = re.sub(r'\s*@{9,}\s*@?|\s*@\s*@{9,}', '', problem.message) # ssh's box
+            raise HostAway(said, problem.code, problem.domain, hint.format(far=far)) from None
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
