@@ -2176,6 +2176,7 @@ class GuestHost(Protocol):
     here: bool                  # on this machine
     up: threading.Event         # whether it can be asked
     links: int                  # how often that began
+    problem: LibvirtError | None        # why it can't
 
     def find(self, name: str) -> Guest | None:
         """Return the guest of that name, or None."""
@@ -3648,7 +3649,9 @@ class Domain(Guest):
 
 NOTIFY_TIMEOUT = 30.0          # for notify.command
 NOTICES_WAITING = 100          # for it; what is more is lost
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)     # seconds
+BUCKETS = {f'{limit:g}': limit for limit in (       # of histograms, in seconds
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)}
+BUCKETS['+Inf'] = math.inf
 
 
 class Figure(NamedTuple):
@@ -3693,8 +3696,8 @@ class Figures:
     def observe(self, name: str, seconds: float) -> None:
         """Add a time to a histogram."""
         with self._lock:
-            for limit in (*BUCKETS, math.inf):
-                self._counts[f'{name}_bucket', (f'{limit:g}',)] += seconds <= limit
+            for limit, most in BUCKETS.items():
+                self._counts[f'{name}_bucket', (limit,)] += seconds <= most
             self._counts[f'{name}_count', ()] += 1
             self._counts[f'{name}_sum', ()] += seconds
 
@@ -3706,7 +3709,7 @@ class Figures:
         for name, row in FIGURES.items():
             keys = sorted(key for key in values if key[0] == name)
             if row.kind == 'histogram':
-                keys = [(f'{name}_bucket', (f'{limit:g}',)) for limit in (*BUCKETS, math.inf)]
+                keys = [(f'{name}_bucket', (limit,)) for limit in BUCKETS]
                 keys += [(f'{name}_sum', ()), (f'{name}_count', ())]
             lines += [f'# HELP vmmonitor_{name} {row.help}', f'# TYPE vmmonitor_{name} {row.kind}']
             for key in keys or [(name, ())] * (not row.labels):
@@ -3714,7 +3717,7 @@ class Figures:
                     '{}="{}"'.format(label, re.sub(r'(["\\])', r'\\\1', value))
                     for label, value in zip(row.labels, key[1]))
                 lines.append(f'vmmonitor_{key[0]}{labels and "{%s}" % labels} '
-                             f'{values.get(key, 0):.10g}'.replace('="inf"', '="+Inf"'))
+                             f'{values.get(key, 0):.10g}')
         return '\n'.join(lines) + '\n'
 
 
@@ -12227,6 +12230,7 @@ class Machines:
         self.up = threading.Event()                 # they are always there
         self.up.set()
         self.links = 1
+        self.problem: LibvirtError | None = None
         self.stopping = threading.Event()
         self._changes: DirectoryChanges | None = None           # while they are watched
         self._followed: dict[str, QMP | None] = {}  # name with a thread for its events -> session
@@ -13784,7 +13788,8 @@ class Daemon:
             elif left > 0:
                 pauses.append(left)
             else:
-                notices.begin('host', host.name, HostAway(f'{host.name} is away'))
+                notices.begin('host', host.name,
+                              host.problem or HostAway(f'{host.name} does not answer'))
         if 'listen' in self.roles:
             if self.certificate.passed():
                 self.certificate = Deadline(CERTIFICATE_PAUSE)
