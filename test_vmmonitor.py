@@ -10227,6 +10227,35 @@ class TestLab(Live):
         self.assertIn('ma: is another machine by now, and stays', lab.down(force=True))
         self.assertEqual(vm.Machine.load('ma').id, other.id)
 
+    def test_hardware_and_images(self) -> None:
+        """What constructors take is taken; a cloud image becomes a machine in a lab, too."""
+        Path('a.raw').write_bytes(bytes(1 << 20))
+        Path('x.iso').write_bytes(bytes(2048))
+        before = {*os.listdir('.'), 'lab.json'}
+        tree: dict[str, Any] = {'machines': {
+            'mcloud': {'image': 'a.raw', 'user': 'me', 'ssh_key': TestFromImage.KEY, 'memory': 64,
+                       'size': 0.1, 'nics': 'user',
+                       'forwards': [f'tcp:127.0.0.1:{free_port()}:22']},
+            'mhard': {'memory': 32, 'cds': ['x.iso', 'x.iso'], 'disk_bus': 'sata',
+                      'video': 'cirrus', 'nic_model': 'e1000', 'harddrives': [
+                          {'filename': 'c.qcow2', 'backing': {'filename': 'b.qcow2',
+                                                              'size': 0.1}}]}}}
+        lab = vm.Lab.load(self.write(tree))
+        self.assertEqual(sorted(lab.up()), ['mcloud: made, started', 'mhard: made, started'])
+        self.assertEqual((lab.up(), lab.plan()), ([], []))
+        hard, cloud = lab.machines['mhard'], lab.machines['mcloud']
+        self.assertEqual(([disc.filename for disc in hard.cds], hard.spec.nic_model),
+                         ([os.path.abspath('x.iso')] * 2, 'e1000'))
+        self.assertEqual([row.filename for row in cloud.harddrives[0].chain()],
+                         [os.path.abspath('mcloud.qcow2'), os.path.abspath('a.raw')])
+        self.assertIn(TestFromImage.KEY.encode(), Path(cloud.cd.filename).read_bytes())
+        lab.down(disks=True)
+        self.assertEqual({*os.listdir('.')}, before)
+        tree['machines']['mcloud'].update(usr='x', cpus='two')
+        with self.refused('mcloud.usr: unknown; did you mean user?', 'mcloud.cpus: must be a whole',
+                          kind=vm.ConfigError):
+            vm.Lab.load(self.write(tree))
+
     def test_interrupted(self) -> None:
         """Ctrl-C ends it when each machine has come to the end of its step."""
         path = self.write(self.pair())

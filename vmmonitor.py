@@ -12384,22 +12384,27 @@ def an_argument(annotation: str, place: str) -> Reader:
             lists = ['a list'] * ('Sequence' in kinds)
             raise InvalidValue('must be ' + ' or '.join(dict.fromkeys(
                 [*plain.values(), *['an object'] * bool(inside), *lists])))
-        return os.path.abspath(os.path.join(place, a_text(value))) if isinstance(value, str) and (
-            kinds.keys() & {'PathLike', 'DriveLike'}) else value
+        if isinstance(value, str) and kinds.keys() & {'PathLike', 'DriveLike'} \
+                and not SSH_KEY.fullmatch(value):
+            return os.path.abspath(os.path.join(place, os.path.expanduser(a_text(value))))
+        return value
     return read
 
 
 def an_object(maker: Callable[..., Any], place: str, but: Iterable[str] = ('self', 'name')
               ) -> Reader:
-    """Return a reader of an object with the arguments of a class or function, all but some."""
-    rows = {name: row for name, row in inspect.signature(maker).parameters.items()
-            if name not in {*but}}
+    """Return a reader of an object with the arguments of a class or function, all but some; where
+    others are handed on, they are Machine's."""
+    rows: dict[str, inspect.Parameter] = {}
+    for source in (maker, Machine)[:1 + ('options' in inspect.signature(maker).parameters)]:
+        rows = {**inspect.signature(source).parameters, **rows}
+    rows = {name: row for name, row in rows.items() if name not in {*but, 'options'}}
 
     def member(key: str) -> Reader:
         if key not in rows:
             return must_be(lambda _: False, unknown(key, rows))
         read = an_argument(str(rows[key].annotation), place)
-        if maker is not Machine or key not in ARGUMENTS:
+        if rows[key] != inspect.signature(Machine).parameters.get(key) or key not in ARGUMENTS:
             return read
         good, what = ARGUMENTS[key]
         fits = must_be(lambda one: isinstance(one, (list, dict)) or good(one), what)
@@ -12473,7 +12478,9 @@ class LabFile:
 
     def _section(self, section: str, place: str, value: Any) -> None:
         """Read a section: names, each with arguments."""
-        arguments = an_object(SECTIONS[section], place)
+        def arguments(given: Any) -> Any:
+            image = section == 'machines' and isinstance(given, dict) and 'image' in given
+            return an_object(Machine.from_image if image else SECTIONS[section], place)(given)
         good, what = ARGUMENTS['name'] if section == 'machines' else (
             lambda name: len(name) <= NAME_LENGTH and NAME.fullmatch(name),
             f'use at most {NAME_LENGTH} letters, digits, ".", "_", "-"')
@@ -12662,9 +12669,8 @@ class Lab:
             self._make_networks(did)
             new = [name for name in given if machines.find(name) is None]
             self._note_new('machines', dict.fromkeys(new, ''))
-            self._note_new('disks', {
-                path: '' for row in given.values() for drive in _several(row.get('harddrives'))
-                for path, _ in self._chain(drive) if not os.path.exists(path)})
+            self._note_new('disks', {path: '' for name in given for path in self._disks(name)
+                                     if not os.path.exists(path)})
 
             def bring_up(name: str) -> str:
                 machine = self._make_machine(name)
@@ -12773,7 +12779,27 @@ class Lab:
                 discs = [CD(**disc) if isinstance(disc, dict) else disc
                          for disc in _several(given[key])]
                 given[key] = discs if isinstance(given[key], list) else discs[0]
-        return Machine(name, **{**given, **({'harddrives': drives} if drives else {})})
+        if drives:
+            given['harddrives'] = drives
+        if 'image' not in given:
+            return Machine(name, **given)
+        disk = self._thin_copy(name)
+        machine = Machine.from_image(name, **{**given, 'disk': disk})
+        seed = machine.cd.filename
+        self._note_new('disks', {seed: ''} if seed.startswith(os.path.splitext(disk)[0]) else {})
+        return machine
+
+    def _thin_copy(self, name: str) -> str:
+        """Return the disk of a machine that is made of an image: beside the lab's file."""
+        return str(self.file.sections['machines'][name].get('disk') or os.path.join(
+            os.path.dirname(self.path), f'{name}.qcow2'))
+
+    def _disks(self, name: str) -> Iterator[str]:
+        """Yield the files of a machine's disks, and of what they stand on."""
+        given = self.file.sections['machines'][name]
+        yield from [self._thin_copy(name)] * ('image' in given)
+        for drive in _several(given.get('harddrives')):
+            yield from (path for path, _ in self._chain(drive))
 
     def _drive(self, given: Any) -> Harddrive:
         """Make a disk, and what it stands on."""
@@ -12853,15 +12879,17 @@ class Lab:
                 if state == 'absent':
                     lines.append(f'make {KIND_NAMES[kind]} {name}')
                 elif kind == 'machines':
-                    other = differences(MachineFile.open(name).spec.made, self._kept(name))
+                    made_of = MachineFile.open(name).spec.made
+                    other = differences(made_of, self._kept(name, made_of))
                     lines += [f'refuse machine {name}, made with {"; ".join(other)}'] * bool(other)
                 if kind == 'machines' and state != 'running':
                     lines.append(f'start machine {name}')
         return lines + [f'connect {row["name"]}' for row in rows.values()
                         if row['kind'] == 'link' and row['state'] == 'absent']
 
-    def _kept(self, name: str) -> dict[str, Any]:
-        """Return what would be kept of a machine's arguments, as by as_kept(); make nothing."""
+    def _kept(self, name: str, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what would be kept of a machine's arguments, as by as_kept(); make nothing. What
+        an image is made to is taken to be as `before`."""
         def medium(disc: Any) -> Any:
             return disc.get('filename') if isinstance(disc, dict) else disc
         given = {**defaults_of(Machine), **self.file.sections['machines'][name]}
@@ -12872,6 +12900,9 @@ class Lab:
         if self.file.nics[name]:
             given['nics'] = [card and self.file.port(End(name, number))
                              for number, card in enumerate(self.file.nics[name])]
+        if 'image' in given:
+            given.update({key: before.get(key, defaults_of(Machine)[key])
+                          for key in ('harddrives', 'cd', 'user')})
         return as_kept(given)
 
     def status(self) -> list[dict[str, Any]]:
