@@ -4943,6 +4943,7 @@ class WireTest(ListenerCase):
                                 (coded % b'gzip, chunked' + b'\r\n0\r\n\r\n', b' 400 '),
                                 (chunked + b'Content-Length: 5\r\n\r\n0\r\n\r\n', b' 400 '),
                                 (chunked + b'\r\n-1\r\n', b' 400 '),
+                                (chunked.replace(b'1.1', b'1.0') + b'\r\n0\r\n\r\n', b' 400 '),
                                 (chunked + b'\r\n1\r\nab\r\n', b' 400 '),
                                 (chunked + b'\r\n' + (b'1;' + b'x' * 2000 + b'\r\na\r\n') * 99,
                                  b' 413 '),
@@ -5134,6 +5135,14 @@ class TestParsing(Case):
         self.assertEqual(
             route.line({'x': 'y'}), 'unicast default proto static table main scope global nexthop '
             'via 192.0.2.1 dev y weight 2 nexthop via inet6 fe80::1 dev z onlink weight 1')
+
+    def test_the_gateway_is_that_of_the_main_table(self) -> None:
+        links = vm.parse_links([{'ifname': 'x', 'ifindex': 1}])
+        ways = vm.parse_routes([
+            {'dst': 'default', 'gateway': f'192.0.2.{number}', 'dev': 'x', **more}
+            for number, more in ((9, {'table': '100'}), (1, {}))])
+        seen = vm.NetworkState(links, ways, time.monotonic())
+        self.assertEqual(vm.Interface('x', seen=seen).gateway, '192.0.2.1')
 
     def test_routes(self) -> None:
         rows = [({'dst': 'default', 'gateway': '192.0.2.1', 'dev': 'x', 'protocol': 'dhcp',
@@ -6930,6 +6939,16 @@ class AgentWireTest(Case):
     def test_late_answers_of_others_are_skipped(self) -> None:
         stale = b'{"return": 1}\n{"return": 99}\n\xff{"return": 7}\ngarbage'
         self.assertEqual(self.ask(agent_peer(lambda _: b'{"return": 5}\n', stale)), 5)
+        # What came for its own question before is not for the next: each has another number.
+        asked: list[bytes] = []
+
+        def late(connection: socket.socket) -> None:
+            asked.append(connection.recv(4096))
+        agent = vm.GuestAgent(Peer(self, late).path, 'web1')
+        for _ in range(2):
+            with self.assertRaises(vm.AgentError):
+                agent.execute('guest-ping', {}, 0.5)
+        self.assertEqual(len({*asked}), 2, asked)
 
     def test_troubles(self) -> None:
         for serve, trouble in (
@@ -12926,21 +12945,28 @@ class SmallDisk:
 
     def __init__(self, path: str, *enter: str) -> None:
         self.path, self.enter = path, enter             # `enter`: what runs a program there
+        self.lock = threading.Lock()                    # of who has it full
         run(*enter, 'mkdir', '-p', path, timeout=30)
         run(*enter, 'mount', '-t', 'tmpfs', '-o', 'mode=0711,size=4G', 'rig', path, timeout=30)
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:
         """Leave it less than a MiB in the body."""
-        used = run(*self.enter, 'df', '--output=used', '-k', self.path, timeout=30).split()[1]
-        for size in (f'{int(used) + 512}k', '4G'):
-            run(*self.enter, 'mount', '-o', f'remount,size={size}', self.path, timeout=30)
-            if size != '4G':
-                try:
-                    yield
-                except BaseException:
-                    run(*self.enter, 'mount', '-o', 'remount,size=4G', self.path, timeout=30)
-                    raise
+        def shrunk() -> bool:           # unless somebody has just written more
+            used = run(*self.enter, 'df', '--output=used', '-k', self.path, timeout=30).split()[1]
+            with contextlib.suppress(RigError):
+                return self.resize(f'{int(used) + 512}k')
+            return False
+        with self.lock:
+            try:
+                soon(shrunk, SOAK_PATIENCE, f'{self.path}, full')
+                yield
+            finally:
+                self.resize('4G')
+
+    def resize(self, size: str) -> bool:
+        run(*self.enter, 'mount', '-o', f'remount,size={size}', self.path, timeout=30)
+        return True
 
 
 class SoakGuest:
@@ -13705,15 +13731,15 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('startup', 'for place in sorted(set(places.values()), reverse=True)]',
      'for place in sorted(set(places.values()))]', 'WayDownTest.test_reverse_order'),
     ('page', 'if (verb in DANGEROUS && !await sure(verb, name)) return;', '',
-     'DaemonTest.test_page'),
+     'RequestsTest.test_page'),
     ('listener', 'if count >= WRONG_KEYS and pause > 0:', 'if count > WRONG_KEYS and pause > 0:',
-     'ListenerTest.test_too_many_wrong_keys ListenerTest.test_throttle_forgets'),
+     'KeysTest.test_too_many_wrong_keys KeysTest.test_throttle_forgets'),
     ('listener', "socket.inet_pton(socket.AF_INET6, peer.partition('%')[0])[:8].hex()",
      "socket.inet_pton(socket.AF_INET6, peer.partition('%')[0]).hex()",
-     'ListenerTest.test_addresses ListenerTest.test_throttle_forgets '
-     'ListenerTest.test_too_many_wrong_keys ListenerTest.test_trusted_proxies'),
+     'KeysTest.test_addresses KeysTest.test_throttle_forgets '
+     'KeysTest.test_too_many_wrong_keys KeysTest.test_trusted_proxies'),
     ('listener', "or self.request_version < 'HTTP/1.1':", 'or False:',
-     'ListenerTest.test_refusals ListenerTest.test_odd_but_good ListenerTest.test_garbage'),
+     'ListenerTest.test_refusals ListenerTest.test_odd_but_good WireTest.test_garbage'),
     ('ip', "'onlink' in way.get('flags', ()))", 'False)',
      'TestParsing TestRouter.test_all_of_routes_and_addresses_comes_back'),
     ('ip', 'or int(small[:2], 16) & 1 or', 'or', 'TestNames TestNic TestErrors'),
@@ -13725,7 +13751,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('registry', "return bool(now) and row.facts['inode'] in ('', now)", 'return bool(now)',
      'TestOwnership'),
     ('interfaces', "found = sorted(self.routes, key=lambda route: route.table != 'main')",
-     'found = self.routes', 'TestReading TestRouter.test_default_route'),
+     'found = self.routes', 'TestParsing TestReading'),
     ('switches and nics', 'if other in plan.joined([one]):', 'if other == one:',
      'TestRouter.test_no_loops'),
     ('switches and nics', "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT',", "-j ACCEPT',",
@@ -13759,8 +13785,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
      "if any(mine[key] != other[key] for key in ('format', 'size')):",
      'TestMigration.test_migrate_to_what_does_not_fit'),
     ('input', "text = re.sub('\\r\\n?', '\\n', text)", "text = text.replace('\\r', '\\n')",
-     'TestGuest.test_text_is_typed_whole TestGuest.test_keys'),
-    ('console', 'self.position -= len(seen) - found.end()', 'pass', 'TestGuest.test_console'),
+     'TestInput.test_text_is_typed_whole TestInput.test_keys'),
+    ('console', 'self.position -= len(seen) - found.end()', 'pass', 'TestConsole.test_console'),
     ('machine', 'if saved and now != then:', 'if False:',
      'TestLife.test_processor TestGuest.test_processor'),
     ('lab', 'if ends.count(end) > 1]', 'if ends.count(end) > 2]',
@@ -13775,7 +13801,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
 
 def mutated(number: int) -> str:
     """Return the program with that row of MUTANTS in it; ValueError if its place is not there."""
-    section, old, new, _ = MUTANTS[number - 1]
+    section, old, new, tests = MUTANTS[number - 1]
     program = (HERE / 'vmmonitor.py').read_text()
     found = re.search(rf'(?ms)^# === {section} =+\n.*?(?=^# ===|\Z)', program)
     if program.count(old) != 1 or not found or old not in found[0]:
@@ -13783,6 +13809,11 @@ def mutated(number: int) -> str:
                          f'vmmonitor.py, and must once, in the section "{section}"; write there '
                          'what that line is now (or another line of that section), and in the '
                          f'next column how it is broken; then run --mutate {number}')
+    for word in tests.split():
+        kind, _, test = word.partition('.')
+        if not hasattr(globals().get(kind), test or 'group'):
+            raise ValueError(f'MUTANTS, row {number}: there is no test {word}; write what it is '
+                             f'called now, then run --mutate {number}')
     return program.replace(old, new)
 
 
