@@ -9198,7 +9198,12 @@ class TestSnapshots(Live):
         self.assertEqual([row.tag for row in one.snapshots], ['cold'])  # both or none
         m.start_vm()
         m.freeze()
-        m.snapshot('warm')
+        steps: list[str] = []
+        with mock.patch.object(vm, 'TRACE', steps.append):
+            m.snapshot('warm')
+        self.assertEqual([step for step in steps if step.startswith('run ')], [])   # QEMU tells
+        self.assertEqual(*([(row.tag, row.when, row.ram, row.id) for row in rows] for rows in (
+            one.snapshots, vm.Harddrive(one.filename).snapshots)))
         self.assertIs(m.state(), vm.State.PAUSED)
         m.stop(force=True)
         self.assertIn('put back', m.load_snapshot('warm'))      # -S, load, cont

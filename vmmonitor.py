@@ -8137,6 +8137,7 @@ SCHEMAS.update({
     'qemu-img info': {
         'virtual-size': int, 'cluster-size?': int, 'format-specific?': {'data?': dict},
         'snapshots?': [{'id': str, 'name': str, 'date-sec': int, 'vm-state-size': int}]}})
+SCHEMAS['query-named-block-nodes'] = [{'node-name?': str, 'image': SCHEMAS['qemu-img info']}]
 
 
 def image_path(filename: str | os.PathLike[str]) -> str:
@@ -8420,9 +8421,15 @@ class Harddrive:
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """The snapshots that are in the image now."""
+        """The snapshots that are in the image now: a QEMU that has it tells, else qemu-img."""
+        live, image = self._live(), None
+        if live:
+            with contextlib.suppress(GuestError):       # one that hangs
+                image = next((row['image'] for row in live.execute(
+                    'query-named-block-nodes', flat=True) if row.get('node-name') == live.node),
+                    None)
         return [Snapshot(row['name'], row['date-sec'], row['vm-state-size'], row['id'])
-                for row in self.info().get('snapshots', [])]
+                for row in (image or self.info()).get('snapshots', [])]
 
     def found(self, tag: str) -> Snapshot:
         """Return the one snapshot of exactly this name, whoever made it."""
@@ -9069,8 +9076,8 @@ class MachineFile:
                 same = Path(path).read_bytes() == data
             except OSError:
                 same = False
-            if not same:
-                write_whole(path, data, replace=True)
+            if not same:                # the copy counts only where the first was damaged later
+                write_whole(path, data, replace=True, lasting=not path.endswith('.copy'))
 
     def move_memory(self, at: MemoryAt, place: str = '') -> None:
         """Write down where the guest is from now on."""
@@ -10763,10 +10770,6 @@ class MemoryStream(Part):
 
 
 # === snapshots ==================================================================================
-
-SCHEMAS['query-named-block-nodes'] = [
-    {'node-name?': str, 'image': {'snapshots?': [{'name': str}]}}]
-
 
 class MachineSnapshot(NamedTuple):
     """A snapshot of a machine."""
