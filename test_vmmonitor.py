@@ -9101,8 +9101,12 @@ class TestSaving(Live):
             m.send_key('a')
         with self.refused('/a.qcow2', 'No space left'):
             vm.Harddrive(f'{place}/a.qcow2')
-        with self.refused('full2: the transfer of its memory failed'):
-            m.save(f'{place}/memory')
+        other = self.bios('runs')
+        other.start_vm()
+        for machine, state in ((m, vm.State.PAUSED), (other, vm.State.RUNNING)):
+            with self.refused(f'{machine.name}: the transfer of its memory failed'):
+                machine.save(f'{place}/memory')
+            self.assertIs(machine.state(), state)
         self.assertEqual(os.listdir(place), ['a.raw'])
         subprocess.run(['mount', '-o', 'remount,size=20m', place], check=True)
         self.assertEqual(m.start(), 'resumed, clock set')
