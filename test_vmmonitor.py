@@ -5347,7 +5347,7 @@ class TestCrash(NetCase):
 
     def test_kill_before_the_marks_are_whole(self) -> None:
         crash('vm.Switch("lan")', 1)
-        self.assertEqual(set(vm.leaks()), {'lan'})        # waits for the orphan
+        self.assertEqual(set(vm.clean(dry_run=True)), {'lan'})        # waits for the orphan
         self.assertFalse(vm.Interface('lan').link().ours())
         vm.clean()
         self.assertEqual((names(), self.records()), (set(), {}))
@@ -5355,7 +5355,7 @@ class TestCrash(NetCase):
     def test_kill_in_the_middle_of_deleting(self) -> None:
         python(self.FIFTY)
         crash('vm.Namespace("web1").delete()', 20)
-        self.assertIn('interrupted while deleting', vm.leaks()['web1-p0'])
+        self.assertIn('interrupted while deleting', vm.clean(dry_run=True)['web1-p0'])
         vm.clean()
         self.assertEqual((names(), namespaces()), ({'lan'}, []))
 
@@ -5438,7 +5438,7 @@ class TestOwnership(NetCase):
         soon(lambda: not nic.exists)
         ip('netns add web1')                # to which the kernel may give the same number
         ip('netns add keep')
-        self.assertEqual(set(vm.leaks()), {'web1-p0', 'netns/web1'})
+        self.assertEqual(set(vm.clean(dry_run=True)), {'web1-p0', 'netns/web1'})
         vm.clean()
         self.assertEqual(set(namespaces()), {'keep', 'web1'})
         nic.delete()
@@ -5449,7 +5449,7 @@ class TestOwnership(NetCase):
         ip('link add name theirs type bridge')
         ip('link set dev theirs alias vmmonitor:40000000')
         vm.Registry().path.unlink()
-        self.assertEqual(set(vm.leaks()), {'lan', 'web1-p0'})
+        self.assertEqual(set(vm.clean(dry_run=True)), {'lan', 'web1-p0'})
         vm.clean()
         self.assertEqual(names(), {'theirs'})
 
@@ -6217,7 +6217,7 @@ class TestRouter(NetCase):
         for lines in (3, 10, 99):
             with self.subTest(f'killed after {lines} lines'):
                 crash('vm.Router("eth1")', lines)
-                self.assertIn('eth1-router', vm.leaks())
+                self.assertIn('eth1-router', vm.clean(dry_run=True))
                 vm.clean()
                 self.assertEqual(self.picture(), self.before)
                 self.assertEqual(names(), {'eth1'})
@@ -6233,8 +6233,8 @@ class TestRouter(NetCase):
 
     def test_made_by_a_program_that_ended(self) -> None:
         python('vm.Router("eth1")')
-        self.assertEqual(vm.leaks(), {})
-        self.assertIn('which has ended', vm.leaks(everything=True)['eth1-router'])
+        self.assertEqual(vm.clean(dry_run=True), {})
+        self.assertIn('which has ended', vm.clean(dry_run=True, everything=True)['eth1-router'])
         vm.Router('eth1').delete()
         self.assertEqual(self.picture(), self.before)
 
@@ -6583,7 +6583,7 @@ class TestInGuest(NetCase):
         self.assertIn('198.51.100.0/24', [route.to for route in bond.routes])
         soon(lambda: bond.active)
         used = bond.active
-        self.assertEqual({port.state for port in bond.status.values()}, {'active', 'backup'})
+        self.assertEqual({port['state'] for port in bond.status.values()}, {'ACTIVE', 'BACKUP'})
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
         arrived: list[str] = []
         stop = threading.Event()
@@ -6600,8 +6600,8 @@ class TestInGuest(NetCase):
         soon(lambda: arrived.count('192.0.2.5') > 3)
         stop.set()
         thread.join()
-        self.assertEqual(bond.status[used].link, 'down')
-        self.assertEqual(bond.status[used].failures, 1)
+        self.assertEqual(bond.status[used]['mii_status'], 'DOWN')
+        self.assertEqual(bond.status[used]['link_failure_count'], 1)
         bond.delete()
         self.assertEqual(vm.interfaces['e0'].addresses[0], '192.0.2.5/24')
         self.assertIn('198.51.100.0/24', [route.to for route in vm.interfaces['e0'].routes])
@@ -6803,7 +6803,7 @@ class TestDoctor(NetCase):
     def test_check_and_clean_on_the_command_line(self) -> None:
         self.assertEqual(self.program('--clean'), (0, 'nothing to clean up\n'))
         crash(TestCrash.FIFTY, 30)
-        vm.leaks()                        # waits for the orphan
+        vm.clean(dry_run=True)                        # waits for the orphan
         before = names()
         status, text = self.program('--check')
         self.assertEqual(status, 1)

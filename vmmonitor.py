@@ -25,7 +25,7 @@ A guest of libvirt, by its guest agent:
 What there is for that; each of them has its own help():
 
     networks  interfaces routes Interface Interfaces Route Routes Switch Router VirtualNic Bond
-              Namespace delete_all check_networks leaks clean
+              Namespace delete_all check_networks clean
     machines  Machine machines MachineSnapshot Harddrive Snapshot CD Console Lab
     guests    LibvirtHost Domain Guest State ExecResult Correction
     errors    Error CommandError FileError DiskError NetworkError NoInterface NameTaken InUse
@@ -161,7 +161,7 @@ __version__ = '1.0'
 # What `import *`, help() and tab completion show: the names in the docstring above.
 __all__ = [
     'interfaces', 'routes', 'Interface', 'Interfaces', 'Route', 'Routes', 'Switch', 'Router',
-    'VirtualNic', 'Bond', 'Namespace', 'delete_all', 'check_networks', 'leaks', 'clean',
+    'VirtualNic', 'Bond', 'Namespace', 'delete_all', 'check_networks', 'clean',
     'Machine', 'machines', 'MachineSnapshot', 'Harddrive', 'Snapshot', 'CD', 'Console', 'Lab',
     'LibvirtHost', 'Domain', 'Guest', 'State', 'ExecResult', 'Correction', 'Error',
     'CommandError', 'FileError', 'DiskError', 'NetworkError', 'NoInterface', 'NameTaken',
@@ -7617,15 +7617,6 @@ def free_subnet(plan: Transaction, wanted: str = '') -> str:
     raise InUse(f'subnet {text}: overlaps with the {blocked}', 'give another with subnet=')
 
 
-class BondPort(NamedTuple):
-    """What the kernel says of one interface of a bond."""
-
-    state: str                  # active, backup
-    link: str                   # up, down, ...
-    failures: int               # how often its link went away
-    mac: str                    # its own, that it has again when it leaves
-
-
 class Bond(ManagedInterface):
     """Several interfaces as one (the bonding driver).
 
@@ -7671,13 +7662,9 @@ class Bond(ManagedInterface):
         return str(self.link().data.get('active_slave', ''))
 
     @property
-    def status(self) -> dict[str, BondPort]:
-        """State, link, failures and MAC of each interface in it."""
-        return {link.name: BondPort(str(link.slave.get('state', '')).lower(),
-                                    str(link.slave.get('mii_status', '')).lower(),
-                                    int(link.slave.get('link_failure_count', 0)),
-                                    str(link.slave.get('perm_hwaddr', '')))
-                for link in read_network().ports(self.name)}
+    def status(self) -> dict[str, Mapping[str, Any]]:
+        """What `ip -details` says of each interface in it: state, mii_status and the like."""
+        return {link.name: link.slave for link in read_network().ports(self.name)}
 
 
 # === network checks =============================================================================
@@ -7685,7 +7672,7 @@ class Bond(ManagedInterface):
 def check_networks() -> Iterator[Check]:
     """Yield what is here or missing, what others took away, and what leaked; change nothing."""
     def left() -> Iterator[Check]:
-        for name, why in leaks().items():
+        for name, why in clean(dry_run=True).items():
             yield Check(False, f'{name}: {why}; {CLEAN} removes it')
     for look in (_check_programs, _check_kernel, _check_passages, left):
         try:
@@ -7775,16 +7762,11 @@ def dropping_chains() -> list[tuple[str, str, str]]:
             if drops and (family, table, name) not in ours]
 
 
-def leaks(everything: bool = False) -> dict[str, str]:
-    """Return what interrupted changes left, and with `everything`, what stands though the program
-    that made it has ended: name -> why."""
-    return clean(dry_run=True, everything=everything)
-
-
 def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool = False,
           force: bool = False) -> dict[str, str]:
-    """Remove what leaks() lists, or what has these names, giving back what it had taken; return
-    it. What a running machine uses stays, and is named in the log, unless `force`."""
+    """Remove what interrupted changes left, with `everything` also what stands though the program
+    that made it has ended, or what has these names, giving back what it had taken; return name ->
+    why. What a running machine uses stays, and is named in the log, unless `force`."""
     for what, flag in (('dry_run', dry_run), ('everything', everything), ('force', force)):
         check(what, flag, a_bool, NetworkError)
     check('names', names, texts, NetworkError)
