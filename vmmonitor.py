@@ -3764,9 +3764,9 @@ class Notices:
                 return
             self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
                                   'at': utc(time.time()), 'host': os.uname().nodename, **known})
-            start, self.sending = not self.sending, True
-        if start:
-            spawn('notify', self._send)
+            if not self.sending:
+                spawn('notify', self._send)             # may fail: then the next word tries again
+            self.sending = True
 
     def _send(self) -> None:
         while True:
