@@ -14160,13 +14160,11 @@ def ask_and_show(config: Config, options: argparse.Namespace,
     else:
         for line in lines(answers):
             show(line)
-        for known in answers:
-            if 'error' in known and not running:
-                show(str(Error(known['error'], known['hint'])), sys.stderr)
-            elif known.get('warning'):
-                show(f'{known["name"]}: {known["warning"]}', sys.stderr)
-        for problem in away:
-            show(explain(problem), sys.stderr)
+        wrong = [str(Error(known['error'], known['hint'])) for known in answers
+                 if 'error' in known and not running]
+        for line in [*wrong, *(f'{known["name"]}: {known["warning"]}' for known in answers
+                               if known.get('warning')), *map(explain, away)]:
+            show(line, sys.stderr)
     return EXIT_FAILED if away or strict and any('error' in known for known in answers) else 0
 
 
