@@ -10202,7 +10202,7 @@ class TestLab(Live):
         self.assertEqual(self.verb('plan'), 'refuse machine ma, made with memory 32, not 64\n')
         self.assertIn('made with memory 32, not 64', self.verb('up', status=1))
         self.write('broken')                    # what was made counts, not what the file says
-        with lab._turn(), \
+        with lab.alone(), \
                 mock.patch.object(vm, 'BUSY_TIMEOUT', 0.2), self.refused('is at work on this lab'):
             lab.down()
         self.assertRegex(self.verb('plan', '--down', status=2), 'not JSON')

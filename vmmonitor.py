@@ -12634,7 +12634,8 @@ class Lab:
             self._note(lambda made: made.setdefault(kind, {}).update(names))
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """Be the only one at work on this lab; Busy after BUSY_TIMEOUT."""
         with turn(f'vmmonitor lab {self._place}', Deadline(BUSY_TIMEOUT)) as holder:
             if holder is not None:
                 raise Busy(f'{self.path}: process {holder or "unknown"} is at work on this lab',
@@ -12650,7 +12651,7 @@ class Lab:
         What stands is not touched; what stands with other arguments is refused, and named.
         """
         given, did = self.file.sections['machines'], list[str]()
-        with self._turn():
+        with self.alone():
             self._make_networks(did)
             new = [name for name in given if machines.find(name) is None]
             self._note_new('machines', dict.fromkeys(new, ''))
@@ -12810,7 +12811,7 @@ class Lab:
         With `disks` those go, too; `force` cuts the machines' power.
         """
         did = list[str]()
-        with self._turn():
+        with self.alone():
             made = self.made()
 
             def end(name: str) -> None:
@@ -12961,7 +12962,7 @@ class Lab:
     def snapshot(self, tag: str) -> str:
         """Snapshot all machines, memory and disks, at one moment: they stand still together. One
         that is off gives its disks. All snapshots are made, or none. Return what was done."""
-        with self._turn(), unbroken():
+        with self.alone(), unbroken():
             all_ = self.machines
             for name, machine in all_.items():
                 if tag in [row.tag for row in machine.snapshots]:
@@ -12981,7 +12982,7 @@ class Lab:
     def load_snapshot(self, tag: str) -> str:
         """Put all machines back to a snapshot(): those that it has memory of go on together from
         there, started if they are off; the others are off then. Return what was done."""
-        with self._turn(), unbroken():
+        with self.alone(), unbroken():
             all_ = self.machines
             with_memory = {}
             for name, machine in all_.items():
