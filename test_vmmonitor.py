@@ -10394,15 +10394,15 @@ class TestLab(Live):
         def shown(path: str) -> str:
             return subprocess.run(['tcpdump', '-nr', path], capture_output=True, text=True,
                                   check=True).stdout
-        m = self.bios('pxe', nics=1, memory=64)
-        card = m.nics[0]
+        by_tap, by_qemu = (self.bios(name, nics=nics, memory=64)
+                           for name, nics in (('pxe', 1), ('pxe2', 'user')))
+        card = by_tap.nics[0]
         assert isinstance(card, vm.VirtualNic)
         card.connect(vm.Switch('lan'))
-        m.add_nic('user')
-        m.start_vm()
-        before = m.qmp('query-fdsets')
-        for nic in (0, 'nic1'):
-            path = self.path(f'{nic}.pcap')
+        for m, nic in ((by_tap, 0), (by_qemu, 'nic0')):
+            m.start_vm()
+            before = m.qmp('query-fdsets')
+            path = self.path(f'{m.name}.pcap')
             with m.capture(nic, path), m.capture(nic, f'{path}2'):
                 m.reset()
                 soon(lambda: os.stat(path).st_size > 400, 60)     # noqa: B023
@@ -10417,10 +10417,10 @@ class TestLab(Live):
             pass
         with self.refused('no nic 7'), m.capture(7, 'x'):
             pass
-        killed_at('send object-del', 'with vm.Machine.load("pxe").capture("nic1", '
+        killed_at('send object-del', 'with vm.Machine.load("pxe2").capture("nic0", '
                   f'{self.path("killed.pcap")!r}): pass')
         program = subprocess.Popen(
-            [sys.executable, HERE / 'vmmonitor.py', 'capture', 'pxe', '1', 'verb.pcap'],
+            [sys.executable, HERE / 'vmmonitor.py', 'capture', 'pxe2', '0', 'verb.pcap'],
             stderr=subprocess.PIPE, env={**os.environ, 'VMMONITOR_MACHINES': str(self.home)})
         assert program.stderr
         self.assertIn(b'Ctrl-C ends it', program.stderr.readline())
