@@ -2822,6 +2822,17 @@ class ClockTest(Case):
             vm.synchronise(guest, vm.Config(), vm.Correction('web1'), nudge)
         self.assertLess(time.monotonic() - began, 30)
 
+    def test_after_a_nudge_the_pauses_are_short_again(self) -> None:
+        """libvirtd was restarted while the guest boots: its agent may come any moment."""
+        guest, nudge = ScriptedGuest(), threading.Event()
+        guest.troubles = ['not connected'] * 3
+        with mock.patch.multiple(vm, RETRY_FACTOR=10000.0, RETRY_LAST=60.0):
+            job = vm.in_thread('job', vm.synchronise, guest, vm.Config(), vm.Correction('web1'),
+                               nudge)
+            soon(lambda: len(guest.troubles) == 1)      # the next pause is a minute
+            nudge.set()
+            job.result(30)
+
     def test_one_that_never_answers_is_named(self) -> None:
         release = threading.Event()
         self.addCleanup(release.set)

@@ -2450,7 +2450,7 @@ def synchronise(guest: Guest, config: Config, result: Correction, nudge: threadi
     """Wait until the guest's agent answers, then correct the clock; `result` says how it went,
     also after an error.
 
-    `nudge` cuts the pause between two tries short. Raises AgentError when the agent does not
+    `nudge` cuts the pause between two tries short, and those after it. Raises AgentError when the agent does not
     answer within monitor.agentWait, or can't help, and ClockError when the clock was not to be
     put right even after pauses.
     """
@@ -2469,9 +2469,9 @@ def synchronise(guest: Guest, config: Config, result: Correction, nudge: threadi
             again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
             if not again:
                 raise
-        nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
+        news = nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
         nudge.clear()
-        pause = min(pause * RETRY_FACTOR, RETRY_LAST)
+        pause = RETRY_FIRST if news else min(pause * RETRY_FACTOR, RETRY_LAST)
 
 
 class HostClock(NamedTuple):
