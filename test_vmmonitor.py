@@ -3273,6 +3273,15 @@ class HostsTest(ConfigCase):
         for name in ('find', 'all'):
             self.enter(mock.patch.object(host, name, side_effect=lambda *_, **__: ended.wait(60)))
 
+    def test_a_line_for_guests_of_two_hosts(self) -> None:
+        node = self.write_text('<node><domain type="test"><name>test</name><memory>9000</memory>'
+                               '<os><type>hvm</type></os></domain></node>', 'node.xml')
+        path = self.write({
+            'hosts': {'a': 'test:///default', 'b': f'test://{node}'}, 'listener': {
+                'enabled': False}, 'startup': {'vmStartupCommands': ['start test']}})
+        self.assertIn('startup.vmStartupCommands line 1: several hosts have a test; say HOST/NAME',
+                      [line.text for line in vm.checks(path, ['startup'])])
+
     def test_configuration(self) -> None:
         config = vm.load(self.write({'hosts': {'alpha': 'qemu:///system', 'b-2': {
             'uri': 'qemu+tls://beta/system', 'trustClock': True}}}))
@@ -7548,6 +7557,14 @@ class TestMaking(Live):
         m.delete()
         self.assertTrue(os.path.exists(os.path.join(self.home, 'bad')))     # that one stays
 
+    def test_deleted_and_made_again(self) -> None:
+        old = self.bios('again')
+        vm.Machine.load('again').delete()
+        new = self.bios('again')
+        with self.refused('again was deleted, and another one made', kind=vm.NoGuest):
+            old.start_vm()
+        self.assertIs(new.state(), vm.State.OFF)
+
     def test_two_programs(self) -> None:
         """What one object has changed, another one knows, and takes nothing of it back."""
         for name in ('a.iso', 'b.iso'):
@@ -9782,6 +9799,9 @@ class TestConsole(Running):
                                    lambda *_: contextlib.nullcontext(0)), \
                     self.refused('has its console open', kind=vm.Busy):
                 m.console().write('x')
+            sh(m, 'echo one-word another-word > /dev/ttyS0')
+            console.expect('one-word', 10)
+            console.expect('another-word', 10)          # which came with it
             sh(m, 'echo kept-word > /dev/ttyS0')
             with self.refused('never-said', 'on the console', 'kept-word'):
                 console.expect('never-said', 0.3)
@@ -10996,6 +11016,7 @@ class OneShotTest(GuestCase):
                 ('0', 'ON_BOOT="start"', '', True),
                 ('0', 'ON_BOOT=start', "ON_BOOT='ignore'", False),
                 ('0', 'ON_BOOT=ignore', '#ON_BOOT=ignore\nON_BOOT=start', True),
+                ('0', 'ON_BOOT=ignore', '#ON_BOOT=start', False),
                 ('1', 'ON_BOOT=start', '', False)):
             for file, text in zip(settings, (script, default)):
                 file.write_text(text + '\n')
@@ -13792,8 +13813,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('spec', "if known['name'] != name:", 'if False:',
      'TestAsGuests.test_a_copied_directory TestAsGuests.test_damaged_files'),
     ('spec', 'if spec.uuid != self.uuid:', 'if False:',
-     'TestMaking.test_two_programs TestMaking.test_found_by_use TestAsGuests '
-     'TestLife.test_survives_its_manager'),
+     'TestMaking.test_deleted_and_made_again'),
     ('qemu', "if known['machine'] != self.name or known['boot'] != boot_id():", 'if False:',
      'TestAsGuests.test_a_copied_directory TestLife'),
     ('devices', 'all(0 < int(one) < 65536 for one in (port, inner))',

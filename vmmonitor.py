@@ -2450,9 +2450,9 @@ def synchronise(guest: Guest, config: Config, result: Correction, nudge: threadi
     """Wait until the guest's agent answers, then correct the clock; `result` says how it went,
     also after an error.
 
-    `nudge` cuts the pause between two tries short, and those after it. Raises AgentError when the agent does not
-    answer within monitor.agentWait, or can't help, and ClockError when the clock was not to be
-    put right even after pauses.
+    `nudge` cuts the pause between two tries short, and those after it. Raises AgentError when the
+    agent does not answer within monitor.agentWait, or can't help, and ClockError when the clock
+    was not to be put right even after pauses.
     """
     deadline, pause, again = Deadline(config.agent_wait), RETRY_FIRST, CLOCK_RETRIES
     while True:
