@@ -8294,6 +8294,14 @@ class TestAttacks(Live):
         self.assertEqual(m.start_vm(), 'already running')
         m.delete(force=True)
 
+    def test_killed_before_its_cd_was_in(self) -> None:
+        Path(self.path('c.iso')).write_bytes(bytes(2048))
+        m = vm.Machine('early2', memory=32, cd=self.path('c.iso'))
+        killed_at('send blockdev-change-medium', "vm.Machine.load('early2').start_vm()")
+        self.assertEqual((m.cd.tray.medium, m.start()), (False, 'resumed'))
+        self.assertTrue(m.cd.tray.medium)
+        m.delete(force=True)
+
     def test_a_log_without_end(self) -> None:
         m = vm.Machine('long', memory=32)
         m.start_vm()
@@ -10236,7 +10244,7 @@ class TestLab(Live):
         with lab.alone(), \
                 mock.patch.object(vm, 'BUSY_TIMEOUT', 0.2), self.refused('is at work on this lab'):
             lab.down()
-        self.assertRegex(self.verb('plan', '--down', status=2), 'not JSON')
+        self.assertRegex(self.verb('plan', '--down'), 'delete machine mb\n(.*\n)*keep disk .*/mb')
         self.assertRegex(self.verb('down', '--force'), '(?s)ma: stopped by quit, deleted\n.*lan')
         self.assertEqual(set(os.listdir('.')), {'lab.json', 'ma.qcow2', 'mb.qcow2'})
         self.assertFalse([name for name in names() if name[:2] in ('ma', 'mb', 'la')])
@@ -10331,6 +10339,26 @@ class TestLab(Live):
         self.assertEqual({path.name for path in self.home.glob('m*')},
                          {name for name, state in states.items() if state == 'off'})
         self.assertEqual(len(lab.up()), len(lab.machines))
+        near, far = os.openpty()                # there is a line of progress on a terminal
+        program = subprocess.Popen(
+            [sys.executable, HERE / 'vmmonitor.py', 'up', '--wait', 'agent'], stderr=far,
+            env={**os.environ, 'VMMONITOR_MACHINES': str(self.home)})
+        os.close(far)
+        said = b''
+        while b'waiting for ma, mb' not in said:
+            said += os.read(near, 1000)
+        program.send_signal(signal.SIGINT)
+        self.assertEqual((program.wait(60), b'0 of 2 done' in said), (vm.EXIT_INTERRUPTED, True))
+        os.close(near)
+
+    def test_without_networks(self) -> None:
+        """Machines with QEMU's own NAT alone need no rights: the network is not even looked at."""
+        lab = vm.Lab.load(self.write({'machines': {'malone': {'memory': 32, 'nics': 'user'}}}))
+        with mock.patch.object(vm, 'read_network', side_effect=vm.NetworkError('no rights')):
+            self.assertEqual(lab.up(), ['malone: made, started'])
+            self.assertEqual([row['state'] for row in lab.status()], ['running'])
+            self.assertIn('malone  (machine, running)', lab.graph())
+            self.assertEqual(lab.down(force=True), ['malone: stopped by quit, deleted'])
 
     def test_example(self) -> None:
         """The README's lab, as it stands there, with the tests' kernel; then its Python."""
@@ -10448,6 +10476,11 @@ class TestLab(Live):
             pass
         with self.refused('no nic 7'), m.capture(7, 'x'):
             pass
+        m.stop(force=True)
+        with self.refused('is off', 'start it first'), m.capture(0, 'x'):
+            pass
+        m.start_vm()
+        self.assertFalse(os.path.exists('x'))
         killed_at('send object-del', 'with vm.Machine.load("pxe2").capture("nic0", '
                   f'{self.path("killed.pcap")!r}): pass')
         program = subprocess.Popen(

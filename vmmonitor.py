@@ -10582,6 +10582,7 @@ class Captures(Part):
         filter-dump.
         """
         device, path = self.devices.find('nic', nic), image_path(filename)
+        self.qemu.run_state()                           # WrongState if it is off
         with self.file.one_of('capture', CAPTURES, Deadline(0)) as number, \
                 contextlib.ExitStack() as opened:
             try:
@@ -11537,13 +11538,18 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise MachineError(f'machine {given["name"]!r:.80}: cd and cds', 'name all CDs in cds')
 
 
+def make_machines_dir() -> None:
+    """Make MACHINES_DIR, if it is not there."""
+    for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(place)
+            os.chmod(place, 0o711)      # nosec B103  # QEMU's user must come through
+
+
 def _make_home(name: str) -> str:
     """Return the directory of a machine, or of the first free machineN, made if there is none."""
     try:
-        for place in (os.path.dirname(MACHINES_DIR), MACHINES_DIR):
-            if not os.path.isdir(place):
-                os.makedirs(place)
-                os.chmod(place, 0o711)  # nosec B103  # QEMU's user must come through
+        make_machines_dir()
         closed = [str(place) for place in (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents)
                   if not place.stat().st_mode & stat.S_IXOTH]
         if closed and os.geteuid() == 0:
@@ -11653,6 +11659,8 @@ class Power(Part):
             if force and self.spec.memory_at is MemoryAt.GIVEN:
                 self.file.move_memory(MemoryAt.HERE)
             self.qemu.require_not_given()
+            if self.qemu.run_state() == 'prelaunch':    # who started it may have been killed
+                self.devices.after_start()
             self.qemu.qmp('cont')
 
     def resume(self, state: State) -> str:
@@ -12530,6 +12538,10 @@ class LabFile:
         if problems:
             raise InvalidValue('', places=problems)
 
+    def networks(self) -> bool:
+        """Tell whether there is more than machines, or they have more than QEMU's own NAT."""
+        return any(map(any, self.nics.values())) or bool({*self.kinds.values()} - {'machines'})
+
     def port(self, end: End) -> str:
         """Return the interface of this host that an end is."""
         card = self.nics[end.name][end.nic] if end.nic >= 0 else None
@@ -12622,7 +12634,11 @@ class Lab:
             change(made)
             left = {kind: names for kind, names in made.items() if names}
             if left and json.dumps(left) != before:
-                os.makedirs(os.path.dirname(self._place), mode=0o700, exist_ok=True)
+                try:
+                    make_machines_dir()
+                    os.makedirs(os.path.dirname(self._place), mode=0o700, exist_ok=True)
+                except OSError as problem:
+                    raise write_error(self._place, problem) from None
                 write_whole(self._place, json.dumps({
                     'version': LAB_VERSION, 'lab': self.path, 'made': left}).encode(), replace=True)
             elif not left:
@@ -12676,8 +12692,7 @@ class Lab:
 
     def _make_networks(self, did: list[str]) -> None:
         file = self.file
-        if not (any(file.nics.values()) or any(
-                file.sections[kind] for kind in ('switches', 'routers', 'bonds'))):
+        if not file.networks():
             return
         known = Registry.read().records
         for kind in ('switches', 'routers', 'bonds'):
@@ -12711,7 +12726,8 @@ class Lab:
                              plugs[end].name if end in plugs else '')
 
     def _seen(self) -> tuple[Mapping[str, Record], NetworkState]:
-        return Registry.read().records, read_network()
+        return (Registry.read().records, read_network()) if self.file.networks() else (
+            {}, NetworkState({}, [], 0))
 
     def _carrier(self, cable: Cable, records: Mapping[str, Record], network: NetworkState
                  ) -> str | None:
@@ -12957,7 +12973,8 @@ class Lab:
         try:
             yield
         finally:
-            at_once('unfreeze', then, lambda name: then[name].unfreeze())
+            at_once('unfreeze', [name for name in then if then[name].is_alive()],
+                    lambda name: then[name].unfreeze())
 
     def snapshot(self, tag: str) -> str:
         """Snapshot all machines, memory and disks, at one moment: they stand still together. One
@@ -14406,7 +14423,8 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
 
 def command_lab(options: argparse.Namespace) -> int:
     """up, down, plan, status LAB, graph, snapshot and load: do it, and print what was done."""
-    lab = Lab(options.lab) if options.verb == 'down' else Lab.load(options.lab)
+    down = options.verb == 'down' or options.verb == 'plan' and options.down
+    lab = Lab(options.lab) if down else Lab.load(options.lab)       # what was made counts for it
     over, done = threading.Event(), set[str]()
     if options.verb in ('up', 'down') and sys.stderr.isatty():
         names = lab.file.sections if options.verb == 'up' else lab.made()
