@@ -3037,6 +3037,8 @@ class LibvirtTest(GuestCase):
             with calls_of_libvirt() as calls:
                 return second.seen()[0].state is vm.State.OFF and not calls
         soon(remembers, 10)
+        other.start()
+        other.destroy()                     # others shall not see it as one that has failed
 
     def test_reconnects_leave_no_descriptors(self) -> None:
         program = self.monitor()
@@ -3556,9 +3558,16 @@ class MonitorTest(Case):
         self.send('stopped')                # while its clock is looked at
         self.settle()
         self.assertEqual(self.monitor.guests.corrections, {})
-        self.send('resumed')
+        self.send('resumed', 'restored')    # of one start
         self.settle()
         self.assertIn(self.guest.id, self.monitor.guests.corrections)
+        self.settings.config = vm.Config(exclude=('*',))
+        self.send('restored')
+        self.settle()
+        self.assertIn(self.guest.id, self.monitor.guests.corrections)
+        self.send('found')                  # after a time without events
+        self.settle()
+        self.assertEqual(self.monitor.guests.corrections, {})
 
     def test_a_stopped_guest_is_no_failure(self) -> None:
         def gone(*_: Any) -> Any:

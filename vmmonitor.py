@@ -4073,6 +4073,8 @@ class Monitor:
 
     NO_TRIGGERS = frozenset(('booted', 'stopped', 'stuck'))  # a boot is told by "resumed", too
     NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
+    # What was known is of an earlier life of the guest then, or may be: events were lost.
+    ENDS = frozenset(('booted', 'stopped', 'reverted', 'found'))
 
     def __init__(self, guests: Guests, settings: Settings) -> None:
         self.guests, self.settings = guests, settings
@@ -4134,10 +4136,11 @@ class Monitor:
         with self._lock:
             if event.kind in self.NEW_START or event.kind == 'stopped':
                 self._told.pop(key, None)
-                self.guests.corrections.pop(key, None)      # it was of the guest's life before
             job = self._jobs.get(key)
-            if job and event.kind in self.NEW_START - self.NO_TRIGGERS | {'stopped'}:
-                job.past = True
+            if event.kind in self.ENDS:
+                self.guests.corrections.pop(key, None)
+                if job and event.kind != 'booted':      # which comes after the "resumed" of a boot
+                    job.past = True
             if job and event.kind == 'booted':
                 job.event = job.event._replace(kind='booted')
             if event.kind in self.NO_TRIGGERS or config.excludes(
@@ -4196,8 +4199,9 @@ class Monitor:
             if abs(result.missed) <= LEAD_MAX:
                 self._leads[learned] = max(0, min(result.lead - result.missed, LEAD_MAX))
         result.cause = job.event.kind
-        if not job.past:
-            self.guests.corrected(guest, result)
+        with self._lock:
+            if not job.past:
+                self.guests.corrected(guest, result)
         log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
         if result.warning:
             self._complain(guest, 'warning', f'the clock is right, but: {result.warning}')
