@@ -8035,9 +8035,9 @@ class TestLife(Live):
 
     def test_machine_type(self) -> None:
         told = 'pc  PC (alias of pc-i440fx-10.0)\nq35  PC (alias of pc-q35-10.0)\n'
-        with mock.patch.object(vm, 'run', return_value=mock.Mock(stdout=told.encode())):
+        with mock.patch.object(vm, 'qemu_help', return_value=told):
             self.assertEqual(vm.newest_type(), 'pc-q35-10.0')
-        with mock.patch.object(vm, 'run', return_value=mock.Mock(stdout=b'microvm')), \
+        with mock.patch.object(vm, 'qemu_help', return_value='microvm'), \
                 self.refused('no machine type q35'):
             vm.newest_type()
 

@@ -9254,13 +9254,27 @@ def processor_of(spec: MachineSpec) -> str:
     return f'{accel} {cpu}{f" ({clip(own[1])})" if own else ""}'
 
 
+_told: dict[tuple[str, str, int], str] = {}     # what qemu_help() was told
+_asking = threading.Lock()                      # guards it
+
+
+def qemu_help(option: str) -> str:
+    """Return what QEMU says to `OPTION help`; each QEMU is asked once, which takes it 0.1 s."""
+    found = which(QEMU) or ''
+    with _asking:
+        key = option, found, os.stat(found).st_mtime_ns if found else 0
+        if key not in _told:
+            _told[key] = run([QEMU, option, 'help'], QMP_TIMEOUT).stdout.decode(errors='replace')
+        return _told[key]
+
+
 def require_hardware(spec: MachineSpec) -> None:
     """Raise MachineError unless this host has all that a machine needs."""
     if spec.uefi:
         firmware_files(spec.firmware)
     if spec.tpm and not which('swtpm'):
         raise MachineError(f'{spec.name}: no swtpm, for its TPM', 'install swtpm')
-    shown = run([QEMU, '-device', 'help'], QMP_TIMEOUT).stdout.decode(errors='replace')
+    shown = qemu_help('-device')
     for name in ('video', 'nic_model', 'disk_bus'):
         there = [key for key, model in CHOICES[name].items()
                  if f'"{model.driver}"' in shown or not model.driver]
@@ -11480,7 +11494,7 @@ def _several(given: Any) -> list[Any]:
 
 def newest_type() -> str:
     """Return the versioned machine type that q35 stands for in this QEMU."""
-    shown = run([QEMU, '-M', 'help'], QMP_TIMEOUT).stdout.decode(errors='replace')
+    shown = qemu_help('-M')
     found = re.search(r'alias of (pc-q35-[0-9.]+)', shown)
     if not found:
         raise MachineError(f'{QEMU} has no machine type q35', 'install qemu-system-x86')
