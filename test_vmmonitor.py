@@ -10249,6 +10249,10 @@ class TestLab(Live):
         self.write(tree)
         self.assertEqual(self.verb('plan'), 'refuse machine ma, made with memory 32, not 64\n')
         self.assertIn('made with memory 32, not 64', self.verb('up', status=1))
+        tree['machines'].pop('ma')
+        self.write({**tree, 'links': [['mb', 'lan'], ['mb', 'lan']]})
+        self.assertEqual(self.verb('plan').splitlines()[-1],
+                         'keep machine ma, which the file has no more: "down" removes it')
         self.write('broken')                    # what was made counts, not what the file says
         with lab.alone(), \
                 mock.patch.object(vm, 'BUSY_TIMEOUT', 0.2), self.refused('is at work on this lab'):
@@ -10449,7 +10453,8 @@ class TestLab(Live):
                       lab.graph())
         lab.up()
         vm.VirtualNic.known('mb-p0').disconnect()
-        self.assertIn('lan  (switch, up)\n ├─ ma:0\n └─ mb:0  (absent)\n'
+        lab.machines['ma'].nic_state(0, False)
+        self.assertIn('lan  (switch, up)\n ├─ ma:0  (down)\n └─ mb:0  (absent)\n'
                       'ma  (machine, running)\n', self.verb('graph'))
         drawn = subprocess.run(['dot', '-Tplain'], input=self.verb('graph', '--dot'), text=True,
                                capture_output=True, check=True).stdout

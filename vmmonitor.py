@@ -12904,8 +12904,11 @@ class Lab:
                     lines += [f'refuse machine {name}, made with {"; ".join(other)}'] * bool(other)
                 if kind == 'machines' and state != 'running':
                     lines.append(f'start machine {name}')
-        return lines + [f'connect {row["name"]}' for row in rows.values()
-                        if row['kind'] == 'link' and row['state'] == 'absent']
+        lines += [f'connect {row["name"]}' for row in rows.values()
+                  if row['kind'] == 'link' and row['state'] == 'absent']
+        return lines + [f'keep {KIND_NAMES[kind]} {name}, which the file has no more: "down" '
+                        'removes it' for kind in SECTIONS for name in made.get(kind, ())
+                        if self.file.kinds.get(name) != kind]
 
     def _kept(self, name: str, before: Mapping[str, Any]) -> dict[str, Any]:
         """Return what would be kept of a machine's arguments, as by as_kept(); make nothing. What
@@ -12938,14 +12941,15 @@ class Lab:
             state = known.get(name, 'absent') if kind == 'machines' else \
                 network.links[name].state if name in network.links else 'absent'
             rows.append({'kind': KIND_NAMES[kind], 'name': name, 'state': state})
+        pulled = {row.facts.name for guest in guests.values() if isinstance(guest, Machine)
+                  for row in guest.spec.of_kind('nic') if not row.facts.up}
+        good = {name for name, link in network.links.items() if link.state in ('up', 'unknown')}
         for cable in self.file.cables:
             carrier = self._carrier(cable, records, network)
-            ports = [network.links[port].state for port in (
-                *[carrier] * bool(carrier), *map(self.file.port, cable.ends))
-                if port in network.links]
+            ports = {carrier or '', *map(self.file.port, cable.ends)} & network.links.keys()
+            down = ports - (good - pulled)
             rows.append({'kind': 'link', 'name': str(cable), 'ends': [*map(str, cable.ends)],
-                         'state': 'absent' if carrier is None else
-                         'up' if all(state in ('up', 'unknown') for state in ports) else 'down',
+                         'state': 'absent' if carrier is None else 'down' if down else 'up',
                          **cable.worse})
         return rows
 
@@ -12973,8 +12977,9 @@ class Lab:
                     if name in [end.partition(':')[0] for end in row['ends']]]
             for number, (ends, text) in enumerate(mine, 1):
                 one, other = ends if ends[0].partition(':')[0] == name else ends[::-1]
-                lines.append(f' {"└" if number == len(mine) else "├"}─ '
-                             + f'{one} ── '.partition(':')[2] + other + (text and f'  ({text})'))
+                here = f'{one} ── '.partition(':')[2]       # of a machine, which nic it is
+                lines.append(f' {"└" if number == len(mine) else "├"}─ {here}{other}'
+                             + (text and f'  ({text})'))
         return '\n'.join(lines)
 
     # Snapshots
