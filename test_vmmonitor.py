@@ -233,11 +233,17 @@ SCRIPTS = {'init': INIT, 'sbin/shutdown': SHUTDOWN, 'sbin/poweroff': POWEROFF,
 BUSYBOX, AGENT = Path('/bin/busybox'), Path('/usr/sbin/qemu-ga')
 
 
+def cache_is_ours() -> bool:
+    """Tell whether nobody else can have put something into the cache."""
+    return not CACHE.is_symlink() and CACHE.exists() and CACHE.stat().st_uid == os.getuid() \
+        and not CACHE.stat().st_mode & 0o022
+
+
 @contextlib.contextmanager
 def cache(what: str) -> Iterator[None]:
     """Hold the part `what` of the cache, which is made if there is none."""
     CACHE.mkdir(mode=0o755, exist_ok=True)
-    if CACHE.is_symlink() or CACHE.stat().st_uid != os.getuid() or CACHE.stat().st_mode & 0o022:
+    if not cache_is_ours():
         raise RigError(f'{CACHE}: not ours alone, and we would boot what is in it; remove it')
     with (CACHE / f'lock-{what}').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -13968,7 +13974,8 @@ def install_peers() -> None:
 
 def peers_python() -> str:
     """Return the Python that peers run on, and this program beside them."""
-    return str(PEERS / 'bin/python') if PEERS.exists() else '/usr/bin/python3'
+    kept = cache_is_ours() and PEERS.exists()
+    return str(PEERS / 'bin/python') if kept else '/usr/bin/python3'
 
 
 class Worker:
@@ -13986,7 +13993,7 @@ for line in sys.stdin:
         self.process = subprocess.Popen(
             [peers_python(), '-c', code + self.SERVE, *arguments], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.errors, text=True, env={
-                **os.environ, 'PYTHONPATH': str(HERE), 'VMMONITOR_STATE': vm.STATE_DIR})
+                **os.environ, 'VMMONITOR_STATE': vm.STATE_DIR})
 
     def ask(self, function: str, *arguments: Any) -> Any:
         """Call a function; RigError with the last words of a program that has ended."""
@@ -14438,8 +14445,7 @@ def bench_footprint() -> Iterator[Contest]:
 
         def timed(*argv: str) -> Sequence[float]:
             began = time.monotonic()
-            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=60,
-                           env={**os.environ, 'PYTHONPATH': str(HERE)})
+            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=60)
             return ((time.monotonic() - began) * 1000,)
         yield Contest('idle', {
             'memory': 'MB', 'of it anonymous': 'MB', 'threads': '', 'wake-ups': '/s',
@@ -14787,45 +14793,43 @@ def bench_machine_description() -> dict[str, str]:
             'load': ' '.join(f'{load:.2f}' for load in os.getloadavg())}
 
 
+def measured(name: str) -> Iterator[dict[str, Any]]:
+    """Yield the figures of a benchmark; what it has made goes, also with Ctrl-C."""
+    with contextlib.ExitStack() as stack:
+        try:
+            contests = BENCHES[name]()
+            stack.callback(contests.close)                  # type: ignore[attr-defined]
+            for contest in contests:
+                figures, missing = compete(contest)
+                for figure, rows in figures.items():
+                    yield {'name': name, 'what': contest.what, 'figure': figure,
+                           'unit': contest.units[figure], 'missing': missing, 'ways': rows}
+        except Exception as problem:        # it can't be prepared here; the others go on
+            say(f'{name}: not measured: {vm.explain(problem)}')
+
+
 def benchmark(names: Sequence[str], as_json: bool) -> int:
     """Measure what is named, or all, and print a table, or the raw figures."""
-    description, measured = bench_machine_description(), []
+    description, rows, status = bench_machine_description(), list[dict[str, Any]](), 0
     out = sys.stderr if as_json else sys.stdout
     print(*(f'{name}: {text}' for name, text in description.items()), sep='\n', file=out)
     title = f'median of {BENCH_ROUNDS} (lowest-highest)'
     print(f'\n| {title:46} | {US:24} | beside it = {US} by it |\n| --- | --- | --- |', file=out,
           flush=True)
-    interrupted = False
-    try:
-        for name in names or BENCHES:
-            for contest, figures, missing in contests(name):
-                for figure, rows in figures.items():
-                    print(bench_line(f'{name}, {contest.what}: {figure}', contest.units[figure],
-                                     rows), file=out, flush=True)
-                    measured.append({
-                        'name': name, 'what': contest.what, 'figure': figure,
-                        'unit': contest.units[figure], 'missing': missing, 'ways': {
-                            way: [None if math.isinf(value) else value for value in row]
-                            for way, row in rows.items()}})
-    except KeyboardInterrupt:
-        interrupted = True
-    if as_json:
-        print(json.dumps({'machine': description, 'measured': measured}, indent=1))
-    return 130 if interrupted else 0
-
-
-def contests(name: str) -> Iterator[tuple[Contest, dict[str, dict[str, list[float]]],
-                                          dict[str, str]]]:
-    """Yield the contests of a benchmark with what was measured; what it made goes, also with
-    Ctrl-C."""
-    with contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix=OURS) as place, mock.patch.dict(os.environ, {
+            'PYTHONPATH': str(HERE), 'PYTHONPYCACHEPREFIX': place, 'PYTHONDONTWRITEBYTECODE': ''}):
         try:
-            prepared = BENCHES[name]()
-            stack.callback(prepared.close)                  # type: ignore[attr-defined]
-            for contest in prepared:
-                yield (contest, *compete(contest))
-        except Exception as problem:        # it can't be prepared here; the others go on
-            say(f'{name}: not measured: {vm.explain(problem)}')
+            for row in (row for name in names or BENCHES for row in measured(name)):
+                print(bench_line(f'{row["name"]}, {row["what"]}: {row["figure"]}', row['unit'],
+                                 row['ways']), file=out, flush=True)
+                row['ways'] = {way: [None if math.isinf(value) else value for value in values]
+                               for way, values in row['ways'].items()}
+                rows.append(row)
+        except KeyboardInterrupt:
+            status = 130
+    if as_json:
+        print(json.dumps({'machine': description, 'measured': rows}, indent=1))
+    return status
 
 
 class BenchTest(Case):
