@@ -13639,8 +13639,8 @@ class Soak:
         self.guests: list[SoakGuest] = []
         for number in range(3):
             self.guests.append(SoakVm(self, Vm(self.host, f'tiny{number}')))
-        for number in range(2 if self.debian else 0):
-            self.guests.append(SoakVm(self, DebianVm(self.host, f'debian{number}')))
+        for name in ('debian', 'debian2') if self.debian else ():
+            self.guests.append(SoakVm(self, DebianVm(self.host, name)))
         kernel, initrd = guest_image()
         stack.callback(lambda: [machine.delete(force=True)      # type: ignore[attr-defined]
                                 for machine in vm.Machines().all()])
@@ -13649,7 +13649,7 @@ class Soak:
                 f'lab{number}', memory=160, kernel=kernel, initrd=initrd, cmdline=CMDLINE)))
         for guest in self.guests:
             if isinstance(guest, SoakVm):
-                if guest.name == 'debian1':         # the kept memory is of one guest
+                if guest.name == 'debian2':         # the kept memory is of one guest
                     guest.guest.uuid = random_uuid()
                 guest.guest.define()
         stack.callback(self.close_daemon)
@@ -13658,7 +13658,7 @@ class Soak:
     def drive(self) -> None:
         """Go through the rounds, and between them see that all comes back."""
         for guest in self.guests:
-            if guest.name == 'debian0':
+            if guest.name == 'debian':
                 guest.guest.start_booted()          # type: ignore[attr-defined]
             else:
                 guest.boot()
