@@ -10892,7 +10892,7 @@ class TerminationTest(GuestCase):
         self.enter(mock.patch.object(vm, 'MACHINES_DIR', str(self.directory / 'machines')))
         rng = random.Random(self.SEED)
         self.first = 0.3
-        runs = [(roles, rng.uniform(0.5, self.SPAN), rng.random() < 0.3)
+        runs = [(roles, rng.uniform(0.5, self.SPAN), rng.random() < 0.3, rng.random() < 0.5)
                 for roles in self.ROLES for _ in range(self.MOMENTS)]
         rng.shuffle(runs)
         slow: list[tuple[int, Any]] = []
@@ -10914,19 +10914,19 @@ class TerminationTest(GuestCase):
                 self.assertTrue(any(self.end_one(machine, number, *run) for _ in range(3)))
 
     def end_one(self, machine: vm.Machine, number: int, roles: Sequence[str], moment: float,
-                reload: bool) -> bool:
+                reload: bool, starts: bool) -> bool:
         """End one at that moment after its start, or at once after a reload; tell whether the
         machine was quick enough to say that it is out in time, with nothing half done."""
         place, port = Path(tempfile.mkdtemp(dir=self.directory)), free_port()
         config = self.config({'listener': {'port': port}, 'startup': {'vmStartupCommands': [
-            f'start {machine.name}', *[f'start term{number}'] * (number == 0)]}},
+            *[f'start {machine.name}'] * starts, *[f'start term{number}'] * (number == 0)]}},
             name=f'{number}.json')
         marker = f'VMMONITOR_RUN={place}'
         program = Program(*roles, '--config', config, argv=self.ARGV, env={
             'VMMONITOR_MACHINES': vm.MACHINES_DIR, 'TMPDIR': str(place),
             **dict([marker.split('=')])})
         with contextlib.closing(program):
-            if '--listen' in roles:
+            if '--listen' in roles and starts:
                 vm.spawn('asks', self.ask, port, machine.name, program)
             began = time.monotonic()
             time.sleep(min(moment, 1) * self.first)
@@ -13187,6 +13187,8 @@ class SoakGuest:
         self.soak.pause(self.rng.uniform(0.1, 2))
         if 'restored' in self.command('start', 'running'):
             self.soak.landed['restored'] += 1
+        else:                           # libvirtd was killed when it had half of it
+            self.booted()
 
     def off(self) -> None:
         self.command('off', 'off', self.rng.random() < 0.5)
@@ -13196,6 +13198,10 @@ class SoakGuest:
     def boot(self) -> None:
         if 'started' in self.command('start', 'running', self.rng.random() < 0.3):
             self.soak.landed['started'] += 1
+        self.booted()
+
+    def booted(self) -> None:
+        """Wait until it has booted, if that takes longer than until its agent answers."""
 
     def kill(self) -> None:
         os.kill(self.pid(), signal.SIGKILL)
@@ -13290,6 +13296,13 @@ class SoakVm(SoakGuest):
             return 200, self.guest.virsh(self.VERBS[verb], timeout=SOAK_PATIENCE)
         except RigError as problem:
             return 0, str(problem)
+
+    def booted(self) -> None:
+        def has_booted() -> bool:
+            with contextlib.suppress(RigError, AssertionError):
+                return not isinstance(self.guest, DebianVm) or self.guest.has_booted()
+            return False
+        self.soak.until(has_booted, f'{self.name}, booted')
 
     def room(self) -> SmallDisk:
         return self.soak.saves
