@@ -7824,7 +7824,7 @@ EVENTS_KEPT = 1000             # that came while nobody waited for one; the olde
 SCHEMAS['event'] = {'event': str, 'data?': dict}
 
 
-class LineSocket:
+class LineSocket(contextlib.AbstractContextManager['LineSocket']):
     """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
     two programs between which a guest migrates.
 
@@ -7855,9 +7855,6 @@ class LineSocket:
             raise PeerClosed(f'{path}: {problem.strerror or problem}',
                              'is the machine running?') from None
         return cls(path, connected)
-
-    def __enter__(self) -> LineSocket:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -7956,7 +7953,7 @@ def reply_error(path: str, answer: Mapping[str, Any]) -> ReplyError:
     return ReplyError(path, *(clip(str(error.get(member, ''))) for member in ('class', 'desc')))
 
 
-class QMP:
+class QMP(contextlib.AbstractContextManager['QMP']):
     """QEMU's monitor protocol over its unix socket (docs/interop/qmp-spec).
 
     QEMU serves one client of a socket at a time and lets a second one wait without a word, so
@@ -7986,9 +7983,6 @@ class QMP:
         if not isinstance(greeting.get('QMP'), dict):
             raise ProtocolError(f'{self.wire.path}: no QMP greeting: {str(greeting)[:80]}')
         return greeting
-
-    def __enter__(self) -> QMP:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -9319,16 +9313,13 @@ class QemuCommand:
             os.close(self.fds.pop())
 
 
-class QmpSession:
+class QmpSession(contextlib.AbstractContextManager['QmpSession']):
     """One operation's QMP, whose errors are the machine's, in QEMU's words."""
 
     def __init__(self, qmp: QMP, error: Callable[[ProtocolError], GuestError]) -> None:
         self.qmp, self._error = qmp, error
         self._names: list[str] = []             # of descriptors, which their first use consumes
         self._sets: list[int] = []              # fdsets, to be removed at the end
-
-    def __enter__(self) -> QmpSession:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self.qmp, contextlib.suppress(GuestError):
@@ -11360,7 +11351,7 @@ class Input(Part):
 CONSOLE_TIMEOUT = 1.0           # for another writer to close the console, and for its last bytes
 
 
-class Console:
+class Console(contextlib.AbstractContextManager['Console']):
     """A machine's serial console: all that it wrote since its start, and a way to type.
 
     Reading is from QEMU's log of it, so that nothing is missed while nobody looks, and many may
@@ -11373,9 +11364,6 @@ class Console:
         self._wire: socket.socket | None = None     # to write
         self._drainer: threading.Thread | None = None   # has the socket and the claim on it ...
         self._hung_up: list[Deadline] = []              # ... until QEMU closes it, or this
-
-    def __enter__(self) -> Console:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
