@@ -11297,19 +11297,36 @@ class DaemonTest(GuestCase):
 
     def test_idle(self) -> None:
         """All threads together wake up twice a second at most."""
-        def woken() -> int:
-            return sum(int(text) for path in Path(f'/proc/{program.process.pid}/task').iterdir()
-                       for text in re.findall(r'ctxt_switches:\s+(\d+)',
-                                              (path / 'status').read_text()))
         self.only('web1')
         self.vm('web1')
-        program = self.program('--monitor', '--listen', '--verbose', config=self.config(
+        own = {'VMMONITOR_MACHINES': str(self.directory / 'idle')}
+        self.directory.chmod(0o711)
+        program = self.program('--monitor', '--listen', '--verbose', env=own, config=self.config(
             {'listener': {'enabled': True, 'port': free_port()}}))
         program.wait_log('web1: clock')
-        time.sleep(2)
-        before = woken()
-        time.sleep(10)
-        self.assertLessEqual(woken() - before, 20)
+        machine = """import sys, vmmonitor as vm
+m = vm.Machine('m1', memory=32)
+print(m.start_vm(), flush=True)
+sys.stdin.read()
+m.stop(force=True)"""
+        with subprocess.Popen([sys.executable, '-c', machine], cwd=HERE, env={**os.environ, **own},
+                              stdin=subprocess.PIPE) as other:      # which stops it, then ends
+            program.wait_log('m1: started')             # the kernel tells
+            program.wait_log('closed a connection that nobody needed')
+            time.sleep(2)                               # they are several
+            before = self.woken(program)
+            time.sleep(6)
+            self.assertLessEqual(self.woken(program) - before, 12)
+            assert other.stdin
+            other.stdin.close()
+            program.wait_log('m1: stopped')
+
+    @staticmethod
+    def woken(program: Program) -> int:
+        """Return how often its threads have waited for something."""
+        return sum(int(text) for path in Path(f'/proc/{program.process.pid}/task').iterdir()
+                   for text in re.findall(r'(?m)^voluntary_ctxt_switches:\s+(\d+)',
+                                          (path / 'status').read_text()))
 
     def test_a_hung_libvirtd_is_a_503(self) -> None:
         self.only('web1', 'web2')

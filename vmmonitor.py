@@ -2547,7 +2547,7 @@ KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
 RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
 LOOP_TICK_MS = 5000            # the event loop shows this often that it runs
-SPARE_TIME = 30.0              # s; connections that nobody needed so long are closed
+SPARE_TIME = 10.0              # s; connections that nobody needed so long are closed
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
 OPEN_TIMEOUT = 10.0            # for one attempt to connect; ssh over a slow line takes seconds
 STEP_LIMIT = 1.5               # seconds: two hosts are in step; what a boot tells is no finer
@@ -3055,6 +3055,7 @@ class ConnectionPool:
             self.spare = len(self.idle)
         for connection in spare:
             connection.close()
+            log.debug('%s: closed a connection that nobody needed', self.uri)
 
     def close(self) -> None:
         with self.lock:
