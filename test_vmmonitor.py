@@ -11605,7 +11605,9 @@ class RequestsTest(GuestCase):
                 self.assertEqual(ask(command), answer)
                 self.assertEqual(guest.state(), state)
         self.wait_right(guest, 5)
-        self.assertRegex(ask('status')[1], r'^web1 running agent=connected clock=[+-]\d\.\dms at ')
+        # It is known when the reading that proves it has come, somewhat later.
+        soon(lambda: re.match(r'web1 running agent=connected clock=[+-]\d\.\dms at ',
+                              ask('status')[1]), 20, 'the last correction')
         guest.destroy()             # a guest of this kind that slept can't power itself off
         self.assertEqual(ask('start'), (200, 'web1: started'))
         guest.wait_agent()

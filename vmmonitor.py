@@ -4083,7 +4083,7 @@ class Monitor:
         self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
         self._told: dict[str, set[str]] = {}            # id -> complaints since its start
         self._leads: dict[tuple[str, str], int] = {}    # (id, cause) -> Correction.lead
-        self._lock = threading.Lock()                   # guards _jobs and _told
+        self._lock = threading.Lock()                   # guards _jobs, _told and corrections
         self._stopping = threading.Event()
         self._checks: queue.SimpleQueue[str] = queue.SimpleQueue()      # why to check all guests
         self._timer: ClockSetTimer | None = None
