@@ -6826,7 +6826,7 @@ class TestKernel(Case):
         if os.geteuid() or not shutil.which('qemu-system-x86_64'):
             self.skipTest('needs root and qemu-system-x86_64')
         with tempfile.TemporaryDirectory() as work:
-            said = boot_guest(Path(work), 'TestInGuest', 240)
+            said = boot_guest(Path(work), 'TestInGuest', 360)
         self.assertIn('guest: status 0', said)
         self.assertIn('Ran 8 tests', said)
         self.assertNotIn('skipped', said)
