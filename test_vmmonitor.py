@@ -13644,6 +13644,9 @@ class Soak:
 
     def set_up(self, stack: contextlib.ExitStack) -> None:
         """Make libvirtd, guests and the daemon; the stack undoes it."""
+        why = what_is_missing()
+        if why:
+            raise Broken(why)
         self.directory = Path(tempfile.mkdtemp(prefix=OURS))
         stack.callback(shutil.rmtree, self.directory)
         self.directory.chmod(0o711)
