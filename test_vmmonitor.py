@@ -14854,9 +14854,9 @@ def benchmark(names: Sequence[str], as_json: bool) -> int:
           flush=True)
     with tempfile.TemporaryDirectory(prefix=OURS) as place, mock.patch.dict(os.environ, {
             'PYTHONPATH': str(HERE), 'PYTHONPYCACHEPREFIX': place, 'PYTHONDONTWRITEBYTECODE': ''}):
-        with contextlib.suppress(RigError):         # what the first one compiles, all others have
-            run(peers_python(), '-c', f'import {US}, libvirt', timeout=60)
         try:
+            with contextlib.suppress(RigError):     # what the first one compiles, all others have
+                run(peers_python(), '-c', f'import {US}, libvirt', timeout=60)
             for row in (row for name in names or BENCHES for row in measured(name)):
                 print(bench_line(f'{row["name"]}, {row["what"]}: {row["figure"]}', row['unit'],
                                  row['ways']), file=out, flush=True)
