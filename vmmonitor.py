@@ -34,14 +34,18 @@ What there is for that; each of them has its own help():
     besides   sys_command
 
 For who changes this file: one file, the standard library, and what the host has: libvirt.so through
-ctypes, QEMU's and the guest agent's JSON over unix sockets. Three flows run through it:
+ctypes, QEMU's and the guest agent's JSON over unix sockets. Four flows run through it:
 
-    clock     libvirt event -> callback that only enqueues -> Monitor, one job per guest
-              -> wait for the agent, measure, set, measure again -> one log line
-    request   TLS connection -> worker thread: handshake, limits, parse -> key -> allowed?
-              -> Guests.find(target) -> action -> status code and one audit line
+    clock     libvirt's callback -> Subscription.deliver() -> LibvirtHost forgets what it knew
+              -> Monitor.events -> one ClockJob per guest -> synchronise(): wait for the agent,
+              measure, set, measure again -> one log line
+    request   TLS connection -> worker thread: handshake, limits -> Request.parameters()
+              -> Key.covers() -> Guests.find(): LibvirtHost.find(), Machines.find() -> Guests.act(),
+              one at a time for a guest -> Domain or Machine -> status code and one audit line
     startup   lines checked when the configuration is loaded -> one after another, each start
               in a thread of its own -> one summary line
+    a disk    Machine -> Devices.plan_disk() -> MachineFile; at the start Harddrive.blockdev() with
+              QemuCommand.fdset(), live with QmpSession.fdset(); its DriveSlot has the Qemu
 
 Four parts, each section using only those above it (grep -nE '^# (###|===)' prints them):
 
@@ -55,7 +59,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     configuration          the table of options, Config, load()
     guest                  what every guest answers, wherever it lives
     clock                  measure an offset, correct it, prove it
-    libvirt                the only place with ctypes: Library, Connection, LibvirtHost, Domain
+    libvirt                by ctypes: Library, Connection, LibvirtHost, Domain
     figures                what is counted, and word to who wants to know what failed
     guests                 one name space over the hosts; one command per guest at a time
     monitor                triggers -> at most one clock job per guest
@@ -83,7 +87,7 @@ Four parts, each section using only those above it (grep -nE '^# (###|===)' prin
     lab                    Lab: machines and networks that a file describes
   part 4: command line
     installation           what install.sh leaves to this file: Setup, and what --check asks of it
-    command line           options, roles, signals, systemd, main()
+    command line           verbs, options, roles, signals, systemd, main()
 
 Rules for threads:
 
