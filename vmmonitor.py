@@ -12567,8 +12567,8 @@ def at_once(what: str, names: Iterable[str], work: Callable[[str], Result],
     """
     futures: dict[str, concurrent.futures.Future[Result]] = {}
     try:
-        for name in names:
-            futures[name] = in_thread(f'{what} {name}', work, name)
+        with unbroken():                        # each that runs is known, and waited for
+            futures.update({name: in_thread(f'{what} {name}', work, name) for name in names})
         concurrent.futures.wait(futures.values(), LAB_TIMEOUT)
     except KeyboardInterrupt:
         if stopping:
