@@ -92,7 +92,7 @@ PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'iptables', 'debootstrap', 'e2fsprogs', 'xorriso', 'ovmf', 'testssl.sh', 'wget',
             'dnsmasq-base', 'nodejs', 'python3-requests', 'python3-aiohttp', 'chromium',
             'chromium-driver', 'tcpdump', 'graphviz', 'swtpm', 'grub-rescue-pc',
-            'memtest86+', 'ipxe')
+            'memtest86+', 'ipxe', 'openssh-client')
 Found = TypeVar('Found')
 
 
@@ -388,11 +388,12 @@ def stage_modules(stage: Path, root: Path, version: str, modules: Sequence[str])
 # Debian 13 with its own systemd, kernel, agent, hwclock and chrony. `hwclock -w`, by which its
 # guest-set-time ends, waits for the next second, and until then the agent is deaf; the tiny
 # guest's ends at once. It writes its clock to a second serial port, on which nobody waits.
-DEBIAN_RECIPE = 1       # raise it when build_debian() changes what it puts in
+DEBIAN_RECIPE = 2       # raise it when build_debian() changes what it puts in
 DEBIAN_SUITE = 'trixie'
 DEBIAN_PACKAGES = ('systemd', 'systemd-sysv', 'dbus', 'udev', 'kmod', KERNEL_PACKAGE,
                    'qemu-guest-agent', 'util-linux-extra', 'chrony', 'iproute2', 'login', 'passwd',
-                   'initramfs-tools')
+                   'initramfs-tools', 'cloud-init', 'python3-cffi-backend', 'openssh-server',
+                   'sudo', 'e2fsprogs')
 TICKER = """[Unit]
 Description=Write the clock to the second serial port
 [Service]
@@ -432,6 +433,9 @@ def build_debian(work: Path) -> None:
     (root / 'etc/systemd/system/ticker.service').write_text(TICKER)
     (root / 'etc/systemd/system/multi-user.target.wants/ticker.service').symlink_to(
         '../ticker.service')
+    # As in Debian's cloud images: what cloud-init writes of the network is carried out.
+    (root / 'etc/systemd/system/multi-user.target.wants/systemd-networkd.service').symlink_to(
+        '/lib/systemd/system/systemd-networkd.service')
     for name, target in (('vmlinuz', 'kernel'), ('initrd.img', 'initrd')):
         shutil.copyfile(next((root / 'boot').glob(f'{name}-*')), work / target)
     run('mkfs.ext4', '-q', '-d', str(root), str(work / 'disk'), '3G', timeout=300)
@@ -7756,6 +7760,40 @@ class TestFromImage(Live):
                 vm.Machine.from_image('no', self.path(name), **options)
         self.assertFalse(os.path.exists(self.path('half')))
         self.assertIsNone(vm.machines.find('no'))
+
+    def test_first_guest(self) -> None:
+        """The README's recipe, with a Debian as its cloud image is but for a boot loader."""
+        found = re.search(r'```python\n([^`]*from_image[^`]*)```.*?\n    (ssh -p .*?)\n',
+                          readme('Library: machines'), re.DOTALL)
+        assert found
+        recipe, login = found.groups()
+        debian, place = debian_image(), Path(self.path('home'))
+        (place / '.ssh').mkdir(parents=True)
+        key = place / '.ssh/id_ed25519'
+        run('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', str(key), timeout=60)
+        (place / 'debian-13-genericcloud-amd64.qcow2').symlink_to(debian / 'disk.qcow2')
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(place)
+        network = {'version': 2, 'ethernets': {'enp2s0': {
+            'addresses': ['10.0.2.15/24', '10.77.1.1/24'], 'gateway4': '10.0.2.2'}}}
+        with mock.patch.dict(os.environ, HOME=str(place)), mock.patch.object(
+                vm.Machine, 'from_image', functools.partial(
+                    vm.Machine.from_image, kernel=shutil.copy(debian / 'kernel', 'kernel'),
+                    initrd=shutil.copy(debian / 'initrd', 'initrd'), cpus=2,
+                    cmdline=f'{CMDLINE} root=/dev/vda rw', network_config=json.dumps(network))):
+            exec(recipe, {})
+        self.addCleanup(vm.Machine.load('first').delete, True)
+        words = [*shlex.split(login), '-i', str(key), '-o', 'StrictHostKeyChecking=no', '-o',
+                 'UserKnownHostsFile=/dev/null', '-o', 'ConnectTimeout=10']
+        script = 'sudo id -un; id -un; hostname; ip -4 -o address'
+
+        def logged_in() -> str:
+            done = subprocess.run([*words, script], stdin=subprocess.DEVNULL, timeout=120,
+                                  capture_output=True, text=True, check=False)
+            return done.stdout
+        said = soon(logged_in, 5 * BOOT, 'a login', 2)
+        self.assertEqual(said.splitlines()[:3], ['root', 'me', 'first'])
+        self.assertIn(' 10.77.1.1/24 ', said)
 
 
 class Running(Live):
