@@ -13055,6 +13055,7 @@ SOAK_RIGHT = 2.0                # s: how soon after its last disturbance a guest
 SOAK_LIMIT = 2 * BAR_OFFSET     # s: what it is then off at most, also as long as it is left alone
 SOAK_ROUND = 36.0, 300.0        # s, at least and at most; after each, all comes to rest
 SOAK_PATIENCE = 600.0           # s: what takes longer than this hangs, on any machine
+SOAK_CALM = 0.0125              # s: what the least work takes in a tiny guest of a quiet machine
 SOAK_DEBIAN = 10.0              # minutes from which on two Debian guests are among them
 SOAK_SLACK = {'threads': 2, 'descriptors': 6, 'KiB': 12 << 10, 'children': 0}
 WITNESS = 'witness'             # a guest that the monitor leaves alone
@@ -13220,14 +13221,14 @@ class SoakGuest:
             soak.pause(0.1)
 
     def overdue(self, took: float, off: float, since: float) -> None:
-        """Say so when the clock is wrong for too long; a machine that is slower than it was at
-        first gets more time, by as much as the same work takes longer in the witness."""
+        """Say so when the clock is wrong for too long; on a busy machine that is longer, by as much
+        as the witness takes longer."""
         if took > SOAK_RIGHT:
             slower = self.soak.slower(since)
             self.soak.late.add((self.name, since))
             if took > SOAK_RIGHT * slower:
                 raise Broken(f'{self.name}: {off:.3f} s off, {took:.1f} s after its agent answered '
-                             f'(the machine is {slower:.1f} times slower than at first)')
+                             f'(the machine is {slower:.1f} times slower than a quiet one)')
 
     # What befalls it, as the summary counts it.
 
@@ -13441,7 +13442,7 @@ class Soak:
         self.right: list[float] = []            # s: clocks, from the agent's answer on
         self.late: set[tuple[str, float]] = set()       # those that the witness excuses
         self.answered: list[float] = []         # s: the listener
-        self.witness: list[tuple[float, float]] = []    # when, and how long it took
+        self.witness: list[tuple[float, float]] = []    # when, and how slow the machine was then
         self.upset, self.gone, self.full = Upset(), Upset(), Upset()
         self.resting, self.ending = threading.Event(), threading.Event()
         self.kills = True                       # whether the daemon may be killed
@@ -13484,18 +13485,24 @@ class Soak:
             return 0, repr(problem)
 
     def slower(self, since: float) -> float:
-        """Return how many times longer the witness took since then than at first."""
-        took = [took for when, took in self.witness if when > since]
-        took = took or [took for _, took in self.witness[-3:]]
-        return max(1.0, statistics.median(took) / self.calm)
+        """Return how many times longer all takes since then than on a quiet machine."""
+        slow = [slow for when, slow in self.witness if when > since] or [
+            slow for _, slow in self.witness[-3:]]
+        return max(1.0, statistics.mean(slow or [1.0]))
 
     # What runs all along.
 
     def watch_witness(self) -> None:
-        """Have the least work done that sets a clock, by this process, in a guest of its own."""
+        """See how slow the machine is: by the least work that sets a clock, done by this process in
+        a guest of its own, and by what a thread that computes gets of a processor."""
         while not self.ending.is_set():
+            began, used = time.monotonic(), time.thread_time()
+            while time.thread_time() - used < 0.02:
+                pass
+            slow = (time.monotonic() - began) / 0.02
             with contextlib.suppress(RigError):
-                self.witness.append((time.monotonic(), self.least_work()))
+                slow = max(slow, self.least_work() / SOAK_CALM)
+            self.witness.append((began, slow))
             self.ending.wait(0.5)
 
     def least_work(self) -> float:
@@ -13707,8 +13714,6 @@ class Soak:
         witness.define()
         witness.start()
         witness.wait_agent(BOOT)
-        self.calm = statistics.median(self.least_work() for _ in range(7))
-        self.witness.append((time.monotonic(), self.calm))
         self.spawn(self.watch_witness)
         self.guests: list[SoakGuest] = []
         for number in range(3):
@@ -13829,7 +13834,7 @@ class Soak:
             print(f'  {kind:24} {count:6}')
         if self.right:
             print(f'clocks seen to come right: {len(self.right)}, after {max(self.right):.2f} s at '
-                  f'most; {len(self.late)} had more time, as the machine was slower than at first')
+                  f'most; {len(self.late)} had more time, as the machine was busy')
         if self.answered:
             print(f'listener: {len(self.answered)} answers, '
                   f'{statistics.median(self.answered) * 1000:.0f} ms, '
