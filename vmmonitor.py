@@ -7872,7 +7872,8 @@ class LineSocket(contextlib.AbstractContextManager['LineSocket']):
         """Send one value as a line, after the raw bytes `prefix`, with descriptors (SCM_RIGHTS)."""
         TRACE(f'send {value.get("execute")} to {self.path}')
         self.socket.settimeout(max(deadline.left(), 0.001))
-        data = prefix + json.dumps(value).encode() + b'\n'
+        # No byte too many: QEMU takes each by itself, in some microseconds.
+        data = prefix + json.dumps(value, separators=(',', ':')).encode() + b'\n'
         try:
             sent = socket.send_fds(self.socket, [data], fds) if fds else 0
             self.socket.sendall(data[sent:])
@@ -8006,8 +8007,8 @@ class QMP(contextlib.AbstractContextManager['QMP']):
             deadline = Deadline(timeout)
             self.serial += 1
             members = {name.replace('_', '-'): value for name, value in arguments.items()}
-            self.wire.send({'execute': command, 'arguments': members, 'id': self.serial}, deadline,
-                           fds=fds)
+            self.wire.send({'execute': command, 'id': self.serial,
+                            **({'arguments': members} if members else {})}, deadline, fds=fds)
             while True:
                 answer = self.wire.receive(deadline)
                 if 'event' in answer:
