@@ -10943,11 +10943,11 @@ class TerminationTest(GuestCase):
             path.write_text(DaemonTest.NAMELESS % f'term{number}')
             self.host.virsh('define', str(path))
             machine = vm.Machine(f'm{number}', memory=32)
-            for run in runs[number::6]:
+            for run in runs[number::12]:
                 if not self.end_one(machine, number, *run):
                     slow.append((number, run))
             self.host.virsh('undefine', f'term{number}')
-        for done in [vm.in_thread('runs', work, number) for number in range(6)]:
+        for done in [vm.in_thread('runs', work, number) for number in range(12)]:
             done.result(1800)
         for number, run in slow:                # several at once keep two processors busy: alone
             with self.subTest(run):
