@@ -3277,6 +3277,22 @@ class HostsTest(ConfigCase):
                                  label='beta', uri='qemu+tls://beta/system')
         self.guests = vm.Guests([self.alpha, self.beta])
 
+    def test_no_command_begins_at_the_end(self) -> None:
+        """The process ends in a moment: what begins then would be left half done."""
+        guest, release = self.guests.find('db'), threading.Event()
+        guest.start = lambda: str(release.wait(60))     # type: ignore[method-assign]
+        under_way = vm.in_thread('start', self.guests.act, 'start', guest)
+        soon(lambda: guest.id in self.guests.commands)
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            self.guests.end(0.1)
+        self.assertIn('ending while these go on: start of', logged.output[0])
+        for name in ('db', 'mail'):
+            with self.refused('vmmonitor is ending'):
+                self.guests.act('stop', self.guests.find(name))
+        release.set()
+        self.guests.end(10)
+        self.assertEqual(under_way.result(10), 'True')
+
     def hang(self, host: ScriptedHost) -> None:
         """Have a host answer no look-up any more, until the test ends."""
         ended = threading.Event()

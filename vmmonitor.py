@@ -3842,7 +3842,8 @@ class Guests:
         #                                             the last ones found: seconds since 1970, ms
         self._looks: dict[str, GuestEvent] = {}     # id of a guest -> why it will be looked at
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
-        self._free = threading.Condition()          # guards _busy; notified when one ends
+        self._free = threading.Condition()          # guards _busy, _ended; notified when one ends
+        self._ended = False                         # no command begins any more
 
     def ask(self, question: Callable[[GuestHost], Result], timeout: float = ANSWER_TIMEOUT,
             hosts: Sequence[GuestHost] | None = None, named: bool = False,
@@ -4021,7 +4022,9 @@ class Guests:
     @contextlib.contextmanager
     def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
         with self._free:
-            while guest.id in self._busy:
+            while self._ended or guest.id in self._busy:
+                if self._ended:
+                    raise Busy(f'{guest.name}: {action}: vmmonitor is ending', 'try again later')
                 if deadline.passed():
                     raise self._busy_error(guest)
                 self._free.wait(deadline.left())
@@ -4034,9 +4037,11 @@ class Guests:
                 del self._busy[guest.id]
                 self._free.notify_all()
 
-    def wait_idle(self, timeout: float) -> None:
-        """Wait until no command is under way: what goes on after `timeout` is named in the log."""
+    def end(self, timeout: float) -> None:
+        """Let no command begin, and wait until none is under way: what goes on after `timeout` is
+        named in the log."""
         with self._free:
+            self._ended = True
             if not self._free.wait_for(lambda: not self._busy, timeout):
                 log.warning('ending while these go on: %s', ', '.join(
                     f'{action} of {guest}' for guest, action in self._busy.items()))
@@ -13819,7 +13824,7 @@ class Daemon:
         self.monitor.stop()
         self.listener.close()
         deadline = Deadline(STOP_TIMEOUT)
-        self.guests.wait_idle(STOP_TIMEOUT * 2 / 3)     # else a machine may be left half started
+        self.guests.end(STOP_TIMEOUT * 2 / 3)           # else a machine may be left half started
         stop_all(self.guests.hosts, deadline.left())
         return 0
 
