@@ -8891,7 +8891,7 @@ class TestNetwork(Live):
         with self.assertLogs('vmmonitor', 'INFO') as logged:
             thread = vm.spawn('startup', startup.run)
             soon(lambda: 'going on' in str(logged.output), 20)
-            m.agent('guest-exec', {'path': 'nc', 'arg': ['-l', '-p', '5432']})
+            m.agent('guest-exec', {'path': 'sh', 'arg': ['-c', 'while :; do nc -l -p 5432; done']})
             thread.join(60)
         self.assertRegex(str(logged.output), 'line 1: served: not yet "port 5432" after 1')
         self.assertRegex(str(logged.output), 'startup: line 2: served: port 5432 after')
