@@ -3960,6 +3960,8 @@ class Guests:
         else:
             kind = '' if status.reason not in TROUBLES else \
                 'io-error' if status.reason == IO_ERROR else 'crashed'
+            if status.state is State.RUNNING and not pause:
+                return                                  # again: its event has it looked at, too
             self.notices.end(guest.name, *(
                 cured for cured in self.CURES.get(status.state, ()) if cured != kind))
             if kind:
