@@ -3848,7 +3848,7 @@ class DebianTest(GuestCase):
 
     def settled(self) -> None:
         """Assert that its clock stays right, though chrony runs in it."""
-        time.sleep(2)
+        time.sleep(1)
         self.guest.wait_agent()
         self.assertEqual(self.guest.exec(['systemctl', 'is-active', 'chrony'])[1], 'active\n')
         self.right(self.guest)
@@ -3861,7 +3861,7 @@ class DebianTest(GuestCase):
             program = self.monitor()
             program.wait_log('debian: clock (corrected|is right), cause=found', 60)
             while not nine_of_ten(took, bar) and len(took) < 20:
-                took.append(self.held_up(stop, start, 1 if took and away > 3 else away))
+                took.append(self.held_up(stop, start, 1 if took else away))
                 program.wait_log(f'debian: clock corrected, cause={cause}', 60, len(took))
                 try:
                     self.settled()
@@ -12965,7 +12965,7 @@ exec python3 -B test_vmmonitor.py """
         self.sh('systemctl restart vmmonitor')
         self.logged(since, 'far: .*WARNING: REMOTE HOST .*verification failed.*; the key that it '
                     'shows is not known to be its own: put the right one', 15)
-        since = self.cursor()
+        self.assertNotIn('far: connected', self.journal(since))
         self.sh(known % '/etc/ssh/ssh_host_ed25519_key')
         self.logged(since, 'far: connected', 60)
         self.assertEqual(self.ask('save&target=far/web1'), (200, 'far/web1: saved'))
@@ -13065,10 +13065,12 @@ def fresh_machines(options: argparse.Namespace) -> int:
     guest_image()
     if options.suite or options.soak:
         debian_image()                  # it can't be built in there, without a network
-    steps = [soaked] if options.soak else [*STEPS, *[Fresh.whole_suite] * options.suite,
-                                           Fresh.far_host, Fresh.reboots, Fresh.goes_down]
-    passed = [fresh(suite, steps) for suite in suites]
-    failed = sum(count < len(steps) for count in passed)
+    plans = [(suite, [soaked] if options.soak else [*STEPS, *(
+        [Fresh.whole_suite] if options.suite else []), *(
+        [Fresh.far_host, Fresh.reboots, Fresh.goes_down]            # which take long
+        if options.suite or suite == suites[-1] else [])]) for suite in suites]
+    passed = [fresh(*plan) for plan in plans]
+    failed = sum(count < len(steps) for count, (_, steps) in zip(passed, plans))
     print(f'{sum(passed)} passed, {failed} failed', flush=True)
     return 1 if failed else 0
 
