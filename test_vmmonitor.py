@@ -10417,7 +10417,18 @@ class TestLab(Live):
         self.assertLessEqual({*states.values()}, {'off', 'absent'})     # made whole, not started
         self.assertEqual({path.name for path in self.home.glob('m*')},
                          {name for name, state in states.items() if state == 'off'})
-        self.assertEqual(len(lab.up()), len(lab.machines))
+        lab.down(disks=True)
+        once = [2]
+
+        def interrupt(step: str) -> None:
+            if 'qemu-img create' in step:
+                os.kill(os.getpid(), once.pop() if once else 0)
+                time.sleep(1)
+        with mock.patch.object(vm, 'TRACE', interrupt), self.assertRaises(KeyboardInterrupt):
+            lab.up()
+        lab.up()                                # the very same one goes on
+        self.assertEqual({row['state'] for row in lab.status() if row['kind'] == 'machine'},
+                         {'running'})
         near, far = os.openpty()                # there is a line of progress on a terminal
         program = subprocess.Popen(
             [sys.executable, HERE / 'vmmonitor.py', 'up', '--wait', 'agent'], stderr=far,
@@ -10492,6 +10503,10 @@ class TestLab(Live):
             return {name: machine.state() for name, machine in lab.machines.items()}
         self.assertEqual(states(), running)     # none has it, and all go on
         self.assertEqual([machine.snapshots for machine in lab.machines.values()], [[], []])
+        with at_step('send stop to .*/mb/', vm.MachineError('no answer')), \
+                self.refused('no answer'):
+            lab.snapshot('one')
+        self.assertEqual(states(), running)     # also who stood still already
         stopped: list[str] = []
         with mock.patch.object(vm, 'TRACE', stopped.append):
             self.assertEqual(lab.snapshot('one'), 'snapshot one of ma, mb')
@@ -10502,6 +10517,10 @@ class TestLab(Live):
         with self.refused('ma: has a snapshot one'):
             lab.snapshot('one')
         lab.machines['ma'].stop(force=True)
+        with at_step('send snapshot-load to .*/ma/', vm.MachineError('no way')), \
+                self.refused('no way'):
+            lab.load_snapshot('one')
+        self.assertEqual(states(), {**running, 'ma': vm.State.OFF})     # as it was
         self.assertIn('ma, mb: put back to one', self.verb('load', 'lab.json', 'one'))
         self.assertEqual(states(), running)
         lab.machines['mb'].stop(force=True)

@@ -12687,6 +12687,7 @@ class Lab:
         """
         given, did = self.file.sections['machines'], list[str]()
         with self.alone():
+            self._stopping.clear()                      # set by an earlier Ctrl-C
             self._make_networks(did)
             new = [name for name in given if machines.find(name) is None]
             self._note_new('machines', dict.fromkeys(new, ''))
@@ -12993,8 +12994,8 @@ class Lab:
     @contextlib.contextmanager
     def _still(self, ran: Mapping[str, Machine], then: Mapping[str, Machine]) -> Iterator[None]:
         """Have machines stand still together, and `then` go on together, with right clocks."""
-        at_once('freeze', ran, lambda name: ran[name].freeze())
         try:
+            at_once('freeze', ran, lambda name: ran[name].freeze())
             yield
         finally:
             at_once('unfreeze', [name for name in then if then[name].is_alive()],
@@ -13035,12 +13036,17 @@ class Lab:
                     with_memory[name] = machine
 
             def load(name: str) -> None:
-                if name in with_memory:
-                    if not all_[name].is_alive():
-                        all_[name].start_vm(paused=True)
-                else:
+                off = not all_[name].is_alive()
+                if name not in with_memory:
                     all_[name].stop(force=True)
-                all_[name].load_snapshot(tag, clock=False)
+                elif off:
+                    all_[name].start_vm(paused=True)
+                try:
+                    all_[name].load_snapshot(tag, clock=False)
+                except BaseException:
+                    if off:                             # as it was
+                        all_[name].stop(force=True)
+                    raise
             ran = {name: machine for name, machine in with_memory.items()
                    if machine.state() is State.RUNNING}
             with self._still(ran, with_memory):
