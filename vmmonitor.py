@@ -1390,12 +1390,12 @@ class Config:
         'listener.certificate.password', '', a_text,
         'the password of the private key, if it has one', secret=True)
     key: str = option(
-        'listener.key', '', a_text, 'the key that may do everything', secret=True)
+        'listener.key', '', a_text, 'the key for all that commandsEnabled allows', secret=True)
     key_file: str = option(
         'listener.keyFile', '', a_text, 'a file that holds it instead')
     enabled: tuple[str, ...] = option(
         'listener.commandsEnabled', commands_enabled({}), commands_enabled,
-        'what anybody may use; those not named keep their default', shown={
+        'what any key may use; those not named keep their default', shown={
             name: verb.enabled for name, verb in VERBS.items()})
     key_entries: tuple[Key, ...] = option(
         'listener.keys', (), key_entries, 'further keys: name, key or keyFile, commands, targets')
