@@ -109,7 +109,7 @@ check_path() {
 # --- who could change it ---------------------------------------------------------------------
 
 check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, and the way to it
-    for name in $FILES config.json cert.pem key.pem .installed; do
+    for name in $FILES config.json cert.pem key.pem .installed __pycache__; do
         [ ! -e "$1/$name" ] || check_owner "$1/$name" "$2"
     done
     path=$1

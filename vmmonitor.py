@@ -1410,7 +1410,8 @@ class Config:
         'startup.vmStartupCommands', (), steps,
         f'lines: {usage(STARTUP_FORMS)}', restart=True)
     shutdown_enabled: bool = option(
-        'shutdown.enabled', False, a_bool, 'end guests in order when the host goes down')
+        'shutdown.enabled', False, a_bool, 'end guests in order when the host goes down',
+        restart=True)
     shutdown_steps: tuple[Step, ...] = option(
         'shutdown.vmShutdownCommands', (), lambda value: steps(value, SHUTDOWN_FORMS),
         f'lines: {usage(SHUTDOWN_FORMS)}')
@@ -3779,10 +3780,10 @@ class Notices:
                 self.sending = bool(self._waiting)
                 if not self.sending:
                     return
-                notice = self._waiting.popleft()
+                notice, command = self._waiting.popleft(), self.settings.config.notify_command
             try:
-                run(self.settings.config.notify_command, NOTIFY_TIMEOUT,
-                    json.dumps(notice).encode() + b'\n')
+                if command:                             # a reload may have taken it away
+                    run(command, NOTIFY_TIMEOUT, json.dumps(notice).encode() + b'\n')
             except (Error, OSError) as problem:
                 log.warning('notify.command: %s', explain(problem))
 
@@ -3835,7 +3836,8 @@ class Guests:
         self.figures, self.notices = Figures(), Notices(self.settings)
         self.corrections: dict[str, Correction] = {}    # id of a guest -> the last one of its life
         self.commands: dict[str, dict[str, Any]] = {}   # id of a guest -> the last one, as JSON
-        self.recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT)
+        self.recent: collections.deque[tuple[Guest, dict[str, Any]]] = collections.deque(
+            maxlen=RECENT)
         self.serial = 0                             # of the last entry in `recent`
         self.lists: dict[str, str] = {}             # "startup" -> where that list is now
         self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
@@ -3987,12 +3989,12 @@ class Guests:
                 self.figures.count('commands_total', action, type(problem).__name__)
                 if kind and tell:
                     self.notices.begin(kind, guest.name, error)
-                self.note(guest.name, f'{action} {guest.name}: {explain(problem)}', failed=True)
+                self.note(guest, f'{action} {guest.name}: {explain(problem)}', failed=True)
                 raise
             self.commands[guest.id] = {**known, 'result': says}
             self.figures.count('commands_total', action, 'done')
             self.notices.end(guest.name, kind)
-            self.note(guest.name, f'{action} {guest.name}: {says}')
+            self.note(guest, f'{action} {guest.name}: {says}')
             return says
 
     def _sync(self, guest: Guest) -> str:
@@ -4011,14 +4013,14 @@ class Guests:
             self.figures.count('corrections_total', result.cause)
             self.figures.observe('right_seconds', result.right)
             if result.cause != 'sync':                  # else act() does
-                self.note(guest.name, str(result))
+                self.note(guest, str(result))
         if result.method or guest.id not in self.corrections:
             self.corrections[guest.id] = result
 
-    def note(self, guest: str, text: str, failed: bool = False) -> None:
+    def note(self, guest: Guest, text: str, failed: bool = False) -> None:
         """Add a line to the last commands and corrections, which `cmd=log` shows."""
-        self.recent.append({'at': utc(time.time()), 'guest': guest, 'text': clip(text),
-                            'failed': failed})
+        self.recent.append((guest, {'at': utc(time.time()), 'guest': guest.name,
+                                    'text': clip(text), 'failed': failed}))
         self.serial += 1
 
     @contextlib.contextmanager
@@ -4225,7 +4227,7 @@ class Monitor:
             news = kind not in told
             told.add(kind)
         if news:
-            self.guests.note(guest.name, f'{guest.name}: {text}', failed=True)
+            self.guests.note(guest, f'{guest.name}: {text}', failed=True)
         log.log(logging.WARNING if news else logging.DEBUG, '%s: %s', guest.name, text)
 
     def _watch_host(self, timer: ClockSetTimer) -> None:
@@ -4309,8 +4311,8 @@ class GuestList:
         self._waiting: set[str] = set()             # guests whose host, another one, is away
 
     def _sum_up(self, began: float) -> None:
-        done = ', '.join(f'{name} {says}' for name, says in self._results.items())
-        failed = ', '.join(f'{name} ({why})' for name, why in self.failed.items())
+        done = ', '.join(f'{name} {says}' for name, says in [*self._results.items()])
+        failed = ', '.join(f'{name} ({why})' for name, why in [*self.failed.items()])
         log.log(logging.WARNING if failed else logging.INFO,
                 '%s: ended after %.1f s: %s%s', self.what, time.monotonic() - began,
                 done or 'nothing was to be done', failed and f'; failed: {failed}')
@@ -4456,7 +4458,7 @@ class Shutdown(GuestList):
             log.error('shutdown: %s', explain(problem))
         for name, since in list(self._waits.items()):
             self.failed.setdefault(name, f'still on after {time.monotonic() - since:.0f} s')
-        for name, why in self.failed.items():
+        for name, why in [*self.failed.items()]:        # threads may still be at it
             self.guests.notices.begin('stop', name, Error(f'{name}: {why}'))
         self._sum_up(began)
         Deadline(NOTIFY_TIMEOUT).poll(lambda: not self.guests.notices.sending)
@@ -4500,7 +4502,7 @@ class Shutdown(GuestList):
         if step.name != 'all':
             return [[step.name]] if step.name in self._on else []
         lines = {other.name for other in self.steps if other.verb != 'wait'}
-        rest = [name for name in self._on if name not in lines]
+        rest = [name for name in [*self._on] if name not in lines]
         places = {name: self.place.get(name, sys.maxsize) for name in rest}     # unknown ones first
         return [[name for name in rest if places[name] == place]
                 for place in sorted(set(places.values()), reverse=True)]
@@ -4508,8 +4510,9 @@ class Shutdown(GuestList):
     def _end_all(self, step: Step) -> None:
         """End the guests of a line, group by group."""
         for names in self.named(step):
-            threads = [spawn(f'{step.verb} {name}', self._end, step, self._on[name])
-                       for name in names if not self.stopping.is_set()]
+            threads = [spawn(f'{step.verb} {guest.name}', self._end, step, guest)
+                       for guest in map(self._on.get, names)        # another line may have ended it
+                       if guest and not self.stopping.is_set()]
             for thread in threads:
                 thread.join(self.limit.left())
 
@@ -4520,13 +4523,13 @@ class Shutdown(GuestList):
                 return
             try:
                 says = self.guests.act(verb, guest, tell=False)
-                patience = Deadline(min(step.seconds, self.limit.left()))
-                if verb != 'stop' or patience.poll(guest.is_off):
+                patience = min(step.seconds, self.limit.left())
+                if verb != 'stop' or Deadline(patience).poll(guest.is_off):
                     self.failed.pop(guest.name, None)
                     self._results[guest.name] = 'shut down' if verb == 'stop' else says
                     self._on.pop(guest.name, None)
                     break
-                self.failed[guest.name] = f'did not shut down within {step.seconds:g} s'
+                self.failed[guest.name] = f'did not shut down within {round(patience, 1):g} s'
             except Error as problem:
                 self.failed[guest.name] = explain(problem)
             log.warning('shutdown: %s %s: %s', verb, guest.name, self.failed[guest.name])
@@ -5386,7 +5389,8 @@ class Dispatcher:
         return Reply(200, '\n'.join(lines) or 'no guests', {
             'version': 1, 'host': os.uname().nodename, 'guests': known,
             **({'away': [told(problem) for problem in away]} if away else {}),
-            'lists': [f'{name}: {text}' for name, text in self.guests.lists.items()],
+            'lists': [f'{name}: {text if "*" in key.targets else "goes on"}'    # guests' names
+                      for name, text in [*self.guests.lists.items()]],
             'commands': [command for command in key.commands
                          if command in self.settings.config.enabled],
             'logged': self.guests.serial})
@@ -5409,7 +5413,8 @@ class Dispatcher:
 
     def _log(self, key: Key, _deadline: Deadline) -> Reply:
         """Return the last commands and corrections of the key's guests, the newest first."""
-        lines = [row for row in [*self.guests.recent][::-1] if self._may_reach(key, row['guest'])]
+        lines = [row for guest, row in [*self.guests.recent][::-1]
+                 if key.covers(guest.own, guest.name)]
         return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
                      or 'nothing yet', {'version': 1, 'lines': lines})
 
@@ -13350,8 +13355,11 @@ class Setup:
         cached = run([self.python, '-I', '-c', 'import importlib.util, sys; '
                       'print(importlib.util.cache_from_source(sys.argv[1]))',
                       self.path('vmmonitor.py')], SETUP_TIMEOUT).stdout.decode().strip()
-        self.changes.directory(os.path.dirname(cached))
-        self.changes.keep(cached)           # the launcher makes it, if it is not there or too old
+        place = os.path.dirname(cached)
+        self.changes.directory(place)
+        there = (name for name in os.listdir(place) if re.fullmatch(r'vmmonitor\..*\.pyc', name))
+        for name in {os.path.basename(cached), *there}:     # the launcher makes it anew: who made
+            self.changes.put(os.path.join(place, name), None)       # this one is not known
         words = run([self.python, '-I', launcher, 'completion'], SETUP_TIMEOUT).stdout
         for path, data, mode in ((COMMAND, text, 0o755), (COMPLETIONS, words, 0o644)):
             if os.path.lexists(path) and path not in self.record.files and (
@@ -14330,7 +14338,8 @@ TASKS = {
     'capture': Task('write what crosses a nic (its number) to a file, as pcap, until Ctrl-C', None,
                     'MACHINE NIC FILE'),
     'sync': Task('correct clocks now'),
-    'check': Task('say whether all is there that is needed, or what to do', None),
+    'check': Task('say whether all is there that is needed, or what to do', None, flags=tuple(
+        (f'--{role}', f'as if it ran with --{role}') for role in ROLES[:3])),
     'console': Task('its serial console; Ctrl-] leaves it', 1),
     'delete': Task('forget machines and the nics that were made for them; disks stay', '+'),
     'clean': Task('remove what interrupted programs left of networks, or what has this name', '*',
@@ -14399,7 +14408,8 @@ def dispatch_verb(options: argparse.Namespace) -> int:
     if not options.config and path and not os.access(path, os.R_OK):
         path = ''                       # the service's; whoever may not read it has the defaults
     if options.verb == 'check':
-        return show_checks(checks(path, ()), options.json)
+        roles = [role for role in ROLES if getattr(options, role, False)]
+        return show_checks(checks(path, roles), options.json)
     if options.verb == 'clean':
         return command_clean(options)
     if options.verb == 'completion':
