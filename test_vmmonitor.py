@@ -6437,7 +6437,8 @@ class TestRouter(NetCase):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
             own.bind(('127.0.0.1', 53))             # the host's own goes on
             router, lan = vm.Router('eth1', nat=True, dhcp=True, hosts={
-                'Web_1': '10.77.0.9', '52:54:00:00:00:07': '10.77.0.7'}), vm.Switch('lan')
+                'Web_1': '10.77.0.9', '52:54:00:00:00:07': '10.77.0.7',
+                '52:54:00:00:00:0a': '10.77.0.8'}), vm.Switch('lan')
             self.addCleanup(router.delete)
             router.connect(lan)
         got = self.client('web-1')
@@ -6461,6 +6462,12 @@ class TestRouter(NetCase):
         (later, told), = dnsmasqs().items()
         self.assertNotEqual(later, pid)
         self.assertEqual(set(told) - set(argv), {f'--dhcp-host={card.mac},late-1.internal'})
+        vm.VirtualNic(namespace='zwei', mac='52:54:00:00:00:0a').connect(lan)
+        vm.VirtualNic(namespace='zwei', mac='52:54:00:00:00:0b').connect(lan)
+        (_, told), = dnsmasqs().items()             # the last row with a MAC is the one that counts
+        self.assertEqual([word for word in told if ':00:0' in word and 'zwei' in word], [
+            '--dhcp-host=52:54:00:00:00:0a,10.77.0.8,zwei.internal',
+            '--dhcp-host=52:54:00:00:00:0b,zwei.internal'])
         self.assertIn('web-1', next(Path(vm.STATE_DIR).glob('*.leases')).read_text())
         router.delete()
         self.assertEqual((dnsmasqs(), [*Path(vm.STATE_DIR).glob('*-router*')]), ({}, []))
@@ -7552,6 +7559,15 @@ class TestMaking(Live):
                           ({'cpus': 2}, 'cpus 1, not 2')):
             with self.subTest(why), self.refused('twice exists', why):
                 make(**more)
+        before.stop(force=True)
+        os.rename(self.path('b.qcow2'), self.path('away'))
+        with self.refused('twice exists, but the disk', 'b.qcow2 does not', 'put it back'):
+            make()
+        self.assertFalse(os.path.exists(self.path('b.qcow2')))
+        os.remove(before.file.path('machine.json'))
+        with self.refused('has lost its machine.json', 'rename its copy'):
+            self.bios('twice')
+        os.rename(before.file.path('machine.json.copy'), before.file.path('machine.json'))
         before.delete(force=True)
         for name in ('few', 'many'):            # of two that make it at once, one finds it
             machines = [vm.in_thread(name, functools.partial(self.bios, name, nics=1))
@@ -8833,6 +8849,22 @@ class TestHardware(Live):
         for m in machines.values():
             m.delete(force=True)
 
+    @staticmethod
+    def tpms(m: vm.Machine) -> Iterator[str]:
+        """Yield the processes of its TPM."""
+        for pid in filter(str.isdecimal, os.listdir('/proc')):
+            with contextlib.suppress(OSError):
+                if b'dir=tpm,' in cmdline(pid) and os.readlink(f'/proc/{pid}/cwd') == m.home:
+                    yield pid
+
+    def test_tpm_without_its_qemu(self) -> None:
+        """A TPM ends by a word of its QEMU, which one that does not start never gives."""
+        m = self.bios('less', tpm=True, args=['-nonsense'])
+        for _ in range(2):
+            with self.refused('nonsense'):
+                m.start_vm()
+        soon(lambda: not [*self.tpms(m)], what='it has ended')
+
     def test_tpm(self) -> None:
         m = self.guest('tpm', tpm=True, harddrives=self.path('t.qcow2'))
         m.start_vm()
@@ -8857,8 +8889,7 @@ class TestHardware(Live):
         m.start()
         self.assertEqual(register(), second)
         self.assertEqual(register(extend=True), third)
-        program = next(pid for pid in filter(str.isdecimal, os.listdir('/proc'))
-                       if f'dir={m.file.path("tpm")}'.encode() in cmdline(pid))
+        program = next(self.tpms(m))
         status = Path(f'/proc/{program}/status').read_text()
         for line in (f'Uid:\t{m.spec.uid}\t', 'NoNewPrivs:\t1', 'CapEff:\t0000000000000000',
                      'CapBnd:\t0000000000000000'):
@@ -10117,7 +10148,7 @@ class TestAsGuests(Live):
                 ({'devices': [{**device, 'facts': {'chain': [[]]}}]}, "the device 'disk0'"),
                 ({'devices': [{**device, 'kind': 'door'}]}, "the device 'disk0'"),
                 ({'snapshots': {'s': 1}}, '"snapshots" is'), ({'cpus': True}, '"cpus" is True'),
-                ({'version': 1}, 'of version 1, and this vmmonitor knows 2'),
+                ({'version': 1}, 'of version 1, and this vmmonitor knows 3'),
                 ({'version': 99}, 'of version 99')):
             path.write_text(json.dumps({**good, **change}))
             with self.subTest(why), self.refused('machine.json is damaged', why, 'repair=True',
@@ -10571,6 +10602,25 @@ class TestLab(Live):
                          ['ma lan', 'ma mb', 'mb lan'])
         self.assertRegex(drawn, r'edge mb lan .* absent .* dashed')
 
+    def pulled(self) -> None:
+        """Pull a cable while frames are captured; those after it are there, with their tags."""
+        path = self.path('pulled.pcap')
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        frame = bytes.fromhex('ffffffffffff 525400000001 8100 0007 0806') + b'tagged' * 10
+        ip('link add va type veth peer name vb')
+        ip('link set va up')
+        with vm.captured('va', file), socket.socket(
+                socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+            ip('link set va down')
+            ip('link set va up')
+            ip('link set vb up')
+            sender.bind(('vb', 0x300))
+            time.sleep(0.5)                     # it has heard of that
+            sender.send(frame)
+            soon(lambda: frame in Path(path).read_bytes())
+        os.close(file)
+        ip('link del va')
+
     def test_capture(self) -> None:
         """SeaBIOS asks for an address by each card: tcpdump reads that from the file."""
         def shown(path: str) -> str:
@@ -10596,6 +10646,11 @@ class TestLab(Live):
             self.assertEqual((os.stat(path).st_size, m.qmp('query-fdsets')), (size, before))
         with self.refused('exists'), m.capture(0, path):
             pass
+        with at_step('send object-add', vm.MachineError('no')), self.refused('no'), \
+                m.capture(0, self.path('none.pcap')):
+            pass
+        self.assertFalse(os.path.exists(self.path('none.pcap')))
+        self.pulled()
         with self.refused('no nic 7'), m.capture(7, 'x'):
             pass
         m.stop(force=True)
@@ -12474,6 +12529,20 @@ class Installed(FreshMachine):
         self.answers()
         self.assertEqual(self.sh(f'stat -c %G {self.here}/other.pem'), 'root')
         self.sh(f'rm {self.here}/argparse.py {self.here}/socket.py {self.here}/other.pem')
+        # Bytecode that fits the program, but is not of it.
+        self.box.path('/root/plant.py').write_text(
+            'import importlib.util, marshal, os, struct, sys\n'
+            'cached, info = importlib.util.cache_from_source(sys.argv[1]), os.stat(sys.argv[1])\n'
+            'code = marshal.dumps(compile("open(\\"/srv/planted\\", \\"w\\")", "x", "exec"))\n'
+            'with open(cached, "wb") as file:\n'
+            '    file.write(importlib.util.MAGIC_NUMBER + struct.pack('
+            '"<III", 0, int(info.st_mtime), info.st_size) + code)\n')
+        self.sh(f'python3 /root/plant.py {self.here}/vmmonitor.py')
+        self.install()
+        self.assertEqual(self.sh('ls /srv'), '')
+        self.sh(f'chown nobody {self.here}/__pycache__')
+        self.fails(f'{self.here}/install.sh', '__pycache__')
+        self.sh(f'chown root {self.here}/__pycache__')
 
     @step
     def two_at_once(self) -> None:

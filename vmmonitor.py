@@ -7062,13 +7062,20 @@ def dhcp_server(name: str, row: Record, records: Mapping[str, Record]) -> tuple[
     has all in its arguments, so that they tell whether it knows of all machines.
     """
     network = ipaddress.ip_network(row.facts['subnet'])
-    known: dict[str, list[str]] = {}            # name or MAC -> MACs and a fixed address
+    known: dict[str, list[str]] = {}            # name -> MACs
     for other in records.values():              # a machine's namespace has its name
         host = host_name(other.facts.get('namespace', '').replace(':', '-'))
         if other.kind == 'nic' and host:
             known.setdefault(host, []).append(other.facts['mac'])
-    for host, address in row.facts['hosts'].items():
-        known.setdefault(host, []).append(address)
+    rows: list[tuple[str, list[str]]] = []
+    fixed = {**row.facts['hosts']}
+    for host, macs in known.items():            # of several rows for a MAC the last one counts
+        rows += [(host, [mac, fixed.pop(mac)]) for mac in macs if mac in fixed]
+        there = [mac for mac in macs if mac not in row.facts['hosts']]
+        if host in fixed:
+            there.append(fixed.pop(host))
+        rows += [(host, there)] * bool(there)
+    rows += [(host, [address]) for host, address in fixed.items()]
     path = shlex.quote(str(Registry().path.with_suffix('')) + f'-{name}')
     files = f'--pid-file={path}.pid --dhcp-leasefile={path}.leases'
     user = 'nobody'
@@ -7082,7 +7089,7 @@ def dhcp_server(name: str, row: Record, records: Mapping[str, Record]) -> tuple[
         f'--domain={DOMAIN} --local=/{DOMAIN}/ --domain-needed --bogus-priv',
         # With its domain, as a name such as "45" or "ignore" would be read as something else.
         *(f'--dhcp-host={",".join([*words, host if ":" in host else f"{host}.{DOMAIN}"])}'
-          for host, words in sorted(known.items()))]), tool='dnsmasq'),
+          for host, words in sorted(rows))]), tool='dnsmasq'),
         ops_for('no longer hand out addresses and names', files, tool='end'))
 
 
@@ -8539,6 +8546,9 @@ def base_image(filename: str | os.PathLike[str]) -> Harddrive:
         packed, path = path, path[:-3] if path.endswith('.xz') else f'{path}.unpacked'
         if not os.path.exists(path):
             _unpack(packed, path)
+        elif os.stat(packed).st_mtime > os.stat(path).st_mtime:
+            log.warning('%s is older than %s, and used as it is; remove it to have that unpacked',
+                        path, packed)
     form = 'qcow2' if qcow2_header(path) else 'raw'
     what, remedy = foreign(path) if form == 'raw' else ('', '')
     if what:
@@ -8552,6 +8562,7 @@ def _unpack(packed: str, path: str) -> None:
         try:
             with lzma.open(packed) as source, open(file, 'wb', closefd=False) as target:
                 shutil.copyfileobj(source, target, MIB)
+            os.fsync(file)                      # it counts for ever, once it has its name
         except (lzma.LZMAError, EOFError) as problem:
             raise DiskError(f'{packed}: {problem}', 'download it again') from None
         except OSError as problem:
@@ -8746,7 +8757,7 @@ MACHINES_DIR = os.environ.get('VMMONITOR_MACHINES') or (
     '/var/lib/vmmonitor/machines' if os.geteuid() == 0 else
     os.path.expanduser('~/.local/state/vmmonitor/machines'))
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,62}')
-SPEC_VERSION = 2                # of machine.json
+SPEC_VERSION = 3                # of machine.json
 VIRTIO_PORTS = 31               # of the virtio serial device, the agent's among them
 PORTS_MAX = 15 * 8              # root ports of PCI
 HOME_LENGTH = 88                # of HOME's path: a unix socket's has 107 bytes at most
@@ -8980,7 +8991,8 @@ class MachineSpec:
             raise ValueError('it is no JSON object')
         if known.get('version') != SPEC_VERSION:
             raise ValueError(f'it is of version {known.get("version")!r:.40}, and this vmmonitor '
-                             f'knows {SPEC_VERSION}')
+                             f'knows {SPEC_VERSION}: use the one that wrote it, or make a new '
+                             'machine of its disks')
         for key, inner in schema.items():
             if not matches(known, {key: inner}):
                 raise ValueError(f'"{key.rstrip("?")}" is '
@@ -9578,14 +9590,17 @@ class Qemu:
 
     def start(self, command: QemuCommand) -> None:
         """Run QEMU, and wait for its greeting; MachineError with its own last words."""
+        tpm: subprocess.Popen[bytes] | None = None
         try:
             self._record(0)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.file.path('qemu.log'))
             if self.spec.tpm:
-                self._start_tpm(command)
+                tpm = self._start_tpm(command)
             process = self._run([QEMU, *command.argv], command.fds)
         except OSError as problem:
+            if tpm:
+                tpm.kill()
             os.unlink(self.file.path('process.json'))
             raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
         finally:
@@ -9597,6 +9612,8 @@ class Qemu:
         except BaseException as problem:        # Ctrl-C, too: it must not run on
             if not isinstance(problem, PeerClosed):
                 process.kill()
+            if tpm:
+                tpm.kill()                      # it knows of no end of a QEMU that it never knew
             reaper.join(QMP_TIMEOUT)
             if not isinstance(problem, ProtocolError):
                 raise
@@ -9604,16 +9621,17 @@ class Qemu:
             raise MachineError(f'{self.name}: QEMU did not start{why}', self._remedy(why)
                                or f'see {self.file.path("qemu.log")}') from None
 
-    def _run(self, argv: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    def _run(self, argv: Sequence[str], fds: Sequence[int], cwd: str = '/'
+             ) -> subprocess.Popen[bytes]:
         """Start a program that has no rights, and writes to qemu.log."""
         log_ = appended(self.file.path('qemu.log'))
         try:
             return subprocess.Popen([*self.wrapper(), *argv], stdin=subprocess.DEVNULL, stdout=log_,
-                                    stderr=log_, cwd='/', start_new_session=True, pass_fds=fds)
+                                    stderr=log_, cwd=cwd, start_new_session=True, pass_fds=fds)
         finally:
             os.close(log_)
 
-    def _start_tpm(self, command: QemuCommand) -> None:
+    def _start_tpm(self, command: QemuCommand) -> subprocess.Popen[bytes]:
         """Start its TPM, a program that keeps its state in HOME/tpm, and ends with QEMU."""
         near, far = socket.socketpair()
         with far:
@@ -9621,9 +9639,11 @@ class Qemu:
             command.add('-tpmdev', 'emulator,id=tpm0,chardev=tpm')
             command.add('-device', 'tpm-crb,tpmdev=tpm0')
             tpm = self._run(['swtpm', 'socket', '--tpm2', '--terminate', '--tpmstate',
-                             f'dir={self.file.path("tpm")},mode=0600', '--ctrl',
-                             f'type=unixio,clientfd={far.fileno()}'], [far.fileno()])
+                             'dir=tpm,mode=0600', '--ctrl',     # a path might have a comma
+                             f'type=unixio,clientfd={far.fileno()}'], [far.fileno()],
+                            self.file.home)
         spawn(f'reap the TPM of {self.name}', tpm.wait)
+        return tpm
 
     def end(self, *ways: tuple[str, float, Callable[[], bool]], patience: int = 2) -> str:
         """End it in one of these ways, (name, seconds, what to do), then by quit, SIGTERM and
@@ -9894,6 +9914,7 @@ MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports
 SPARE_PORTS = 8                 # ... and at least this many are free at first
 ETH_P_ALL = 3                   # all frames (packet(7))
+SOL_PACKET, PACKET_AUXDATA, TP_STATUS_VLAN_VALID = 263, 8, 0x10
 CAPTURES = 8                    # of one machine at once
 CAPTURE_BYTES = 1 << 18         # of a frame: what its network card segments itself comes whole
 UNPLUG_TIMEOUT = 15.0           # Linux takes 0.2 s; without an operating system it never goes
@@ -10575,23 +10596,44 @@ class Ram(Part):
 def captured(port: str, file: int) -> Iterator[None]:
     """Write the frames that come and go at an interface of this host to a file (packet(7))."""
     over, frames = threading.Event(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    wrong: list[OSError] = []
 
     def copy() -> None:
-        with contextlib.suppress(OSError):              # the interface, or the space, has gone
-            while not over.is_set():
-                if select.select([frames], [], [], STATE_POLL)[0]:
-                    data, now = frames.recv(CAPTURE_BYTES), time.time_ns() // 1000
-                    os.write(file, struct.pack('IIII', *divmod(now, 1_000_000), len(data),
-                                               len(data)) + data)
-    with frames:
+        while not over.is_set():
+            if select.select([frames], [], [], STATE_POLL)[0]:
+                try:
+                    data = received_frame(frames)
+                    target.write(struct.pack('IIII', *divmod(time.time_ns() // 1000, 1_000_000),
+                                             len(data), len(data)) + data)
+                    target.flush()
+                except OSError as problem:
+                    if problem.errno != errno.ENETDOWN:     # the cable was pulled, for now
+                        wrong.append(problem)
+                        return
+    with frames, open(file, 'wb', closefd=False) as target:
+        frames.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         frames.bind((port, ETH_P_ALL))
-        os.write(file, struct.pack('IHHiIII', 0xa1b2c3d4, 2, 4, 0, 0, CAPTURE_BYTES, 1))
+        target.write(struct.pack('IHHiIII', 0xa1b2c3d4, 2, 4, 0, 0, CAPTURE_BYTES, 1))
+        target.flush()
         copier = spawn(f'capture {port}', copy)
         try:
             yield
         finally:
             over.set()
             copier.join(QMP_TIMEOUT)
+    if wrong:
+        raise write_error(f'the capture of {port}', wrong[0])
+
+
+def received_frame(frames: socket.socket) -> bytes:
+    """Return a frame with its VLAN tag, which the kernel gives beside it (packet(7))."""
+    data, told, *_ = frames.recvmsg(CAPTURE_BYTES, 64)
+    for level, kind, extra in told:
+        if (level, kind) == (SOL_PACKET, PACKET_AUXDATA):
+            status, tag, protocol = struct.unpack_from('I12xHH', extra)     # tpacket_auxdata
+            if status & TP_STATUS_VLAN_VALID:
+                data = data[:12] + struct.pack('!HH', protocol or 0x8100, tag) + data[12:]
+    return data
 
 
 class Captures(Part):
@@ -10617,10 +10659,13 @@ class Captures(Part):
             except OSError as problem:
                 raise write_error(path, problem) from None
             opened.callback(os.close, file)
+            empty = opened.enter_context(contextlib.ExitStack())
+            empty.callback(remove_file, path)           # if it does not begin
             # A tap's frames pass by QEMU where there is vhost, which then refuses the filter; and
             # QEMU before 8.0 has the filter write the tap's header before each.
             opened.enter_context(captured(device.facts.name, file) if device.facts.name else
                                  self._dumped(device, f'capture{number}', file))
+            empty.pop_all()
             yield path
 
     @contextlib.contextmanager
@@ -11498,6 +11543,16 @@ def _several(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
+def require_disks(name: str, paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise DiskError if a machine is there and one of its disks is not: it shall not get an empty
+    one without a word."""
+    for path in paths if os.path.exists(os.path.join(MACHINES_DIR, name or '.', 'machine.json')) \
+            else ():
+        if not os.path.exists(image_path(path)):
+            raise DiskError(f'machine {name} exists, but the disk {path} does not',
+                            f'put it back, or see Machine.load({name!r}).harddrives')
+
+
 def newest_type() -> str:
     """Return the versioned machine type that q35 stands for in this QEMU."""
     shown = qemu_help('-M')
@@ -11787,6 +11842,8 @@ class Machine(Guest):
         leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
         uid = _uid(user, identity)
         kernel, initrd = (readable(path) if path else '' for path in (kernel, initrd))
+        require_disks(name, [drive for drive in _several(harddrives)
+                             if not isinstance(drive, Harddrive)])
         drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
                   for drive in _several(harddrives)]
         # A CD object that is in another machine's drive goes on speaking of that one.
@@ -11807,6 +11864,9 @@ class Machine(Guest):
             if os.path.exists(file.path('machine.json')):
                 self._take(file, [*drives, *given['nics']] if isinstance(given['nics'], list)
                            else drives, discs)
+            elif os.path.exists(file.path('machine.json.copy')):
+                raise MachineError(f'machine {name}: {home} has lost its machine.json',
+                                   'rename its copy, machine.json.copy, or take the directory away')
             else:                               # also what is left of a program that was killed
                 self._make(file, drives, nics, discs)
 
@@ -11906,6 +11966,7 @@ class Machine(Guest):
                                'insert() other CDs later')
         base, data = base_image(image), user_data or login(user, ssh_key)
         path = image_path(disk or os.path.join(os.path.dirname(base.filename), f'{name}.qcow2'))
+        require_disks(name, [path])
         drive = Harddrive(path, size, backing=base)
         # cloud-init looks at all of it anew when the name of the instance is another one.
         digest = hashlib.sha256(f'{name}\0{data}\0{network_config}'.encode()).hexdigest()[:8]
