@@ -4830,6 +4830,18 @@ class ListenerTest(ListenerCase):
                 self.assertRegex(text, '(?s)^HTTP/1.1 200 .*\r\n\r\none$')
         tag = re.findall('ETag: (.*)\r\n', text)[0]
         self.listener.router.pictures.clear()
+        taken: list[int] = []
+
+        def slow() -> bytes:
+            taken.append(1)
+            time.sleep(0.5)
+            return b'slow'
+        with mock.patch.object(self.guest, 'picture', slow):
+            for one in [vm.in_thread('look', self.ask, 'cmd=screenshot&target=web1', *self.BEARER)
+                        for _ in range(8)]:
+                self.assertEqual(one.result(20), (200, 'slow'))
+        self.assertEqual(len(taken), 1)
+        self.listener.router.pictures.clear()
         with mock.patch.object(vm, 'PICTURE_PAUSE', 0.0):
             for status in (304, 200):
                 self.assertEqual(self.ask('cmd=screenshot&target=web1', '-H',

@@ -2128,8 +2128,13 @@ GUEST_ENDS: dict[str, Callable[[Guest], bool]] = {
 def within(deadline: Deadline, who: str, ask: Callable[..., Result], *args: Any) -> Result:
     """Return what `ask` returns; HostAway if it has not returned at the deadline: libvirt's calls
     have none of their own, and one that hangs must hold up a thread, not who asked."""
+    return outcome(deadline, who, in_thread(who, ask, *args))
+
+
+def outcome(deadline: Deadline, who: str, under_way: concurrent.futures.Future[Result]) -> Result:
+    """Return what something that goes on returns; HostAway if it goes on at the deadline."""
     try:
-        return in_thread(who, ask, *args).result(deadline.left())
+        return under_way.result(deadline.left())
     except concurrent.futures.TimeoutError:
         raise HostAway(f'{who} does not answer', hint='try again in a moment') from None
 
@@ -5172,7 +5177,8 @@ class Dispatcher:
         self.guests, self.settings = guests, settings
         self.throttle = Throttle()
         # id of a guest -> its last picture, and until when that is new enough
-        self.pictures: dict[str, tuple[Deadline, bytes]] = {}
+        self.pictures: dict[str, tuple[Deadline, concurrent.futures.Future[bytes]]] = {}
+        self._painting = threading.Lock()               # guards pictures
 
     def answer(self, request: Request) -> Reply:
         """Return the answer to any request, and write its audit line."""
@@ -5243,11 +5249,15 @@ class Dispatcher:
         return self._act(order, guest)
 
     def _picture(self, guest: Guest, deadline: Deadline) -> bytes:
-        new = {key: row for key, row in self.pictures.items() if not row[0].passed()}
-        if guest.id not in new:
-            new[guest.id] = Deadline(PICTURE_PAUSE), within(deadline, guest.name, guest.picture)
-        self.pictures = new
-        return new[guest.id][1]
+        with self._painting:
+            for key in [key for key, (new, picture) in self.pictures.items()
+                        if new.passed() and picture.done()]:
+                del self.pictures[key]
+            if guest.id not in self.pictures:
+                self.pictures[guest.id] = Deadline(PICTURE_PAUSE), in_thread(
+                    guest.name, guest.picture)
+            picture = self.pictures[guest.id][1]
+        return outcome(deadline, guest.name, picture)
 
     def _wrong(self, who: str, audit: Audit) -> Refusal:
         """Count a wrong key and return what it is answered."""
