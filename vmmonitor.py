@@ -13162,6 +13162,15 @@ program.exit_now(program.main())
 """
 
 
+# Prints where Python keeps the bytecode of a file, NUL, and the bytecode.
+BYTECODE = '''
+import importlib.util, os, py_compile, sys, tempfile
+with tempfile.TemporaryDirectory() as place:
+    made = py_compile.compile(sys.argv[1], os.path.join(place, 'made'), doraise=True)
+    with open(made, 'rb') as file:
+        where = os.fsencode(importlib.util.cache_from_source(sys.argv[1]))
+        sys.stdout.buffer.write(where + bytes(1) + file.read())
+'''
 SCHEMAS['.installed'] = {'files': {'*': str}, 'joined': bool, 'places': [str]}
 
 
@@ -13423,18 +13432,19 @@ class Setup:
         launcher = self.path(LAUNCHER)
         text = COMMAND_TEXT.format(python=self.python, here=self.here).encode()
         self._made(LAUNCHER, text, 0o755)
-        cached = run([self.python, '-I', '-c', 'import importlib.util, sys; '
-                      'print(importlib.util.cache_from_source(sys.argv[1]))',
-                      self.path('vmmonitor.py')], SETUP_TIMEOUT).stdout.decode().strip()
-        place = os.path.dirname(cached)
+        cached, data = run([self.python, '-I', '-c', BYTECODE, self.path('vmmonitor.py')],
+                           SETUP_TIMEOUT).stdout.split(b'\0', 1)
+        place, own = os.path.split(os.fsdecode(cached))
         self.changes.directory(place)
-        there = (name for name in os.listdir(place) if re.fullmatch(r'vmmonitor\..*\.pyc', name))
-        for name in {os.path.basename(cached), *there}:     # the launcher makes it anew: who made
-            self.changes.put(os.path.join(place, name), None)       # this one is not known
+        for name in os.listdir(place):          # whoever wrote these, they would be run
+            if re.fullmatch(r'vmmonitor\..*\.pyc', name) and name != own:
+                self.changes.put(os.path.join(place, name), None)
+        self.changes.put(os.path.join(place, own), data, 0o644)
         words = run([self.python, '-I', launcher, 'completion'], SETUP_TIMEOUT).stdout
-        for path, data, mode in ((COMMAND, text, 0o755), (COMPLETIONS, words, 0o644)):
+        for path, data, mode, ours in ((COMMAND, text, 0o755, b"\n# By vmmonitor's install.sh: "),
+                                       (COMPLETIONS, words, 0o644, b'_vmmonitor() {')):
             if os.path.lexists(path) and path not in self.record.files and (
-                    b'vmmonitor' not in Path(path).read_bytes()):
+                    ours not in Path(path).read_bytes()):       # nor of another copy of this
                 print(f'note: {path} is not of vmmonitor, and stays')
                 continue
             self.changes.directory(os.path.dirname(path))
