@@ -3470,7 +3470,8 @@ class Domain(Guest):
 
     def _wake_restored(self) -> None:
         """Wake a guest that somebody saved while it was asleep: QEMU 9.0 and later restore it
-        asleep (system_wakeup), and libvirt takes it for running."""
+        asleep (system_wakeup), and libvirt takes it for running. Those before wake it to save it,
+        but may save it before it is awake: it then waits for that for ever, and can't be helped."""
         try:
             status = checked('query-status', parse_json(self._qmp('query-status')),
                              {'return': {'status': str}})['return']['status']
