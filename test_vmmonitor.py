@@ -11324,12 +11324,16 @@ class OneShotTest(GuestCase):
 
     def test_completion(self) -> None:
         script = vmmonitor('completion')[1]
-        ask = script + 'vmmonitor() { printf "web1\\nweb two\\n"; }\n' \
+        # Whoever may define a guest on one of the hosts chooses what stands in its name.
+        ask = script + 'vmmonitor() { printf "%s\\n" web1 "web two" \'we$(touch pwned);id\'; }\n' \
             'ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vmmonitor; ' \
             'printf "%s|" "${COMPREPLY[@]}"; echo; }\n' \
             'ask vmmonitor sta; ask vmmonitor start we; ask vmmonitor --che'
-        done = subprocess.run(['bash', '-c', ask], capture_output=True, text=True, check=True)
-        self.assertEqual(done.stdout, 'start|status|\nweb1|web two|\n--check|\n')
+        done = subprocess.run(['bash', '-c', ask], capture_output=True, text=True, check=True,
+                              cwd=self.directory)
+        self.assertEqual(done.stdout, 'start|status|\nweb1|web\\ two|'
+                         'we\\$\\(touch\\ pwned\\)\\;id|\n--check|\n')
+        self.assertFalse((self.directory / 'pwned').exists())
 
     def test_reload_that_is_answered(self) -> None:
         path = self.config({'monitor': {'toleranceMs': 7}})

@@ -14435,12 +14435,15 @@ VERBS_HERE: dict[str, Verb | Task] = {**VERBS, **TASKS}
 del VERBS_HERE['metrics']      # they are the service's
 
 COMPLETION = """_vmmonitor() {
-    local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]} names
+    local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]} name
+    COMPREPLY=()
     case $COMP_CWORD:$word in
         *:-*) mapfile -t COMPREPLY < <(compgen -W '%s' -- "$word") ;;
         1:*) mapfile -t COMPREPLY < <(compgen -W '%s' -- "$word") ;;
-        *) names=$(vmmonitor list --names 2>/dev/null)
-            mapfile -t COMPREPLY < <(compgen -W "$names" -- "$word") ;;
+        *) while read -r name; do       # quoted: a name may have $(...) or ; in it
+                printf -v name %%q "$name"
+                [[ $name != "$word"* ]] || COMPREPLY+=("$name")
+            done < <(vmmonitor list --names 2>/dev/null) ;;
     esac
 }
 complete -o default -F _vmmonitor vmmonitor
