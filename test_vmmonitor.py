@@ -11324,16 +11324,18 @@ class OneShotTest(GuestCase):
 
     def test_completion(self) -> None:
         script = vmmonitor('completion')[1]
-        # Whoever may define a guest on one of the hosts chooses what stands in its name.
-        ask = script + 'vmmonitor() { printf "%s\\n" web1 "web two" \'we$(touch pwned);id\'; }\n' \
+        ran = self.directory / 'ran'
+        self.assertNotIn('mapfile', script, 'zsh has none')
+        ask = script + f"vmmonitor() {{ printf '%s\\n' web1 'web two' 'w$(touch {ran})'; }}\n" \
             'ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vmmonitor; ' \
             'printf "%s|" "${COMPREPLY[@]}"; echo; }\n' \
-            'ask vmmonitor sta; ask vmmonitor start we; ask vmmonitor --che'
-        done = subprocess.run(['bash', '-c', ask], capture_output=True, text=True, check=True,
-                              cwd=self.directory)
-        self.assertEqual(done.stdout, 'start|status|\nweb1|web\\ two|'
-                         'we\\$\\(touch\\ pwned\\)\\;id|\n--check|\n')
-        self.assertFalse((self.directory / 'pwned').exists())
+            "ask vmmonitor sta; ask vmmonitor start we; ask vmmonitor start 'web\\ t'\n" \
+            'ask vmmonitor --che; ask vmmonitor stop w; ask vmmonitor stop web1 --al'
+        done = subprocess.run(['bash', '-c', ask], capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout.splitlines(), [
+            'start|status|', 'web1|web\\ two|', 'web\\ two|', '--check|',
+            rf'web1|web\ two|w\$\(touch\ {ran}\)|', '--all|'])
+        self.assertFalse(ran.exists(), "a guest's name was run")
 
     def test_reload_that_is_answered(self) -> None:
         path = self.config({'monitor': {'toleranceMs': 7}})

@@ -14434,17 +14434,18 @@ AS_OPTIONS = '--check', '--status', '--sync', '--clean'     # which are the verb
 VERBS_HERE: dict[str, Verb | Task] = {**VERBS, **TASKS}
 del VERBS_HERE['metrics']      # they are the service's
 
+# Nothing here expands a guest's name, as compgen -W would: "$(reboot)" is one. zsh has no mapfile.
 COMPLETION = """_vmmonitor() {
-    local IFS=$'\\n' word=${COMP_WORDS[COMP_CWORD]} name
+    local word=${COMP_WORDS[COMP_CWORD]} words name
     COMPREPLY=()
     case $COMP_CWORD:$word in
-        *:-*) mapfile -t COMPREPLY < <(compgen -W '%s' -- "$word") ;;
-        1:*) mapfile -t COMPREPLY < <(compgen -W '%s' -- "$word") ;;
-        *) while read -r name; do       # quoted: a name may have $(...) or ; in it
-                printf -v name %%q "$name"
-                [[ $name != "$word"* ]] || COMPREPLY+=("$name")
-            done < <(vmmonitor list --names 2>/dev/null) ;;
+        *:-*) words='%s' ;;
+        1:*) words='%s' ;;
+        *) words=$(vmmonitor list --names 2>/dev/null) ;;
     esac
+    while IFS= read -r name; do
+        [[ $name ]] && printf -v name %%q "$name" && [[ $name == "$word"* ]] && COMPREPLY+=("$name")
+    done <<< "$words"
 }
 complete -o default -F _vmmonitor vmmonitor
 """
@@ -14498,9 +14499,10 @@ def dispatch_verb(options: argparse.Namespace) -> int:
     if options.verb == 'clean':
         return command_clean(options)
     if options.verb == 'completion':
-        flags = [flag for action in arguments()._actions for flag in action.option_strings]
-        show(COMPLETION % ('\n'.join(sorted([*flags, *AS_OPTIONS, '--json', '--wait'])),
-                           '\n'.join(VERBS_HERE)))
+        verbs: Any = next(action.choices for action in verb_arguments()._actions if action.choices)
+        flags = {flag for parser in (arguments(), *verbs.values()) for action in parser._actions
+                 for flag in action.option_strings if action.help != argparse.SUPPRESS}
+        show(COMPLETION % ('\n'.join(sorted([*flags, *AS_OPTIONS])), '\n'.join(VERBS_HERE)))
         return 0
     if options.verb == 'log':
         return command_log(''.join(options.names or ()))
