@@ -108,23 +108,31 @@ check_path() {
 
 # --- who could change it ---------------------------------------------------------------------
 
-check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, and the way to it
+check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, and the way to each
     for name in $FILES config.json cert.pem key.pem .installed __pycache__; do
         [ ! -e "$1/$name" ] || check_owner "$1/$name" "$2"
+        [ ! -L "$1/$name" ] || check_way "$(readlink -f "$1/$name")" "$2"
     done
     path=$1
     while [ ! -e "$path" ]; do
         path=$(dirname "$path")
     done
     check_owner "$path" "$2"
+    check_way "$path" "$2"
+}
+
+check_way() {           # check_way PATH UID: the directories above it
+    path=$1
     while [ "$path" != / ]; do
         path=$(dirname "$path")
-        [ -k "$path" ] || check_owner "$path" "$2"      # as /tmp: others can't rename what is ours
+        check_owner "$path" "$2" way
     done
 }
 
-check_owner() {         # check_owner PATH UID: only root or UID may be able to change that path
-    case $(stat -L -c %a "$1") in
+check_owner() {         # check_owner PATH UID [way]: only root or UID may be able to change that
+    # Of a sticky one on the way, as /tmp, only its owner can rename what is ours.
+    case $(stat -L -c %a "$1")$([ ! -k "$1" ] || echo "${3:-}") in
+        *way) ;;
         *[2367]? | *[2367])
             die "$1: others can write to it, and root would run what they put there; do:" \
                 "chmod go-w $1" ;;

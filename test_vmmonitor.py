@@ -11361,6 +11361,31 @@ class OneShotTest(GuestCase):
         self.assertEqual(status, 1)
         self.assertIn(f'process {process} does not answer: Connection refused; see that it is', err)
 
+    def test_install_trusts_nobody_elses_directory(self) -> None:
+        """Whose directory is on the way to the program can put another one in its place."""
+        script = (HERE / 'install.sh').read_text().partition('\nread_options "$@"')[0]
+        self.directory.chmod(0o755)
+        way, place = self.directory / 'way', self.directory / 'way' / 'app'
+        place.mkdir(parents=True)
+        (place / 'install.sh').touch()
+        (self.directory / 'config.json').touch()
+        (self.directory / 'link').mkdir()
+        (self.directory / 'link' / 'config.json').symlink_to(way / 'config.json')
+        (way / 'config.json').touch()
+
+        def checked(directory: Path) -> str:
+            return subprocess.run(['sh', '-c', f'{script}\ncheck_owners {directory} 0'], check=False,
+                                  capture_output=True, text=True, timeout=30).stderr
+        for mode, owner, why in ((0o755, 0, ''), (0o1777, 0, ''), (0o777, 0, 'others can write'),
+                                 (0o755, 65534, 'nobody could change what root runs'),
+                                 (0o1755, 65534, 'nobody could change what root runs')):
+            way.chmod(mode)
+            os.chown(way, owner, -1)
+            for directory in (place, place / 'new', self.directory / 'link'):
+                with self.subTest(directory, mode=oct(mode), owner=owner):
+                    self.assertRegex(checked(directory), why and f'^install.sh: {way}: {why}'
+                                     or '^$')
+
     def test_a_user_without_rights_is_told(self) -> None:
         script = self.directory / 'vmmonitor.py'
         shutil.copy(HERE / 'vmmonitor.py', script)
