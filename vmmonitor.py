@@ -5037,6 +5037,8 @@ def json_pairs(body: bytes) -> list[tuple[str, str]]:
 
 def plain_address(address: str) -> str:
     """Return an address, IPv4 that came by an IPv6 socket as IPv4; ValueError if it is none."""
+    if not re.fullmatch(r'[\w.-]{0,15}', address.partition('%')[2], re.ASCII):
+        raise ValueError('no interface has such a name')        # and Python would take any
     parsed = ipaddress.ip_address(address)
     return str(getattr(parsed, 'ipv4_mapped', None) or parsed)
 
