@@ -11376,9 +11376,10 @@ class OneShotTest(GuestCase):
         (way / 'config.json').touch()
 
         def checked(directory: Path) -> str:
-            return subprocess.run(['sh', '-c', f'{script}\ncheck_owners {directory} 0'], check=False,
-                                  capture_output=True, text=True, timeout=30).stderr
-        for mode, owner, why in ((0o755, 0, ''), (0o1777, 0, ''), (0o777, 0, 'others can'),
+            ask = f'{script}\ncheck_owners {directory} 0'
+            return subprocess.run(['sh', '-c', ask], check=False, capture_output=True, text=True,
+                                  timeout=30).stderr
+        for mode, owner, why in ((0o755, 0, ''), (0o1777, 0, ''), (0o777, 0, 'others'),
                                  (0o755, 65534, 'nobody could change what root runs'),
                                  (0o1755, 65534, 'nobody could change what root runs')):
             way.chmod(mode)
