@@ -13102,6 +13102,9 @@ exec python3 -B test_vmmonitor.py """
         place = '/root/vmmonitor'
         self.copy(place)
         # Packages first, and by the host's network: the rest runs in the container's own.
+        self.box.set_up_apt()
+        self.sh('apt-get -qq -y --no-install-recommends install python3 >/dev/null', 600,
+                network=False)
         self.sh(f'cd {place}; python3 -B -c "import test_vmmonitor as t; t.install(); '
                 't.guest_image(); t.nginx_program(); t.promtool()"', 1200, network=False)
         done = subprocess.run(
