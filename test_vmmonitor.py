@@ -7956,6 +7956,10 @@ class TestGuest(Running):
             '.', 'sockets', 'ports', 'vnc', 'qemu.log', 'console.log', 'process.json')}, {
             '.': 0, 'sockets': 0, 'ports': 0, 'vnc': m.spec.uid, 'qemu.log': 0, 'console.log': 0,
             'process.json': 0})
+        # Whoever has broken into it reads no secret that we were started with.
+        told = Path(f'/proc/{m.pid()}/environ').read_text().split('\0')
+        self.assertLessEqual({row.partition('=')[0] for row in told if row},
+                             {*vm.ITS_ENVIRONMENT})
         argv = Path(f'/proc/{m.pid()}/cmdline').read_text().split('\0')
         self.assertIn('elevateprivileges=deny', argv[argv.index('-sandbox') + 1])
         self.assertNotIn(self.disk.filename, ' '.join(argv))

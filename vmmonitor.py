@@ -9204,6 +9204,8 @@ QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
 LAST_WORDS = 4096               # bytes at the end of qemu.log that are looked at
 SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
+# Of root's environment, in which there may be secrets, what another user gets
+ITS_ENVIRONMENT = ('PATH', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'LD_LIBRARY_PATH')
 NO_PRIVILEGES = ('--inh-caps=-all', '--ambient-caps=-all', '--bounding-set=-all', '--no-new-privs')
 FORWARD_HINT = 'another program has that port, or the host not that address: see ss -lntup'
 # What stop() tries, from the kindest: (name, seconds until the next one)
@@ -9640,7 +9642,9 @@ class Qemu:
         log_ = appended(self.file.path('qemu.log'))
         try:
             return subprocess.Popen([*self.wrapper(), *argv], stdin=subprocess.DEVNULL, stdout=log_,
-                                    stderr=log_, cwd=cwd, start_new_session=True, pass_fds=fds)
+                                    stderr=log_, cwd=cwd, start_new_session=True, pass_fds=fds,
+                                    env={name: value for name, value in environment().items()
+                                         if os.geteuid() or name in ITS_ENVIRONMENT})
         finally:
             os.close(log_)
 
