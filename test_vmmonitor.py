@@ -6343,6 +6343,13 @@ class TestRouter(NetCase):
             vm.Router('eth1')
         with self.refused('carries the default route', kind=vm.InUse):
             vm.Switch('lan').connect('eth1')
+        ip('route del default')
+        for line in ('64.0.0.0/2 via 192.0.2.1', '2000::/3 via 2001:db8::1'):   # stand for one
+            ip(f'route add {line}')
+            with self.refused('carries the default route via', kind=vm.InUse):
+                vm.Router('eth1')
+            ip(f'route del {line}')
+        ip('route add default via 192.0.2.1 dev eth1')
         before = self.picture()
         router = vm.Router('eth1', force=True)
         self.assertEqual(router.gateway, '192.0.2.1')
@@ -6399,10 +6406,27 @@ class TestRouter(NetCase):
                      'route append 10.4.0.0/16 via 192.0.2.2 dev eth1',
                      '-6 route add 2001:db8:7::/48 from 2001:db8::/64 via 2001:db8::1 dev eth1 '
                      'pref high expires 500', '-6 route add 2001:db8:a::/48 via 2001:db8::1 dev '
-                     'eth1 mtu 1300 pref low'):
+                     'eth1 mtu 1300 pref low', 'route add local 198.51.101.0/24 dev eth1',
+                     'route add multicast 239.0.0.0/8 dev eth1',
+                     'neighbour add 192.0.2.1 lladdr 02:00:00:00:00:01 nud permanent dev eth1',
+                     'neighbour add proxy 192.0.2.99 dev eth1',
+                     'neighbour add 2001:db8::1 lladdr 02:00:00:00:00:01 nud permanent dev eth1',
+                     # elsewhere, with an address that goes meanwhile, as a VPN has them
+                     'link add name vpn type bridge', 'link set dev vpn up',
+                     'route add 10.8.0.0/16 dev vpn src 192.0.2.5',
+                     '-6 route add 2001:db8:77::/48 dev vpn src 2001:db8::5'):
             ip(line)
-        before = self.picture()
+
+        def others() -> set[str]:
+            return {row.replace('eth1-router', 'eth1') for line in (
+                'route show dev vpn', '-6 route show 2001:db8:77::/48', 'route show type multicast '
+                '239.0.0.0/8', 'neighbour show nud permanent', 'neighbour show proxy')
+                for row in ip(line).splitlines()}
+        before, elsewhere = self.picture(), others()
         router = vm.Router('eth1')
+        self.assertEqual(others(), elsewhere)
+        self.assertIn('192.0.2.1 lladdr', ip('neighbour show dev eth1-router nud permanent'))
+        self.assertIn('local 198.51.101.0/24', ip('route show table local dev eth1-router'))
         for words in ('10.1.0.0/16 tos 0x10 via 192.0.2.1', 'realms 1/2 mtu 1400 advmss 1300 '
                       'initcwnd 10 features ecn quickack 1 congctl cubic'):
             self.assertIn(words.replace('realms', 'realm'), ' '.join(
@@ -6411,7 +6435,7 @@ class TestRouter(NetCase):
         self.assertIn('2001:db8:7::/48 from 2001:db8::/64', ip('-6 route show'))
         self.assertIn('deprecated', ip('addr show to 2001:db8:1::7 dev eth1-router'))
         router.delete()
-        self.assertEqual(self.picture(), before)
+        self.assertEqual((self.picture(), others()), (before, elsewhere))
         self.assertRegex(ip('addr show dev eth1'), r'192.0.2.7/24 .*\n *valid_lft [45]\d+sec')
         self.assertRegex(ip('-6 route show 2001:db8:7::/48'), r'expires \d+sec')
 
@@ -6576,6 +6600,17 @@ class TestRouter(NetCase):
     def test_plain_interface_on_a_switch(self) -> None:
         ip('addr flush dev eth1')
         switch = vm.Switch('lan')
+        with self.refused('eth1: has the route 2001:db8:9::/48', 'Router(', kind=vm.InUse):
+            switch.connect('eth1')
+        ip('-6 route flush dev eth1')
+        ip('link add name t0 type vxlan id 5 remote 192.0.2.1 dstport 4789 dev eth1')
+        ip('link add name t1 link eth1 type macvtap')
+        for act in (lambda: vm.Router('eth1'), lambda: switch.connect('eth1')):
+            with self.refused('eth1: t0 and t1 on it would be cut off', kind=vm.InUse):
+                act()
+        vm.Router('eth1', nat=True).delete()
+        ip('link del dev t0')
+        ip('link del dev t1')
         for _ in range(2):
             switch.connect(vm.interfaces['eth1'])
         self.assertEqual(list(switch.ports), ['eth1'])
@@ -6751,6 +6786,15 @@ class TestInGuest(NetCase):
                          [('192.0.2.1', 'bond4'), ('192.0.2.9', 'bond4')])
         bond.delete()
         self.assertEqual(sorted(ip('route').split()), sorted(before.split()))
+        for line in ('link add link e1 name e1.5 type vlan id 5', 'addr add 10.5.0.5/24 dev e1.5',
+                     'link set dev e1.5 up', '-n server link add link w1 name w1.5 type vlan id 5',
+                     '-n server addr add 10.5.0.1/24 dev w1.5', '-n server link set dev w1.5 up',
+                     'route del default'):
+            ip(line)
+        with self.refused('e1: e1.5 on it would be cut off', kind=vm.InUse):
+            vm.Bond('bond4', ['e1'])
+        vm.Switch('lan').connect('e1')          # goes on, unlike on a bond
+        self.assertEqual(reaches('', 'server', '10.5.0.1'), '10.5.0.5')
 
     def test_netem(self) -> None:
         switch = vm.Switch('lan')
@@ -6836,8 +6880,8 @@ class TestInGuest(NetCase):
 
 
 TUNNEL_MODULES = ('ipip', 'sit', 'ip_gre', 'ip_vti', 'ip6_tunnel', 'dummy')
-GUEST_MODULES = (*TUNNEL_MODULES, 'bonding', 'sch_netem', 'veth', 'bridge', 'macvtap', 'tun',
-                 'sch_ingress', 'cls_u32', 'act_mirred', 'af_packet')
+GUEST_MODULES = (*TUNNEL_MODULES, '8021q', 'bonding', 'sch_netem', 'veth', 'bridge', 'macvtap',
+                 'tun', 'sch_ingress', 'cls_u32', 'act_mirred', 'af_packet')
 GUEST_INIT = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin VMM_IN_GUEST=1 HOME=/root
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs t /run

@@ -5829,7 +5829,8 @@ NAME_LENGTH = 15               # the kernel's IFNAMSIZ, less its final zero byte
 LENGTHS = {'interface': NAME_LENGTH, 'namespace': 100, 'nic': 127}  # a nic's can be an altname
 MAC_FORM = re.compile('([0-9a-f]{2}:){5}[0-9a-f]{2}')
 FOR_EVER = 0xffffffff          # as the seconds that an address lives
-DEFAULTS = ('default', '0.0.0.0/1', '128.0.0.0/1', '::/1', '8000::/1')  # routes to everywhere
+WIDE = {False: 3, True: 4}      # bits of a route to everywhere, or a good part of it: 2000::/3, or
+#                                 the halves and quarters that VPNs make; v6 -> at most
 
 # An odd row never takes the others with it: what the kernel has is not ours to choose.
 SCHEMAS.update({
@@ -5844,7 +5845,8 @@ SCHEMAS.update({
         'table?': str, 'protocol?': str, 'type?': str, 'scope?': str, 'flags?': Rows([str]),
         'flow?': dict, 'metrics?': [dict], 'nexthops?': [{
             'gateway?': str, 'via?': {'host': str}, 'dev?': str, 'weight?': int,
-            'flags?': Rows([str])}]}])})
+            'flags?': Rows([str])}]}]),
+    'ip neighbour': Rows([{'dst': str, 'lladdr?': str}])})
 
 
 class Feature(NamedTuple):
@@ -6056,6 +6058,11 @@ class Route:
     hops: tuple[Hop, ...]       # all of them; one for most routes
     raw: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
 
+    @property
+    def wide(self) -> bool:
+        """Whether it is a default route, or one of the few that stand for it."""
+        return self.to == 'default' or bool(re.search(rf'/[0-{WIDE[self.v6]}]$', self.to))
+
     def uses(self, device: str) -> bool:
         """Tell whether a next hop of it goes out at `device`."""
         return any(hop.device == device for hop in self.hops)
@@ -6115,6 +6122,7 @@ class Link:
         self.admin = 'up' if 'UP' in self.flags else 'down'     # as set, whatever its cable says
         self.master: str = row.get('master', '')        # the bridge or bond it is a port of
         self.peer: str = row.get('link', '') if self.kind == 'veth' else ''     # in this namespace
+        self.below = row.get('link'), info.get('info_data', {}).get('link')     # of a tunnel, ...
         self.alias: str = row.get('ifalias', '')
         self.group: str = row.get('group', '')
         self.names: tuple[str, ...] = (self.name, *row.get('altnames', ()))
@@ -6201,7 +6209,8 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
     """Turn the output of `ip -json -details route show table all` into Routes that people make."""
     routes_ = []
     for row in rows:
-        if row.get('type', 'unicast') in ('local', 'broadcast', 'multicast', 'anycast'):
+        if row.get('protocol', 'kernel') == 'kernel' and row.get('type', 'unicast') in (
+                'local', 'broadcast', 'multicast', 'anycast'):
             continue
         ways = row.get('nexthops') or [row]
         hops = tuple(Hop(way.get('gateway') or way.get('via', {}).get('host', ''),
@@ -6229,6 +6238,18 @@ def read_network(namespace: str = '') -> NetworkState:
     except ValueError as problem:
         raise NetworkError(f'ip printed no such list: {problem}', 'update iproute2') from None
     return NetworkState(parse_links(rows), parse_routes(ways), time.monotonic())
+
+
+def neighbour_lines(device: str) -> Iterator[str]:
+    """Yield what follows `ip neighbour replace` for those that people have entered, which the
+    kernel takes away with the last address."""
+    for what in ('nud', 'permanent'), ('proxy',):
+        said = run(['ip', '-json', 'neighbour', 'show', *what, 'dev', device], IP_TIMEOUT).stdout
+        for row in checked('ip neighbour', parse_json(said or b'[]')):
+            if 'lladdr' in row:
+                yield f'{row["dst"]} lladdr {row["lladdr"]} nud permanent'
+            elif what[0] == 'proxy':
+                yield f'proxy {row["dst"]}'
 
 
 def valid_name(name: str, what: str = 'interface', empty: bool = False) -> str:
@@ -6881,10 +6902,14 @@ def require_port(plan: Transaction, link: Link, master: str, force: bool, nat: b
                  ) -> None:
     """Raise InUse for what can't become a port of `master`, or with `nat` only its way out."""
     default = [route for route in plan.network.routes
-               if route.uses(link.name) and route.to in DEFAULTS and route.table == 'main']
+               if route.uses(link.name) and route.wide and route.table == 'main']
     gateways = [hop.gateway for route in default[:1] for hop in route.hops
                 if hop.device == link.name and hop.gateway]
     via = f' via {" and ".join(gateways)}' if gateways else ''
+    bond = master in plan.records and plan.records[master].kind == 'bond'
+    above = [one.name for one in plan.network.links.values()    # but a pair's other end
+             if link.name in one.below and one.name not in link.below
+             and (bond or one.kind != 'vlan')]                  # which a bridge leaves alone
     for wrong, what, hint in (
             (link.master not in ('', master), f'is already a port of {link.master}',
              f'disconnect it there first: ip link set dev {link.name} nomaster'),
@@ -6892,7 +6917,9 @@ def require_port(plan: Transaction, link: Link, master: str, force: bool, nat: b
             (not link.mac and not nat, 'has no MAC, so that it can be no port',
              'a Router(..., nat=True) can have it as its trunk'),
             (default and not force and not nat, f'carries the default route{via}',
-             'making it a port may cut this host off; take another interface, or say force=True')):
+             'making it a port may cut this host off; take another interface, or say force=True'),
+            (above and not force and not nat, f'{" and ".join(above)} on it would be cut off',
+             'remove that first, use Router(..., nat=True), or say force=True')):
         if wrong:
             raise InUse(f'{link.name}: {what}', hint)
 
@@ -6910,9 +6937,11 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
     require_port(plan, link, bridge, force)
     if link.master == bridge:
         return
-    address = next((one for one in link.addresses if not one.startswith('fe80:')), '')
-    if address and not force:
-        raise InUse(f'{link.name}: has the address {address}, which stops working on a switch',
+    has = [*(f'address {one}' for one in link.addresses if not one.startswith('fe80:')),
+           *(f'route {route.to}' for route in plan.network.routes
+             if route.uses(link.name) and route.protocol != 'kernel')]
+    if has and not force:
+        raise InUse(f'{link.name}: has the {has[0]}, which stops working on a switch',
                     f'use Router({link.name!r}), which moves and gives back addresses and routes, '
                     'or say force=True')
     if link.peer in plan.network.links and plan.network.links[link.peer].master:
@@ -6971,7 +7000,10 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
     """Plan to make `devices` ports of `master`, with their addresses and routes; and back."""
     links = [plan.network.links[device] for device in devices]
     own = {network for link in links for network in link.own_networks()}
-    moved = sorted((route for route in plan.network.routes if any(map(route.uses, devices))
+    # With an address the kernel takes away the routes of all interfaces that name it as source.
+    theirs = {raw['local'] for link in links for raw in link.raw_addresses}
+    moved = sorted((route for route in plan.network.routes
+                    if (any(map(route.uses, devices)) or route.raw.get('prefsrc') in theirs)
                     and (route.protocol != 'kernel' or route.to not in own)),
                    key=lambda route: any(hop.gateway for hop in route.hops))
     strange = [*(words for link in links for words in link.strange_addresses()),
@@ -6982,11 +7014,12 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
                     'change that, or use Router(..., nat=True), which leaves it alone')
 
     def ways(onto: Mapping[str, str]) -> Iterator[str]:
-        known = set()                       # what `replace` would take away again
+        seen = set()                        # what `replace` would take away again
         for route in moved:
             key = route.v6, route.table, route.to, route.metric, route.raw.get('tos')
-            yield f'route {"append" if key in known else "replace"} {route.line(onto)}'
-            known.add(key)
+            yield f'route {"append" if key in seen else "replace"} {route.line(onto)}'
+            seen.add(key)
+    known = {device: [*neighbour_lines(device)] for device in devices}
     # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
     bond = owner.kind == 'bond'
     for link in links:
@@ -6994,12 +7027,14 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
         owner.undo += ops_for(
             f'give {link.name} back', f'address flush dev {master}',
             f'link set dev {name} nomaster', f'link set dev {name} {link.admin}',
-            *(f'address replace {line} dev {name}' for line in link.address_lines(True)))
+            *(f'address replace {line} dev {name}' for line in link.address_lines(True)),
+            *(f'neighbour replace {line} dev {name}' for line in known[link.name]))
         plan.late += ops_for(
             f'make {link.name} a port of {master}', f'address flush dev {name}',
             *([f'link set dev {name} down'] if bond else []),
             f'link set dev {name} master {master}{"" if bond else " up"}',
-            *(f'address replace {line} dev {master}' for line in link.address_lines(False)))
+            *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
+            *(f'neighbour replace {line} dev {master}' for line in known[link.name]))
     owner.undo += ops_for('give routes back', *ways({}))
     plan.late += ops_for(f'move routes to {master}', *ways(dict.fromkeys(devices, master)))
 
@@ -7277,8 +7312,8 @@ class Switch(ManagedInterface):
         """Connect a VirtualNic, an Interface, another Switch or a Router; again is fine.
 
         Switches are joined by a veth pair. Raises InUse for what is a port of something else,
-        for an interface that has addresses, as they stop working there, or the default route
-        (`force` takes it nevertheless), and for a join that would make a loop.
+        for an interface that has addresses, routes, or a tunnel or the like on it, as these stop
+        working there (`force` takes it nevertheless), and for a join that would make a loop.
         """
         name = check('connect', thing, name_of, NetworkError)
         check('force', force, a_bool, NetworkError)
@@ -7553,9 +7588,9 @@ class Router(Switch):
     of its namespace, of another guest what it calls itself. `hosts` fixes addresses, by name or
     MAC: {'web': '10.77.0.10'}.
 
-    Raises InUse for the interface of the default route, unless `force`, as the host is cut off if
-    it goes wrong, for what is a port of something else, and for a route or address that could not
-    be given back as it is.
+    Raises InUse for the interface of the default route, and one with a tunnel or the like on it,
+    unless `force`, as the host is cut off if it goes wrong, for what is a port of something else,
+    and for a route or address that could not be given back as it is.
     """
 
     def __init__(self, trunk: Interface | str, name: str = '', force: bool = False,
@@ -7648,7 +7683,7 @@ def free_subnet(plan: Transaction, wanted: str = '') -> str:
     taken = {f'address {address} of {link.name}': ipaddress.ip_interface(address).network
              for link in plan.network.links.values() for address in link.addresses}
     taken.update({f'route {route.to}': ipaddress.ip_network(route.to)
-                  for route in plan.network.routes if route.to not in DEFAULTS})
+                  for route in plan.network.routes if not route.wide})
     for text in [wanted] if wanted else (f'10.77.{number}.0/24' for number in range(256)):
         subnet = ipaddress.ip_network(text)
         blocked = next((what for what, other in taken.items()
