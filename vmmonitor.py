@@ -1678,7 +1678,8 @@ PICTURE_BYTES = 1 << 28        # of the largest screen; what is behind it makes 
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 MOMENT = 0.3                   # after it was made to run, until a guest counts as running ...
 TROUBLED_MOMENT = 2.0          # ... one that had stopped itself: its disk may be full still
-CONNECT_TIMEOUT = 2.0          # for a connection to a port of a guest
+CONNECT_TIMEOUT = 2.0          # for a connection to a port of a guest ...
+ADDRESSES_MAX = 20             # ... at one of so many addresses that its agent tells
 AWAKE_TIMEOUT = 10.0           # until a guest that sleeps is awake
 GUEST_FILE_BYTES = 48 * 1024   # in one call: an agent takes some MiB, but in memory
 GUEST_FILE_LIMIT = 1 << 26     # bytes of a whole file: a guest may never come to its end
@@ -2010,7 +2011,7 @@ class Guest:
                     self.own, None, type=socket.SOCK_STREAM)]
                 return found
             return []
-        return [text for text in found if not re.match(r'127\.|::1$|fe80:', text)]
+        return [text for text in found if is_elsewhere(text)][:ADDRESSES_MAX]
 
     def serves(self, port: int) -> bool:
         """Tell whether it takes connections on a TCP port."""
@@ -2137,6 +2138,17 @@ def outcome(deadline: Deadline, who: str, under_way: concurrent.futures.Future[R
         return under_way.result(deadline.left())
     except concurrent.futures.TimeoutError:
         raise HostAway(f'{who} does not answer', hint='try again in a moment') from None
+
+
+def is_elsewhere(text: str) -> bool:
+    """Tell whether what an agent calls an address is one, and none of this host's own loopback."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:                          # such as a name, which would be resolved
+        return False
+    address = getattr(address, 'ipv4_mapped', None) or address
+    return not (address.is_loopback or address.is_unspecified or address.is_multicast
+                or address.version == 6 and address.is_link_local)
 
 
 def reached(who: str, probe: Callable[[], bool], deadline: Deadline) -> bool:
