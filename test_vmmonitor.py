@@ -2947,7 +2947,7 @@ class LibvirtTest(GuestCase):
 
     def test_remedies_fit_the_kind_of_guest(self) -> None:
         domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
-        for text, remedy in (('the agent is in frozen state', 'virsh domfsthaw'),
+        for text, remedy in (('the agent is in frozen state', 'virsh -c test:///x domfsthaw web1'),
                              ('QEMU guest agent is not configured', '<channel>')):
             self.assertIn(remedy, domain.agent_error(text).hint)
             other = ScriptedGuest().agent_error(text)
@@ -4204,8 +4204,9 @@ class TroubleTest(GuestCase):
         self.assertNotIn('cause=resumed', program.log())
         status, out, _ = vmmonitor('--config', self.config(), '--sync', 'disk')
         self.assertEqual(status, 1)
-        self.assertIn('disk: its file systems are frozen; thaw them with virsh domfsthaw', out)
-        guest.agent({'execute': 'guest-fsfreeze-thaw'})
+        remedy = re.search('(?m)^disk: its file systems are frozen; thaw them: (virsh .*)$', out)
+        assert remedy, out
+        subprocess.run(shlex.split(remedy[1]), check=True, timeout=60, stdout=subprocess.DEVNULL)
         program.wait_log('disk: clock corrected, cause=resumed', 12)
         self.right(guest)
         guest.destroy()
@@ -4639,7 +4640,7 @@ class ListenerTest(ListenerCase):
                 ('cmd=start&target=absent', self.WEB_BEARER, self.WRONG),
                 ('cmd=stop&target=web1', self.WEB_BEARER, (403, 'this key may not stop')),
                 ('cmd=start&target=web2', self.WEB_BEARER,
-                 (404, 'no guest is named web2; --status lists them')),
+                 (404, 'no guest is named web2; list shows them')),
                 ('cmd=start&target=a', ('-H', 'Authorization: Basic eDp5'),
                  (401, 'use Authorization: Bearer KEY')),
                 (f'{good}&cmd=stop', (), (400, 'cmd stands there twice')),
@@ -10774,6 +10775,12 @@ class CommandLineTest(ConfigCase):
                 self.assertIn(text, err)
                 self.assertNotIn('Traceback', err)
 
+    def test_console_without_virsh(self) -> None:
+        config = self.write({'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False}})
+        status, _, err = vmmonitor('console', 'test', '--config', config, env={'PATH': '/none'})
+        self.assertEqual(status, 1)
+        self.assertIn('console: there is no virsh; install libvirt-clients', err)
+
     def test_output_that_nobody_takes(self) -> None:
         program, nowhere = shlex.quote(str(HERE / 'vmmonitor.py')), 'qemu+unix:///?socket=/none'
         config = self.write({'libvirt': {'uri': nowhere}, 'listener': {'enabled': False}})
@@ -10962,7 +10969,7 @@ class AnswersTest(GuestCase):
             status, text = ask('start&target=web1')
             self.assertEqual(status, 500, text)
             self.assertRegex(text, "^web1: its saved state can't be restored: .*; "
-                             'cmd=start&discard=1, or virsh managedsave-remove web1, forgets it')
+                             'cmd=start&discard=1, or virsh -c .* managedsave-remove web1, forgets')
         self.assertTrue(self.saved_file(guest).exists(), 'it was discarded without being asked')
         self.assertEqual(ask('start&target=web1&discard=1&wait=agent'), (
             200, 'web1: saved state discarded, started, its agent answers'))
@@ -11104,7 +11111,7 @@ class WayDownTest(GuestCase):
             'start down1', 'delay 5', 'wait down1 port 80 9 or stop', 'start nope']}})
         self.assertEqual(vmmonitor('--config', path, '--startup', '--dry-run'), (
             0, 'start down1: it is running\ndelay 5 s\nwait down1 port 80, 9 s at most, or stop\n'
-            'start nope: no guest is named nope; --status lists them\n', ''))
+            'start nope: no guest is named nope; list shows them\n', ''))
 
 
 class TerminationTest(GuestCase):
@@ -11255,13 +11262,12 @@ class OneShotTest(GuestCase):
         deaf.destroy()
         status, _, err = vmmonitor('--config', self.config(), '--sync', 'nope')
         self.assertEqual(status, 1)
-        self.assertIn('no guest is named nope; --status lists them', err)
+        self.assertIn('no guest is named nope; list shows them', err)
 
     def test_check(self) -> None:
         guest = self.vm('web1')
         self.vm('deaf', channel=False)
         guest.virsh('autostart')
-        self.addCleanup(guest.virsh, 'autostart', '--disable')
         path = self.config({'listener': {'enabled': True, 'port': free_port()}, 'startup': {
             'enabled': True, 'vmStartupCommands': ['start web1', 'start nope', 'start m1']}})
         own = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}
@@ -11272,10 +11278,14 @@ class OneShotTest(GuestCase):
         for line in (r'ok    config .*: monitor, startup, listen', r'ok    libvirt .*: version \d+',
                      r'ok    certificate cert\.pem: valid until ', r'ok    port: can listen on \*:',
                      r'ok    guests: \d+ defined', r'FAIL  deaf: no guest agent channel; add',
-                     r'FAIL  web1 is started by libvirt, too, .*virsh autostart --disable web1',
+                     r'FAIL  web1 is started by libvirt, too, before this program runs; virsh',
                      r'FAIL  startup\.vmStartupCommands line 2: no guest is named nope'):
             self.assertRegex(out, f'(?m)^{line}')
         self.assertNotIn('m1', out)
+        remedy = re.search('(?m)^FAIL  web1 is started by .*; (virsh .*)$', out)
+        assert remedy
+        subprocess.run(shlex.split(remedy[1]), check=True, timeout=60, stdout=subprocess.DEVNULL)
+        self.assertRegex(guest.virsh('dominfo'), 'Autostart: +disable')
         status, out, _ = vmmonitor('--config', self.config({'monitor': {'exclude': ['*']}}),
                                    '--check', '--json')
         self.assertEqual((status, json.loads(out)['ok']), (0, True))
@@ -11341,7 +11351,7 @@ class OneShotTest(GuestCase):
         self.assertEqual(picture.read_bytes()[:4], b'\x89PNG')
         self.assertEqual(verb('off', 'web1', 'web3', '--wait', 'off')[0], 0)
         self.assertIn('deleted', verb('delete', 'web3')[1])
-        for words, text in ((('delete', 'web2'), 'web2 is no machine of this program; virsh undef'),
+        for words, text in ((('delete', 'web2'), 'web2 is no machine of this program; virsh -c '),
                             (('off',), 'off: no guest is named; name some, or say --all'),
                             (('start', 'db*'), 'no guest fits db*; list shows them'),
                             (('start', 'nope'), 'no guest is named nope')):

@@ -1565,7 +1565,8 @@ def _exposed(path: str, secret: str) -> list[str]:
     """Return a warning if everybody may read a file with a secret in it."""
     with contextlib.suppress(OSError):          # that it can't be read is said elsewhere
         if stat.S_IMODE(os.stat(path).st_mode) & 0o004:
-            return [f'{path} holds {secret} and everybody may read it; chmod o-r {path}']
+            return [f'{path} holds {secret} and everybody may read it; chmod o-r '
+                    f'{shlex.quote(path)}']
     return []
 
 
@@ -1737,7 +1738,7 @@ class AgentTrouble(NamedTuple):
     name: str
     pattern: str                # found in the text of the answer
     says: str                   # for people
-    hint: str                   # what to do, whatever kind of guest it is; see Guest.REMEDIES
+    hint: str                   # what to do, whatever kind of guest it is; see Guest.remedies()
     transient: bool             # trying again may help
 
 
@@ -1852,7 +1853,6 @@ class Guest:
     prefix = ''                 # ... the HOST/ in it
     id: str                     # stays the same when the guest is renamed
     damage = ''                 # why it can only be stopped and removed, if that is so
-    REMEDIES: Mapping[str, str] = {}        # name in AGENT_TROUBLES -> what to do for this kind
 
     @property
     def own(self) -> str:
@@ -1981,8 +1981,12 @@ class Guest:
     def agent_error(self, text: str) -> AgentError:
         """Return the error that stands for an agent's text, with the remedy for this guest."""
         error = agent_error(self.name, text)
-        error.hint = self.REMEDIES.get(error.trouble.name, error.hint)
+        error.hint = self.remedies().get(error.trouble.name, error.hint)
         return error
+
+    def remedies(self) -> Mapping[str, str]:
+        """Return what to do for this kind of guest, by the name in AGENT_TROUBLES."""
+        return {}
 
     def agent_state(self) -> str:
         """Return what is known of the guest agent without asking it, in a word."""
@@ -2031,10 +2035,6 @@ class Guest:
 
     def _look(self) -> tuple[Status, str]:
         return self.status(), self.agent_state()
-
-    def autostarts(self) -> bool:
-        """Tell whether something else than this program starts it when the host boots."""
-        return False
 
     def get_time(self) -> int:
         """Return the guest's clock, in nanoseconds since 1970 (guest-get-time)."""
@@ -3186,7 +3186,6 @@ class LibvirtHost:
         self.uri, self.name = uri, f'libvirt {label or uri}'
         self.label, self.prefix = label or LIBVIRT_LABEL, label and f'{label}/'
         self.here = is_local(uri)
-        self.virsh = f'virsh -c {uri}' if label else 'virsh'        # for hints
         # State, look-ups, XML: quick ones, or libvirt does not answer at all.
         self.queries = ConnectionPool(uri, QUERY_CALLS, HostAway)
         self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
@@ -3374,14 +3373,21 @@ class Domain(Guest):
 
     MEANINGS: dict[int, type[GuestError]] = {
         ERR_NO_DOMAIN: NoGuest, ERR_INVALID: WrongState, ERR_TIMEOUT: Busy}
-    REMEDIES = {
-        'no channel': 'add a <channel> for org.qemu.guest_agent.0 and install qemu-guest-agent in '
-                      'the guest',
-        'frozen': 'thaw them with virsh domfsthaw'}
 
     def __init__(self, host: LibvirtHost, uuid: str, name: str) -> None:
         self.host, self.uuid, self.prefix = host, uuid, host.prefix
         self.id, self.name = f'{host.prefix}{uuid}', f'{host.prefix}{name}'
+
+    def virsh(self, command: str) -> str:
+        """Return what to type, for hints: without -c, virsh asks another libvirt than that of the
+        host as soon as it is not root who types it."""
+        return shlex.join(['virsh', '-c', self.host.uri, *command.split(), self.own])
+
+    def remedies(self) -> Mapping[str, str]:
+        """Return what to do for this kind of guest, by the name in AGENT_TROUBLES."""
+        return {'no channel': 'add a <channel> for org.qemu.guest_agent.0 and install '
+                              'qemu-guest-agent in the guest',
+                'frozen': f'thaw them: {self.virsh("domfsthaw")}'}
 
     @contextlib.contextmanager
     def _on(self, pool: ConnectionPool, timeout: float = BUSY_TIMEOUT
@@ -3441,7 +3447,7 @@ class Domain(Guest):
                 return self._settled(done[0], before) if done else 'already running'
             if state is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed and is kept for inspection',
-                                 'virsh destroy it first')
+                                 f'cut its power first: {self.virsh("destroy")}')
             if state is State.STOPPING:
                 time.sleep(STATE_POLL)
                 continue
@@ -3471,9 +3477,8 @@ class Domain(Guest):
                 raise
             raise LibvirtError(
                 f'{self.name}: its saved state can\'t be restored: {problem.message}', problem.code,
-                problem.domain, f'cmd=start&discard=1, or {self.host.virsh} managedsave-remove '
-                f'{self.own}, forgets it; it then boots anew, and what was not on its disks is lost'
-                ) from None
+                problem.domain, f'cmd=start&discard=1, or {self.virsh("managedsave-remove")}, '
+                'forgets it; it then boots anew, and what was not on its disks is lost') from None
         if state is State.ASLEEP:                       # the guest wakes up by itself
             self._await_waking()
         if state is State.SAVED and self.status().reason == 'booted':
@@ -3937,7 +3942,7 @@ class Guests:
         if found:
             return found[0][1]
         raise next((answer for host, answer in answers if isinstance(answer, Error)
-                    and host in meant), NoGuest(f'no guest is named {name}', '--status lists them'))
+                    and host in meant), NoGuest(f'no guest is named {name}', 'list shows them'))
 
     def all(self, running: bool = False, away: list[Error] | None = None,
             timeout: float = ANSWER_TIMEOUT, hosts: Sequence[GuestHost] | None = None
@@ -8501,7 +8506,8 @@ class Harddrive:
         rows = [row for row in self.snapshots if row.tag == tag]
         if len(rows) > 1:
             raise DiskError(f'{self.filename}: has {len(rows)} snapshots {tag}',
-                            f'qemu-img snapshot -d {shlex.quote(tag)} deletes the oldest of them')
+                            f'{shlex.join(["qemu-img", "snapshot", "-d", tag, self.filename])} '
+                            'deletes the oldest of them')
         if not rows:
             raise DiskError(f'{self.filename}: has no snapshot {tag}', '.snapshots lists them')
         return rows[0]
@@ -11698,7 +11704,8 @@ def _make_home(name: str) -> str:
         if closed and os.geteuid() == 0:
             raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
                                f'{closed[-1]}, and QEMU runs as one',
-                               f'chmod o+x {closed[-1]}, or say VMMONITOR_MACHINES=')
+                               f'chmod o+x {shlex.quote(closed[-1])}, or say '
+                               'VMMONITOR_MACHINES=')
         for chosen in [name] if name else (f'machine{number}' for number in range(1 << 16)):
             home = os.path.join(MACHINES_DIR, chosen)
             if len(chosen) > name_limit():
@@ -13573,6 +13580,7 @@ class Setup:
     def _remedy(self, path: str) -> str:
         """Return what to type so that the service, and nobody else, can read a file."""
         new = '' if self.before.account == self.account else f'groupadd -f {self.account}; '
+        path = shlex.quote(path)
         return f'do: {new}chgrp {self.account} {path}; chmod 0640 {path}; and run this again'
 
     def _start_libvirt(self, config: Config) -> None:
@@ -14151,8 +14159,9 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
         handed = Path(UNIT).read_text('utf-8', 'replace')
         for path in [config.path, *named_files(config)]:
             if f':{path}\n' not in handed and not service.may_read(path):
+                quoted = shlex.quote(path)
                 yield Check(False, f'service: its user {service.account} can\'t read {path}; do: '
-                           f'chgrp {service.account} {path}; chmod 0640 {path}')
+                           f'chgrp {service.account} {quoted}; chmod 0640 {quoted}')
         names = [guest.name for guest in Machines().all()]
         if names:
             yield Check(True, f'note: the service does not see machines of root, {", ".join(names)}'
@@ -14245,9 +14254,9 @@ def _check_list(key: str, lines: Iterable[Step], guests: Mapping[str, Sequence[G
             yield Check(False, f'{key} line {step.number}: ' + (
                 f'several hosts have a {step.name}; say HOST/NAME' if named else
                 f'no guest is named {step.name}'))
-        elif step.verb == 'start' and named[0].autostarts():
+        elif step.verb == 'start' and isinstance(named[0], Domain) and named[0].autostarts():
             yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
-                       f'virsh autostart --disable {named[0].own}')
+                       + named[0].virsh('autostart --disable'))
 
 
 def libvirt_guests(setting: str) -> str:
@@ -14579,10 +14588,10 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
         return f'its screen is in {options.file}'
 
     def delete(_guests: Guests, guest: Guest) -> str:
-        if not isinstance(guest, Machine):
-            raise WrongState(f'{guest.name} is no machine of this program',
-                             f'virsh undefine {guest.own}')
-        guest.delete()
+        if isinstance(guest, Domain):
+            raise WrongState(f'{guest.name} is no machine of this program', guest.virsh('undefine'))
+        if isinstance(guest, (Machine, DamagedMachine)):
+            guest.delete(force=False)
         return 'deleted'
 
     def act(guests: Guests, guest: Guest) -> str:
@@ -14666,6 +14675,8 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
     with all_guests(config) as guests:
         guest = guests.find(options.names[0])
     if isinstance(guest, Domain):
+        if not which('virsh'):
+            raise Error('console: there is no virsh', 'install libvirt-clients')
         os.execvp('virsh', ['virsh', '-c', guest.host.uri, 'console', '--', guest.own])
     if not isinstance(guest, Machine):
         raise MachineError(f'{guest.name} has no console', 'mend its file first')
