@@ -4330,6 +4330,28 @@ def unpacked(package: str, program: str) -> str:
                 os.rename(f'{work}/{package}', CACHE / package)
     return str(path)
 
+    def test_reverse_order(self) -> None:
+        guests = vm.Guests([ScriptedHost(*(ScriptedGuest(name) for name in 'abcdef'))])
+        config = vm.Config(steps=vm.steps(['start a', 'start b', 'delay 5', 'start c', 'wait c',
+                                           'start d']),
+                           shutdown_steps=vm.steps(['off e', 'stop all 9 or save'],
+                                                   vm.SHUTDOWN_FORMS))
+        self.assertEqual([*vm.Shutdown(guests, config).plan()], [
+            'off e', 'stop f; then d; then c; then a, b, 9 s at most, then save'])
+
+    def test_what_is_not_there_is_not_off(self) -> None:
+        guest, away = ScriptedGuest('a'), ScriptedHost(label='away')
+        guest.condition = vm.State.OFF
+        config = vm.Config(shutdown_steps=vm.steps(['stop a', 'stop typo', 'stop all'],
+                                                   vm.SHUTDOWN_FORMS))
+        guests = vm.Guests([ScriptedHost(guest), away])
+        self.assertEqual([*vm.Shutdown(guests, config).plan()], [
+            'stop a: off already', 'stop typo: no guest here is named so', 'stop all: off already'])
+        away.up.clear()
+        self.assertEqual([*vm.Shutdown(guests, config).plan()], [
+            'stop a: off already', 'stop typo: not known', 'stop all: not known',
+            'not known: libvirt away is away'])
+
 
 def nginx_program() -> str:
     """Return nginx."""
@@ -11097,15 +11119,6 @@ class WayDownTest(GuestCase):
                          r'\(still on after [34] s\)')
         self.guests[2].wait_state('shut off')
 
-    def test_reverse_order(self) -> None:
-        guests = vm.Guests([ScriptedHost(*(ScriptedGuest(name) for name in 'abcdef'))])
-        config = vm.Config(steps=vm.steps(['start a', 'start b', 'delay 5', 'start c', 'wait c',
-                                           'start d']),
-                           shutdown_steps=vm.steps(['off e', 'stop all 9 or save'],
-                                                   vm.SHUTDOWN_FORMS))
-        self.assertEqual([*vm.Shutdown(guests, config).plan()], [
-            'off e', 'stop f; then d; then c; then a, b, 9 s at most, then save'])
-
     def test_startup_dry_run(self) -> None:
         path = self.config({'startup': {'vmStartupCommands': [
             'start down1', 'delay 5', 'wait down1 port 80 9 or stop', 'start nope']}})
@@ -14162,7 +14175,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('startup', 'for attempt in range(1 + START_RETRIES):', 'for attempt in range(START_RETRIES):',
      'StartupTest'),
     ('startup', 'for place in sorted(set(places.values()), reverse=True)]',
-     'for place in sorted(set(places.values()))]', 'WayDownTest.test_reverse_order'),
+     'for place in sorted(set(places.values()))]', 'StartupTest.test_reverse_order'),
     ('page', 'if (verb in DANGEROUS && !await sure(verb, name)) return;', '',
      'RequestsTest.test_page'),
     ('listener', 'if count >= WRONG_KEYS and pause > 0:', 'if count > WRONG_KEYS and pause > 0:',

@@ -4468,7 +4468,8 @@ class Shutdown(GuestList):
         self.place = {step.name: sum(before.verb != 'start' for before in config.steps[:number])
                       for number, step in enumerate(config.steps) if step.verb == 'start'}
         self.total = 0                              # guests that were on
-        self._on: dict[str, Guest] = {}             # those that still are, by name
+        self._found: set[str] = set()               # names of those that there are
+        self._on: dict[str, Guest] = {}             # those that still are on, by name
         self._waits: dict[str, float] = {}          # name -> since when it is being ended
 
     def run(self) -> None:
@@ -4492,6 +4493,7 @@ class Shutdown(GuestList):
         full = {name: guest.name for guest in guests for name in (guest.own, guest.name)}
         self.steps = [step._replace(name=full.get(step.name, step.name)) for step in self.steps]
         self.place = {full.get(name, name): place for name, place in self.place.items()}
+        self._found.update(full.values())
         for guest, known in zip(guests, ask_all(guests, lambda guest: {'off': guest.is_off()},
                                                 ANSWER_TIMEOUT)):
             if not known.get('off'):                # what can't be asked counts as on
@@ -4569,8 +4571,13 @@ class Shutdown(GuestList):
                                              f'{step.seconds:g} s']))
                 continue
             names = '; then '.join(', '.join(group) for group in self.named(step))
+            if not names:
+                off = step.name in self._found or step.name == 'all' and not away
+                yield f'{step.verb} {step.name}: ' + (
+                    'off already' if off else 'not known' if away else 'no guest here is named so')
+                continue
             limit = f', {step.seconds:g} s at most' if step.verb == 'stop' else ''
-            yield f'{step.verb} {names or step.name + ": off already"}{limit}' + (
+            yield f'{step.verb} {names}{limit}' + (
                 f', then {step.otherwise}' if step.otherwise else '')
         for problem in away:
             yield f'not known: {explain(problem)}'
