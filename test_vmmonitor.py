@@ -2340,8 +2340,10 @@ class ConfigTest(ConfigCase):
          '[0].commands[0]: must be one of start, '),
         ({'listener': {'keys': [{'name': 'main', 'key': OTHER_KEY}]}}, 'needs a name of its own'),
         ({'listener': {'keys': [{'name': 'a', 'key': KEY}]}}, 'two entries have the same key'),
-        ({'listener': {'certificate': {'path': ''}}}, 'listener.certificate.path: missing'),
-        ({'listener': {'certificate': {'path': 'none.pem'}}}, 'none.pem: no such file'),
+        ({'listener': {'certificate': {'path': ''}}},
+         'listener.certificate.path: missing; say "cert.pem", and "key.pem" as keyPath; '),
+        ({'listener': {'certificate': {'path': 'none.pem'}}},
+         'none.pem: no such file; put it there, or: install.sh makes cert.pem and key.pem'),
         ({'listener': {'certificate': {'path': '..'}}}, '/..: is no file'),
         ({'listener': {'certificate': {'keyPath': 'config.json'}}},
          'config.json: no private key in PEM is in it'),
@@ -3481,6 +3483,13 @@ class HostsTest(ConfigCase):
                                   'and set hosts.far.trustClock', kind=vm.OutOfStep):
                     guest.check_step(0)
         self.assertEqual(len(logged.records), 1, 'it is said once')
+        alone = vm.Domain(vm.LibvirtHost(guest.host.uri), 'uuid', 'web1')
+        with self.assertLogs('vmmonitor'), self.assertRaises(vm.OutOfStep) as refused:
+            alone.check_step(0)
+        say = refused.exception.hint.partition('instead of libvirt.uri say ')[2]
+        values, problems = vm.parse(f'{{{say}}}', 'config.json')
+        self.assertEqual((values['hosts'], problems), (
+            (vm.HostEntry('far', guest.host.uri, True),), []))
 
     def test_a_host_of_which_a_boot_tells(self) -> None:
         for uri in ('qemu+tls://far/system', 'qemu+ssh://far/system', 'qemu+ext:///system'):
@@ -4313,23 +4322,6 @@ class StartupTest(Case):
         self.assertRegex(messages[2], r'line 3: absent: not yet "running" after 0\.[34]')
         self.assertEqual(late.calls[-1], 'start')
 
-
-# === listener ===================================================================================
-
-def unpacked(package: str, program: str) -> str:
-    """Return a program of a package that is not installed: that would start it as a service."""
-    path = CACHE / package / program
-    if not path.exists():
-        say(f'downloading {package}')
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
-            apt('download', package, cwd=Path(work))
-            run('dpkg-deb', '-x', *map(str, Path(work).glob('*.deb')), f'{work}/{package}',
-                timeout=60)
-            with contextlib.suppress(OSError):          # another run was faster
-                os.rename(f'{work}/{package}', CACHE / package)
-    return str(path)
-
     def test_reverse_order(self) -> None:
         guests = vm.Guests([ScriptedHost(*(ScriptedGuest(name) for name in 'abcdef'))])
         config = vm.Config(steps=vm.steps(['start a', 'start b', 'delay 5', 'start c', 'wait c',
@@ -4351,6 +4343,23 @@ def unpacked(package: str, program: str) -> str:
         self.assertEqual([*vm.Shutdown(guests, config).plan()], [
             'stop a: off already', 'stop typo: not known', 'stop all: not known',
             'not known: libvirt away is away'])
+
+
+# === listener ===================================================================================
+
+def unpacked(package: str, program: str) -> str:
+    """Return a program of a package that is not installed: that would start it as a service."""
+    path = CACHE / package / program
+    if not path.exists():
+        say(f'downloading {package}')
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='build-', dir=CACHE) as work:
+            apt('download', package, cwd=Path(work))
+            run('dpkg-deb', '-x', *map(str, Path(work).glob('*.deb')), f'{work}/{package}',
+                timeout=60)
+            with contextlib.suppress(OSError):          # another run was faster
+                os.rename(f'{work}/{package}', CACHE / package)
+    return str(path)
 
 
 def nginx_program() -> str:
@@ -10273,9 +10282,9 @@ class TestAsGuests(Live):
         Path(m.home, 'mine').write_text('mine')
         self.assertEqual(guests.act('stop', guests.find('mended')), 'stopped by quit')
         soon(lambda: not os.path.exists(f'/proc/{pid}'))
-        with self.assertLogs('vmmonitor', 'WARNING') as logged:
-            guests.find('mended').delete()              # type: ignore[attr-defined]
-        self.assertIn(f'{m.home}/mine is not of this program', str(logged.output))
+        status, out, err = vmmonitor('delete', 'mended', env={'VMMONITOR_MACHINES': str(self.home)})
+        self.assertEqual((status, out), (0, 'mended: deleted\n'), err)
+        self.assertIn(f'{m.home}/mine is not of this program', err)
         self.assertEqual((os.listdir(m.home), len(disk.snapshots)), (['mine'], 0))
         self.assertEqual([guest.name for guest in guests.all()], ['whole'])
 

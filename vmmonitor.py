@@ -1537,6 +1537,7 @@ def enabled_roles(config: Config) -> list[str]:
     return [role for role, on in zip(ROLES, enabled) if on]
 
 
+SELF_SIGNED = 'install.sh makes cert.pem and key.pem beside config.json, self-signed'
 STALE_COPY = 'systemd\'s copies are renewed by: systemctl restart vmmonitor'
 
 
@@ -1620,7 +1621,8 @@ def _secret_file(path: str) -> str:
 
 def _check_certificate(config: Config, problems: list[str], warnings: list[str]) -> None:
     if not config.certificate:
-        problems.append('listener.certificate.path: missing; install.sh makes a self-signed one')
+        problems.append('listener.certificate.path: missing; say "cert.pem", and "key.pem" as '
+                        f'keyPath; {SELF_SIGNED}')
         return
     try:
         tls_context(config)
@@ -1642,8 +1644,9 @@ def tls_context(config: Config) -> ssl.SSLContext:
     paths = [beside(config, name) for name in names]
     for path in paths:
         if not os.path.isfile(path) or not os.access(path, os.R_OK):
-            why = 'this user may not read it' if os.path.isfile(path) else \
-                'is no file' if os.path.exists(path) else 'no such file'
+            why = 'this user may not read it; run this as root' if os.path.isfile(path) else \
+                'is no file' if os.path.exists(path) else \
+                f'no such file; put it there, or: {SELF_SIGNED}'
             raise InvalidValue(f'{path}: {why}')
     try:
         # A function as password: without one, OpenSSL would ask at the terminal.
@@ -3150,7 +3153,10 @@ class HostStep:
         why = 'nothing tells yet whether its clock is that of this machine, as a guest that ' \
             'boots there would' if self.off is None else \
             f"its clock may be {self.off:.1f} s off this machine's, by {self.by}"
-        hint = f'have both follow NTP, and set hosts.{self.host.label}.trustClock'
+        hint = 'have both follow NTP, and ' + (
+            f'set hosts.{self.host.label}.trustClock' if self.host.prefix else
+            'instead of libvirt.uri say "hosts": {"far": {"uri": '
+            f'{json.dumps(self.host.uri)}, "trustClock": true}}}}')
         if self.state != was:
             log.warning('%s: %s: its guests\' clocks are left alone; %s', self.host.name, why, hint)
         raise OutOfStep(f'{guest.name}: its clock is left alone: {self.host.name}: {why}', hint)
@@ -5753,7 +5759,8 @@ class Listener:
                 dualstack_ipv6=six and not address)
         except OSError as problem:
             raise Error(f'can\'t listen on {self.name}: {os.strerror(problem.errno or 0)}',
-                        'set listener.port and listener.address to what is free here') from None
+                        'set listener.address to one that this host has, and listener.port to a '
+                        'free one, 1024 or more where it is not root that runs this') from None
 
     def open(self, config: Config) -> None:
         """Listen where `config` says; Error if that can't be."""
@@ -14175,6 +14182,10 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
                        f'; {service.here}/install.sh --with-machines changes that')
 
 
+RENEW = '; put a new one there; for the one that install.sh made, remove it and its key and run ' \
+    'install.sh again'
+
+
 def check_certificate(config: Config) -> Check:
     """Say until when the certificate is valid, and whether that is CERTIFICATE_DAYS at least."""
     shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend',
@@ -14183,7 +14194,7 @@ def check_certificate(config: Config) -> Check:
     end = shown.stdout.decode(errors='replace').partition('=')[2].partition('\n')[0]
     good = shown.returncode == 0
     return Check(good, f'certificate {config.certificate}: valid until {end}'
-                 f'{"" if good else "; renew it"}')
+                 f'{"" if good else RENEW}')
 
 
 def _check_listener(config: Config) -> Iterator[Check]:
