@@ -1871,8 +1871,10 @@ class Guest:
         return self.status().state
 
     def is_off(self) -> bool:
-        """Tell whether it is off, saved or not."""
-        return self.state() in (State.OFF, State.SAVED)
+        """Tell whether it is off, saved or not; one that was never defined is gone then."""
+        with contextlib.suppress(NoGuest):
+            return self.state() in (State.OFF, State.SAVED)
+        return True
 
     def start(self) -> str:
         """Make it run, from whatever state; return what was done, in words."""
@@ -3950,6 +3952,19 @@ class Guests:
         raise next((answer for host, answer in answers if isinstance(answer, Error)
                     and host in meant), NoGuest(f'no guest is named {name}', 'list shows them'))
 
+    def names(self, hosts: Sequence[GuestHost], away: list[Error]) -> dict[str, list[Guest]]:
+        """Return the guests of these hosts by NAME and HOST/NAME; add to `away` why one can't be
+        asked."""
+        names: dict[str, list[Guest]] = collections.defaultdict(list)
+        for host, answer in self.ask(lambda host: host.all(), hosts=hosts):
+            if isinstance(answer, Error):
+                away.append(answer)
+                continue
+            for guest in answer:
+                names[guest.own].append(guest)
+                names[f'{host.label}/{guest.own}'].append(guest)
+        return names
+
     def all(self, running: bool = False, away: list[Error] | None = None,
             timeout: float = ANSWER_TIMEOUT, hosts: Sequence[GuestHost] | None = None
             ) -> list[Guest]:
@@ -4293,6 +4308,7 @@ class Monitor:
 
 START_RETRIES = 3              # further tries of a guest that failed to start ...
 START_RETRY_PAUSE = 5.0        # ... this long apart
+REMEDY_SHARES = {'save': 0.25, 'off': 0.1}      # of what is left of shutdown.timeout, for "or save"
 
 
 class BootMark:
@@ -4337,6 +4353,7 @@ class GuestList:
         self.stopping = threading.Event()
         self._results: dict[str, str] = {}          # guest -> what was done, in words
         self.failed: dict[str, str] = {}            # guest -> why not
+        self.away: list[Error] = []                 # why it is not known which guests are meant
         self._waiting: set[str] = set()             # guests whose host, another one, is away
 
     def _sum_up(self, began: float) -> None:
@@ -4365,7 +4382,10 @@ class GuestList:
     def _there(self, step: Step) -> bool:
         if step.until == 'path':
             return os.path.exists(step.what)
-        guest = self.guests.find(step.name)
+        try:
+            guest = self.guests.find(step.name)
+        except NoGuest:
+            return step.until == 'off'
         return guest.serves(int(step.what)) if step.until == 'port' else \
             GUEST_ENDS[step.until](guest)
 
@@ -4480,30 +4500,41 @@ class Shutdown(GuestList):
 
     def run(self) -> None:
         """Go through the lines, wait for the last guest or for the limit, and sum up."""
-        began, away = time.monotonic(), list[Error]()
-        self._find(away)
+        began = time.monotonic()
+        self._find()
         spawn('shutdown list', self._work).join(self.limit.left())
         self.stopping.set()
-        for problem in away:
+        for problem in self.away:
             log.error('shutdown: %s', explain(problem))
-        for name, since in list(self._waits.items()):
+        for name, since in [*self._waits.items()]:
             self.failed.setdefault(name, f'still on after {time.monotonic() - since:.0f} s')
+        for name in [name for step in self.steps if step.verb != 'wait'
+                     for names in self.named(step) for name in names]:
+            self.failed.setdefault(name, 'still on: its turn did not come')
         for name, why in [*self.failed.items()]:        # threads may still be at it
             self.guests.notices.begin('stop', name, Error(f'{name}: {why}'))
         self._sum_up(began)
         Deadline(NOTIFY_TIMEOUT).poll(lambda: not self.guests.notices.sending)
 
-    def _find(self, away: list[Error]) -> None:
+    def _find(self) -> None:
         """Find out which guests of this host are on, and what their lines call them."""
-        guests = self.guests.all(away=away, hosts=[host for host in self.guests.hosts if host.here])
-        full = {name: guest.name for guest in guests for name in (guest.own, guest.name)}
+        names = self.guests.names([host for host in self.guests.hosts if host.here], self.away)
+        guests = {guest.id: guest for named in names.values() for guest in named}
+        called = {guest.id: guest.name for guest in guests.values()}
+        for name, (guest, *others) in names.items():
+            if not others and len(names.get(called[guest.id], ())) > 1:
+                called[guest.id] = name             # it alone has this one
+        full = {name: called[named[0].id] for name, named in names.items() if len(named) == 1}
+        self.away += [Ambiguous(f'{step.name} can be ' + ' or '.join(
+            called[guest.id] for guest in names[step.name]), 'say which')
+            for step in self.steps if step.name in names and step.name not in full]
         self.steps = [step._replace(name=full.get(step.name, step.name)) for step in self.steps]
         self.place = {full.get(name, name): place for name, place in self.place.items()}
-        self._found.update(full.values())
-        for guest, known in zip(guests, ask_all(guests, lambda guest: {'off': guest.is_off()},
-                                                ANSWER_TIMEOUT)):
+        self._found.update(called.values())
+        for guest, known in zip(guests.values(), ask_all(
+                [*guests.values()], lambda guest: {'off': guest.is_off()}, ANSWER_TIMEOUT)):
             if not known.get('off'):                # what can't be asked counts as on
-                self._on[guest.name] = guest
+                self._on[called[guest.id]] = guest
         self.total = len(self._on)
 
     def progress(self) -> str:
@@ -4541,36 +4572,36 @@ class Shutdown(GuestList):
     def _end_all(self, step: Step) -> None:
         """End the guests of a line, group by group."""
         for names in self.named(step):
-            threads = [spawn(f'{step.verb} {guest.name}', self._end, step, guest)
-                       for guest in map(self._on.get, names)        # another line may have ended it
-                       if guest and not self.stopping.is_set()]
+            threads = [spawn(f'{step.verb} {name}', self._end, step, name, guest)
+                       for name, guest in [(name, self._on.get(name)) for name in names]
+                       if guest and not self.stopping.is_set()]     # another line may have ended it
             for thread in threads:
                 thread.join(self.limit.left())
 
-    def _end(self, step: Step, guest: Guest) -> None:
-        self._waits[guest.name] = time.monotonic()
+    def _end(self, step: Step, name: str, guest: Guest) -> None:
+        self._waits[name] = time.monotonic()
         for verb in filter(None, (step.verb, step.otherwise)):
             if self.stopping.is_set():
                 return
             try:
                 says = self.guests.act(verb, guest, tell=False)
-                patience = min(step.seconds, self.limit.left())
+                patience = min(step.seconds,
+                               self.limit.left() * (1 - REMEDY_SHARES.get(step.otherwise, 0)))
                 if verb != 'stop' or Deadline(patience).poll(guest.is_off):
-                    self.failed.pop(guest.name, None)
-                    self._results[guest.name] = 'shut down' if verb == 'stop' else says
-                    self._on.pop(guest.name, None)
+                    self.failed.pop(name, None)
+                    self._results[name] = 'shut down' if verb == 'stop' else says
+                    self._on.pop(name, None)
                     break
-                self.failed[guest.name] = f'did not shut down within {round(patience, 1):g} s'
+                self.failed[name] = f'did not shut down within {round(patience, 1):g} s'
             except Error as problem:
-                self.failed[guest.name] = explain(problem)
-            log.warning('shutdown: %s %s: %s', verb, guest.name, self.failed[guest.name])
-        self._waits.pop(guest.name, None)
-        log.info('shutdown: %s: %s; %s', guest.name, self._results.get(guest.name) or 'still on',
+                self.failed[name] = explain(problem)
+            log.warning('shutdown: %s %s: %s', verb, name, self.failed[name])
+        self._waits.pop(name, None)
+        log.info('shutdown: %s: %s; %s', name, self._results.get(name) or 'still on',
                  self.progress())
 
     def plan(self) -> Iterator[str]:
-        away: list[Error] = []
-        self._find(away)
+        self._find()
         for step in self.steps:
             if step.verb in ('delay', 'wait'):
                 yield ' '.join(filter(None, [step.verb, step.name, step.until,
@@ -4578,14 +4609,15 @@ class Shutdown(GuestList):
                 continue
             names = '; then '.join(', '.join(group) for group in self.named(step))
             if not names:
-                off = step.name in self._found or step.name == 'all' and not away
+                off = step.name in self._found or step.name == 'all' and not self.away
                 yield f'{step.verb} {step.name}: ' + (
-                    'off already' if off else 'not known' if away else 'no guest here is named so')
+                    'off already' if off else 'not known' if self.away else
+                    'no guest here is named so')
                 continue
             limit = f', {step.seconds:g} s at most' if step.verb == 'stop' else ''
             yield f'{step.verb} {names}{limit}' + (
                 f', then {step.otherwise}' if step.otherwise else '')
-        for problem in away:
+        for problem in self.away:
             yield f'not known: {explain(problem)}'
 
 
@@ -5371,6 +5403,8 @@ class Dispatcher:
     def _state_now(guest: Guest) -> dict[str, str]:
         try:
             return {'state': str(within(Deadline(STATE_TIMEOUT), guest.name, guest.status))}
+        except NoGuest:                     # it was never defined
+            return {'state': State.OFF.value}
         except Error:                       # the command was carried out, that is the answer
             return {'state': 'unknown'}
 
@@ -14232,16 +14266,11 @@ def _is_served(config: Config) -> bool:
 
 def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
                   ) -> Iterator[Check]:
-    guests: dict[str, list[Guest]] = collections.defaultdict(list)      # by NAME and HOST/NAME
-    found: list[Guest] = []
-    for host, answer in Guests(hosts).ask(lambda host: host.all()):
-        if isinstance(answer, Error):
-            yield Check(False, f'guests: {explain(answer)}')
-            continue
-        found += answer
-        for guest in answer:
-            guests[guest.own].append(guest)
-            guests[f'{host.label}/{guest.own}'].append(guest)
+    away: list[Error] = []
+    guests = Guests(hosts).names(hosts, away)
+    for problem in away:
+        yield Check(False, f'guests: {explain(problem)}')
+    found = {guest.id: guest for named in guests.values() for guest in named}.values()
     yield Check(True, f'guests: {len(found)} defined')
     if 'monitor' in roles:
         for guest in found:
@@ -14467,7 +14496,7 @@ def command_list_steps(config: Config, options: argparse.Namespace) -> int:
                 show(line)
         else:
             steps.run()
-    return EXIT_FAILED if steps.failed else 0
+    return EXIT_FAILED if steps.failed or steps.away else 0
 
 
 # --- verbs: vmmonitor VERB NAME ... ---
