@@ -2955,6 +2955,9 @@ class LibvirtTest(GuestCase):
             other = ScriptedGuest().agent_error(text)
             self.assertTrue(other.hint)
             self.assertNotIn(remedy, other.hint)
+        far = vm.Domain(vm.LibvirtHost('qemu+tcp://h/system?a&b', 'h'), 'id', 'my vm;id')
+        self.assertEqual(far.virsh('undefine'),             # what is pasted runs nothing else
+                         "virsh -c 'qemu+tcp://h/system?a&b' undefine 'my vm;id'")
 
     def test_no_reference_is_leaked(self) -> None:
         guest = self.vm('web1')
@@ -11431,6 +11434,11 @@ class OneShotTest(GuestCase):
         self.assertEqual(picture.read_bytes()[:4], b'\x89PNG')
         self.assertEqual(verb('off', 'web1', 'web3', '--wait', 'off')[0], 0)
         self.assertIn('deleted', verb('delete', 'web3')[1])
+        damaged = Path(own['VMMONITOR_MACHINES'], 'damaged')
+        damaged.mkdir()
+        (damaged / 'machine.json').write_text('{"name": 5}')
+        self.assertEqual(verb('delete', 'damaged'), (0, 'damaged: deleted\n', ''))
+        self.assertFalse(damaged.exists())
         for words, text in ((('delete', 'web2'), 'web2 is no machine of this program; virsh -c '),
                             (('off',), 'off: no guest is named; name some, or say --all'),
                             (('start', 'db*'), 'no guest fits db*; list shows them'),
