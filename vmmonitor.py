@@ -9164,7 +9164,8 @@ class MachineFile:
             with open(path, 'rb') as file:
                 data = file.read(JSON_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
-            raise NoGuest(f'{path}: no such machine') from None
+            raise NoGuest(f'{path}: no such machine',
+                          'list shows them; "up" makes those of a lab') from None
         except OSError as problem:
             raise MachineError(f'{path}: can\'t be read: {explain(problem)}') from None
         try:
