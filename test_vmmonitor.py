@@ -1400,12 +1400,13 @@ KEY = 'k' * 32                  # the main key in the tests' configurations
 OTHER_KEY = 'o' * 32
 
 
-def make_certificate(directory: Path, name: str = 'cert', password: str = '') -> None:
+def make_certificate(directory: Path, name: str = 'cert', password: str = '', days: int = 90
+                     ) -> None:
     """Make DIRECTORY/NAME.pem and NAME.key by openssl."""
     secret = ['-passout', f'pass:{password}'] if password else ['-nodes']
-    subprocess.run([*CERT_ARGS, *secret, '-keyout', str(directory / f'{name}.key'),
-                    '-out', str(directory / f'{name}.pem')], check=True, timeout=30,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([*CERT_ARGS, '-days', f'{days}', *secret, '-keyout',
+                    str(directory / f'{name}.key'), '-out', str(directory / f'{name}.pem')],
+                   check=True, timeout=30, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def make_tls_certificates(directory: Path) -> None:
@@ -3260,7 +3261,8 @@ class NoticesTest(ConfigCase):
         config = Path(self.path('etc')) / 'config.json'
         config.write_text(json.dumps(merged(self.GOOD, changes)))
         code = ('import sys, vmmonitor as vm\nvm.AWAY_LIMIT = 0.5\nvm.CERTIFICATE_DAYS = 40000\n'
-                'vm.WRONG_KEYS_WINDOW = 3.0\nvm.exit_now(vm.main(sys.argv[1:]))')
+                'vm.CERTIFICATE_PAUSE = 0.2\nvm.WRONG_KEYS_WINDOW = 3.0\n'
+                'vm.exit_now(vm.main(sys.argv[1:]))')
         program = Program('--listen', '--config', str(config),
                           argv=(sys.executable, '-c', code))
         self.addCleanup(program.close)
@@ -3272,13 +3274,23 @@ class NoticesTest(ConfigCase):
         for number in range(vm.WRONG_KEYS):
             subprocess.run(['curl', '-sk', f'https://localhost:{port}/?key=x{number}&cmd=list'],
                            stdout=subprocess.DEVNULL, timeout=30, check=True)
-        good = config.read_text()
         config.write_text('{')
         program.process.send_signal(signal.SIGHUP)
         soon(lambda: kinds(False) == {'host', 'reload', 'keys', 'certificate'}, 20, 'the words')
-        config.write_text(good)
-        program.process.send_signal(signal.SIGHUP)
-        soon(lambda: kinds(True) == {'reload', 'keys'}, 20, 'that it is over')
+        for end in ('pem', 'key'):      # a new one is of no use before it is taken
+            shutil.copy(config.with_name(f'cert.{end}'), config.with_name(f'other.{end}'))
+        make_certificate(config.parent, days=50000)
+        soon(lambda: kinds(True) == {'keys'}, 20, 'that it is over')
+        other = {'listener': {'certificate': {'path': 'other.pem', 'keyPath': 'other.key'}}}
+
+        def names() -> list[str]:
+            rows = map(json.loads, self.heard.read_text().splitlines())
+            return [row['name'] for row in rows if row['over'] and row['kind'] == 'certificate']
+        for now, ended in ((other, ['cert.pem']), ({}, ['cert.pem', 'other.pem'])):
+            config.write_text(json.dumps(merged(merged(self.GOOD, changes), now)))
+            program.process.send_signal(signal.SIGHUP)
+            soon(lambda: names() == ended, 20)                          # noqa: B023
+        self.assertEqual(kinds(True), {'keys', 'reload', 'certificate'})
 
 
 # === guests =====================================================================================

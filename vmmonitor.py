@@ -5778,12 +5778,13 @@ class Listener:
         self.closing = threading.Event()
         self.failures = Failures(self.closing)
         self.waiting = 0                            # threads that wait for a connection
+        self.certificate = b''                      # what clients are shown, PEM
         self.name = ''                              # address and port
         self.socket: socket.socket | None = None    # once it is bound
 
     def bind(self, config: Config) -> None:
         """Take the port that `config` names; Error if that can't be."""
-        self.context = tls_context(config)
+        self._show(config)
         address, port = config.address, int(config.port)
         self.name = f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
         six = ':' in address or not address and socket.has_dualstack_ipv6()
@@ -5805,7 +5806,11 @@ class Listener:
     def reload(self, config: Config) -> None:
         """Take over the new certificate; with an InvalidValue, the old one stays."""
         if self.socket:
-            self.context = tls_context(config)
+            self._show(config)
+
+    def _show(self, config: Config) -> None:
+        self.context, self.certificate = tls_context(config), Path(
+            beside(config, config.certificate)).read_bytes()
 
     def _accept(self, listening: socket.socket) -> None:
         """Serve whoever connects. Another thread waits for the next one meanwhile: so many are idle
@@ -13996,6 +14001,8 @@ class Daemon:
         self.listener = Listener(self.guests, self.settings)
         self.away: dict[str, float] = {}            # name of a host -> since when (monotonic)
         self.certificate = Deadline(0)              # when to look at its end
+        self._ending = ''                           # the one of which word was sent last ...
+        self._looking = threading.Lock()            # ... which this guards
         # What wakes main(): the numbers of signals, and 0 when there is something else to see.
         self._bell, self._ring = socket.socketpair()
         self._askers: collections.deque[socket.socket] = collections.deque()    # for a reload
@@ -14057,17 +14064,19 @@ class Daemon:
         if 'listen' in self.roles:
             if self.certificate.passed():
                 self.certificate = Deadline(CERTIFICATE_PAUSE)
-                spawn('certificate', self._look_at_certificate, self.settings.config)
+                spawn('certificate', self._look_at_certificate)
             pauses.append(self.certificate.left())
         return min(pauses)
 
-    def _look_at_certificate(self, config: Config) -> None:
-        with contextlib.suppress(CommandError):         # no openssl
-            check = check_certificate(config)
-            if check.good:
-                self.guests.notices.end(config.certificate, 'certificate')
-            else:
-                self.guests.notices.begin('certificate', config.certificate, Error(check.text))
+    def _look_at_certificate(self) -> None:
+        with self._looking, contextlib.suppress(CommandError):      # no openssl
+            config, notices = self.settings.config, self.guests.notices
+            check = check_certificate(config, self.listener.certificate)
+            if check.good or self._ending != config.certificate:
+                notices.end(self._ending, 'certificate')
+            if not check.good:
+                self._ending = config.certificate
+                notices.begin('certificate', self._ending, Error(check.text))
 
     def _shut_down(self) -> None:
         """End the guests of a host that goes down, and have systemd wait for it."""
@@ -14217,15 +14226,14 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
                        f'; {service.here}/install.sh --with-machines changes that')
 
 
-RENEW = '; put a new one there; for the one that install.sh made, remove it and its key and run ' \
+RENEW = '; put a new one there, and reload; for the one that install.sh made, remove it and its key and run ' \
     'install.sh again'
 
 
-def check_certificate(config: Config) -> Check:
-    """Say until when the certificate is valid, and whether that is CERTIFICATE_DAYS at least."""
+def check_certificate(config: Config, pem: bytes) -> Check:
+    """Say until when a certificate is valid, and whether that is CERTIFICATE_DAYS at least."""
     shown = run(['openssl', 'x509', '-noout', '-enddate', '-checkend',
-                 f'{CERTIFICATE_DAYS * DAY:.0f}', '-in', beside(config, config.certificate)],
-                QMP_TIMEOUT, check=False)
+                 f'{CERTIFICATE_DAYS * DAY:.0f}'], QMP_TIMEOUT, pem, check=False)
     end = shown.stdout.decode(errors='replace').partition('=')[2].partition('\n')[0]
     good = shown.returncode == 0
     return Check(good, f'certificate {config.certificate}: valid until {end}'
@@ -14234,7 +14242,7 @@ def check_certificate(config: Config) -> Check:
 
 def _check_listener(config: Config) -> Iterator[Check]:
     try:
-        yield check_certificate(config)
+        yield check_certificate(config, Path(beside(config, config.certificate)).read_bytes())
     except CommandError:
         yield Check(True, f'certificate {config.certificate}: loads (no openssl to see its end)')
     listener = Listener(Guests([]), Settings(config))
