@@ -3029,12 +3029,25 @@ class LibvirtTest(GuestCase):
 
     def test_what_is_remembered_and_what_not(self) -> None:
         guest, other = self.vm('web1'), self.vm('web2')
-        host = vm.LibvirtHost(self.host.uri)
-        host.watch(lambda _: None)
+        host, events = vm.LibvirtHost(self.host.uri), list[tuple[str, str]]()
+        host.watch(lambda event: events.append((event.guest.name, event.kind)))
         self.addCleanup(host.stop)
         soon(host.up.is_set, 10)
         found, second = host.find('web1'), host.find('web2')
         assert found and second
+        path = self.host.dir / 'odd.xml'            # one that can't start, of which no event tells
+        path.write_text((DaemonTest.NAMELESS % 'bad').replace('</os>', '</os><devices><disk type='
+                        '"file"><source file="/none"/><target dev="vda"/></disk></devices>'))
+        self.host.virsh('define', str(path))
+        self.addCleanup(self.host.virsh, 'undefine', 'bad')
+        soon(lambda: host.find('bad'), 10)
+        bad = host.find('bad')
+        assert bad
+        self.assertEqual(bad.seen()[0], vm.Status(vm.State.OFF))
+        with self.assertRaisesRegex(vm.LibvirtError, '/none.*No such file') as caught:
+            bad.start()
+        self.assertEqual(caught.exception.hint, '')     # libvirtd is there
+        self.assertEqual(bad.seen()[0], vm.Status(vm.State.OFF, vm.FAILED))
         guest.virsh('managedsave')
         soon(lambda: found.seen()[0].state is vm.State.SAVED, 10)
         guest.virsh('managedsave-remove')           # of which no event tells
@@ -3053,6 +3066,7 @@ class LibvirtTest(GuestCase):
             with calls_of_libvirt() as calls:
                 return second.seen()[0].state is vm.State.OFF and not calls
         soon(remembers, 10)
+        self.assertIn(('web1', 'off'), events)          # it may have been on before
         other.start()
         other.destroy()                     # others shall not see it as one that has failed
 
@@ -3231,7 +3245,14 @@ class NoticesTest(ConfigCase):
                 guests.act('start', guest)
         hear('booted')                                              # by somebody else
         guests.commands['x'] = guests.commands[guest.id]
-        hear('stopped', vm.State.OFF)
+        for kind in ('stopped', 'off'):
+            guest.troubles, guest.offset = ['not connected'], -3 * vm.SECOND
+            with self.assertRaises(vm.AgentError):
+                guests.act('sync', guest)
+            hear(kind, vm.State.OFF, vm.FAILED if kind == 'off' else '')
+            guests.act('sync', guest)
+            hear(kind, vm.State.OFF)
+            self.assertEqual(guests.corrections, {})    # they were of its life before
 
         def gone() -> NoReturn:
             raise vm.NoGuest('gone')
@@ -3239,7 +3260,8 @@ class NoticesTest(ConfigCase):
         guests.heard(vm.GuestEvent(guest, 'stuck', 0.0))
         soon(lambda: list(guests.commands) == ['x'], 5)             # nothing is kept of it
         self.assertEqual([(row['kind'], row['over']) for row in self.told()], [
-            (kind, over) for kind in ('io-error', 'crashed', 'start') for over in (False, True)])
+            (kind, over) for kind in ('io-error', 'crashed', 'start', 'clock', 'clock')
+            for over in (False, True)])
 
     def test_the_way_down_waits_for_the_word(self) -> None:
         self.settings.config = vm.Config(
@@ -4852,6 +4874,8 @@ class ListenerTest(ListenerCase):
         self.guest.agent = lambda *_: 1 // 0        # type: ignore[method-assign]
         self.ask('cmd=sync&target=web1', *self.BEARER)
         del self.guest.agent
+        self.guest.troubles = ['not connected']
+        self.ask('cmd=sync&target=web1', *self.BEARER)
         self.assertRegex(self.ask('cmd=sync&target=web1', *self.BEARER)[1],
                          r'^web1: clock corrected, cause=sync before=-(2999|300\d)\.')
         status, text = self.curl('-i', *self.BEARER, url=url)
@@ -4861,7 +4885,8 @@ class ListenerTest(ListenerCase):
                      r'guest_agent_up\{guest="web\\"\\\\1"\} 1',
                      r'clock_offset_seconds\{guest="web1",when="before"\} -(3|2\.99|3\.00)\d*',
                      r'corrections_total\{cause="sync"\} 1', 'right_seconds_count 1',
-                     r'right_seconds_bucket\{le="\+Inf"\} 1', 'request_seconds_count [567]',
+                     r'correction_failures_total\{cause="sync",trouble="[\w ]+"\} 1',
+                     r'right_seconds_bucket\{le="\+Inf"\} 1', 'request_seconds_count [678]',
                      r'commands_total\{command="start",result="done"\} 1',
                      r'commands_total\{command="sync",result="ZeroDivisionError"\} 1',
                      'wrong_keys_total 1', r'host_up\{host="libvirt"\} 1',
@@ -5045,6 +5070,11 @@ class KeysTest(ListenerCase):
         self.assertLocked(self.ask('key=guessable&cmd=start&target=web1'))
         self.assertLocked(self.ask('cmd=start&target=web1'))
         self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER), (200, 'web1: started'))
+        before = self.ask('cmd=metrics', *self.BEARER)[1]
+        self.assertLocked(self.ask('key=wrong&cmd=start&target=web1'))      # it counts all the same
+        wrong = [int(re.findall('(?m)^vmmonitor_wrong_keys_total (.*)', text)[0])
+                 for text in (before, self.ask('cmd=metrics', *self.BEARER)[1])]
+        self.assertEqual(wrong[1], wrong[0] + 1)
         url = f'https://[::1]:{self.port}/?key=guessable&cmd=start&target=web1'
         self.assertEqual(self.curl(url=url), (200, 'web1: started'))
 
@@ -14255,8 +14285,8 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
      'pass', 'TestAsGuests.test_damaged_files'),
     ('monitor', 'if not job.again or self._stopping.is_set():', 'if True:', 'MonitorTest'),
     ('monitor', 'job.again = job.again or job.event', 'pass', 'MonitorTest'),
-    ('monitor', "NO_TRIGGERS = frozenset(('booted', 'stopped', 'stuck'))",
-     "NO_TRIGGERS = frozenset(('stopped', 'stuck'))", 'MonitorTest'),
+    ('monitor', "NO_TRIGGERS = frozenset(('booted', 'stopped', 'off', 'stuck'))",
+     "NO_TRIGGERS = frozenset(('stopped', 'off', 'stuck'))", 'MonitorTest'),
     ('startup', "elif not self._wait(step) and step.otherwise == 'stop':",
      'elif not self._wait(step):', 'StartupTest'),
     ('startup', 'for attempt in range(1 + START_RETRIES):', 'for attempt in range(START_RETRIES):',

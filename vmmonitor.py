@@ -2185,8 +2185,8 @@ class GuestEvent(NamedTuple):
     """Something happened to a guest.
 
     `kind` is booted, started, resumed, restored, reverted, migrated, woken, "agent connected",
-    found (it was running when the host was reached), stopped, or stuck: its status says why, or
-    that it is gone.
+    found or off (what it was when the host was reached), stopped, or stuck: its status says why,
+    or that it is gone.
     """
 
     guest: Guest
@@ -2654,7 +2654,7 @@ QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 38, 42, 45, 55
 ERR_TIMEOUT, ERR_AUTH_CANCELLED, ERR_ACCESS_DENIED, ERR_AUTH_UNAVAILABLE = 68, 79, 88, 94
 FROM_RPC = 7                                            # virErrorDomain of a lost connection
-LIST_RUNNING, LIST_STUCK = 1 << 4, 1 << 5 | 1 << 7      # virConnectListAllDomainsFlags
+LIST_RUNNING, LIST_STUCK, LIST_OFF = 1 << 4, 1 << 5 | 1 << 7, 1 << 6    # virConnectList...Flags
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
 SHUTDOWN_ACPI = 1 << 0                                  # virDomainShutdownFlagValues
 REBOOT_ACPI = 1 << 0                                    # virDomainRebootFlagValues
@@ -2663,8 +2663,8 @@ _RIGHTS = ('run this as root or put the user in the group libvirt: usermod -aG l
            'counts for a shell after logging in again, for a service after its restart')
 _DAEMON = 'start it: systemctl start libvirtd, or virtqemud where that is installed'
 LIBVIRT_HINTS = {
-    ERR_SYSTEM: _DAEMON, ERR_AUTH_FAILED: _RIGHTS, ERR_AUTH_CANCELLED: _RIGHTS,
-    ERR_ACCESS_DENIED: _RIGHTS, ERR_AUTH_UNAVAILABLE: _RIGHTS}
+    ERR_AUTH_FAILED: _RIGHTS, ERR_AUTH_CANCELLED: _RIGHTS, ERR_ACCESS_DENIED: _RIGHTS,
+    ERR_AUTH_UNAVAILABLE: _RIGHTS}
 # What to do about a URI that can't be opened: the first row that fits URI and text counts; "{far}"
 # is the host in it. Others have the hint of their error.
 URI_HINTS = (
@@ -2766,7 +2766,10 @@ class Library:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
         text = ' '.join(clip(info.message or name.encode()).split())    # QEMU's may have two lines
-        hint = _RIGHTS if 'Permission denied' in text else LIBVIRT_HINTS.get(info.code, '')
+        hint = LIBVIRT_HINTS.get(info.code, '')
+        if name == 'virConnectOpen':        # such errors of other calls are about a guest's files
+            hint = _RIGHTS if 'Permission denied' in text else \
+                _DAEMON if info.code == ERR_SYSTEM else hint
         error = LibvirtError(text, info.code, info.domain, hint)
         self.functions['virResetLastError']()
         return error
@@ -3222,15 +3225,15 @@ class LibvirtHost:
               changed: Callable[[], object] = lambda: None) -> None:
         """Keep a connection for events, for ever; give each to `receive`, which only enqueues.
 
-        After every connect, all running guests are given as 'found': what happened while there
-        was no connection is lost. `changed` is called when `up` has changed.
+        After every connect, all guests are given, as 'found', 'stuck' or 'off': what happened
+        while there was no connection is lost. `changed` is called when `up` has changed.
         """
         self._receive, self._changed = receive, changed
         self._thread = spawn('libvirt-link', self._link)
 
     def _notify(self, uuid: str, name: str, kind: str) -> None:
         guest = Domain(self, uuid, name)
-        self._forget(uuid)
+        self.forget(uuid)
         self.step.note(uuid, kind)
         if kind in ('agent connected', 'stopped'):
             self.silent.pop(guest.id, None)         # a new agent may be a better one
@@ -3270,7 +3273,7 @@ class LibvirtHost:
             self.step.connected()
             running = connection.domains(LIST_RUNNING)
             self.problem = None
-            self._forget()
+            self.forget()
             self.links += 1
             self.up.set()
             self._changed()
@@ -3278,8 +3281,9 @@ class LibvirtHost:
                      self.name, time.monotonic() - since, connection.version(), len(running))
             for uuid, name in running:
                 self._notify(uuid, name, 'found')
-            for uuid, name in connection.domains(LIST_STUCK):       # paused, crashed, asleep
-                self._notify(uuid, name, 'stuck')
+            for kind, flags in (('stuck', LIST_STUCK), ('off', LIST_OFF)):
+                for uuid, name in connection.domains(flags):    # stuck: paused, crashed, asleep
+                    self._notify(uuid, name, kind)
             while not subscription.lost.wait(SPARE_TIME) and connection.alive():
                 for pool in (self.queries, self.actions, self.slow, self.agents):
                     pool.trim(pool is self.agents)      # the next resume shall not wait for one
@@ -3317,7 +3321,7 @@ class LibvirtHost:
         with self.queries.connection(QUERY_TIMEOUT) as connection:
             return connection.version()
 
-    def _forget(self, uuid: str = '') -> None:
+    def forget(self, uuid: str = '') -> None:
         """Something happened to a domain, or may have happened to all."""
         with self._memory:
             self._serial, self._names = self._serial + 1, None
@@ -3428,8 +3432,11 @@ class Domain(Guest):
             return Status(found, REASONS.get((state.value, reason.value), ''))
 
     def _act(self, function: str, *arguments: Any) -> None:
-        with self._on(self.host.actions, START_TIMEOUT) as (connection, handle):
-            connection.call(function, handle, *arguments)
+        try:
+            with self._on(self.host.actions, START_TIMEOUT) as (connection, handle):
+                connection.call(function, handle, *arguments)
+        finally:                    # no event tells why it is off when it did not start
+            self.host.forget(self.uuid)
 
     # state -> (what makes it run, its arguments, in words)
     STARTERS: dict[State, tuple[str, tuple[int, ...], str]] = {
@@ -3860,6 +3867,8 @@ class Guests:
     CURES = {State.RUNNING: ('start', 'io-error', 'crashed'),       # what is over then
              State.OFF: ('clock', 'stop', 'io-error', 'crashed'),
              State.SAVED: ('clock', 'stop', 'io-error', 'crashed')}
+    # What was known is of an earlier life of the guest then, or may be: events were lost.
+    ENDS = frozenset(('booted', 'stopped', 'off', 'reverted', 'found'))
 
     def __init__(self, hosts: Sequence[GuestHost], settings: Settings | None = None) -> None:
         self.hosts = list(hosts)
@@ -3982,6 +3991,8 @@ class Guests:
 
     def heard(self, event: GuestEvent) -> None:
         """Have a guest looked at that may be in trouble, or out of it."""
+        if event.kind in self.ENDS:
+            self.corrections.pop(event.guest.id, None)
         stuck = event.kind in ('stopped', 'stuck')
         if stuck or self.notices.of(event.guest):       # with a full disk it soon stops again
             self._looks[event.guest.id] = event
@@ -4010,7 +4021,7 @@ class Guests:
                 return                                  # again: its event has it looked at, too
             self.notices.end(guest.name, *(
                 cured for cured in self.CURES.get(status.state, ()) if cured != kind))
-            if kind:
+            if kind and event.kind != 'off':            # then it is none of now
                 self.notices.begin(kind, guest.name, WrongState(
                     f'{guest.name} is {status}', TROUBLES[status.reason]))
 
@@ -4043,9 +4054,20 @@ class Guests:
 
     def _sync(self, guest: Guest) -> str:
         config, result = self.settings.config, Correction(guest.name)
-        self.corrected(guest, correct(guest, round(config.tolerance * MS), config.allow_exec,
-                                      result))
+        try:
+            correct(guest, round(config.tolerance * MS), config.allow_exec, result)
+        except (AgentError, ClockError) as problem:
+            self.uncorrected(guest, result.cause, problem)
+            raise
+        self.corrected(guest, result)
         return str(result)[len(guest.name) + 2:]
+
+    def uncorrected(self, guest: Guest, cause: str, problem: Error) -> str:
+        """Count a clock that could not be corrected, and send word; return what the trouble is."""
+        trouble = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
+        self.figures.count('correction_failures_total', cause, trouble)
+        self.notices.begin('clock', guest.name, problem)
+        return trouble
 
     def corrected(self, guest: Guest, result: Correction) -> None:
         """Keep what was found of a clock, which is right now."""
@@ -4129,10 +4151,8 @@ class ClockJob:
 class Monitor:
     """Events -> at most one clock job per guest; a trigger during a job makes it run again."""
 
-    NO_TRIGGERS = frozenset(('booted', 'stopped', 'stuck'))  # a boot is told by "resumed", too
+    NO_TRIGGERS = frozenset(('booted', 'stopped', 'off', 'stuck'))  # a boot is "resumed", too
     NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
-    # What was known is of an earlier life of the guest then, or may be: events were lost.
-    ENDS = frozenset(('booted', 'stopped', 'reverted', 'found'))
 
     def __init__(self, guests: Guests, settings: Settings) -> None:
         self.guests, self.settings = guests, settings
@@ -4192,11 +4212,11 @@ class Monitor:
         key, config = event.guest.id, self.settings.config
         log.debug('%s: %s', event.guest.name, event.kind)
         with self._lock:
-            if event.kind in self.NEW_START or event.kind == 'stopped':
+            if event.kind in (*self.NEW_START, 'stopped', 'off'):
                 self._told.pop(key, None)
             job = self._jobs.get(key)
-            if event.kind in self.ENDS:
-                self.guests.corrections.pop(key, None)
+            if event.kind in self.guests.ENDS:
+                self.guests.corrections.pop(key, None)      # again: the job may have found one
                 if job and event.kind != 'booted':      # which comes after the "resumed" of a boot
                     job.past = True
             if job and event.kind == 'booted':
@@ -4243,9 +4263,7 @@ class Monitor:
             log.debug('%s: clock left alone: %s', guest.name, explain(problem))
             return
         except Error as problem:
-            kind = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
-            self.guests.figures.count('correction_failures_total', job.event.kind, kind)
-            self.guests.notices.begin('clock', guest.name, problem)
+            kind = self.guests.uncorrected(guest, job.event.kind, problem)
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(problem)}')
             if result.late:             # no event tells when the agent comes back and takes it
@@ -5292,6 +5310,7 @@ class Dispatcher:
             raise Refusal(400, f'{command} takes no target' if target else
                           f'target is missing: the name of the guest to {command}')
         if target and not self._may_reach(key, target):
+            self.guests.figures.count('wrong_keys_total')
             raise self._wrong(f'key {key.name}', audit)         # not to be told from a wrong key
         if command not in self.settings.config.enabled:
             raise Refusal(403, f'{command} is switched off (listener.commandsEnabled)')
@@ -5326,7 +5345,6 @@ class Dispatcher:
 
     def _wrong(self, who: str, audit: Audit) -> Refusal:
         """Count a wrong key and return what it is answered."""
-        self.guests.figures.count('wrong_keys_total')
         refusal = self.throttle.wrong(who)
         if self.throttle.locked(who) and self.guests.notices.begin('keys', 'listener', Error(
                 f'{audit.peer} sends wrong keys, or targets that its key does not reach, and is '
@@ -5363,6 +5381,8 @@ class Dispatcher:
             if any([compare_digest(key.digest, digest) for digest in digests]):    # noqa: C419
                 found = key
         network = self.throttle.network(audit.peer)
+        if secret and not found:
+            self.guests.figures.count('wrong_keys_total')
         if not found or found.guessable:
             self.throttle.refuse(network)
         if not secret:
