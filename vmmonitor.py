@@ -14246,8 +14246,8 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
                        f'; {service.here}/install.sh --with-machines changes that')
 
 
-RENEW = '; put a new one there, and reload; for the one that install.sh made, remove it and its key and run ' \
-    'install.sh again'
+RENEW = '; put a new one there, and reload; for the one that install.sh made, remove it and its ' \
+    'key and run install.sh again'
 
 
 def check_certificate(config: Config, pem: bytes) -> Check:
