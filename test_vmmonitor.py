@@ -10913,6 +10913,30 @@ class CommandLineTest(ConfigCase):
         self.assertEqual(status, 1)
         self.assertIn('console: there is no virsh; install libvirt-clients', err)
 
+    def test_log_of_a_guest(self) -> None:
+        """All that was done to it, also by the lists, and by its own name or HOST/NAME."""
+        told = ['web 1: clock corrected, cause=resumed', 'b/web 1: clock is right',
+                'startup: b/web 1 restored', 'startup: start web 1 failed: why; 3 more tries',
+                'startup: line 3: web 1: not yet "agent" after 5 s; going on',
+                'shutdown: stop web 1: did not shut down within 2 s',
+                'shutdown: web 1: saved; 1 of 2 off', 'start web 1: restored',
+                'request peer=::1 key=main cmd=stop target="web 1" result=200 ms=7',
+                'request peer=::1 key=main cmd=stop target="b/web 1" result=200 ms=7']
+        others = ['web 10: clock is right', 'xweb 1: clock is right', 'listening on *:10000',
+                  'request peer=::1 key=main cmd=stop target="web 10" result=200 ms=7']
+        journal = self.directory / 'journalctl'
+        lines = [f'2026-01-01T00:00:00+0000 host vmmonitor[1]: {text}' for text in told + others]
+        journal.write_text('#!/bin/sh\ncat <<"END"\n' + '\n'.join(lines) + '\nEND\n')
+        journal.chmod(0o755)
+        path = {'PATH': f'{self.directory}:{os.environ["PATH"]}'}
+        for name, shown in (('web 1', lines[:10]), ('b/web 1', [lines[n] for n in (1, 2, 9)])):
+            status, out, err = vmmonitor('log', name, env=path)
+            self.assertEqual((status, out.splitlines(), err), (0, shown, ''))
+        journal.write_text('#!/bin/sh\n')
+        status, _, err = vmmonitor('log', env=path)
+        self.assertEqual(status, 1)
+        self.assertIn('the journal shows this user nothing of the service; run this as root', err)
+
     def test_output_that_nobody_takes(self) -> None:
         program, nowhere = shlex.quote(str(HERE / 'vmmonitor.py')), 'qemu+unix:///?socket=/none'
         config = self.write({'libvirt': {'uri': nowhere}, 'listener': {'enabled': False}})

@@ -14738,10 +14738,14 @@ def command_log(name: str) -> int:
     """log: print what the service did, or what it did with one guest."""
     lines = run(['journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '-o', 'short-iso',
                  '--no-pager'], LOG_TIMEOUT).stdout.decode(errors='replace').splitlines()
+    if not lines:
+        raise Error('the journal shows this user nothing of the service',
+                    'run this as root, or put the user in the group systemd-journal')
+    who = rf'([\w.-]+/)?{re.escape(printable(name))}'
+    its = re.compile(rf'(startup|shutdown): (line \d+: )?(\w+ )?{who}[: ]|(\w+ )?{who}: |'
+                     rf'request .* target="?{who}"? ')
     for line in lines:
-        text = line.partition(']: ')[2]
-        if not name or re.match(rf'([\w.-]+/)?{re.escape(name)}: ', text) \
-                or f' target={name} ' in text:
+        if not name or its.match(line.partition(']: ')[2]):
             show(line)
     return 0
 
