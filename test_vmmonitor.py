@@ -5643,6 +5643,10 @@ class TestCrash(NetCase):
 
 class TestOwnership(NetCase):
     def test_names_taken_by_others(self) -> None:
+        with self.refused('n0: would be made twice', kind=vm.NameTaken), vm.transaction() as plan:
+            for _ in range(2):
+                vm.plan_nic(plan, 'n0', 'macvtap', namespace='web1')
+        self.assertEqual((names(), namespaces()), (set(), []))
         ip('link add name lan type bridge')
         ip('link property add dev lan altname other-lan')
         for make in (vm.Switch, vm.VirtualNic):
@@ -5736,10 +5740,22 @@ class TestOwnership(NetCase):
                 vm, 'run', lambda *_, **__: subprocess.CompletedProcess([], 0, b'what?', b'')):
             bad = [one.text for one in vm.check_networks() if not one.good]
         self.assertIn('networks: ', '\n'.join(bad))             # and nothing was raised
-        for row in (None, {**tree['things']['lan'], 'undo': [['what']]}, {'kind': 'switch'}):
+        for row in (None, {**tree['things']['lan'], 'undo': [['what']]}, {'kind': 'switch'},
+                    {'kind': 'nic', 'group': 1, 'facts': {}}):
             path.write_text(json.dumps({**tree, 'things': {'lan': row}}))
-            with self.refused(f'{path}: what was made of networks can\'t be read', 'move the file'):
-                vm.Switch('lan')
+            says = f'lan: what is written down of it in {path} can\'t be read'
+            for touch in (lambda: vm.Switch('lan'), lambda: vm.delete_names(['lan'])):
+                with self.refused(says, f'mend that, or {vm.CLEAN} lan removes'):
+                    touch()
+            vm.VirtualNic(namespace='web1').delete()            # it is in nobody else's way
+            self.assertIn(says, '\n'.join(one.text for one in vm.check_networks()))
+            with self.assertLogs(vm.log) as logged:
+                self.assertEqual(vm.clean(everything=True), {})
+            self.assertIn(says, logged.output[0])
+            self.assertEqual(json.loads(path.read_text())['things'], {'lan': row})
+        self.assertEqual((vm.clean(['lan']), names(), self.records()),
+                         ({'lan': "its row can't be read"}, set(), {}))
+        vm.Switch('lan')
         path.write_text('{broken')
         lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
         self.assertIn(f'{path}: what was made of networks can\'t be read', lines)
@@ -6701,6 +6717,8 @@ class TestRouter(NetCase):
                             ('10.0.0.0/8', 'overlaps with the route 10.5.0.0/16')):
             with self.refused(f'subnet {subnet}: {why}', 'give another', kind=vm.InUse):
                 vm.Router('eth1', nat=True, subnet=subnet)
+        with self.refused('subnet 10.9.9.9/32 is one address', 'such as', kind=vm.NetworkError):
+            vm.Router('eth1', nat=True, subnet='10.9.9.9')
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
         router = vm.Router('eth1', nat=True, subnet='10.6.0.0/24')
         self.assertEqual(router.ip, '10.6.0.1')

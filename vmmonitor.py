@@ -6422,7 +6422,11 @@ CLEAN = 'vmmonitor.py --clean'
 SCHEMAS.update({
     'registry': {'version': int, 'things': dict},
     'record': {'kind': str, 'group': int, 'stage?': str, 'pid?': int, 'started?': str,
-               'parents?': [str], 'undo?': [[str]], 'facts?': dict}})
+               'parents?': [str], 'undo?': [[str]], 'facts?': dict},
+    'namespace facts': {'space': str, 'inode': str},
+    'nic facts': {'layout': str, 'namespace': str, 'mac': str, 'index': int, 'sink': str,
+                  'tap': str},
+    'router facts': {'trunk': str, 'nat': bool, 'subnet': str}})
 
 
 @dataclasses.dataclass
@@ -6442,7 +6446,8 @@ class Record:
     @classmethod
     def read(cls, row: Any) -> Record:
         """Return what a row of the file stands for; ValueError or TypeError if it is damaged."""
-        row = {'undo': [], **checked('record', row)}
+        row = {'undo': [], 'facts': {}, **checked('record', row)}
+        checked(f'{row["kind"]} facts', row['facts'])
         names = {field.name for field in dataclasses.fields(cls)} - {'more'}
         known = {key: row.pop(key) for key in names & row.keys()}
         return cls(**{**known, 'undo': [Op._make(op) for op in known['undo']]}, more=row)
@@ -6485,6 +6490,7 @@ class Registry:
         inode = os.stat('/proc/thread-self/ns/net').st_ino
         self.path = Path(STATE_DIR, f'net-{inode}.json')
         self.records: dict[str, Record] = {}
+        self.damaged: dict[str, Any] = {}   # rows that can't be read, as they stand in the file
         self.more: dict[str, Any] = {}      # members of the file that are not ours
 
     @classmethod
@@ -6498,11 +6504,9 @@ class Registry:
         try:
             self.more = dict(checked('registry', parse_json(self.path.read_bytes())))
             version, things = self.more.pop('version'), self.more.pop('things')
-            if version == self.VERSION:
-                self.records.update({name: Record.read(row) for name, row in things.items()})
         except FileNotFoundError:
             return
-        except (OSError, TypeError, ValueError) as problem:
+        except (OSError, ValueError) as problem:
             raise NetworkError(
                 f'{self.path}: what was made of networks can\'t be read: {explain(problem)}',
                 f'move the file away and run {CLEAN}: that removes what is marked as ours, but '
@@ -6510,9 +6514,25 @@ class Registry:
         if version != self.VERSION:
             raise NetworkError(f'{self.path}: is of version {version}, and this program knows '
                                f'{self.VERSION}', 'use the vmmonitor.py that wrote it')
+        for name, row in things.items():
+            try:
+                self.records[name] = Record.read(row)
+            except (TypeError, ValueError):         # it is in the way of nobody else
+                self.damaged[name] = row
+
+    def unreadable(self, name: str) -> NetworkError:
+        """Return the error for a thing whose row is damaged."""
+        return NetworkError(
+            f'{name}: what is written down of it in {self.path} can\'t be read: '
+            f'{self.damaged[name]!r:.80}', f'mend that, or {CLEAN} {name} removes what of it is '
+            'marked as ours, but gives no addresses back')
+
+    def require_readable(self, name: str) -> None:
+        if name in self.damaged:
+            raise self.unreadable(name)
 
     def save(self) -> None:
-        things = {name: row.row() for name, row in self.records.items()}
+        things = {**self.damaged, **{name: row.row() for name, row in self.records.items()}}
         tree = {**self.more, 'version': self.VERSION, 'things': things}
         write_whole(str(self.path), json.dumps(tree).encode(), replace=True)
 
@@ -6604,6 +6624,9 @@ class Transaction:
     def claim(self, name: str, kind: str, parents: Sequence[str] = (), **facts: Any
               ) -> Record | None:
         """Reserve a name for what shall be made; None when it stands already. Raises NameTaken."""
+        if name in self.claimed:
+            raise NameTaken(f'{name}: would be made twice at once', 'name each otherwise')
+        self.registry.require_readable(name)
         row = self.standing(name)
         if row:
             other = {key: row.facts.get(key) for key, value in facts.items()
@@ -7328,6 +7351,9 @@ def delete_all(things: Iterable[Managed], force: bool = False) -> None:
 def delete_names(names: Iterable[str], force: bool = False) -> list[str]:
     """Delete what is there of these names, as delete_all() does; return them."""
     with transaction() as plan:
+        names = [*names]
+        for name in names:
+            plan.registry.require_readable(name)
         there = [name for name in names if name in plan.records]
         plan.require_unused(there, force)
         plan.remove(there)
@@ -7714,6 +7740,9 @@ class Router(Switch):
         mtu = min(max(link.mtu, MTU[0]), MTU[1])
         if nat:
             row.facts['subnet'] = free_subnet(plan, row.facts['subnet'])
+            if row.facts['subnet'].endswith('/32'):
+                raise NetworkError(f'{self.name}: subnet {row.facts["subnet"]} is one address',
+                                   'give a network such as 10.77.0.0/24')
             back = Op('stop forwarding', f'net/ipv4/conf/{self.trunk}/forwarding=0', tool='sysctl')
             if not in_force(back._replace(line=back.line[:-1] + '1')) or any(
                     back in other.undo for other in plan.records.values()):
@@ -7838,6 +7867,9 @@ class Bond(ManagedInterface):
 def check_networks() -> Iterator[Check]:
     """Yield what is here or missing, what others took away, and what leaked; change nothing."""
     def left() -> Iterator[Check]:
+        registry = Registry.read()
+        for name in registry.damaged:
+            yield Check(False, explain(registry.unreadable(name)))
         for name, why in clean(dry_run=True).items():
             yield Check(False, f'{name}: {why}; {CLEAN} removes it')
     for look in (_check_programs, _check_kernel, _check_passages, left):
@@ -7937,9 +7969,12 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
         check(what, flag, a_bool, NetworkError)
     check('names', names, texts, NetworkError)
     with transaction() as plan:
-        found = _leaks(plan, everything)
+        found, damaged = _leaks(plan, everything), plan.registry.damaged
+        for name in damaged.keys() - {*names}:
+            log.warning('%s', explain(plan.registry.unreadable(name)))
         if names:
-            known = {**{name: row.kind for name, row in plan.records.items()}, **found}
+            known = {**{name: row.kind for name, row in plan.records.items()}, **found,
+                     **dict.fromkeys(damaged, 'its row can\'t be read')}
             for name in names:
                 if name not in known:
                     raise NoInterface(f'{name}: nothing that this program made has that name',
@@ -7947,7 +7982,7 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
             found = {name: known[name] for name in names}
         used = plan.users() if found and not force else {}
         for name in list(found):
-            holders = sorted({used[one] for one in plan.registry.with_dependents([name])
+            holders = sorted({used[one] for one in (name, *plan.registry.with_dependents([name]))
                               if one in used})
             if holders:
                 del found[name]
@@ -7956,6 +7991,7 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
         if not dry_run:
             for name in found.keys() - plan.records.keys():
                 plan.records[name] = Record('nic', plan.group, 'deleting')
+                damaged.pop(name, None)
             plan.remove(found)
     return found
 
@@ -7970,7 +8006,8 @@ def _leaks(plan: Transaction, everything: bool) -> dict[str, str]:
             found[name] = f'{row.kind}, of which a part is gone'
         elif everything and process_start(row.pid) != row.started:
             found[name] = f'{row.kind}, made by process {row.pid}, which has ended'
-    parts = {*plan.records, *(row.facts.get('sink') for row in plan.records.values())}
+    parts = {*plan.records, *plan.registry.damaged,
+             *(row.facts.get('sink') for row in plan.records.values())}
     for link in plan.network.links.values():
         if link.ours() and link.name not in parts:
             found[link.name] = f'{link.kind}, marked as ours but not written down'
