@@ -8007,9 +8007,11 @@ class TestFromImage(Live):
                 again = vm.Machine.from_image(m.name, image, 'me', self.KEY, size=0.01, memory=64,
                                               nics='user')
                 self.assertEqual(again.id, m.id)
+                before = os.listdir(os.path.dirname(image))
                 with self.refused('exists, made with cd'):      # somebody else's key
                     vm.Machine.from_image(m.name, image, 'me', self.KEY.replace('AAA', 'BBB'),
                                           memory=64, nics='user')
+                self.assertEqual(os.listdir(os.path.dirname(image)), before)
                 m.start()
                 m.delete(force=True)
                 self.assertTrue(os.path.exists(drive.filename))
@@ -8037,6 +8039,9 @@ class TestFromImage(Live):
                 vm.Machine.from_image('no', self.path(name), **options)
         self.assertFalse(os.path.exists(self.path('half')))
         self.assertIsNone(vm.machines.find('no'))
+        run('qemu-img', 'create', '-f', 'qcow2', self.path('deb.qcow2'), '1M', timeout=60)
+        with self.refused('machine deb: its disk would be', 'the image itself', 'as disk='):
+            vm.Machine.from_image('deb', self.path('deb.qcow2'), **fine)
 
     def test_first_guest(self) -> None:
         """The README's recipe, with a Debian as its cloud image is but for a boot loader."""
@@ -8385,7 +8390,7 @@ class TestLife(Live):
         self.assertEqual(m.start(), 'restored')
         m.delete(force=True)
         for bad in ('', 'help', '-x', 5, 'a\nb'):
-            with self.refused('cpu', 'EPYC-v4'):
+            with self.refused('cpu', 'EPYC-v3'):
                 self.bios('bad', cpu=bad)
         with self.refused("unable to find CPU model 'nosuch'"):
             self.bios('nosuch', cpu='nosuch').start_vm()
@@ -10548,7 +10553,18 @@ class TestLab(Live):
              ['links: c:0 is in two of them', 'machines.a.nics: are too few for the links; leave '
               'it out, or have 4', 'machines.b.nics: are too few']),
             ({'bonds': {'b0': {'interfaces': ['e0']}}, 'machines': {'a': {}},
-              'links': [['a', 'b0']]}, ['links[0]: a bond can be linked to switches only'])]
+              'links': [['a', 'b0']]}, ['links[0]: a bond can be linked to switches only']),
+            ({'switches': {'lan': {}, 'dmz': {}, 'c-p0': {}}, 'machines': {
+                'a': {'harddrives': ['x.img', {'filename': 'y.img'}], 'nics': [{'ifname': 'n'}]},
+                'b': {'harddrives': {'filename': 'y.img'}, 'nics': [{}, {'ifname': 'n'}]},
+                'c': {}}, 'links': [['lan', 'dmz'], ['dmz', 'lan'], ['c', 'lan']]},
+             ['links: dmz - lan is there twice; leave one out',
+              'machines.b.nics: n is the name of a:0, too; choose another ifname',
+              f'machines.b.harddrives: {os.path.abspath("y.img")} is a disk of a already; give',
+              'machines.c.nics: c-p0 is the name of c-p0, too']),
+            ({'machines': {'a': {}}, 'links': [['a', 'lan'], {'ends': ['a', 'a'], 'loss': 'x'}]},
+             ["links[0].ends[1]: 'lan' is unknown; write it down in switches, routers, bonds, "
+              'machines, too', 'links[1].loss: must be a number from 0 to 100 percent'])]
         for tree, reasons in cases:
             with self.subTest(reasons[0]), self.assertRaises(vm.ConfigError) as caught:
                 vm.Lab.load(self.write(tree))
@@ -10556,6 +10572,8 @@ class TestLab(Live):
                 self.assertTrue(any(line.startswith(reason) or line.startswith(reasons[0])
                                     and reason in line for line in caught.exception.problems),
                                 (reason, caught.exception.problems))
+            said = [line.partition(':')[0] for line in caught.exception.problems]
+            self.assertEqual(said.count('links[1].loss'), 'loss' in ''.join(said))
         with self.refused('absent.json: no such file', 'write one'):
             vm.Lab.load('absent.json')
         self.assertIn('machine: unknown', self.verb('up', self.write({'machine': {}}), status=2))
@@ -10632,12 +10650,25 @@ class TestLab(Live):
     def test_one_that_fails(self) -> None:
         """It is named, the others are up, and later it goes on."""
         tree = self.pair()
-        tree['machines']['mb']['cd'] = 'late.iso'
+        tree['machines']['mb'].update(cd='late.iso', harddrives='nowhere/mb.qcow2')
         lab = vm.Lab.load(self.write(tree))
-        with self.refused('late.iso'):
+        with self.refused(f'mb: {os.path.abspath("nowhere/mb.qcow2")}: '):
             lab.up()
         self.assertEqual({row['name']: row['state'] for row in lab.status()
                           if row['kind'] == 'machine'}, {'ma': 'running', 'mb': 'absent'})
+        self.assertEqual((lab.made()['machines'], [*lab.made()['disks']]), (
+            {'ma': vm.Machine.load('ma').id}, [os.path.abspath('ma.qcow2')]))
+        with self.refused('/mb/machine.json: no such machine', '"up" makes'):
+            lab.snapshot('one')
+        tree['machines']['mb'].update(harddrives={'filename': 'mb.qcow2', 'size': 0.2})
+        lab = vm.Lab.load(self.write({**tree, 'routers': {'gw': {
+            'trunk': 'eth7', 'nat': True, 'subnet': '10.9.9.9'}}}))
+        with self.refused('gw: eth7: no such interface'):
+            lab.up()
+        self.assertNotIn('routers', lab.made())
+        lab = vm.Lab.load(self.write(tree))
+        with self.refused(f'mb: {os.path.abspath("late.iso")}: '):
+            lab.up()
         Path('late.iso').write_bytes(bytes(2048))
         self.assertEqual(lab.up(), ['mb: made, started'])
         with self.refused('2 of 2: ', 'ma: has no snapshot', 'mb: has no snapshot'):
@@ -10805,6 +10836,26 @@ class TestLab(Live):
         self.assertEqual(states(), {**running, 'mb': vm.State.OFF})
         with self.refused('ma: has no snapshot three'):
             lab.load_snapshot('three')
+
+    def test_impaired(self) -> None:
+        """A link is said to be as bad as it is by now, not as bad as the file wants it."""
+        tree = {'switches': {'a': {}, 'b': {}}, 'links': [{'ends': ['a', 'b'], 'delay': 0.02}]}
+        lab = vm.Lab.load(self.write(tree))
+        self.assertEqual(lab.plan()[-2:], ['connect a - b', 'impair a - b'])
+        with at_step('run tc', vm.NetworkError('no netem')), self.refused('no netem'):
+            lab.up()
+        self.assertEqual((lab.plan(), lab.status()[-1]['state'], lab.status()[-1].get('delay')),
+                         (['impair a - b'], 'up', None))
+        self.enter(netem_or_none())
+        self.assertEqual((lab.up(), lab.up(), lab.plan(), lab.status()[-1]['delay']),
+                         (['a - b: impaired'], [], [], 0.02))
+        tree['links'] = [{'ends': ['a', 'b'], 'loss': 1}]
+        lab = vm.Lab.load(self.write(tree))
+        self.assertEqual((lab.plan(), lab.status()[-1]['delay']), (['impair a - b'], 0.02))
+        lab = vm.Lab.load(self.write({**tree, 'links': [['a', 'b']]}))
+        self.assertEqual(lab.plan(), ['no longer impair a - b'])
+        self.assertEqual((lab.up(), lab.plan(), lab.status()[-1].get('delay')),
+                         (['a - b: no longer impaired'], [], None))
 
     def test_graph(self) -> None:
         tree = self.pair()

@@ -1464,14 +1464,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, A
             yield f'{prefix}{key}', value
 
 
-def unknown(key: str, known: Iterable[str]) -> str:
+def unknown(key: str, known: Iterable[str], remedy: str = 'remove it') -> str:
     """Say that a key is unknown, and which one may have been meant."""
     import difflib
     names = [*known]
     leaf = {name.rpartition('.')[2].lower(): name for name in names}
     near = difflib.get_close_matches(key, names, 1) or [
         leaf[name] for name in difflib.get_close_matches(key.rpartition('.')[2].lower(), leaf, 1)]
-    return 'unknown; ' + (f'did you mean {near[0]}?' if near else 'remove it')
+    return 'unknown; ' + (f'did you mean {near[0]}?' if near else remedy)
 
 
 def read_file(path: str, remedy: str) -> str:
@@ -11764,11 +11764,11 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     'name': (lambda name: isinstance(name, str) and (not name or NAME.fullmatch(name)
                                                      and len(name) <= name_limit()),
              'use letters, digits, ".", "_", "-", at most {} for a machine in {}'),
-    'memory': (lambda mib: type(mib) is int and 16 <= mib <= 1 << 24, 'use MiB'),
+    'memory': (lambda mib: type(mib) is int and 16 <= mib <= 1 << 24, 'use MiB, at least 16'),
     'maxmemory': (lambda mib: type(mib) is int and mib >= 0, 'use MiB, more than memory'),
     'cpus': (lambda count: type(count) is int and 1 <= count <= 255, 'use 1 to 255'),
     'cpu': (lambda cpu: isinstance(cpu, str) and CPU.fullmatch(cpu),
-            "use auto, or what QEMU's -cpu takes, such as EPYC-v4"),
+            "use auto, or what QEMU's -cpu takes, such as EPYC-v3"),
     'display': (lambda display: display in (None, '', 'vnc'), 'use None or vnc'),
     'monitor_port': (lambda port: port is None or type(port) is int and 0 <= port < 65536,
                      'use a TCP port'),
@@ -12000,7 +12000,7 @@ class Machine(Guest):
     `maxmemory` (room for increase_ram) are MiB. `display` 'vnc' serves VNC on the socket `vnc`.
     `monitor_port` puts QEMU's own console (HMP) on that TCP port of 127.0.0.1, 0 on any. `user` is
     who QEMU runs as, when root starts it; without it, a user of its own. `incoming` has it wait
-    for a migration. `cpu` is the processor, as QEMU's -cpu takes it, such as 'EPYC-v4' or
+    for a migration. `cpu` is the processor, as QEMU's -cpu takes it, such as 'EPYC-v3' or
     'host,-arch-capabilities'; 'auto' is the host's ('host') under KVM, which only hosts of the same
     kind can take over, and without KVM all that QEMU can emulate ('max'). A machine stays when the
     program ends: Machine.load(name) finds it again, and so does making it with the same arguments,
@@ -12058,8 +12058,8 @@ class Machine(Guest):
         other = differences(there.spec.made, file.spec.made)
         if other:
             raise MachineError(f'machine {file.name} exists, made with {"; ".join(other)}',
-                               f'Machine.load({file.name!r}) takes it as it is; its delete() '
-                               'removes it')
+                               f'Machine.load({file.name!r}) takes it as it is; its delete(), '
+                               f'or "vmmonitor delete {file.name}", leaves the disks')
         self._compose_parts(there)
         self.devices.recognise(things)
         for device, disc in zip(self.spec.of_kind('cd'), discs):
@@ -12148,16 +12148,25 @@ class Machine(Guest):
                                'insert() other CDs later')
         base, data = base_image(image), user_data or login(user, ssh_key)
         path = image_path(disk or os.path.join(os.path.dirname(base.filename), f'{name}.qcow2'))
+        if os.path.realpath(path) == os.path.realpath(base.filename):
+            raise MachineError(f'machine {name}: its disk would be {path}, the image itself',
+                               'name the machine otherwise, or another file as disk=')
         require_disks(name, [path])
         drive = Harddrive(path, size, backing=base)
         # cloud-init looks at all of it anew when the name of the instance is another one.
         digest = hashlib.sha256(f'{name}\0{data}\0{network_config}'.encode()).hexdigest()[:8]
         seed = f'{os.path.splitext(path)[0]}-seed-{digest}.iso'
-        if not os.path.exists(seed):
+        new = not os.path.exists(seed)
+        if new:
             CD.seed(data, json.dumps({'instance-id': f'{name}-{digest}', 'local-hostname': name}),
                     seed, network_config)
         more = _several(options.pop('harddrives', None))
-        return cls(name, harddrives=[drive, *more], cd=seed, **options)
+        try:
+            return cls(name, harddrives=[drive, *more], cd=seed, **options)
+        except BaseException:
+            if new:
+                remove_file(seed)
+            raise
 
     # What one part has, or does, by itself.
     spec: MachineSpec = of_part('file.spec')
@@ -12756,22 +12765,24 @@ class LabFile:
         """Read a link: its ends, or an object with them and what makes it worse."""
         value = dict(value) if isinstance(value, dict) else {'ends': value}
         ends: tuple[End, ...]
-        ends, worse, *_ = read_each([
+        ends, *_ = read_each([
             ('ends', value.pop('ends', ()), a_list(self._end)),
-            ('', value, an_object(VirtualNic.impair, '')),
+            ('', {key: value[key] for key in value.keys() - IMPAIRMENTS.keys()},
+             an_object(VirtualNic.impair, '')),
             *((key, value[key], read) for key, read in IMPAIRMENTS.items() if key in value)])
         kinds = {self.kinds[end.name] for end in ends}
         if len(ends) != 2 or ends[0] == ends[1] and ends[0].nic < 0 and kinds != {'machines'}:
             raise InvalidValue('must have two ends, such as ["web", "lan"]')
-        if 'bonds' in kinds and (worse or kinds - {'switches', 'bonds'} or len(kinds) < 2):
+        if 'bonds' in kinds and (value or kinds - {'switches', 'bonds'} or len(kinds) < 2):
             raise InvalidValue('a bond can be linked to switches only, as it is')
-        self.cables.append(Cable((ends[0], ends[1]), worse))
+        self.cables.append(Cable((ends[0], ends[1]), value))
 
     def _end(self, value: str) -> End:
         """Read an end of a link: NAME, or MACHINE:NUMBER."""
         name, colon, number = value.partition(':')
         if name not in self.kinds:
-            raise InvalidValue(f'{name!r:.60} is ' + unknown(name, self.kinds))
+            raise InvalidValue(f'{name!r:.60} is ' + unknown(
+                name, self.kinds, f'write it down in {", ".join(SECTIONS)}, too'))
         if colon and not (number.isdecimal() and self.kinds[name] == 'machines'):
             raise InvalidValue(f'{value!r:.60}: only a machine\'s nics have numbers, from 0')
         return End(name, int(number) if colon else -1)
@@ -12802,8 +12813,30 @@ class LabFile:
             self.nics[name] = [card if card is None else {
                 'ifname': f'{name}-p{number}', 'namespace': given.get('namespace') or name, **card}
                 for number, card in enumerate(cards)]
+        ways = [{*cable.ends} for cable in self.cables]
+        problems += [('links', f'{cable} is there twice; leave one out')
+                     for number, cable in enumerate(self.cables)
+                     if ways[number] in ways[:number] and not ways[number] & taken]
+        problems += self._twice()
         if problems:
             raise InvalidValue('', places=problems)
+
+    def _twice(self) -> Iterator[tuple[str, str]]:
+        """Yield the places of nics whose name is another thing's, too, and of such disks."""
+        ports = {name: name for name, kind in self.kinds.items() if kind != 'machines'}
+        disks: dict[str, str] = {}
+        for name, given in self.sections['machines'].items():
+            for number, card in enumerate(self.nics[name]):
+                end = End(name, number)
+                if card and ports.setdefault(self.port(end), str(end)) != str(end):
+                    yield (f'machines.{name}.nics', f'{self.port(end)} is the name of '
+                           f'{ports[self.port(end)]}, too; choose another ifname')
+            for drive in _several(given.get('harddrives')):
+                path = drive['filename'] if isinstance(drive, dict) else drive
+                if path in disks:
+                    yield (f'machines.{name}.harddrives', f'{path} is a disk of {disks[path]} '
+                           'already; give each a file of its own')
+                disks[path] = name
 
     def networks(self) -> bool:
         """Tell whether there is more than machines, or they have more than QEMU's own NAT."""
@@ -12813,6 +12846,34 @@ class LabFile:
         """Return the interface of this host that an end is."""
         card = self.nics[end.name][end.nic] if end.nic >= 0 else None
         return short_name(card['ifname']) if card else end.name
+
+
+def read_worse(note: str) -> dict[str, float]:
+    """Return what a lab wrote down to have made a link worse by; nothing, if that was not whole."""
+    with contextlib.suppress(ValueError):
+        return dict(checked('worse', parse_json(note), {'*': float}))
+    return {}
+
+
+def drop_absent(made: dict[str, dict[str, str]]) -> None:
+    """Take what is not there off the list of what a lab has made."""
+    there: dict[str, Callable[[str], object]] = {
+        'machines': lambda name: os.path.exists(os.path.join(MACHINES_DIR, name)),
+        'disks': os.path.exists}
+    if made.keys() - there.keys():
+        registry = Registry.read()
+        there.update(dict.fromkeys(made.keys() - there.keys(), {
+            **registry.damaged, **registry.records}.__contains__))
+    made.update({kind: {name: row for name, row in names.items() if there[kind](name)}
+                 for kind, names in made.items()})
+
+
+def about(name: str, problem: BaseException) -> BaseException:
+    """Have an error say which of a lab's things it is about; return it."""
+    if isinstance(problem, Error) and not re.match(rf"(machine )?'?{re.escape(name)}(?![\w.-])",
+                                                   problem.message):
+        problem.message = f'{name}: {problem.message}'
+    return problem
 
 
 def at_once(what: str, names: Iterable[str], work: Callable[[str], Result],
@@ -12834,7 +12895,7 @@ def at_once(what: str, names: Iterable[str], work: Callable[[str], Result],
     problems = {name: future.exception() if future.done() else
                 MachineError(f'{name}: no end of this ({what}) within {LAB_TIMEOUT:g} s')
                 for name, future in futures.items()}
-    wrong = [problem for problem in problems.values() if problem]
+    wrong = [about(name, problem) for name, problem in problems.items() if problem]
     for problem in wrong:
         if len(wrong) == 1 or not isinstance(problem, Error):
             raise problem
@@ -12933,30 +12994,37 @@ class Lab:
 
         What stands is not touched; what stands with other arguments is refused, and named.
         """
-        given, did = self.file.sections['machines'], list[str]()
+        did = list[str]()
         with self.alone():
             self._stopping.clear()                      # set by an earlier Ctrl-C
-            self._make_networks(did)
-            new = [name for name in given if machines.find(name) is None]
-            self._note_new('machines', dict.fromkeys(new, ''))
-            self._note_new('disks', {path: '' for name in given for path in self._disks(name)
-                                     if not os.path.exists(path)})
-
-            def bring_up(name: str) -> str:
-                machine = self._make_machine(name)
-                says = ['made'] * (name in new)
-                if not self._stopping.is_set():
-                    says += [text for text in [machine.start()] if text != 'already running']
-                if wait and not self._stopping.is_set() and not Deadline(LAB_TIMEOUT).poll(
-                        lambda: self._stopping.is_set() or GUEST_ENDS[wait](machine)):
-                    raise GuestError(f'{name}: is up, but not {wait}')
-                did.extend([f'{name}: {", ".join(says)}'] * bool(says))
-                done(name)
-                return machine.id
-            ids = at_once('up', given, bring_up, self._stopping)
-            self._note_new('machines', {name: ids[name] for name in self.made().get('machines', {})
-                                        if name in ids})
+            try:
+                self._make_networks(did)
+                self._make_machines(did, done, wait)
+            except Error:                               # what could not be made is not ours
+                self._note(drop_absent)
+                raise
         return did
+
+    def _make_machines(self, did: list[str], done: Callable[[str], object], wait: str) -> None:
+        given = self.file.sections['machines']
+        new = [name for name in given if machines.find(name) is None]
+        self._note_new('machines', dict.fromkeys(new, ''))
+        self._note_new('disks', {path: '' for name in given for path in self._disks(name)
+                                 if not os.path.exists(path)})
+
+        def bring_up(name: str) -> None:
+            machine = self._make_machine(name)
+            if name in self.made().get('machines', {}):
+                self._note_new('machines', {name: machine.id})
+            says = ['made'] * (name in new)
+            if not self._stopping.is_set():
+                says += [text for text in [machine.start()] if text != 'already running']
+            if wait and not self._stopping.is_set() and not Deadline(LAB_TIMEOUT).poll(
+                    lambda: self._stopping.is_set() or GUEST_ENDS[wait](machine)):
+                raise GuestError(f'{name}: is up, but not {wait}')
+            did.extend([f'{name}: {", ".join(says)}'] * bool(says))
+            done(name)
+        at_once('up', given, bring_up, self._stopping)
 
     def _make_networks(self, did: list[str]) -> None:
         file = self.file
@@ -12966,7 +13034,10 @@ class Lab:
         for kind in ('switches', 'routers', 'bonds'):
             self._note_new(kind, {name: '' for name in file.sections[kind] if name not in known})
             for name, given in file.sections[kind].items():
-                SECTIONS[kind](name=name, **given)
+                try:
+                    SECTIONS[kind](name=name, **given)
+                except Error as problem:
+                    raise about(name, problem) from None
                 did += [f'{name}: made'] * (name not in known)
         self._make_cards(known)
         seen = self._seen()
@@ -12975,7 +13046,7 @@ class Lab:
                 self._connect(cable)
                 did.append(f'{cable}: connected')
         if 'worse' in self.made() or any(cable.worse for cable in file.cables):
-            self._impair()
+            self._impair(did)
 
     def _make_cards(self, known: Mapping[str, Record]) -> None:
         """Make the machines' nics, those of a switch connected to it: all that can be in one go."""
@@ -13022,19 +13093,22 @@ class Lab:
             end.nic < 0, self.file.kinds[end.name] == 'bonds'))
         thing(one).connect(thing(other))
 
-    def _impair(self) -> None:
+    def _impair(self, did: list[str]) -> None:
         """Make links as bad as the file says, and those good again of which it says so no more."""
-        seen = self._seen()
-        worse = {carrier: cable.worse for cable in self.file.cables if cable.worse
+        seen, before = self._seen(), self.made().get('worse', {})
+        links = {carrier: cable for cable in self.file.cables
                  for carrier in [self._carrier(cable, *seen)] if carrier}
-        better = self.made().get('worse', {}).keys() - worse.keys()
-        self._note_new('worse', dict.fromkeys(worse, ''))
-        for name in better & seen[0].keys():
+        worse = {name: json.dumps(cable.worse) for name, cable in links.items() if cable.worse}
+        new = [name for name in worse if before.get(name) != worse[name]]
+        self._note_new('worse', dict.fromkeys(new, ''))         # '': not yet, or by half
+        for name in before.keys() - worse.keys() & seen[0].keys():
             VirtualNic.known(name, seen[0]).impair()
-        for name, how in worse.items():
-            VirtualNic.known(name, seen[0]).impair(**how)
-        if better:
-            self._note(lambda made: made.update(worse=dict.fromkeys(worse, '')))
+            did.append(f'{links.get(name, name)}: no longer impaired')
+        for name in worse:
+            VirtualNic.known(name, seen[0]).impair(**links[name].worse)
+            did += [f'{links[name]}: impaired'] * (name in new)
+        if before != worse:
+            self._note(lambda made: made.update(worse=worse))
 
     def _make_machine(self, name: str) -> Machine:
         given = dict(self.file.sections['machines'][name])
@@ -13154,8 +13228,12 @@ class Lab:
                     lines += [f'refuse machine {name}, made with {"; ".join(other)}'] * bool(other)
                 if kind == 'machines' and state != 'running':
                     lines.append(f'start machine {name}')
-        lines += [f'connect {row["name"]}' for row in rows.values()
-                  if row['kind'] == 'link' and row['state'] == 'absent']
+        for cable in self.file.cables:
+            row = rows[str(cable)]
+            lines += [f'connect {cable}'] * (row['state'] == 'absent')
+            now = {key: row[key] for key in IMPAIRMENTS if key in row}
+            if now != cable.worse or cable.worse and row['state'] == 'absent':
+                lines.append(f'{"impair" if cable.worse else "no longer impair"} {cable}')
         return lines + [f'keep {KIND_NAMES[kind]} {name}, which the file has no more: "down" '
                         'removes it' for kind in SECTIONS for name in made.get(kind, ())
                         if self.file.kinds.get(name) != kind]
@@ -13181,7 +13259,7 @@ class Lab:
     def status(self) -> list[dict[str, Any]]:
         """Return what there is of the lab: for each switch, router, bond, machine and link of the
         file its kind, name and state, of a link also its `ends` and what makes it worse."""
-        records, network = self._seen()
+        (records, network), impaired = self._seen(), self.made().get('worse', {})
         rows: list[dict[str, Any]] = []
         guests = {name: machines.find(name) for name in self.file.sections['machines']}
         states = ask_all([one for one in guests.values() if one], lambda guest: {
@@ -13200,7 +13278,8 @@ class Lab:
             down = ports - (good - pulled)
             rows.append({'kind': 'link', 'name': str(cable), 'ends': [*map(str, cable.ends)],
                          'state': 'absent' if carrier is None else 'down' if down else 'up',
-                         **cable.worse})
+                         **(cable.worse if carrier is None else read_worse(
+                             impaired.get(carrier, '')))})
         return rows
 
     def graph(self, dot: bool = False) -> str:
