@@ -2920,10 +2920,11 @@ class LibvirtTest(GuestCase):
         ssh = self.directory / 'ssh'
         ssh.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexec sleep 631\n')
         ssh.chmod(0o755)
-        path = self.write({'libvirt': {'uri': 'qemu+ssh://far/system'},
+        path = self.write({'libvirt': {'uri': 'qemu+ssh://me@far:22/system?keyfile=/k'},
                            'listener': {'enabled': False}})
         env = {'PATH': f'{self.directory}:{os.environ["PATH"]}'}
-        says = r'qemu\+ssh://far/system: no answer within 10 s; .* question: ssh far true'
+        says = r'qemu\+ssh://me@far:22/system\?keyfile=/k: no answer within 10 s; .* question: ' \
+            'ssh -p 22 -l me -i /k far true'
         program = Program('--monitor', '--config', path, env=env)
         self.addCleanup(program.close)
         status, out, _ = vmmonitor('--config', path, '--check', env=env, timeout=15)
@@ -3565,7 +3566,7 @@ class HostsTest(ConfigCase):
         self.assertRegex(logged.output[0], r'libvirt far: its clock is that of this machine to '
                          r'[01]\.\d\d s, by ssh')
         self.assertEqual(Path(self.path('ssh-asked')).read_text(), '-T -e none -o BatchMode=yes '
-                         '-p 2222 -l me -i /k -- far.example date +%s.%N\n')
+                         '-p 2222 -l me -i /k far.example date +%s.%N\n')
 
     def test_a_host_out_of_step(self) -> None:
         guest = self.stepping('qemu+ssh://far/system', 'echo $(($(date +%s) + 3650)).5')
@@ -11515,8 +11516,10 @@ class OneShotTest(GuestCase):
         self.assertRegex(out, '(?m)^FAIL  libvirt .*systemctl start libvirtd')
         for uri, hint in (('qemu+ssh://nohost/system', 'install openssh-client'),
                           ('qemu:///session', 'a session belongs to one user'),
-                          ('foo:///bar', 'set libvirt.uri to one such as qemu:///system'),
-                          ('qemu+smoke://a/system', 'set libvirt.uri to one such as qemu:')):
+                          ('foo:///bar', 'take a URI such as qemu:///system'),
+                          ('qemu+smoke://a/system', 'take a URI such as qemu:'),
+                          ('qemu+ssh://a:b/system', 'take a URI such as qemu:'),
+                          ('qemu+ssh://[::1/system', 'take a URI such as qemu:')):
             path = self.write({'libvirt': {'uri': uri}, 'listener': {'enabled': False}})
             status, out, _ = vmmonitor('--config', path, '--check', env={
                 'PATH': str(self.directory), 'HOME': str(self.directory)})

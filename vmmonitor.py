@@ -2666,12 +2666,13 @@ LIBVIRT_HINTS = {
     ERR_AUTH_FAILED: _RIGHTS, ERR_AUTH_CANCELLED: _RIGHTS, ERR_ACCESS_DENIED: _RIGHTS,
     ERR_AUTH_UNAVAILABLE: _RIGHTS}
 # What to do about a URI that can't be opened: the first row that fits URI and text counts; "{far}"
-# is the host in it. Others have the hint of their error.
+# is the host in it, "{ssh}" how it is reached. Others have the hint of their error.
 URI_HINTS = (
+    ('', 'parse URI|Bad port', 'take a URI such as qemu:///system or qemu+ssh://root@far:22/system'),
     (r'\w+\+ssh:', r"[Cc]annot find 'ssh'|ssh'?:? .*No such file", 'install openssh-client here'),
     (r'\w+\+ssh:', 'Host key verification failed', 'the key that it shows is not known to be its '
      'own: put the right one into /etc/ssh/ssh_known_hosts, which the service reads, too'),
-    (r'\w+\+(ssh|libssh2?):', '', 'this must work without a question: ssh {far} true'),
+    (r'\w+\+(ssh|libssh2?):', '', 'this must work without a question: {ssh} true'),
     (r'\w+\+tls:', 'certificate|PKI', 'make libvirt\'s certificates: virt-pki-validate says which '
      'are missing'),
     (r'\w+\+(tls|tcp):', '', 'on {far} start what listens: systemctl start libvirtd-tls.socket, or '
@@ -2679,8 +2680,8 @@ URI_HINTS = (
     (r'qemu(\+unix)?:///session', '', 'a session belongs to one user: run this as that user, who '
      'sees it by "virsh -c qemu:///session list"; the host\'s guests are at qemu:///system'),
     (r'(?!(qemu|test)(\+(unix|ext))?://)|.*', r'not recogni[sz]ed|unexpected .*path|no connection '
-     'driver', 'set libvirt.uri to one such as qemu:///system'),
-    (r'(?!(qemu|test)(\+(unix|ext))?://)', '', 'set libvirt.uri to one such as qemu:///system'))
+     'driver', 'take a URI such as qemu:///system'),
+    (r'(?!(qemu|test)(\+(unix|ext))?://)', '', 'take a URI such as qemu:///system'))
 
 STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING, 5: State.OFF,
           6: State.CRASHED, 7: State.ASLEEP}            # virDomainState; 2 is "blocked on I/O"
@@ -2942,7 +2943,9 @@ class Connection:
                         problem.hint)
             far = re.sub(r'.*?//([^/?]*).*', r'\1', uri)
             said = re.sub(r'\s*@{9,}\s*@?|\s*@\s*@{9,}', '', problem.message) # ssh's box
-            raise HostAway(said, problem.code, problem.domain, hint.format(far=far)) from None
+            ssh = shlex.join(ssh_words(uri) or ['ssh', far])
+            raise HostAway(said, problem.code, problem.domain, hint.format(far=far, ssh=ssh)
+                           ) from None
         with contextlib.suppress(LibvirtError):         # a local driver has no keepalive
             self.library.call('virConnectSetKeepAlive', self.handle, KEEPALIVE_INTERVAL,
                               KEEPALIVE_COUNT)
@@ -3098,18 +3101,25 @@ def is_local(uri: str) -> bool:
     return bool(re.match(r'\w+(\+unix)?:///', uri))
 
 
+def ssh_words(uri: str, *options: str) -> list[str]:
+    """Return the ssh, with these options, by which libvirt reaches the host of a URI; or []."""
+    with contextlib.suppress(ValueError):               # no URI: opening it says so
+        parts = urllib.parse.urlsplit(uri)
+        if parts.scheme.endswith(('+ssh', '+libssh', '+libssh2')) and \
+                (parts.hostname or '-')[0] != '-':
+            more = urllib.parse.parse_qs(parts.query)
+            words = [more.get('command', ['ssh'])[0], *options]
+            for option, value in (('-p', parts.port), ('-l', parts.username),
+                                  ('-i', more.get('keyfile', [''])[0])):
+                words += [option, urllib.parse.unquote(str(value))] if value else []
+            return [*words, str(parts.hostname)]
+    return []
+
+
 def ssh_date(uri: str) -> list[str]:
     """Return what shows the clock of a qemu+ssh host, as libvirt would reach it; or []."""
-    parts = urllib.parse.urlsplit(uri)
-    if not parts.scheme.endswith('+ssh') or not parts.hostname:
-        return []
-    more = urllib.parse.parse_qs(parts.query)
-    words = ['timeout', f'{OPEN_TIMEOUT:g}', more.get('command', ['ssh'])[0], '-T', '-e', 'none',
-             '-o', 'BatchMode=yes']
-    for option, value in (('-p', parts.port), ('-l', parts.username),
-                          ('-i', more.get('keyfile', [''])[0])):
-        words += [option, urllib.parse.unquote(str(value))] if value else []
-    return [*words, '--', parts.hostname, 'date +%s.%N']
+    words = ssh_words(uri, '-T', '-e', 'none', '-o', 'BatchMode=yes') if '+ssh:' in uri else []
+    return ['timeout', f'{OPEN_TIMEOUT:g}', *words, 'date +%s.%N'] if words else []
 
 
 class HostStep:
