@@ -3261,6 +3261,18 @@ class NoticesTest(ConfigCase):
         guest.status = gone             # type: ignore[method-assign]
         guests.heard(vm.GuestEvent(guest, 'stuck', 0.0))
         soon(lambda: list(guests.commands) == ['x'], 5)             # nothing is kept of it
+        looks: list[int] = []
+
+        def slow() -> vm.Status:
+            looks.append(len(threads('look')))
+            time.sleep(0.2)
+            return vm.Status(vm.State.PAUSED, '')
+        guest.status = slow             # type: ignore[method-assign]
+        for _ in range(200):            # such as of a disk that fails with each request
+            guests.heard(vm.GuestEvent(guest, 'stuck', 0.0))
+        soon(lambda: not threads('look'), 5)
+        self.assertEqual({*looks[:2]}, {1})
+        self.assertLessEqual(len(looks), 2)
         self.assertEqual([(row['kind'], row['over']) for row in self.told()], [
             (kind, over) for kind in ('io-error', 'crashed', 'start', 'clock', 'clock')
             for over in (False, True)])
@@ -10289,6 +10301,35 @@ class TestAsGuests(Live):
     def tearDown(self) -> None:
         self.end_all()
         super().tearDown()
+
+    def test_a_flood_of_events(self) -> None:
+        """A QEMU that its guest has broken into tells of failing disks as fast as it can."""
+        m = self.bios('flood')
+        m.start_vm()
+        path, told = m.qemu.socket('events'), threading.Event()
+        os.unlink(path)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+            server.listen()
+
+            def flood() -> None:
+                with server.accept()[0] as peer:
+                    peer.sendall(b'{"QMP": {}}\n')
+                    peer.sendall(b'{"return": {}, "id": %d}\n' % json.loads(peer.recv(999))['id'])
+                    for number in range(3000):
+                        peer.sendall(json.dumps({'event': 'BLOCK_IO_ERROR', 'data': {
+                            'node-name': f'disk{number}', 'action': 'stop'}}).encode() + b'\n')
+                    told.wait(30)
+            vm.spawn('flood', flood)
+            machines, heard = vm.Machines(), list[str]()
+            self.addCleanup(machines.stop)
+            with self.assertLogs('vmmonitor', 'WARNING') as logged:
+                machines.watch(lambda event: heard.append(event.kind))
+                soon(lambda: heard.count('stuck') == 3000, 20)
+            told.set()
+        self.assertLess(len(logged.output), 300)        # it takes less than 30 s
+        m.stop(force=True)
+        soon(lambda: not threads('events'))
 
     def test_guests(self) -> None:
         machines = vm.Machines()

@@ -3892,7 +3892,9 @@ class Guests:
         self.lists: dict[str, str] = {}             # "startup" -> where that list is now
         self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
         #                                             the last ones found: seconds since 1970, ms
-        self._looks: dict[str, GuestEvent] = {}     # id of a guest -> why it will be looked at
+        # id of a guest -> why, and when, it will be looked at: by one thread, however often
+        self._looks: dict[str, tuple[GuestEvent, Deadline]] = {}
+        self._looking = threading.Lock()            # guards _looks
         self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
         self._free = threading.Condition()          # guards _busy, _ended; notified when one ends
         self._ended = False                         # no command begins any more
@@ -4005,16 +4007,33 @@ class Guests:
             self.corrections.pop(event.guest.id, None)
         stuck = event.kind in ('stopped', 'stuck')
         if stuck or self.notices.of(event.guest):       # with a full disk it soon stops again
-            self._looks[event.guest.id] = event
-            spawn(f'look {event.guest.name}', self._look_at, event,
-                  0 if stuck else 2 * TROUBLED_MOMENT)
+            with self._looking:
+                if event.guest.id not in self._looks:
+                    spawn(f'look {event.guest.name}', self._keep_looking, event.guest.id)
+                self._looks[event.guest.id] = event, Deadline(0 if stuck else 2 * TROUBLED_MOMENT)
 
-    def _look_at(self, event: GuestEvent, pause: float) -> None:
-        time.sleep(pause)
+    def _keep_looking(self, id: str) -> None:
+        """Look at a guest until that was done after its last event: it may have any number."""
+        over = False
+        while not over:
+            with self._looking:
+                event, when = wanted = self._looks[id]
+            if not when.passed():
+                time.sleep(min(STATE_POLL, when.left()))        # something else may happen
+                continue
+            over = True
+            try:
+                self._look_at(event)
+                over = False
+            finally:
+                with self._looking:
+                    over = over or self._looks[id] is wanted
+                    if over:
+                        del self._looks[id]
+            time.sleep(0 if over else STATE_POLL)
+
+    def _look_at(self, event: GuestEvent) -> None:
         guest = event.guest
-        if self._looks.get(guest.id) is not event:      # something else happened meanwhile
-            return
-        del self._looks[guest.id]
         try:
             status = guest.status()
         except NoGuest:                                 # it was the last event of that one
@@ -4027,7 +4046,7 @@ class Guests:
         else:
             kind = '' if status.reason not in TROUBLES else \
                 'io-error' if status.reason == IO_ERROR else 'crashed'
-            if status.state is State.RUNNING and not pause:
+            if status.state is State.RUNNING and event.kind in ('stopped', 'stuck'):
                 return                                  # again: its event has it looked at, too
             self.notices.end(guest.name, *(
                 cured for cured in self.CURES.get(status.state, ()) if cured != kind))
@@ -11726,6 +11745,7 @@ class Console(contextlib.AbstractContextManager['Console']):
 # === machine ====================================================================================
 FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
 #                                 systemd give out, below 2^31
+DISKS_TOLD = 8                  # disks of a machine that the log says have failed, in a second
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CPU = re.compile(r'(?!help\b)[A-Za-z0-9][ -~]{0,250}')
 
@@ -12572,18 +12592,14 @@ class Machines:
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         try:
             with QMP(machine.qemu.socket('events')) as qmp:
-                self._followed[machine.name] = qmp
+                self._followed[machine.name], said = qmp, dict[str, Deadline]()
                 receive(GuestEvent(machine, kind, time.monotonic()))
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
                         event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR'), DAY)
                         data = event.get('data', {})
                         if event['event'] == 'BLOCK_IO_ERROR':
-                            log.warning(
-                                '%s: %s failed: %s; %s', machine.name,
-                                data.get('node-name') or data.get('device'), data.get('reason'),
-                                'it is paused: make space on the host, then start it'
-                                if data.get('action') == 'stop' else 'the guest was told')
+                            self._tell_of_disk(machine.name, data, said)
                             receive(GuestEvent(machine, 'stuck', time.monotonic()))
                         elif data.get('open', True):
                             receive(GuestEvent(machine, self.EVENTS[event['event']],
@@ -12594,6 +12610,20 @@ class Machines:
             del self._followed[machine.name]
             self._ring()                # if it runs on, it is asked again
             receive(GuestEvent(machine, 'stopped', time.monotonic()))
+
+    @staticmethod
+    def _tell_of_disk(name: str, data: Mapping[str, Any], said: dict[str, Deadline]) -> None:
+        """Log that a disk failed: of each once in a second, as QEMU before 10 tells of each
+        request, and of DISKS_TOLD at most; `said` has what was."""
+        for text in [text for text, until in said.items() if until.passed()]:
+            del said[text]
+        text = '{}: {} failed: {}; {}'.format(
+            name, data.get('node-name') or data.get('device'), data.get('reason'),
+            'it is paused: make space on the host, then start it'
+            if data.get('action') == 'stop' else 'the guest was told')
+        if text not in said and len(said) < DISKS_TOLD:
+            said[text] = Deadline(1.0)
+            log.warning('%s', text)
 
     def stop(self) -> None:
         self.stopping.set()
