@@ -3221,6 +3221,16 @@ class NoticesTest(ConfigCase):
                  'notify': {'command': [path]}}))
             self.assertIn(f"FAIL  notify.command: {path} can't be run", out)
 
+    def test_a_path_counts_from_the_configuration(self) -> None:
+        program, heard = self.command()
+        program = os.path.relpath(program, self.directory)
+        path = self.write({'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False},
+                           'notify': {'command': [program, heard]}})
+        self.settings.config = vm.load(path, ['monitor'])
+        self.notices.begin('host', 'x', vm.Error('it'))
+        self.assertEqual([row['name'] for row in self.told()], ['x'])
+        self.assertNotIn('notify.command', vmmonitor('--check', '--config', path)[1])
+
     def test_what_guests_do(self) -> None:
         guest = ScriptedGuest()
         guests = vm.Guests([ScriptedHost(guest)], self.settings)

@@ -1555,6 +1555,12 @@ def beside(config: Config, name: str) -> str:
     return copy if os.access(copy, os.R_OK) else path
 
 
+def notifier(config: Config) -> list[str]:
+    """Return notify.command; a program with a "/" in it is a path, counted as all others."""
+    program, *arguments = config.notify_command or ('',)
+    return [beside(config, program) if '/' in program else program, *arguments]
+
+
 def handed_over(config: Config) -> list[str]:
     """Return the files of the certificate that are systemd's copies, made when we started."""
     names = filter(None, [config.certificate, config.certificate_key])
@@ -3828,10 +3834,10 @@ class Notices:
                 self.sending = bool(self._waiting)
                 if not self.sending:
                     return
-                notice, command = self._waiting.popleft(), self.settings.config.notify_command
+                notice, config = self._waiting.popleft(), self.settings.config
             try:
-                if command:                             # a reload may have taken it away
-                    run(command, NOTIFY_TIMEOUT, json.dumps(notice).encode() + b'\n')
+                if config.notify_command:               # a reload may have taken it away
+                    run(notifier(config), NOTIFY_TIMEOUT, json.dumps(notice).encode() + b'\n')
             except (Error, OSError) as problem:
                 log.warning('notify.command: %s', explain(problem))
 
@@ -14365,7 +14371,7 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         yield from _check_service(service, config)
     if 'listen' in roles:
         yield from _check_listener(config)
-    if config.notify_command and not which(config.notify_command[0]):
+    if config.notify_command and not which(notifier(config)[0]):
         yield Check(False, f'notify.command: {config.notify_command[0]} can\'t be run; name a '
                     'program by its path, and its arguments as further strings')
     if networks_used():
