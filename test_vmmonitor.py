@@ -3350,6 +3350,15 @@ class HostsTest(ConfigCase):
                                  label='beta', uri='qemu+tls://beta/system')
         self.guests = vm.Guests([self.alpha, self.beta])
 
+    def test_a_guest_is_the_same_for_all_programs(self) -> None:
+        """The service may know its host by a name, who may not read its config by URI."""
+        ours, theirs, other = (vm.Domain(vm.LibvirtHost(uri, label), 'uuid', 'web1') for uri, label
+                               in (('x:///', 'alpha'), ('x:///', ''), ('y:///', '')))
+        with vm.one_program(ours, vm.Deadline(1)), vm.one_program(other, vm.Deadline(1)), \
+                self.refused('web1 is busy: another program'), \
+                vm.one_program(theirs, vm.Deadline(0.1)):
+            pass
+
     def test_no_command_begins_at_the_end(self) -> None:
         """The process ends in a moment: what begins then would be left half done."""
         guest, release = self.guests.find('db'), threading.Event()
@@ -3382,6 +3391,11 @@ class HostsTest(ConfigCase):
                 'enabled': False}, 'startup': {'vmStartupCommands': ['start test']}})
         self.assertIn('startup.vmStartupCommands line 1: several hosts have a test; say HOST/NAME',
                       [line.text for line in vm.checks(path, ['startup'])])
+        path = self.write({
+            'hosts': {'a': 'test:///default', 'b': 'qemu+unix:///system?socket=/nonexistent'},
+            'listener': {'enabled': False}, 'startup': {'vmStartupCommands': ['start b/test']}})
+        self.assertIn('startup.vmStartupCommands line 1: no guest is named b/test on the hosts '
+                      'that can be asked', [line.text for line in vm.checks(path, ['startup'])])
 
     def test_configuration(self) -> None:
         config = vm.load(self.write({'hosts': {'alpha': 'qemu:///system', 'b-2': {
@@ -4134,14 +4148,16 @@ class CauseTest(GuestCase):
         self.right(guest)
 
     def test_periodic_check_and_reload(self) -> None:
-        guest, program = self.vm('web1'), self.monitor()
-        program.wait_log('web1: clock')
+        guest, program = self.vm('web1'), self.monitor({'monitor': {'exclude': ['web*']}})
         guest.skew(60)
         time.sleep(1.5)
         self.assertGreater(guest.offset(), 50)
+        self.config()
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_log('web1: clock corrected, cause=configuration read again before=\\+[56]')
+        guest.skew(60)
         self.config({'monitor': {'checkInterval': 1}})
         program.process.send_signal(signal.SIGHUP)
-        program.wait_log('configuration read again')
         program.wait_log('web1: clock corrected, cause=periodic check before=\\+(58|59|60)')
         self.right(guest)
 
@@ -11362,6 +11378,8 @@ class WayDownTest(GuestCase):
             self.assertEqual([found['list'][0], found['start&target=down1']],
                              [200, (503, 'the host goes down')])
             self.assertEqual(program.process.wait(60), 0)
+        # Also while it is not known yet whether the host goes down, which may take long then.
+        self.assertIn('STATUS=stopping\nEXTEND_TIMEOUT_USEC=30000000\nSTATUS=', seen)
         self.ended(program.log())
 
     def test_the_limit(self) -> None:
@@ -11622,6 +11640,7 @@ class OneShotTest(GuestCase):
         self.assertEqual(verb('screenshot', 'web3', str(picture)),
                          (0, f'web3: its screen is in {picture}\n', ''))
         self.assertEqual(picture.read_bytes()[:4], b'\x89PNG')
+        self.assertIn('web* are 3 guests; name one', verb('screenshot', 'web*', str(picture))[2])
         self.assertEqual(verb('off', 'web1', 'web3', '--wait', 'off')[0], 0)
         self.assertIn('deleted', verb('delete', 'web3')[1])
         damaged = Path(own['VMMONITOR_MACHINES'], 'damaged')
@@ -11641,7 +11660,7 @@ class OneShotTest(GuestCase):
     def test_one_command_per_guest_of_all_programs(self) -> None:
         guest = ScriptedGuest('one')
         hold = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import vmmonitor as vm\n'
-                f'import types; guest = types.SimpleNamespace(id={guest.id!r}, name="one")\n'
+                f'guest = vm.Guest(); guest.id, guest.name = {guest.id!r}, "one"\n'
                 'with vm.one_program(guest, vm.Deadline(5)):\n'
                 '    print(1, flush=True); sys.stdin.read()')
         with subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE,

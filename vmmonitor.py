@@ -1868,6 +1868,11 @@ class Guest:
         """Its name on its host."""
         return self.name[len(self.prefix):]
 
+    @property
+    def whole_id(self) -> str:
+        """Its id for all programs of this host, whatever their configurations call its host."""
+        return self.id
+
     def status(self) -> Status:
         """Return what the guest is doing, and why."""
         raise NotImplementedError
@@ -2468,11 +2473,18 @@ def _correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction)
                      'monitor.toleranceMs if this lasts')
 
 
+def guest_turn(what: str, guest: Guest, deadline: Deadline
+               ) -> contextlib.AbstractContextManager[int | None]:
+    """Return the turn() of a guest, as all programs of this host see it."""
+    name = hashlib.sha256(guest.whole_id.encode()).hexdigest()[:32]
+    return turn(f'vmmonitor {what} {name}', deadline)
+
+
 @contextlib.contextmanager
 def clock_turn(guest: Guest) -> Iterator[None]:
     """Be the only one, in all programs of this host, who is at the guest's clock: two undo each
     other's settings. Who waits in vain for its turn goes on."""
-    with turn(f'vmmonitor-clock-{guest.id}', Deadline(TURN_TIMEOUT)) as holder:
+    with guest_turn('clock', guest, Deadline(TURN_TIMEOUT)) as holder:
         if holder is not None:
             log.warning('%s: going on without a turn at its clock: process %d does not end its own',
                         guest.name, holder)
@@ -3406,6 +3418,10 @@ class Domain(Guest):
         self.host, self.uuid, self.prefix = host, uuid, host.prefix
         self.id, self.name = f'{host.prefix}{uuid}', f'{host.prefix}{name}'
 
+    @property
+    def whole_id(self) -> str:
+        return f'{self.host.uri} {self.uuid}'
+
     def virsh(self, command: str) -> str:
         """Return what to type, for hints: without -c, virsh asks another libvirt than that of the
         host as soon as it is not root who types it."""
@@ -3851,8 +3867,7 @@ OFFSETS = 60                   # ... and offsets of a guest's clock
 @contextlib.contextmanager
 def one_program(guest: Guest, deadline: Deadline) -> Iterator[None]:
     """Keep other programs, such as the service, from giving it commands; Busy if one does."""
-    name = hashlib.sha256(guest.id.encode()).hexdigest()[:32]
-    with turn(f'vmmonitor guest {name}', deadline) as holder:
+    with guest_turn('guest', guest, deadline) as holder:
         if holder is not None:
             raise Busy(f'{guest.name} is busy: another program has not ended its command',
                        'try again later')
@@ -14070,7 +14085,8 @@ def curl_example(config: Config) -> Iterator[str]:
 LIBVIRT_GUESTS = ('/usr/lib/libvirt/libvirt-guests.sh', '/usr/libexec/libvirt-guests.sh',
                   '/etc/default/libvirt-guests', '/etc/sysconfig/libvirt-guests')
 SYSTEMCTL_TRIES = 5             # until it says whether the host goes down
-EXTEND_TIMEOUT = 30             # s that systemd waits for the next sign of life when it stops us
+# When systemd stops us it waits 30 s for the next sign of life, not TimeoutStopSec.
+MORE_TIME = 'EXTEND_TIMEOUT_USEC=30000000'
 OWN_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 AWAY_LIMIT = 60.0              # a host that is away longer is worth a word
@@ -14125,6 +14141,7 @@ def host_goes_down() -> bool:
     """Tell whether the host is being shut down, and not only this service stopped."""
     said = ''
     for _ in range(SYSTEMCTL_TRIES):        # it may be too busy just then to answer
+        notify_systemd(MORE_TIME)
         try:
             said = run(['systemctl', 'is-system-running'], QMP_TIMEOUT, check=False
                        ).stdout.decode(errors='replace').strip()
@@ -14269,8 +14286,7 @@ class Daemon:
         work = spawn('shutdown', shutdown.run)
         while work.is_alive():
             self.guests.lists['shutdown'] = shutdown.progress()
-            notify_systemd(f'STATUS={shutdown.progress()}', 'WATCHDOG=1',
-                           f'EXTEND_TIMEOUT_USEC={EXTEND_TIMEOUT * 1_000_000}')
+            notify_systemd(f'STATUS={shutdown.progress()}', 'WATCHDOG=1', MORE_TIME)
             work.join(1.0)
 
     def _serve(self, library: Library) -> None:
@@ -14338,7 +14354,10 @@ class Daemon:
             self._say('READY=1')
             return lines
         self.settings.config = new
-        self.monitor.check()
+        # What was left alone may be put right now, such as with allowExec: no event will tell.
+        same = all(getattr(old, name) == getattr(new, name) for name in (
+            'exclude', 'allow_exec', 'tolerance'))
+        self.monitor.check('' if same else 'configuration read again')
         self._refused = ''
         self.guests.notices.end(old.path, 'reload')
         self.certificate = Deadline(0)
@@ -14384,8 +14403,9 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
             hosts.insert(0, host)
         except LibvirtError as problem:
             yield Check(False, f'{host.name}: {explain(problem)}')
-    if not all(version.exception() for _, version in asked):
-        yield from _check_guests(config, roles, hosts)
+    away = [version.exception() for _, version in asked]
+    if not all(away):
+        yield from _check_guests(config, roles, hosts, any(away))
 
 
 def _check_service(service: Service, config: Config) -> Iterator[Check]:
@@ -14457,12 +14477,13 @@ def _is_served(config: Config) -> bool:
         return False
 
 
-def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
+def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost], some_away: bool
                   ) -> Iterator[Check]:
     away: list[Error] = []
     guests = Guests(hosts).names(hosts, away)
     for problem in away:
         yield Check(False, f'guests: {explain(problem)}')
+    some_away = some_away or bool(away)
     found = {guest.id: guest for named in guests.values() for guest in named}.values()
     yield Check(True, f'guests: {len(found)} defined')
     if 'monitor' in roles:
@@ -14471,10 +14492,10 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
                 if not config.excludes(guest.own, guest.name) and guest.agent_state() == 'absent':
                     yield Check(False, explain(guest.agent_error('not configured')))
     if 'startup' in roles:
-        yield from _check_list(Startup.key, config.steps, guests)
+        yield from _check_list(Startup.key, config.steps, guests, some_away)
     if 'shutdown' in roles:
         yield from _check_list(Shutdown.key, [step for step in config.shutdown_steps
-                                              if step.name != 'all'], guests)
+                                              if step.name != 'all'], guests, some_away)
     if 'startup' in roles and libvirt_guests('ON_BOOT') == 'start':
         yield Check(False, 'libvirt-guests resumes all guests at once when the host boots, which '
                     'undoes the order; set ON_BOOT=ignore in /etc/default/libvirt-guests or '
@@ -14486,14 +14507,15 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost]
     stop_all(hosts)
 
 
-def _check_list(key: str, lines: Iterable[Step], guests: Mapping[str, Sequence[Guest]]
-                ) -> Iterator[Check]:
+def _check_list(key: str, lines: Iterable[Step], guests: Mapping[str, Sequence[Guest]],
+                some_away: bool) -> Iterator[Check]:
     for step in lines:
         named = guests.get(step.name, ())
         if step.name and len(named) != 1:
             yield Check(False, f'{key} line {step.number}: ' + (
                 f'several hosts have a {step.name}; say HOST/NAME' if named else
-                f'no guest is named {step.name}'))
+                f'no guest is named {step.name}' + (
+                    ' on the hosts that can be asked' if some_away else '')))
         elif step.verb == 'start' and isinstance(named[0], Domain) and named[0].autostarts():
             yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
                        + named[0].virsh('autostart --disable'))
@@ -14586,6 +14608,8 @@ def ask_and_show(config: Config, options: argparse.Namespace,
             if not (running and config.excludes(guest.own, guest.name))]
         if away and not chosen:
             raise away[0]
+        if 'file' in options and len(chosen) > 1:
+            raise Error(f'{options.names[0]} are {len(chosen)} guests', 'name one, for one file')
         progress = sys.stderr.isatty() and spawn(
             'progress', _show_progress, [guest.name for guest in chosen], done, over)
         answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known
