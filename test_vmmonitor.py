@@ -2450,6 +2450,11 @@ class ConfigTest(ConfigCase):
         os.chmod(secret, 0o644)
         self.assertIn(f'{secret} holds a key and everybody may read it; chmod o-r {secret}',
                       vm.load(path).warnings)
+        os.chmod(secret, 0o602)                 # who can write it has the key that he puts in
+        os.chmod(path, 0o602)                   # ... or a notify.command
+        self.assertLessEqual({f'everybody may write to {one}; chmod o-w {one}'
+                              for one in (secret, path)}, {*vm.load(path).warnings})
+        self.assertIn(f'chmod o-w {path}', str(vm.load(path, ['monitor']).warnings))
 
     def test_a_byte_order_mark_is_skipped(self) -> None:
         text = Path(self.write({'listener': {'key': '', 'keyFile': 'bom.key'}})).read_text()

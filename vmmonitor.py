@@ -1520,12 +1520,12 @@ def load(path: str, roles: Sequence[str] = ()) -> Config:
                                        'another with --config'), path)
     config = Config(**values)
     warnings: list[str] = []
-    if values and 'listen' in (roles or enabled_roles(config)):
+    listens = values and 'listen' in (roles or enabled_roles(config))
+    if listens:
         keys = _read_keys(config, problems, warnings)
         config = dataclasses.replace(config, keys=tuple(keys))
         _check_certificate(config, problems, warnings)
-        if any(_keys_inside(config)):
-            warnings += _exposed(path, 'a key')
+    warnings += _exposed(path, 'a key' if listens and any(_keys_inside(config)) else '')
     if problems:
         raise ConfigError(path, problems)
     return dataclasses.replace(config, warnings=tuple(warnings))
@@ -1569,11 +1569,12 @@ def handed_over(config: Config) -> list[str]:
 
 
 def _exposed(path: str, secret: str) -> list[str]:
-    """Return a warning if everybody may read a file with a secret in it."""
+    """Return warnings if everybody may write to a file, or read the secret in it, if any."""
     with contextlib.suppress(OSError):          # that it can't be read is said elsewhere
-        if stat.S_IMODE(os.stat(path).st_mode) & 0o004:
-            return [f'{path} holds {secret} and everybody may read it; chmod o-r '
-                    f'{shlex.quote(path)}']
+        mode, name = os.stat(path).st_mode, shlex.quote(path)
+        return [f'everybody may write to {path}; chmod o-w {name}'] * bool(mode & 0o002) + [
+                f'{path} holds {secret} and everybody may read it; chmod o-r {name}'
+                ] * bool(mode & 0o004 and secret)
     return []
 
 
