@@ -180,6 +180,14 @@ zypper_install() { zypper -q -n install --no-recommends "$@"; }
 pacman_install() { pacman -S --noconfirm --needed "$@"; }
 apk_install() { apk add -q "$@"; }
 
+by_hand() {             # by_hand MANAGER: what to type before the packages
+    case $1 in
+        pacman) echo 'pacman -S' ;;
+        apk) echo 'apk add' ;;
+        *) echo "$1 install" ;;
+    esac
+}
+
 has() { command -v "$1" >/dev/null 2>&1; }
 
 missing() {     # print what of the table's first column is not there
@@ -221,7 +229,8 @@ install_packages() {
     [ "$manager" != none ] || die "not here: $lacking; and none of $MANAGERS is here to install" \
         "it: do that by hand and run this again"
     packages=$(packages_for "$manager" $lacking)
-    [ "$PACKAGES" = yes ] || die "something is missing; install it: $manager install $packages"
+    [ "$PACKAGES" = yes ] || die "something is missing; install it:" \
+        "$(by_hand "$manager") $packages"
     say "installing $packages"
     if ! shown=$("$(echo "$manager" | tr - _)_install" $packages 2>&1 </dev/null 9>&-); then
         why=$({ say "$shown" | grep -i -E '^E:|error|unable|not found' || say "$shown" | tail -n 1

@@ -12446,6 +12446,16 @@ class PackagingTest(Case):
             'vmmonitor.py', 'test_vmmonitor.py', 'config.json.sample', 'install.sh',
             'vmmonitor.service', 'README.md'})
 
+    def test_install_says_what_can_be_typed(self) -> None:
+        script = (HERE / 'install.sh').read_text().partition('\nread_options "$@"')[0]
+        for manager, words in {'apt-get': 'apt-get install', 'dnf': 'dnf install', 'zypper':
+                               'zypper install', 'pacman': 'pacman -S', 'apk': 'apk add'}.items():
+            ask = f'{script}\nhas() {{ [ "$1" = {manager} ]; }}\nmissing() {{ echo curl; }}\n' \
+                'PACKAGES=no\ninstall_packages'
+            said = subprocess.run(['sh', '-c', ask], timeout=30, check=False, capture_output=True)
+            self.assertEqual(said.stderr.decode(), 'install.sh: something is missing; install it: '
+                             f'{words} curl\n')
+
     @staticmethod
     def sections(name: str) -> list[str]:
         """Return the banners of a file, in their order."""
