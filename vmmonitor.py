@@ -13685,7 +13685,7 @@ class Setup:
         self._show_end(config)
 
     def _refuse_foreign(self) -> None:
-        """Refuse somebody else's files of our names."""
+        """Refuse somebody else's files of our names, and name those that Python might run."""
         names = [] if self.here in (self.source, self.before.here) else list(PROGRAM_FILES)
         names.append(LAUNCHER)
         if not os.path.lexists(self.path('config.json')):
@@ -13697,6 +13697,12 @@ class Setup:
                 raise Error(f'{path} is there, and was not made by install.sh; choose another '
                                  '--prefix' + (', or name it in a config.json there' if
                                                name.endswith('.pem') else ''))
+        others = [name for end in ('*.py', '__pycache__/*') for path in Path(self.here).glob(end)
+                  for name in [str(path.relative_to(self.here))] if not re.match(
+                      r'(__pycache__/)?(test_)?vmmonitor\.', name)]
+        if others:
+            print('note: not of vmmonitor, and never run by it: '
+                  f'{printable(", ".join(sorted(others)))} in {self.here}')
 
     def _make_account(self) -> int:
         """Have the service's user, in the group libvirt; return the number of its own group."""
