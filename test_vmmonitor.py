@@ -5800,6 +5800,12 @@ class TestOwnership(NetCase):
         self.assertEqual((vm.clean(['lan']), names(), self.records()),
                          ({'lan': "its row can't be read"}, set(), {}))
         vm.Switch('lan')
+        os.seteuid(65534)
+        try:
+            with self.refused('for root alone', 'as root', kind=vm.MissingFeature):
+                vm.Registry.read()
+        finally:
+            os.seteuid(0)
         path.write_text('{broken')
         lines = '\n'.join(one.text for one in vm.check_networks() if not one.good)
         self.assertIn(f'{path}: what was made of networks can\'t be read', lines)
@@ -10872,6 +10878,12 @@ class TestLab(Live):
 
     def test_group_snapshot(self) -> None:
         lab = vm.Lab.load(self.write(self.pair()))
+        for wrong, words in ((lambda: lab.up(wait='Agent'), ('wait: ', 'agent')),
+                             (lambda: lab.down('no'), ('disks: ', 'true or false')),      # type: ignore[arg-type]
+                             (lambda: lab.snapshot(''), ("'' can't be the name",))):
+            with self.refused(*words):
+                wrong()
+        self.assertFalse(lab.made())
         lab.up()
         with at_step('send snapshot-save to .*/mb/', vm.MachineError('no space')), \
                 self.refused('no space'):

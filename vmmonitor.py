@@ -6557,6 +6557,9 @@ class Registry:
             version, things = self.more.pop('version'), self.more.pop('things')
         except FileNotFoundError:
             return
+        except PermissionError:                     # it is whole, as far as is known
+            raise MissingFeature(f'{self.path}: what was made of networks is for root alone',
+                                 'run this as root, with sudo') from None
         except (OSError, ValueError) as problem:
             raise NetworkError(
                 f'{self.path}: what was made of networks can\'t be read: {explain(problem)}',
@@ -13056,6 +13059,7 @@ class Lab:
 
         What stands is not touched; what stands with other arguments is refused, and named.
         """
+        check('wait', wait, one_of('', *GUEST_ENDS), MachineError)
         did = list[str]()
         with self.alone():
             self._stopping.clear()                      # set by an earlier Ctrl-C
@@ -13228,8 +13232,10 @@ class Lab:
         """Shut down the machines that up() has made, all at once, and remove all that it has made
         but for the disks; also what is half made. Return what was done.
 
-        With `disks` those go, too; `force` cuts the machines' power.
+        With `disks` those go, too; `force` cuts the machines' power, and takes what others use.
         """
+        for what, flag in (('disks', disks), ('force', force)):
+            check(what, flag, a_bool, MachineError)
         did = list[str]()
         with self.alone():
             made = self.made()
@@ -13393,6 +13399,7 @@ class Lab:
     def snapshot(self, tag: str) -> str:
         """Snapshot all machines, memory and disks, at one moment: they stand still together. One
         that is off gives its disks. All snapshots are made, or none. Return what was done."""
+        checked_tag(tag)
         with self.alone(), unbroken():
             all_ = self.machines
             for name, machine in all_.items():
