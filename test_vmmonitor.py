@@ -24,6 +24,7 @@ import base64
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import email.message
 import errno
 import fcntl
@@ -4686,6 +4687,17 @@ class ListenerTest(ListenerCase):
         self.assertEqual(self.ask(f'key={KEY}&cmd=start&target=gr%C3%B6%C3%9Fe+1'),
                          (200, 'größe 1: started'))
         self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER, '--http1.0'), done)
+
+    def test_the_curl_lines_that_are_printed(self) -> None:
+        for address in ('', '0.0.0.0', '::'):
+            config = dataclasses.replace(self.settings.config, address=address)
+            here, pinned = vm.curl_example(config)
+            self.assertIn(f"'https://localhost:{self.port}/?cmd=list'", here)
+            done = subprocess.run(
+                [*shlex.split(pinned.partition(': ')[2]), '-sS', *self.BEARER,
+                 f'https://127.0.0.1:{self.port}/?cmd=log'], timeout=30, capture_output=True,
+                check=True)
+            self.assertEqual(done.stdout, b'nothing yet\n')
 
     def test_utf8(self) -> None:
         """Names and keys in UTF-8, raw or percent-encoded, and any name that libvirt takes."""
