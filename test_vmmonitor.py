@@ -11080,6 +11080,15 @@ class CommandLineTest(ConfigCase):
         self.assertEqual(status, 1)
         self.assertIn('console: there is no virsh; install libvirt-clients', err)
 
+    def test_an_error_names_its_guest(self) -> None:
+        """Also one of libvirt's that does not."""
+        path = self.write({'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False}})
+        status, out, err = vmmonitor('stop', '--all', '--config', path)
+        self.assertEqual((status, out), (1, ''))
+        self.assertRegex(err, r'^test: unsupported flags')
+        known = json.loads(vmmonitor('stop', 'test', '--json', '--config', path)[1])['guests'][0]
+        self.assertEqual((known['guest'], known['error']), ('test', err.strip()))
+
     def test_log_of_a_guest(self) -> None:
         """All that was done to it, also by the lists, and by its own name or HOST/NAME."""
         told = ['web 1: clock corrected, cause=resumed', 'b/web 1: clock is right',

@@ -394,8 +394,11 @@ def explain(problem: BaseException) -> str:
 
 
 def told(problem: Error, guest: str = '') -> dict[str, str]:
-    """Return an error for programs, which must not take a sentence apart to know the guest."""
-    return {**({'guest': guest} if guest else {}), 'error': problem.message, 'hint': problem.hint}
+    """Return an error for programs, which must not take a sentence apart to know the guest; the
+    sentence names it, too."""
+    named = not guest or re.search(rf'(?<!\w){re.escape(guest)}(?!\w)', problem.message)
+    text = problem.message if named else f'{guest}: {problem.message}'
+    return {**({'guest': guest} if guest else {}), 'error': text, 'hint': problem.hint}
 
 
 class Check(NamedTuple):
@@ -5341,8 +5344,6 @@ class Dispatcher:
         status = next(code for error, code in self.STATUSES if isinstance(problem, error))
         guest = '' if target == '-' else target
         known = told(problem, guest)
-        if guest and not re.search(rf'(?<!\w){re.escape(guest)}(?!\w)', known['error']):
-            known['error'] = f'{guest}: {problem.message}'
         return Reply(status, str(Error(known['error'], problem.hint)), known,
                      (('Retry-After', '2'),) if status == 503 else ())
 
@@ -14628,8 +14629,8 @@ def ask_and_show(config: Config, options: argparse.Namespace,
             raise Error(f'{options.names[0]} are {len(chosen)} guests', 'name one, for one file')
         progress = sys.stderr.isatty() and spawn(
             'progress', _show_progress, [guest.name for guest in chosen], done, over)
-        answers = [{'name': known['name'], **told(known['problem'])} if 'problem' in known
-                   else known for known in ask_all(chosen, asked, timeout)]
+        answers = [{'name': known['name'], **told(known['problem'], known['name'])}
+                   if 'problem' in known else known for known in ask_all(chosen, asked, timeout)]
         over.set()
         if progress:
             progress.join(STATE_POLL)               # its line goes before the answers come
@@ -14667,9 +14668,9 @@ def command_status(config: Config, options: argparse.Namespace) -> int:
             try:
                 reading = measure(guest, round(config.tolerance * MS))
             except AgentError as problem:
-                return {**known, 'agent': problem.trouble.name, **told(problem)}
+                return {**known, 'agent': problem.trouble.name, **told(problem, guest.name)}
             except GuestError as problem:       # such as Busy: the daemon is asking it, too
-                return {**known, **told(problem)}
+                return {**known, **told(problem, guest.name)}
             known.update(agent='answers', offsetMs=reading.offset / MS)
         return known
 
