@@ -8364,6 +8364,7 @@ IMAGE_LOCKS = 100, 200          # QEMU locks bytes 100 to 299 of an image that i
 WRITER_LOCK = 101, 1            # ... and this one if it writes to it
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
+LOGIN = re.compile(r'[A-Za-z_][A-Za-z0-9._-]{0,31}')
 SSH_KEY = re.compile(r'(ssh|ecdsa|sk)-[!-~]+ [A-Za-z0-9+/=]+( [ -~]*)?')
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
@@ -8838,13 +8839,16 @@ def snapshot_all(drives: Sequence[Harddrive], tag: str) -> None:
 def login(user: str, ssh_key: str | os.PathLike[str]) -> str:
     """Return the user-data that lets somebody in by an SSH key, which is text or a file's: a new
     `user` who may do all by sudo, or the one that the image has."""
-    text = os.fspath(ssh_key).strip()
-    if not SSH_KEY.fullmatch(text):
+    if user and not (isinstance(user, str) and LOGIN.fullmatch(user)):
+        raise MachineError(f'user {user!r:.80}: can\'t be the name of one who logs in',
+                           'use a letter, then up to 31 letters, digits, ".", "_", "-"')
+    text = os.fsdecode(ssh_key).strip()
+    if not SSH_KEY.fullmatch(text) and '\n' not in text:
         with open(open_file(image_path(os.path.expanduser(text))), encoding='utf-8',
                   errors='replace') as file:
             text = file.read(JSON_BYTES).strip()
     if not SSH_KEY.fullmatch(text):
-        raise DiskError('ssh_key: is no public key', 'give the file .pub, or the line in it')
+        raise DiskError('ssh_key: is no public key', 'give the file .pub, or the one line in it')
     keys: dict[str, Any] = {'ssh_authorized_keys': [text]}
     return '#cloud-config\n' + json.dumps({'users': [{
         'name': user, 'shell': '/bin/bash', 'sudo': 'ALL=(ALL) NOPASSWD:ALL', **keys}]}
@@ -11815,6 +11819,7 @@ def _are_nics(value: Any) -> bool:
         value, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(value))
 
 
+USER_DATA = re.compile(r'#|(content-type|mime-version|from)\b', re.IGNORECASE)    # its beginning
 # argument of Machine -> whether a value of it is good, and what to say of another one
 ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     'name': (lambda name: isinstance(name, str) and (not name or NAME.fullmatch(name)
@@ -12202,6 +12207,10 @@ class Machine(Guest):
         if not isinstance(name, str) or not NAME.fullmatch(name) or {'cd', 'cds'} & {*options}:
             raise MachineError(f'machine {name!r:.80}: from_image needs a name, and its CD drive',
                                'insert() other CDs later')
+        if user_data and not USER_DATA.match(str(user_data)):
+            raise MachineError(f'machine {name}: user_data {str(user_data)!r:.80}: cloud-init '
+                               'would not know what it is', 'give the text itself, which begins '
+                               'with a line such as #cloud-config')
         base, data = base_image(image), user_data or login(user, ssh_key)
         path = image_path(disk or os.path.join(os.path.dirname(base.filename), f'{name}.qcow2'))
         if os.path.realpath(path) == os.path.realpath(base.filename):
