@@ -8690,8 +8690,18 @@ class TestAttacks(Live):
         m = vm.Machine('early', memory=32)
         killed_at(f'write {m.home}/process.json', "vm.Machine.load('early').start_vm()")
         self.assertFalse(m.is_alive())
-        killed_at('send qmp_capabilities', "vm.Machine.load('early').start_vm()")
         record = Path(m.file.path('process.json'))
+        record.write_text(json.dumps({'machine': 'early', 'boot': vm.boot_id(), 'pid': 0,
+                                      'started': ''}))
+        with subprocess.Popen(          # somebody has a process of root's with such arguments
+                ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', 'su', 'root', '--',
+                 '-uuid', m.id, '-name', 'guest=early'], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd='/') as stranger:
+            soon(lambda: os.path.realpath(f'/proc/{stranger.pid}/exe').endswith('/su')
+                 and os.stat(f'/proc/{stranger.pid}').st_uid == 0)
+            self.assertFalse(m.is_alive())
+            stranger.kill()
+        killed_at('send qmp_capabilities', "vm.Machine.load('early').start_vm()")
         known = json.loads(record.read_text())
         record.write_text(json.dumps({**known, 'pid': 0, 'started': ''}))
         self.assertEqual(m.pid(), known['pid'])

@@ -9420,6 +9420,7 @@ HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.l
 # Every operation opens a session for itself, so that it sees no event from before it began.
 
 QEMU = 'qemu-system-x86_64'
+LAUNCHERS = QEMU, 'setpriv', 'ip'       # what its process is, one after another
 SESSIONS = 4                    # operations at once; the daemon's events and a person's tool
 #                                 have one more each
 QMP_SOCKETS = (*(f'qmp{number}' for number in range(SESSIONS)), 'events', 'tool')
@@ -9744,10 +9745,17 @@ class Qemu:
                 argv = Path('/proc', pid, 'cmdline').read_bytes().decode().split('\0')
                 if argv[argv.index('-uuid') + 1] == self.file.uuid \
                         and argv[argv.index('-name') + 1] == f'guest={self.name}' \
-                        and os.stat(f'/proc/{pid}').st_uid in (0, self.file.spec.uid) \
-                        and process_start(int(pid)):
+                        and self._is_ours(pid) and process_start(int(pid)):
                     return int(pid)
         return 0
+
+    def _is_ours(self, pid: str) -> bool:
+        """Tell whether a process is its user's, or root's on the way to that: not `su`, or another
+        setuid program, whose arguments anybody chooses."""
+        status = Path('/proc', pid, 'status').read_text(errors='replace')
+        uids = {*status.partition('\nUid:')[2].partition('\n')[0].split()}
+        return uids == {str(self.file.spec.uid)} if uids != {'0'} else os.readlink(
+            f'/proc/{pid}/exe') in map(os.path.realpath, filter(None, map(which, LAUNCHERS)))
 
     def pid(self) -> int:
         """Return the process id of its QEMU, 0 if none runs."""
