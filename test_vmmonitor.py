@@ -7448,7 +7448,7 @@ class TestHarddrive(Case):
         Path(self.path('disk')).write_bytes(bytes(4096))
         for line, name in (('tar cf d.ova disk', 'd.ova'), ('xz -k disk', 'disk.xz'),
                            ('gzip -k disk', 'disk.gz'), ('zstd -q disk', 'disk.zst'),
-                           ('bzip2 -k disk', 'disk.bz2')):
+                           ('lz4 -qm disk', 'disk.lz4'), ('bzip2 -k disk', 'disk.bz2')):
             if shutil.which(line.split()[0]):
                 subprocess.run(line.split(), cwd=os.path.dirname(self.path('x')), check=True)
                 found.append((self.path(name), 'not a disk', 'unpack it: '))
@@ -7677,6 +7677,8 @@ class TestHarddrive(Case):
         os.mkfifo(self.path('node'))                    # or /dev/sdb
         with self.refused('is no file', 'blkdiscard'):
             vm.Harddrive(self.path('node'), format='raw').wipe()
+        with self.refused('is no file'):                # it would hold us
+            vm.Harddrive(self.path('node'), format='raw').in_use()
         self.assertTrue(stat.S_ISFIFO(os.stat(self.path('node')).st_mode))
         Path(real).write_bytes(b'QFI\xfb')
         with self.refused('a broken header'):
@@ -8923,7 +8925,9 @@ class TestParts(Running):
         time.sleep(1.2)
         for ran in (True, False):
             m.freeze() if not ran else None
-            says = m.load_snapshot('s1')
+            with mock.patch.object(vm.log, 'warning') as warned:
+                says = m.load_snapshot('s1')
+            self.assertIn(self.raw.filename, str(warned.call_args_list))
             self.assertIs(m.state(), vm.State.RUNNING if ran else vm.State.PAUSED)
             self.assertEqual(says, 'put back to s1' + ', clock set' * ran)
             m.unfreeze()
@@ -9415,6 +9419,13 @@ class TestSaving(Live):
         self.assertEqual(m.save(), 'saved')
         self.assertIs(m.state(), vm.State.SAVED)
         self.assertEqual(m.save(), 'already saved')
+        before = Path(disk.filename).read_bytes()
+        for drive in (disk, vm.Machine.load('saves').harddrives[0]):    # with which it goes on
+            for call in (drive.wipe, functools.partial(drive.load_snapshot, 'x'),
+                         functools.partial(drive.resize, 0.005, shrink=True)):
+                with self.refused('saves is saved', 'delete_saved()', kind=vm.WrongState):
+                    call()
+        self.assertEqual(Path(disk.filename).read_bytes(), before)
         self.assertEqual(vm.Machine.load('saves').wake(), 'restored, clock set')
         m = vm.Machine.load('saves')
         m.wait('agent', BOOT)

@@ -8355,7 +8355,7 @@ FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
     *((place, magic, f'{what}, not a disk', f'unpack it: {program} {{}}')
       for place, magic, what, program in (
         (257, b'ustar', 'a tar archive, as an .ova is', 'tar xf'),
-        (0, XZ, 'compressed by xz', 'xz -dk'),
+        (0, XZ, 'compressed by xz', 'xz -dk'), (0, b'\x04"M\x18', 'compressed by lz4', 'lz4 -dm'),
         (0, b'\x1f\x8b', 'compressed by gzip', 'gunzip -k'),
         (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd', 'zstd -d'),
         (0, b'BZh', 'compressed by bzip2', 'bunzip2 -k'),
@@ -8498,6 +8498,9 @@ class Attached(Protocol):
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
 
+    def require_not_saved(self) -> None:
+        """Raise WrongState when the machine's memory is saved, which goes with what is there."""
+
 
 class Snapshot(NamedTuple):
     """A snapshot inside a qcow2 image."""
@@ -8622,6 +8625,7 @@ class Harddrive:
                 raise DiskError(f'{self.filename}: {why}', remedy)
 
     def _opened(self, mode: str) -> IO[bytes]:
+        os.close(open_file(self.filename))              # or it is a FIFO, which would hold us
         try:
             return open(self.filename, mode)
         except OSError as problem:
@@ -8645,6 +8649,10 @@ class Harddrive:
 
     def _live(self) -> Attached | None:
         return self.attached if self.attached and self.attached.alive() else None
+
+    def _require_not_saved(self) -> None:
+        if self.attached:
+            self.attached.require_not_saved()
 
     def info(self) -> dict[str, Any]:
         """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
@@ -8695,7 +8703,9 @@ class Harddrive:
         return tag
 
     def load_snapshot(self, name: str) -> None:
-        """Put the disk back to a snapshot (qemu-img snapshot -a); not while in use."""
+        """Put the disk back to a snapshot (qemu-img snapshot -a); not while in use, or while the
+        machine that has it is saved."""
+        self._require_not_saved()
         # Of id and name it takes the id first, so that the id is never another one's name.
         self._img('snapshot', '-q', '-a', self.found(name).id, self._explicit())
 
@@ -8712,13 +8722,15 @@ class Harddrive:
         """Make it empty (or what its backing image is), or only delete its snapshots.
 
         Its size, version, cluster size, rights and the like stay. A new image takes the place of
-        the old one in one step. DiskError while it is in use.
+        the old one in one step. DiskError while it is in use, WrongState while the machine that has
+        it is saved.
         """
         self.check()
         if snapshots_only:
             for row in self.snapshots:
                 self._img('snapshot', '-q', '-d', row.tag, self._explicit())
             return
+        self._require_not_saved()
         if not os.path.isfile(self.filename):           # a device's node must stay one
             raise DiskError(f'{self.filename}: is no file', 'wipe a block device by blkdiscard')
         info = self.info()
@@ -8736,6 +8748,8 @@ class Harddrive:
         if wanted < now and not shrink:
             raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
                             'shrink=True cuts off what is behind; shrink the file system first')
+        if wanted < now:
+            self._require_not_saved()
         live = self._live()
         if live:
             live.execute('block_resize', node_name=live.node, size=wanted)
@@ -10259,9 +10273,18 @@ class DriveSlot:
         self.filename = filename                # of a disk; a drive's CD changes
 
     def alive(self) -> bool:
-        return self.qemu.is_alive() and (not self.filename or any(
+        return self.qemu.is_alive() and self._has_it()
+
+    def _has_it(self) -> bool:
+        return not self.filename or any(
             row.id == self.id and row.facts.file == self.filename
-            for row in self.qemu.file.now().of_kind('disk')))
+            for row in self.qemu.file.now().of_kind('disk'))
+
+    def require_not_saved(self) -> None:
+        with contextlib.suppress(NoGuest):      # it was deleted
+            if self._has_it():
+                self.qemu.file.refresh()
+                self.qemu.require_not_saved()
 
     def keep(self, medium: str) -> None:
         with self.qemu.file.change() as spec:
@@ -11224,6 +11247,10 @@ class Snapshots(Part):
                 if started:
                     self.spec.processor = processor_of(self.spec)
                 self._check_memory(tag, layers)
+            if found.uncovered:
+                log.warning('%s: snapshot %s is without %s, which stays as it is', self.name, tag,
+                            ', '.join(found.uncovered))
+            if memory:
                 self._load(tag, layers, started)
                 return f'put back to {tag}'
             with put_back_on_failure([drive for _, drive in layers]):
