@@ -12503,6 +12503,23 @@ class PackagingTest(Case):
             'vmmonitor.py', 'test_vmmonitor.py', 'config.json.sample', 'install.sh',
             'vmmonitor.service', 'README.md'})
 
+    def test_a_removed_user_has_no_files(self) -> None:
+        if os.getuid():
+            self.skipTest('only root can give files away')
+        user = pwd.struct_passwd(('gone', 'x', 61234, 61235, vm.CREATED_BY, '/', '/bin/false'))
+        with tempfile.TemporaryDirectory(prefix=OURS) as place:
+            for number, (uid, gid) in enumerate(((61234, 0), (0, 61235), (61234, 61235), (7, 8))):
+                path = Path(place, str(number))
+                path.touch()
+                os.chown(path, uid, gid)
+            with mock.patch('pwd.getpwnam', return_value=user), contextlib.redirect_stdout(
+                    io.StringIO()), mock.patch.object(vm, 'attempt', return_value=mock.Mock(
+                        returncode=0)):
+                vm.remove_account('gone', [place])
+            found = [(row.st_uid, row.st_gid) for number in range(4)
+                     for row in [os.stat(f'{place}/{number}')]]
+        self.assertEqual(found, [(0, 0), (0, 0), (0, 0), (7, 8)])
+
     def test_install_says_what_can_be_typed(self) -> None:
         script = (HERE / 'install.sh').read_text().partition('\nread_options "$@"')[0]
         for manager, words in {'apt-get': 'apt-get install', 'dnf': 'dnf install', 'zypper':
@@ -13555,7 +13572,7 @@ exec python3 -B test_vmmonitor.py """
         self.box.download(ssh)
         self.sh(f'apt-get -qq -y --no-install-recommends install {ssh}', 120)
         key = f'{self.here}/far.key'
-        self.sh(f'ssh-keygen -q -t ed25519 -N "" -f {key}; chgrp vmmonitor {key}; chmod 640 {key}; '
+        self.sh(f'ssh-keygen -q -t ed25519 -N "" -f {key}; chown vmmonitor {key}; '
                 f'install -D -m 600 {key}.pub /root/.ssh/authorized_keys; systemctl start ssh')
         known = 'echo "127.0.0.1 $(cut -d " " -f 1,2 %s.pub)" > /etc/ssh/ssh_known_hosts'
         self.sh(known % key)                            # which is not that of the host
@@ -13572,6 +13589,7 @@ exec python3 -B test_vmmonitor.py """
         self.logged(since, 'far: connected', 60)
         self.assertEqual(self.ask('save&target=far/web1'), (200, 'far/web1: saved'))
         self.assertEqual(self.ask('start&target=here/web1'), (200, 'here/web1: restored'))
+        self.assertIn('running', self.sh('vmmonitor list far/web1'))     # root may use the key, too
         self.box.path(f'{self.here}/config.json').write_text(json.dumps(before))
 
     def reboots(self) -> None:

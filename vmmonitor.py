@@ -14079,8 +14079,10 @@ def remove_account(name: str, places: Sequence[str], record: SetupRecord | None 
                  for each in [*inner, *files]]
         for path in [top, *below]:
             with contextlib.suppress(OSError):
-                if os.lstat(path).st_gid == known.pw_gid:
-                    os.chown(path, -1, 0, follow_symlinks=False)
+                info = os.lstat(path)
+                whose = ours and info.st_uid == known.pw_uid, info.st_gid == known.pw_gid
+                if any(whose):
+                    os.chown(path, *(its - 1 for its in whose), follow_symlinks=False)
     if ours:
         if attempt('userdel', name).returncode:
             raise Error(f'the user {name} can\'t be removed; end what runs as it (pgrep -u '
@@ -14122,7 +14124,7 @@ def curl_example(config: Config) -> Iterator[str]:
     shown = openssl('x509', '-noout', '-subject', '-issuer', '-ext', 'subjectAltName', '-in',
                     certificate).decode(errors='replace')
     names = re.findall(r'DNS:([^\s,*]+)', shown) or re.findall(r'CN ?= ?([^\s,/*]+)', shown)
-    host = config.address if config.address not in ('', '0.0.0.0', '::') else (  # nosec B104
+    host = config.address if config.address not in ('', '0.0.0.0', '::') else (
         'localhost' if 'localhost' in names else [*names, _host_name()][0])
     where = f'[{host}]' if ':' in host else host
     secret = f'cat {shlex.quote(beside(config, config.key_file))}' if config.key_file else \
