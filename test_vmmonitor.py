@@ -6741,7 +6741,15 @@ class TestRouter(NetCase):
         soon(lambda: not dnsmasqs())
         self.assertIn('took away what it needs to hand out addresses', str([*vm.check_networks()]))
         self.assertTrue(vm.Router('eth1', nat=True, dhcp=True).exists and len(dnsmasqs()) == 1)
-        router.delete()
+        (_, argv), = dnsmasqs().items()
+        with subprocess.Popen(          # of another user, with the same argument
+                ['setpriv', '--reuid=12345', '--regid=12345', '--clear-groups', 'sh', '-c',
+                 'read word', 'sh', argv[1]], stdin=subprocess.PIPE, cwd='/') as stranger:
+            soon(lambda: os.stat(f'/proc/{stranger.pid}').st_uid == 12345)
+            router.delete()
+            self.assertIsNone(stranger.poll())
+            stranger.kill()
+        self.assertEqual(dnsmasqs(), {})
         self.assertEqual(python(
             'import os; seen = []; vm.TRACE = lambda step: (seen and os.kill(os.getpid(), 9), '
             f"step.startswith('run dnsmasq') and seen.append(1)); {make}"), -signal.SIGKILL)

@@ -6146,13 +6146,25 @@ def server_of(op: Op) -> list[str]:
     return []
 
 
+def server_accounts() -> list[pwd.struct_passwd]:
+    """Return who a server may run as when it has its sockets: the first is the one of a new one."""
+    found = []
+    for name in ('dnsmasq', 'nobody'):
+        with contextlib.suppress(KeyError):
+            found.append(pwd.getpwnam(name))
+    return found
+
+
 def end_server(flag: str) -> None:
-    """End the server with that argument, also one that has not yet written its pid."""
+    """End the server with that argument, also one that has not yet written its pid; other people's
+    processes may have that argument, too."""
+    users = {0, *(account.pw_uid for account in server_accounts())}
     for pid in filter(str.isdecimal, os.listdir('/proc')):
         with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
             process = os.pidfd_open(int(pid))
             opened.callback(os.close, process)
-            if flag.encode() not in Path('/proc', pid, 'cmdline').read_bytes().split(b'\0'):
+            if flag.encode() not in Path('/proc', pid, 'cmdline').read_bytes().split(b'\0') \
+                    or os.stat(f'/proc/{pid}').st_uid not in users:
                 continue
             for number in (signal.SIGTERM, signal.SIGKILL):
                 signal.pidfd_send_signal(process, number)
@@ -7294,9 +7306,7 @@ def dhcp_server(name: str, row: Record, records: Mapping[str, Record]) -> tuple[
     rows += [(host, [address]) for host, address in fixed.items()]
     path = shlex.quote(str(Registry().path.with_suffix('')) + f'-{name}')
     files = f'--pid-file={path}.pid --dhcp-leasefile={path}.leases'
-    user = 'nobody'
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwnam('dnsmasq').pw_name
+    user = next((account.pw_name for account in server_accounts()), 'nobody')
     return (ops_for('hand out addresses and names', ' '.join([
         files, f'--user={user} --conf-file=/dev/null --no-hosts',
         f'--bind-interfaces --except-interface=lo --interface={name}',
