@@ -10794,6 +10794,20 @@ class TestLab(Live):
             lab.up()
         Path('late.iso').write_bytes(bytes(2048))
         self.assertEqual(lab.up(), ['mb: made, started'])
+        lab.machines['mb'].stop(force=True)
+        os.rename('mb.qcow2', 'elsewhere')      # or its file system is not mounted
+        with self.refused('machine mb exists, but the disk', 'put it back'):
+            lab.up()
+        self.assertFalse(os.path.exists('mb.qcow2'))
+        self.assertIn(os.path.abspath('mb.qcow2'), lab.made()['disks'])
+        os.rename('elsewhere', 'mb.qcow2')
+        note = next(self.home.glob('.labs/*'))
+        kept = note.read_bytes()
+        note.write_text('junk')
+        with self.refused(f"{note}: what {lab.path} has made can't be read", 'one by one'):
+            lab.up()
+        self.assertEqual([row['state'] for row in lab.status()][:2], ['up', 'running'])
+        note.write_bytes(kept)
         with self.refused('2 of 2: ', 'ma: has no snapshot', 'mb: has no snapshot'):
             vm.at_once('load', lab.machines, lambda name: lab.machines[name].load_snapshot('x'))
         vm.Machine.load('ma').delete(force=True)

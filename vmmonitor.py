@@ -12975,8 +12975,8 @@ def read_worse(note: str) -> dict[str, float]:
     return {}
 
 
-def drop_absent(made: dict[str, dict[str, str]]) -> None:
-    """Take what is not there off the list of what a lab has made."""
+def drop_absent(made: dict[str, dict[str, str]], before: Mapping[str, Mapping[str, str]]) -> None:
+    """Take what was not there before, and is not now, off the list of what a lab has made."""
     there: dict[str, Callable[[str], object]] = {
         'machines': lambda name: os.path.exists(os.path.join(MACHINES_DIR, name)),
         'disks': os.path.exists}
@@ -12984,7 +12984,8 @@ def drop_absent(made: dict[str, dict[str, str]]) -> None:
         registry = Registry.read()
         there.update(dict.fromkeys(made.keys() - there.keys(), {
             **registry.damaged, **registry.records}.__contains__))
-    made.update({kind: {name: row for name, row in names.items() if there[kind](name)}
+    made.update({kind: {name: row for name, row in names.items()
+                        if name in before.get(kind, ()) or there[kind](name)}
                  for kind, names in made.items()})
 
 
@@ -13118,11 +13119,12 @@ class Lab:
         did = list[str]()
         with self.alone():
             self._stopping.clear()                      # set by an earlier Ctrl-C
+            before = self.made()
             try:
                 self._make_networks(did)
                 self._make_machines(did, done, wait)
             except Error:                               # what could not be made is not ours
-                self._note(drop_absent)
+                self._note(lambda made: drop_absent(made, before))
                 raise
         return did
 
@@ -13232,7 +13234,10 @@ class Lab:
             self._note(lambda made: made.update(worse=worse))
 
     def _make_machine(self, name: str) -> Machine:
-        given = dict(self.file.sections['machines'][name])
+        given, there = dict(self.file.sections['machines'][name]), machines.find(name)
+        if isinstance(there, Machine):
+            own = {path for disk in there.spec.of_kind('disk') for path, _ in disk.facts.chain}
+            require_disks(name, own & {*self._disks(name)})
         drives = [self._drive(drive) for drive in _several(given.get('harddrives'))]
         cards = self.file.nics[name]
         if cards:
@@ -13382,7 +13387,9 @@ class Lab:
     def status(self) -> list[dict[str, Any]]:
         """Return what there is of the lab: for each switch, router, bond, machine and link of the
         file its kind, name and state, of a link also its `ends` and what makes it worse."""
-        (records, network), impaired = self._seen(), self.made().get('worse', {})
+        (records, network), impaired = self._seen(), dict[str, str]()
+        with contextlib.suppress(FileError):            # up() and down() say that
+            impaired = self.made().get('worse', {})
         rows: list[dict[str, Any]] = []
         guests = {name: machines.find(name) for name in self.file.sections['machines']}
         states = ask_all([one for one in guests.values() if one], lambda guest: {
