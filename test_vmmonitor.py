@@ -3186,6 +3186,26 @@ class NoticesTest(ConfigCase):
             'version': 1, 'kind': 'clock', 'name': 'web1', 'over': False, 'at': '',
             'host': os.uname().nodename, 'error': problem.message, 'hint': problem.hint})
 
+    def test_in_the_order_in_which_it_happened(self) -> None:
+        began, ends = threading.Event(), threading.Event()
+
+        known = self.settings.config
+
+        class Slow(vm.Settings):
+            @property
+            def config(self) -> vm.Config:                          # type: ignore[override]
+                if not began.is_set():
+                    began.set()
+                    ends.wait(0.5)
+                return known
+        self.notices.settings = Slow.__new__(Slow)
+        first = vm.in_thread('begin', self.notices.begin, 'clock', 'web1', vm.Error('it'))
+        began.wait(20)
+        self.notices.end('web1', 'clock')
+        ends.set()
+        first.result(20)
+        self.assertEqual([row['over'] for row in self.told()], [False, True])
+
     def test_kinds_and_no_command(self) -> None:
         self.settings.config = vm.Config(notify_command=self.command(), notify_kinds=('host',))
         for kind in vm.NOTICES:

@@ -3806,7 +3806,7 @@ class Notices:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._lock = threading.Lock()                   # guards these
+        self._lock = threading.RLock()                  # guards these, and their order
         self._now: dict[tuple[str, str], Error] = {}    # (kind, name) -> what is wrong
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
         self.sending = False                            # a thread is at it
@@ -3822,8 +3822,8 @@ class Notices:
         with self._lock:
             news = (kind, name) not in self._now
             self._now[kind, name] = problem
-        if news:
-            self._tell(kind, name, False, told(problem))
+            if news:
+                self._tell(kind, name, False, told(problem))
         return news
 
     def end(self, name: str, *kinds: str) -> None:
@@ -3831,22 +3831,21 @@ class Notices:
         for kind in kinds if self._now else ():
             with self._lock:
                 problem = self._now.pop((kind, name), None)
-            if problem:
-                self._tell(kind, name, True, told(problem))
+                if problem:
+                    self._tell(kind, name, True, told(problem))
 
     def _tell(self, kind: str, name: str, over: bool, known: dict[str, str]) -> None:
         config = self.settings.config
         if not config.notify_command or kind not in config.notify_kinds:
             return
-        with self._lock:
-            if len(self._waiting) >= NOTICES_WAITING:
-                log.warning('notify.command is behind; it is not told: %s', known['error'])
-                return
-            self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
-                                  'at': utc(time.time()), 'host': os.uname().nodename, **known})
-            if not self.sending:
-                spawn('notify', self._send)             # may fail: then the next word tries again
-            self.sending = True
+        if len(self._waiting) >= NOTICES_WAITING:
+            log.warning('notify.command is behind; it is not told: %s', known['error'])
+            return
+        self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
+                              'at': utc(time.time()), 'host': os.uname().nodename, **known})
+        if not self.sending:
+            spawn('notify', self._send)                 # may fail: then the next word tries again
+        self.sending = True
 
     def _send(self) -> None:
         while True:
@@ -4824,10 +4823,13 @@ function build(name) {
   const row = { picture: make('img', { className: 'picture none', alt: '' }),
     name: make('h3', { className: 'name' }, name), facts: make('div', { className: 'facts' }),
     clock: make('div', { className: 'clock' }), plot: make('div', { className: 'plot' }),
-    wrong: make('p', { className: 'wrong' }), does: make('div', { className: 'does' }),
-    said: make('span', { role: 'status' }), pending: '', began: 0, shown: '', tag: '' };
-  row.item = make('li', { className: 'guest' }, row.picture, row.name, row.facts, row.clock,
-    row.plot, row.wrong, row.does);
+    wrong: make('p', { className: 'wrong' }), buttons: make('span', { className: 'tools' }),
+    said: make('span', { role: 'status' }), time: make('span', { className: 'dim' }),
+    pending: '', shown: '', tag: '' };
+  row.time.setAttribute('aria-hidden', 'true');
+  row.does = make('div', { className: 'does' }, row.buttons, row.said, row.time);
+  row.item = make('li', { className: 'guest', tabIndex: -1 }, row.picture, row.name, row.facts,
+    row.clock, row.plot, row.wrong, row.does);
   row.item.dataset.name = name;
   seen.observe(row.item);
   return row;
@@ -4908,12 +4910,15 @@ async function sure(verb, name) {
   return $('sure').returnValue === 'yes';
 }
 
+const acting = new Set();               // what was asked for and is not answered
+
 async function act(row, name, verb) {
   if (verb in DANGEROUS && !await sure(verb, name)) return;
-  Object.assign(row, { pending: verb, began: Date.now() });
+  const began = Date.now();
+  row.pending = verb;
   row.said.className = 'dim';
   const tick = setInterval(() => {
-    row.said.textContent = `${verb}: ${Math.round((Date.now() - row.began) / 1000)} s`;
+    row.time.textContent = `${Math.round((Date.now() - began) / 1000)} s`;
   }, 1000);
   row.said.textContent = verb + ' …';
   show();
