@@ -3537,7 +3537,16 @@ class HostsTest(ConfigCase):
             ask = self.asked(*targets)
             self.assertIn('stop beta/mail: ', ask('log')[1])
             self.assertEqual('secret' in ask('log')[1], seen)
-            self.assertEqual('secret' in str(ask('list', 'application/json')), seen)
+            before = ask('list', 'application/json')
+            self.assertEqual('secret' in str(before), seen)
+            self.guests.note(machines.guests['secret'], 'secret: clock corrected')
+            self.assertEqual(ask('list', 'application/json') != before, seen)
+        self.alpha.up.clear()               # of hosts that it does not reach it sees nothing, too
+        for target, seen in (('beta/mail', False), ('mail', True), ('*/mail', True)):
+            ask = self.asked(target)
+            self.assertEqual('alpha' in str(ask('list', 'json')), seen, target)
+            self.beta.guests.pop('mail', None)
+            self.assertEqual(ask('status&target=mail')[0], 503 if seen else 404)
 
     def test_the_way_down_is_for_this_host_alone(self) -> None:
         off = self.switched(*self.alpha.guests.values(), *self.beta.guests.values())
@@ -4898,6 +4907,9 @@ class ListenerTest(ListenerCase):
             self.assertEqual(self.ask(f'cmd={command}{target}', *self.BEARER),
                              (403, f'{command} is switched off (listener.commandsEnabled)'))
         self.assertEqual(self.guest.calls, [])
+        for page, answer in ((True, 200), (False, 401)):
+            self.settings.config = vm.load(self.write(self.changes, {'listener': {'page': page}}))
+            self.assertEqual(self.curl('-H', 'Accept: text/html')[0], answer)
 
     def test_errors_of_guests(self) -> None:
         for problem, status in ((vm.WrongState('it is off'), 409), (vm.Busy('busy'), 409),
@@ -5055,8 +5067,10 @@ class ListenerTest(ListenerCase):
         self.listener.router.pictures.clear()
         with mock.patch.object(vm, 'PICTURE_PAUSE', 0.0):
             for status in (304, 200):
-                self.assertEqual(self.ask('cmd=screenshot&target=web1', '-H',
-                                          f'If-None-Match: {tag}', *self.BEARER)[0], status)
+                given, text = self.ask('cmd=screenshot&target=web1', '-i', '-H',
+                                       f'If-None-Match: {tag}', *self.BEARER)
+                self.assertEqual((given, 'Content-Length: 3' in text, 'Content-Length: 0' in text),
+                                 (status, status == 200, False))
 
     def test_while_the_host_goes_down(self) -> None:
         self.guests.lists['shutdown'] = '1 of 2 off'
@@ -12362,13 +12376,14 @@ class RequestsTest(GuestCase):
             path.write_text(DaemonTest.NAMELESS % html.escape(name))
             self.host.virsh('define', str(path))
             self.addCleanup(self.host.virsh, 'undefine', '--', name)
-        limited = 'l' * 20
-        config = self.config({'listener': {
-            'enabled': True, 'port': port, 'commandsEnabled': {
-                'off': True, 'screenshot': True, 'pause': True, 'resume': True, 'sync': True},
+        limited = 'l\u00f6\u20ac' * 7
+        enabled = dict.fromkeys(('off', 'screenshot', 'pause', 'resume', 'sync'), True)
+        settings: list[dict[str, Any]] = [{'listener': {
+            'enabled': True, 'port': port, 'commandsEnabled': enabled,
             'keys': [{'name': 'one', 'key': limited, 'targets': ['web1'],
                       'commands': ['list', 'start']}]},
-            'startup': {'vmStartupCommands': [f'wait path {self.path("data")} 600']}})
+            'startup': {'vmStartupCommands': [f'wait path {self.path("data")} 600']}}]
+        config = self.config(*settings)
         program = self.program('--monitor', '--listen', '--startup', config=config)
         program.wait_log('connected after')
         for one in (guest, web):
@@ -12387,7 +12402,16 @@ class RequestsTest(GuestCase):
         says('#count', '1 of 1 guests')
         self.assertEqual(browser.run('return [...document.querySelectorAll("#guests button")].'
                                      'map(one => one.innerText)'), [])      # it runs already
+        # What was asked before a key was forgotten shows nothing afterwards.
+        browser.run('const old = fetch; fetch = (...asked) => new Promise(go => release = async () '
+                    '=> { go(await (fetch = old)(...asked)); await new Promise(done => '
+                    'setTimeout(done, 100)) })')
+        soon(lambda: browser.run('return "release" in window'), 20)
         browser.click('#forget')
+        browser.run('return release()')
+        self.assertEqual(browser.run('return [document.querySelector("#main").hidden, '
+                                     'document.querySelector("#guests").children.length]'),
+                         [True, 0])
         browser.type('#key', f'{KEY}\n')
         says('#count', f'{total} of {total} guests')
         self.assertEqual(browser.run('return document.title'), 'vmmonitor')
@@ -12397,18 +12421,22 @@ class RequestsTest(GuestCase):
         soon(lambda: browser.run('return document.querySelector(arguments[0]).naturalWidth > 0',
                                  f'{item("seen")} img'), 30, 'its picture')
         self.look_at(browser)
-        # What is done by a button, and what is done elsewhere.
-        browser.click(f'{item("web1")} button[aria-label="save web1"]')
+        # What is done by a button, and what is done elsewhere; who uses keys stays where he is.
+        browser.type(f'{item("web1")} button[aria-label="save web1"]', '\n')
         says(f'{item("web1")} .state', 'saved')
         says(f'{item("web1")} .does', 'saved')
+        self.assertEqual(browser.run('return document.activeElement.dataset.name'), 'web1')
         browser.click(f'{item("web1")} button[aria-label="start web1"]')
         says(f'{item("web1")} .does', 'restored')
         says('#log', 'start web1: restored')
         says('#log', 'web1: clock corrected, cause=restored')
+        browser.run('document.querySelector(arguments[0]).focus()',
+                    f'{item("seen")} button[aria-label="off seen"]')
         guest.virsh('suspend')
         says(f'{item("seen")} .state', 'paused')
         guest.virsh('resume')
         says(f'{item("seen")} .clock', '(resumed)')
+        self.assertEqual(browser.run('return document.activeElement.ariaLabel'), 'off seen')
         browser.click(f'{item("seen")} button[aria-label="sync seen"]')
         says(f'{item("seen")} .does', 'clock ')
         Path(self.path('data')).touch()
@@ -12424,17 +12452,27 @@ class RequestsTest(GuestCase):
         says('#count', f'11 of {total} guests')
         # A certificate that is renewed, and a libvirtd that goes and comes back.
         make_certificate(self.directory)
+        browser.type('#filter', len('MORE7') * '\ue003')
+        self.assertRegex(browser.text(f'{item("web1")} .does'), r'(?s)^sync\b(?!.*reset)')
+        enabled['reset'] = True
+        self.config(*settings)
         program.process.send_signal(signal.SIGHUP)
         program.wait_log('configuration read again')
+        says(f'{item("web1")} .does', 'reset')
         self.host.kill9()
         says('#away', 'is away')
         self.host.start()
         soon(lambda: browser.text('#away') == '', 30)
-        says('#count', f'11 of {total} guests')
+        says('#count', f'{total} of {total} guests')
+        # Many buttons at once leave connections for what goes on.
+        browser.run('const old = fetch; asked = 0; fetch = (...what) => /=start/.test(what[0]) ? '
+                    'new Promise(() => { asked += 1 }) : old(...what); document.querySelectorAll('
+                    '"button[aria-label^=\'start more1\']").forEach(one => one.click())')
+        self.assertEqual(browser.run('return asked'), 3)
         problems = [row['message'] for row in browser.call('POST', 'se/log', type='browser')
                     if 'Failed to load resource' not in row['message']]
         self.assertEqual(problems, [])              # nothing that the policy refused, above all
-        # Who is no browser gets no page, nor does anybody when it is switched off.
+        # Who is no browser gets no page.
         for accept in ('*/*', 'application/json'):
             self.assertEqual(self.answer_to(port, accept)[0], 401)
         status, headers = self.answer_to(port, 'text/html')

@@ -1325,6 +1325,11 @@ class Key:
         """Tell whether the key reaches the guest with this own name, and HOST/NAME."""
         return matches_any(self.targets, own, full)
 
+    def enters(self, prefix: str) -> bool:
+        """Tell whether it may reach guests whose names begin with this HOST/, or ""."""
+        return any('/' not in pattern or fnmatch.fnmatchcase(prefix[:-1], pattern.partition('/')[0])
+                   for pattern in self.targets)
+
 
 KEY_MEMBERS: dict[str, tuple[Reader, Any]] = {      # of an entry -> its reader, its default
     'name': (a_text, ''), 'key': (a_text, ''), 'keyFile': (a_text, ''),
@@ -3910,9 +3915,8 @@ class Guests:
         self.figures, self.notices = Figures(), Notices(self.settings)
         self.corrections: dict[str, Correction] = {}    # id of a guest -> the last one of its life
         self.commands: dict[str, dict[str, Any]] = {}   # id of a guest -> the last one, as JSON
-        self.recent: collections.deque[tuple[Guest, dict[str, Any]]] = collections.deque(
-            maxlen=RECENT)
-        self.serial = 0                             # of the last entry in `recent`
+        self.recent: collections.deque[tuple[Guest, dict[str, Any], int]] = collections.deque(
+            maxlen=RECENT)                          # guest, what is shown, when it came (us)
         self.lists: dict[str, str] = {}             # "startup" -> where that list is now
         self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
         #                                             the last ones found: seconds since 1970, ms
@@ -3970,7 +3974,8 @@ class Guests:
             (host, name) for host in self.hosts]
 
     def find(self, name: str, timeout: float = ANSWER_TIMEOUT,
-             reached: Callable[[Guest], bool] = lambda _: True) -> Guest:
+             reached: Callable[[Guest], bool] = lambda _: True,
+             hosts: Sequence[GuestHost] | None = None) -> Guest:
         """Return the guest NAME or HOST/NAME, of those that are `reached`; NoGuest if there is
         none, Ambiguous if several hosts have one.
 
@@ -3982,7 +3987,7 @@ class Guests:
         def look(host: GuestHost, find: Callable[[str], Guest | None]) -> Guest | None:
             found = (find(own) for own in dict.fromkeys((name, meant.get(host, name))))
             return next((guest for guest in found if guest and reached(guest)), None)
-        answers = self.ask(lambda host: look(host, host.find), timeout,
+        answers = self.ask(lambda host: look(host, host.find), timeout, hosts,
                            named=len(meant) < len(self.hosts),
                            recall=lambda host, known: look(host, known.get))
         found = [(host, guest) for host, guest in answers
@@ -4139,8 +4144,8 @@ class Guests:
     def note(self, guest: Guest, text: str, failed: bool = False) -> None:
         """Add a line to the last commands and corrections, which `cmd=log` shows."""
         self.recent.append((guest, {'at': utc(time.time()), 'guest': guest.name,
-                                    'text': clip(text), 'failed': failed}))
-        self.serial += 1
+                                    'text': clip(text), 'failed': failed},
+                            time.monotonic_ns() // 1000))
 
     @contextlib.contextmanager
     def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
@@ -4703,13 +4708,14 @@ PAGE_STYLE = r'''
 @media (prefers-color-scheme: dark) {
   :root { --good: #69c78d; --bad: #ff8a80; --dim: #99a; --face: #23252b; --accent: #8ab4f8 } }
 * { box-sizing: border-box }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.25rem; margin: 0 } h2 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 header, .tools, .does { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 header { justify-content: space-between; margin-bottom: .8rem }
 button, input, select { font: inherit; padding: .3rem .7rem; border-radius: .4rem;
   border: 1px solid var(--edge); background: var(--face); color: inherit; min-height: 2.25rem }
-button { cursor: pointer } button:disabled { cursor: default; opacity: .5 }
+button { cursor: pointer } button[aria-disabled=true] { cursor: default; opacity: .5 }
 button.danger { color: var(--bad) }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
 ul { list-style: none; margin: 0; padding: 0 }
@@ -4721,17 +4727,18 @@ ul { list-style: none; margin: 0; padding: 0 }
   border-radius: .3rem;
   background: #000 }
 .picture.none { background: var(--face) }
-.name { grid-area: name; font-size: 1.05rem; margin: 0; overflow-wrap: anywhere }
+.name { grid-area: name; font-size: 1.05rem; margin: 0 }
 .facts { grid-area: facts } .clock { grid-area: clock } .plot { grid-area: plot }
 .wrong { grid-area: wrong; color: var(--bad); margin: 0 } .does { grid-area: does }
 .state::before { content: "\25cf\a0"; color: var(--dim) }
 .state.running::before { color: var(--good) }
 .state.crashed::before { color: var(--bad) }
+#away, #lists { white-space: pre-line; margin: .5rem 0 }
 .dim, time { color: var(--dim) } .bad { color: var(--bad) } .good { color: var(--good) }
 svg { width: 100%; height: 2.5rem; display: block }
 polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke }
 line { stroke: var(--edge); vector-effect: non-scaling-stroke }
-.log li { border-top: 1px solid var(--edge); padding: .2rem 0; overflow-wrap: anywhere }
+.log li { border-top: 1px solid var(--edge); padding: .2rem 0 }
 dialog { border: 1px solid var(--edge); border-radius: .6rem; max-width: 26rem; color: inherit;
   background: Canvas }
 dialog form { display: grid; gap: .7rem } dialog p { margin: 0 }
@@ -4785,8 +4792,9 @@ function make(tag, properties = {}, ...inside) {
 }
 
 async function ask(query, headers = {}) {
+  const bytes = new TextEncoder().encode(sessionStorage.getItem('key'));    // fetch takes no more
   return fetch('?' + new URLSearchParams(query), { cache: 'no-store', headers: {
-    Authorization: 'Bearer ' + sessionStorage.getItem('key'), ...headers } });
+    Authorization: 'Bearer ' + String.fromCharCode(...bytes), ...headers } });
 }
 
 async function askJson(query) {
@@ -4798,7 +4806,10 @@ async function askJson(query) {
 
 const ms = value => Math.abs(value) < 10000 ? value.toFixed(1) + ' ms'
   : (value / 1000).toFixed(1) + ' s';
-const when = text => make('time', { dateTime: text }, new Date(text).toLocaleTimeString());
+const when = text => make('time', { dateTime: text }, new Date(text).toLocaleString());
+const tell = (id, text) => {            // what is set again, a screen reader reads again
+  if ($(id).textContent !== text) $(id).textContent = text;
+};
 
 function plot(points) {                 // [[seconds since 1970, offset in ms], ...]
   const space = 'http://www.w3.org/2000/svg', svg = document.createElementNS(space, 'svg');
@@ -4836,7 +4847,7 @@ function build(name) {
 }
 
 function fill(row, guest) {
-  const text = JSON.stringify([guest, row.pending]);
+  const text = JSON.stringify([guest, row.pending, known.commands]);
   if (text === row.shown) return;
   Object.assign(row, { shown: text, blind: false });
   const state = guest.state || 'unknown', clock = guest.clock;
@@ -4851,14 +4862,16 @@ function fill(row, guest) {
     ? [plot(clock.history)] : []);
   row.wrong.textContent = [...guest.problems || [guest.error], guest.hint].filter(Boolean)
     .join('; ');
-  row.does.replaceChildren(...(FITTING[state] || []).filter(verb => known.commands.includes(verb))
-    .map(verb => {
-      const button = make('button', { type: 'button', disabled: !!row.pending,
-        className: verb in DANGEROUS ? 'danger' : '', onclick: () => act(row, guest.name, verb) },
-        verb);
+  const held = row.buttons.contains(document.activeElement) && document.activeElement.textContent;
+  row.buttons.replaceChildren(...(FITTING[state] || []).filter(verb =>
+    known.commands.includes(verb)).map(verb => {
+      const button = make('button', { type: 'button', className: verb in DANGEROUS ? 'danger' : '',
+        onclick: () => row.pending || act(row, guest.name, verb) }, verb);
       button.setAttribute('aria-label', `${verb} ${guest.name}`);
+      button.setAttribute('aria-disabled', !!row.pending);      // "disabled" would lose the focus
       return button;
-    }), row.said);
+    }));
+  if (held) ([...row.buttons.children].find(one => one.textContent === held) || row.item).focus();
   if (!['running', 'paused'].includes(state)) {
     row.picture.removeAttribute('src');
     Object.assign(row, { tag: '' }).picture.alt = '';
@@ -4882,22 +4895,23 @@ function show() {
   const there = new Set(known.guests.map(guest => (guest.host || '') + '/' + guest.name));
   for (const [id, row] of rows)
     if (!there.has(id)) { seen.unobserve(row.item); row.item.remove(); rows.delete(id); }
-  const list = $('guests');
+  const list = $('guests'), held = document.activeElement;
   items.forEach((item, place) => {      // moved only where it must be: the focus stays
     if (list.children[place] !== item) list.insertBefore(item, list.children[place] || null);
   });
   while (list.children.length > items.length) list.lastChild.remove();
-  $('count').textContent = `${items.length} of ${known.guests.length} guests`;
-  $('away').replaceChildren(...(known.away || []).map(one =>
-    make('p', {}, [one.error, one.hint].filter(Boolean).join('; '))));
-  $('lists').replaceChildren(...(known.lists || []).map(text => make('p', {}, text)));
+  if (held !== document.activeElement && held.isConnected) held.focus();
+  tell('count', `${items.length} of ${known.guests.length} guests`);
+  tell('away', (known.away || []).map(one => [one.error, one.hint].filter(Boolean).join('; '))
+    .join('\n'));
+  tell('lists', (known.lists || []).join('\n'));
 }
 
 async function showLog() {
-  const [status, answer] = await askJson({ cmd: 'log' });
-  if (status === 200) $('log').replaceChildren(...answer.lines.map(line =>
-    make('li', {}, when(line.at), ' ', make('span', { className: line.failed ? 'bad' : '' },
-      line.text))));
+  const key = sessionStorage.getItem('key'), [status, answer] = await askJson({ cmd: 'log' });
+  if (status !== 200 || key !== sessionStorage.getItem('key')) return;
+  $('log').replaceChildren(...answer.lines.map(line => make('li', {}, when(line.at), ' ',
+    make('span', { className: line.failed ? 'bad' : '' }, line.text))));
 }
 
 // --- what is done ---
@@ -4924,14 +4938,18 @@ async function act(row, name, verb) {
   show();
   let good = false, text;
   try {
-    const [status, answer] = await askJson({ cmd: verb, target: name });
+    // A browser has six connections: three are for what goes on in the page meanwhile.
+    while (acting.size > 2) await Promise.race(acting).catch(() => 0);
+    const asked = askJson({ cmd: verb, target: name });
+    acting.add(asked);
+    const [status, answer] = await asked.finally(() => acting.delete(asked));
     good = status < 300;
     text = good ? answer.result : [answer.error, answer.hint].filter(Boolean).join('; ');
   } catch (problem) {
     text = 'no answer; look at its state';
   }
   clearInterval(tick);
-  row.pending = '';
+  row.pending = row.time.textContent = '';
   row.said.className = good ? 'good' : 'bad';
   row.said.textContent = text;
   show();
@@ -4971,29 +4989,38 @@ async function paint() {
 function enter(refusal) {
   sessionStorage.removeItem('key');
   Object.assign($('main'), { hidden: true });
+  known = { guests: [] };               // the next key may show less
+  etag = '';
+  logged = -1;
+  show();
+  $('log').replaceChildren();
+  $('sure').close('no');
   Object.assign($('forget'), { hidden: true });
   Object.assign($('login'), { hidden: false });
   $('refused').textContent = refusal;
-  $('link').textContent = '';
+  tell('link', '');
   $('key').focus();
 }
 
 async function look() {
   clearTimeout(timer);
-  if (!sessionStorage.getItem('key')) return enter('');
+  const key = sessionStorage.getItem('key');
+  if (!key) return enter('');
   try {
     const answer = await ask({ cmd: 'list' }, { Accept: 'application/json',
       ...etag && { 'If-None-Match': etag } });
+    const told = answer.status === 304 || await answer.json();
+    if (key !== sessionStorage.getItem('key')) return;          // it was forgotten meanwhile
     if (answer.status === 200) {
       etag = answer.headers.get('ETag') || '';
-      known = await answer.json();
+      known = told;
       show();
       if (known.logged !== logged && known.commands.includes('log')) showLog();
       logged = known.logged;
     } else if ([401, 403, 429].includes(answer.status)) {
-      return enter((await answer.json()).error);
+      return enter(told.error);
     } else if (answer.status === 503) {
-      known.away = [await answer.json()];
+      known.away = [told];
       etag = '';
       show();
     }
@@ -5001,10 +5028,10 @@ async function look() {
     Object.assign($('forget'), { hidden: false });
     Object.assign($('login'), { hidden: true });
     $('host').textContent = known.host || '';
-    $('link').textContent = [200, 304].includes(answer.status) ? '' : `answer ${answer.status}`;
+    tell('link', [200, 304].includes(answer.status) ? '' : `answer ${answer.status}`);
     failures = 0;
   } catch (problem) {
-    $('link').textContent = 'no connection; trying again';
+    tell('link', 'no connection; trying again');
     failures += 1;
   }
   timer = setTimeout(look, document.hidden ? 5000 : Math.min(1000 * 2 ** failures, 10000));
@@ -5014,12 +5041,9 @@ $('login').addEventListener('submit', event => {
   event.preventDefault();
   sessionStorage.setItem('key', $('key').value.trim());
   $('key').value = '';
-  $('log').replaceChildren();
-  etag = '';
-  logged = -1;
   look();
 });
-$('forget').addEventListener('click', () => { enter(''); known = { guests: [] }; show(); });
+$('forget').addEventListener('click', () => enter(''));
 $('filter').addEventListener('input', show);
 $('order').addEventListener('change', show);
 document.addEventListener('visibilitychange', () => { if (!document.hidden) look(); });
@@ -5379,7 +5403,8 @@ class Dispatcher:
         if command in FOR_ALL:
             return {'list': self._list, 'metrics': self._metrics, 'log': self._log}[command](
                 key, deadline)
-        guest = self.guests.find(target, reached=lambda guest: key.covers(guest.own, guest.name))
+        guest = self.guests.find(target, hosts=self._hosts(key),
+                                 reached=lambda guest: key.covers(guest.own, guest.name))
         if command == 'status':
             seen = guest.remembered()
             known = self._describe(guest, seen) if seen else within(
@@ -5418,6 +5443,10 @@ class Dispatcher:
         """Tell whether the key reaches a guest that NAME or HOST/NAME can mean."""
         return any(key.covers(own, f'{host.prefix}{own}')
                    for host, own in self.guests.meanings(name))
+
+    def _hosts(self, key: Key) -> list[GuestHost]:
+        """Return the hosts that may have guests for a key; it learns nothing of the others."""
+        return [host for host in self.guests.hosts if key.enters(host.prefix)]
 
     def trusts(self, address: str) -> bool:
         """Tell whether an address is one of listener.trustedProxies."""
@@ -5522,7 +5551,8 @@ class Dispatcher:
                       ) -> list[dict[str, Any]]:
         """Return what is known of the guests that the key reaches, and add to `away` which hosts
         can't be asked."""
-        guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT)
+        guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT,
+                                                     hosts=self._hosts(key))
                   if key.covers(guest.own, guest.name)]
         found = {guest.id: self._describe(guest, seen) for guest in guests
                  for seen in [guest.remembered()] if seen}
@@ -5547,7 +5577,8 @@ class Dispatcher:
                       for name, text in [*self.guests.lists.items()]],
             'commands': [command for command in key.commands
                          if command in self.settings.config.enabled],
-            'logged': self.guests.serial})
+            'logged': next((when for guest, _, when in [*self.guests.recent][::-1]
+                            if key.covers(guest.own, guest.name)), 0)})
 
     def _metrics(self, key: Key, deadline: Deadline) -> Reply:
         """Return the figures; those of guests are of the ones that the key reaches."""
@@ -5567,7 +5598,7 @@ class Dispatcher:
 
     def _log(self, key: Key, _deadline: Deadline) -> Reply:
         """Return the last commands and corrections of the key's guests, the newest first."""
-        lines = [row for guest, row in [*self.guests.recent][::-1]
+        lines = [row for guest, row, _ in [*self.guests.recent][::-1]
                  if key.covers(guest.own, guest.name)]
         return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
                      or 'nothing yet', {'version': 1, 'lines': lines})
@@ -5835,7 +5866,8 @@ class ClientConnection:
             body = text.encode('utf-8', 'replace') + b'\n'
         lines = [f'HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}', 'Server: vmmonitor',
                  time.strftime('Date: %a, %d %b %Y %H:%M:%S GMT', time.gmtime()),
-                 f'Content-Type: {form}', f'Content-Length: {len(body)}',
+                 f'Content-Type: {form}',
+                 *([] if reply.status == 304 else [f'Content-Length: {len(body)}']),   # RFC 9110
                  'Cache-Control: no-store', 'X-Content-Type-Options: nosniff',
                  *(f'{name}: {value}' for name, value in reply.headers),
                  f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
