@@ -8046,6 +8046,17 @@ class TestMaking(Live):
             os.chmod(own, 0o600)
             with self.refused('did not start', own, 'Permission denied', f'chmod o+r {own}'):
                 self.bios(f'own-{option}', **{'kernel': self.kernel, option: own}).start_vm()
+        closed = Path(self.path('closed'))
+        closed.mkdir(0o700)
+        own = shutil.copy(self.kernel, str(closed))
+        os.chmod(own, 0o600)
+        m = self.bios('closed', kernel=own)
+        with self.assertRaises(vm.MachineError) as refused:
+            m.start_vm()
+        subprocess.run(['sh', '-c', refused.exception.hint.rpartition(': QEMU')[0]], check=True,
+                       timeout=30)
+        self.assertEqual(m.start_vm(), 'started')
+        m.stop(force=True)
         with mock.patch.object(vm, 'newest_type', return_value='pc-q35-99.0'), \
                 self.refused('did not start', 'unsupported machine type'):
             self.bios('words3').start_vm()

@@ -9542,6 +9542,11 @@ def listener(path: str) -> int:
         return made.detach()
 
 
+def closed_ways(path: str) -> list[str]:
+    """Return the directories on the way to a file that QEMU's user can't come through."""
+    return [str(place) for place in Path(path).parents if not place.stat().st_mode & stat.S_IXOTH]
+
+
 def appended(path: str) -> int:
     """Return a descriptor by which QEMU can only add to a file in a directory of root's."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -9863,7 +9868,9 @@ class Qemu:
         chosen by QEMU's words, which have one class for all of these."""
         for path in (self.file.spec.kernel, self.file.spec.initrd):
             if path and path in text and 'Permission denied' in text:
-                return f'chmod o+r {shlex.quote(path)}: QEMU runs as a user of its own'
+                ways = [f'chmod o+x {shlex.quote(place)}' for place in closed_ways(path)]
+                return '; '.join([*ways, f'chmod o+r {shlex.quote(path)}']) + \
+                    ': QEMU runs as a user of its own'
         if 'non-migratable' in text:
             return 'its memory can\'t be kept; that of disk_bus=\'nvme\' can with QEMU 11'
         if 'host forwarding rule' in text:
@@ -11953,8 +11960,7 @@ def _make_home(name: str) -> str:
     """Return the directory of a machine, or of the first free machineN, made if there is none."""
     try:
         make_machines_dir()
-        closed = [str(place) for place in (Path(MACHINES_DIR), *Path(MACHINES_DIR).parents)
-                  if not place.stat().st_mode & stat.S_IXOTH]
+        closed = closed_ways(os.path.join(MACHINES_DIR, name))
         if closed and os.geteuid() == 0:
             raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
                                f'{closed[-1]}, and QEMU runs as one',
