@@ -5835,16 +5835,27 @@ class TestOwnership(NetCase):
             path.write_text(json.dumps({**tree, 'things': {'lan': row}}))
             says = f'lan: what is written down of it in {path} can\'t be read'
             for touch in (lambda: vm.Switch('lan'), lambda: vm.delete_names(['lan'])):
-                with self.refused(says, f'mend that, or {vm.CLEAN} lan removes'):
+                with self.refused(says, f'mend that, or {vm.CLEAN} lan --force removes'):
                     touch()
-            vm.VirtualNic(namespace='web1').delete()            # it is in nobody else's way
+            vm.VirtualNic('n0').delete()                        # it is in nobody else's way
             self.assertIn(says, '\n'.join(one.text for one in vm.check_networks()))
             with self.assertLogs(vm.log) as logged:
                 self.assertEqual(vm.clean(everything=True), {})
             self.assertIn(says, logged.output[0])
             self.assertEqual(json.loads(path.read_text())['things'], {'lan': row})
-        self.assertEqual((vm.clean(['lan']), names(), self.records()),
+        self.assertEqual(vm.clean(['lan']), {})                 # it may be in use
+        self.assertEqual((vm.clean(['lan'], force=True), names(), self.records()),
                          ({'lan': "its row can't be read"}, set(), {}))
+        vm.VirtualNic(namespace='web1').connect(vm.Switch('dmz'))
+        tree = json.loads(path.read_text())
+        tree['things']['web1-p0']['facts'].pop('mac')
+        path.write_text(json.dumps(tree))
+        vm.VirtualNic(namespace='web1').delete()
+        self.assertEqual((vm.clean(everything=True), namespaces()), ({}, ['web1']))
+        with self.refused('dmz: something unknown uses it'):
+            vm.Switch('dmz').delete()
+        vm.clean(['web1-p0', 'dmz', 'netns/web1'], force=True)
+        self.assertEqual((names(), namespaces(), self.records()), (set(), [], {}))
         vm.Switch('lan')
         os.seteuid(65534)
         try:

@@ -6628,8 +6628,8 @@ class Registry:
         """Return the error for a thing whose row is damaged."""
         return NetworkError(
             f'{name}: what is written down of it in {self.path} can\'t be read: '
-            f'{self.damaged[name]!r:.80}', f'mend that, or {CLEAN} {name} removes what of it is '
-            'marked as ours, but gives no addresses back')
+            f'{self.damaged[name]!r:.80}', f'mend that, or {CLEAN} {name} --force removes what '
+            'of it is marked as ours, but gives no addresses back')
 
     def require_readable(self, name: str) -> None:
         if name in self.damaged:
@@ -6661,12 +6661,14 @@ class Registry:
         return [name for name, row in self.records.items() if set(row.parents) == {one, other}]
 
     def with_dependents(self, names: Iterable[str]) -> list[str]:
-        """Return these names, their children, and namespaces that were made for what goes."""
+        """Return these names, their children, and namespaces that were made for what goes; what is
+        damaged may need any of those."""
         def follow(gone: set[str]) -> Iterator[str]:
             needed = {parent for name, row in self.records.items() if name not in gone
                       for parent in row.parents}
             for name, row in self.records.items():
-                if gone & set(row.parents) or (row.facts.get('automatic') and name not in needed):
+                if gone & set(row.parents) or (row.facts.get('automatic') and name not in needed
+                                               and not self.damaged):
                     yield name
         gone = closure(self.records.keys() & set(names), follow)
         return [name for name in self.records if name in gone]
@@ -6830,7 +6832,8 @@ class Transaction:
 
     def users(self) -> dict[str, str]:
         """Return what running machines use: nics, bridges that these reach, and cables -> whose."""
-        links, used = self.network.links, dict[str, str]()
+        links = self.network.links
+        used = dict.fromkeys(self.registry.damaged.keys() & links.keys(), 'something unknown')
         taps = open_taps() if any(row.kind == 'nic' for row in self.records.values()) else {}
         for name, row in self.records.items():
             layout = row.facts.get('layout')
@@ -8071,7 +8074,8 @@ def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool 
         check(what, flag, a_bool, NetworkError)
     check('names', names, texts, NetworkError)
     with transaction() as plan:
-        found, damaged = _leaks(plan, everything), plan.registry.damaged
+        damaged = plan.registry.damaged         # which may be in, or on, any of the others
+        found = _leaks(plan, everything and not damaged)
         for name in damaged.keys() - {*names}:
             log.warning('%s', explain(plan.registry.unreadable(name)))
         if names:
