@@ -13589,7 +13589,8 @@ program = sys.modules['vmmonitor'] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(program)
 program.exit_now(program.main())
 """
-
+# What _made() is told
+MADE = {*PROGRAM_FILES, LAUNCHER, COMMAND, COMPLETIONS, 'config.json', 'cert.pem', 'key.pem'}
 
 # Prints where Python keeps the bytecode of a file, NUL, and the bytecode.
 BYTECODE = '''
@@ -13728,7 +13729,10 @@ class SetupRecord:
             except ValueError:
                 raise Error(f'{self.path}: damaged; see what is in that directory, remove '
                                  'that file and what install.sh made there') from None
-        self.files: dict[str, str] = known.get('files', {})    # in HERE -> SHA-256 of the contents
+        # in HERE -> SHA-256 of the contents; HERE may be somebody else's by now, who writes what
+        # root shall remove
+        self.files: dict[str, str] = {
+            name: digest for name, digest in known.get('files', {}).items() if name in MADE}
         self.joined: bool = known.get('joined', False)  # the account was put into "libvirt"
         # Where the service ran before it moved here: files of its group may be there.
         self.places: list[str] = known.get('places', [])
