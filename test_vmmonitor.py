@@ -11889,8 +11889,8 @@ class OneShotTest(GuestCase):
                 with self.subTest(directory, mode=oct(mode), owner=owner):
                     self.assertRegex(checked(directory), why and f'^install.sh: {way}: {why}'
                                      or '^$')
-        (place / '.installed').write_text(json.dumps({'files': dict.fromkeys(
-            ('/etc/shadow', '../config.json', 'key.pem'), '')}))
+        (place / '.installed').write_text(json.dumps({'joined': False, 'places': [], 'files': {
+            '/etc/shadow': '', '../config.json': '', 'key.pem': ''}}))
         self.assertEqual([*vm.SetupRecord(str(place)).files], ['key.pem'])      # to be removed
 
     def test_a_user_without_rights_is_told(self) -> None:
