@@ -11182,6 +11182,18 @@ class CommandLineTest(ConfigCase):
         self.assertEqual(status, 1)
         self.assertIn('console: there is no virsh; install libvirt-clients', err)
 
+    def test_progress_keeps_to_its_row(self) -> None:
+        """However many guests it tells of: what is in a second one would stay."""
+        over, said = threading.Event(), io.StringIO()
+        with mock.patch.dict(os.environ, COLUMNS='60'), contextlib.redirect_stderr(said):
+            shows = vm.spawn('progress', vm._show_progress, [f'web{n}' for n in range(99)],
+                             {'web0'}, over)
+            soon(lambda: ' s\r' in said.getvalue())
+            over.set()
+            shows.join(5)
+        self.assertRegex(said.getvalue(), r'^\r\x1b\[K1 of 99 done, waiting for web1, .*…: 1 s\r')
+        self.assertLess(max(map(len, said.getvalue().split('\r'))), 60 + len('\x1b[K'))
+
     def test_an_error_names_its_guest(self) -> None:
         """Also one of libvirt's that does not."""
         path = self.write({'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False}})

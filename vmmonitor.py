@@ -14767,8 +14767,10 @@ def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) 
     began = time.monotonic()
     while not over.wait(1.0):
         left = [name for name in names if name not in done]
-        print(f'\r\x1b[K{len(names) - len(left)} of {len(names)} done, waiting for '
-              f'{printable(", ".join(left))}: {time.monotonic() - began:.0f} s', end='\r',
+        head = f'{len(names) - len(left)} of {len(names)} done, waiting for '
+        tail = f': {time.monotonic() - began:.0f} s'
+        room = shutil.get_terminal_size().columns - 1 - len(head + tail)    # a second row stays
+        print(f'\r\x1b[K{head}{clip(printable(", ".join(left)), max(room, 1))}{tail}', end='\r',
               file=sys.stderr, flush=True)
     print('\r\x1b[K', end='', file=sys.stderr, flush=True)
 
