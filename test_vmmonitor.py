@@ -3764,6 +3764,18 @@ class MonitorTest(Case):
         self.assertEqual(len(logged.output), 2, logged.output)
         self.assertIn('no guest agent channel; give it one', logged.output[0])
 
+    def test_what_no_event_ends_is_tried_again(self) -> None:
+        """File systems that were frozen for longer than monitor.agentWait, or a hung agent."""
+        self.settings.config = vm.Config(agent_wait=0.1)
+        for text in ('the agent is in frozen state', 'guest agent is not responding'):
+            self.guest.troubles, self.guest.offset = [text] * 9, -3 * vm.SECOND
+            with mock.patch.object(vm, 'UNTOLD_PAUSE', 0.1), \
+                    self.assertLogs('vmmonitor', 'INFO') as logged:
+                self.send('restored')
+                self.settle()
+            self.assertIn('clock not corrected after "restored"', logged.output[0])
+            self.assertIn('clock corrected, cause=restored', logged.output[1])
+
     def test_a_failure_is_shown_until_it_is_over(self) -> None:
         guests = self.monitor.guests
         self.guest.troubles = ['not configured']

@@ -2261,6 +2261,7 @@ LEAD_MAX = 10 * MS             # what a guest's agent may need to set a clock, b
 TURN_TIMEOUT = 15.0            # for another program that is at the same clock
 HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
 AWAY_PAUSE = 0.5               # before guests that could not be asked are asked once more
+UNTOLD_PAUSE = 60.0            # after monitor.agentWait, before an agent is tried again that hangs
 
 
 class Reading(NamedTuple):
@@ -4211,6 +4212,7 @@ class Monitor:
 
     NO_TRIGGERS = frozenset(('booted', 'stopped', 'off', 'stuck'))  # a boot is "resumed", too
     NEW_START = frozenset(('booted', 'started', 'restored', 'reverted', 'migrated'))
+    UNTOLD = frozenset(('silent', 'busy', 'frozen'))        # AgentTrouble whose end no event tells
 
     def __init__(self, guests: Guests, settings: Settings) -> None:
         self.guests, self.settings = guests, settings
@@ -4241,6 +4243,9 @@ class Monitor:
 
     def stop(self) -> None:
         self._stopping.set()
+        with self._lock:
+            for job in self._jobs.values():
+                job.nudge.set()
         self.events.put(None)
         self.check()
         timer, self._timer = self._timer, None
@@ -4324,7 +4329,10 @@ class Monitor:
             kind = self.guests.uncorrected(guest, job.event.kind, problem)
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(problem)}')
-            if result.late:             # no event tells when the agent comes back and takes it
+            # No event tells when the agent comes back and takes a late setting, nor when it answers
+            # again, or its file systems are thawed.
+            if result.late or kind in self.UNTOLD:
+                job.nudge.wait(0 if result.late else UNTOLD_PAUSE)
                 with self._lock:
                     job.again = job.again or job.event
             return
