@@ -2602,6 +2602,7 @@ KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
 RECONNECT_LAST = 1.0           # ... up to this: an attempt at an absent socket costs 1 ms
 LOOP_TICK_MS = 5000            # the event loop shows this often that it runs
+FOUND_MOMENT = 1.0             # until a libvirtd that is back knows whose QEMU has died meanwhile
 SPARE_TIME = 10.0              # s; connections that nobody needed so long are closed
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
 OPEN_TIMEOUT = 10.0            # for one attempt to connect; ssh over a slow line takes seconds
@@ -3247,6 +3248,7 @@ class LibvirtHost:
         self._serial = 0                                # of the last event
         self._names: dict[str, Guest] | None = None     # name -> domain: all that there are
         self._seen: dict[str, tuple[Status, str]] = {}  # UUID -> status, state of its agent
+        self._on: set[str] = set()                      # UUIDs of those that are on, by events
         self.up = threading.Event()                     # connected, with events registered
         self.links = 0                                  # how often it became so
         self.stopping = threading.Event()
@@ -3275,6 +3277,10 @@ class LibvirtHost:
         self.step.note(uuid, kind)
         if kind in ('agent connected', 'stopped'):
             self.silent.pop(guest.id, None)         # a new agent may be a better one
+        if kind in ('stopped', 'off'):
+            self._on.discard(uuid)
+        elif kind not in ('changed', 'stuck'):
+            self._on.add(uuid)
         if kind != 'changed':
             self._receive(GuestEvent(guest, kind, time.monotonic()))
 
@@ -3319,9 +3325,12 @@ class LibvirtHost:
                      self.name, time.monotonic() - since, connection.version(), len(running))
             for uuid, name in running:
                 self._notify(uuid, name, 'found')
-            for kind, flags in (('stuck', LIST_STUCK), ('off', LIST_OFF)):
-                for uuid, name in connection.domains(flags):    # stuck: paused, crashed, asleep
-                    self._notify(uuid, name, kind)
+            for uuid, name in connection.domains(LIST_STUCK):       # paused, crashed, asleep
+                self._notify(uuid, name, 'stuck')
+            with contextlib.suppress(HostAway):         # which is said below
+                off = [] if subscription.lost.wait(FOUND_MOMENT) else connection.domains(LIST_OFF)
+                for uuid, name in off:
+                    self._notify(uuid, name, 'stopped' if uuid in self._on else 'off')
             while not subscription.lost.wait(SPARE_TIME) and connection.alive():
                 for pool in (self.queries, self.actions, self.slow, self.agents):
                     pool.trim(pool is self.agents)      # the next resume shall not wait for one
