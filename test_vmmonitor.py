@@ -6607,6 +6607,12 @@ class TestRouter(NetCase):
 
     def test_made_by_a_program_that_ended(self) -> None:
         python('vm.Router("eth1")')
+        ip('link set dev eth1 nomaster')            # or unplugged, and there again
+        self.assertIn('eth1-router: somebody took eth1 away', str([*vm.check_networks()]))
+        self.assertEqual(reaches('', 'server', '192.0.2.1', 0.3), '')
+        vm.Router('eth1')
+        self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
+        self.assertNotIn('took eth1', str([*vm.check_networks()]))
         self.assertEqual(vm.clean(dry_run=True), {})
         self.assertIn('which has ended', vm.clean(dry_run=True, everything=True)['eth1-router'])
         vm.Router('eth1').delete()
@@ -7070,6 +7076,9 @@ class TestInGuest(NetCase):
         self.assertEqual([(hop.gateway, hop.device) for route in bond.routes
                           if route.to == 'default' for hop in route.hops],
                          [('192.0.2.1', 'bond4'), ('192.0.2.9', 'bond4')])
+        ip('link set dev e0 nomaster')          # or unplugged, and there again
+        self.assertEqual(vm.Bond('bond4', ['e0', 'e1']).name, 'bond4')
+        self.assertEqual(set(bond.status), {'e0', 'e1'})
         bond.delete()
         self.assertEqual(sorted(ip('route').split()), sorted(before.split()))
         for line in ('link add link e1 name e1.5 type vlan id 5', 'addr add 10.5.0.5/24 dev e1.5',
@@ -7125,7 +7134,8 @@ class TestInGuest(NetCase):
         path.write_text(json.dumps(tree))
         lab = vm.Lab.load(path)
         self.assertEqual(lab.up(), ['one: made', 'two: made', 'bond0: made',
-                                    'one - two: connected', 'bond0 - two: connected'])
+                                    'one - two: connected', 'bond0 - two: connected',
+                                    'one - two: impaired'])
         self.assertEqual(len(re.findall('netem .* delay 50ms loss 1%', qdiscs())), 2)
         self.assertEqual(lab.up(), [])
         self.assertEqual({row['state'] for row in lab.status()}, {'up'})

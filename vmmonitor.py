@@ -7852,8 +7852,10 @@ class Router(Switch):
                              dhcp=dhcp, hosts=fixed)
             if row:
                 self._plan_router(plan, row, force)
-            else:
+            elif nat or plan.network.links[self.trunk].master == self.name:
                 plan_renewal(plan, [self.name])
+            else:                       # taken out by others, or unplugged and there again
+                plan_port(plan, self.trunk, self.name, force)
 
     def _plan_router(self, plan: Transaction, row: Record, force: bool) -> None:
         nat = row.facts['nat']
@@ -7962,11 +7964,15 @@ class Bond(ManagedInterface):
         with transaction() as plan:
             names = [plan.network.find(one).name for one in given]
             row = plan.claim(name, 'bond', interfaces=names, mode=mode)
-            if not row:
-                return
             links = [plan.network.links[one] for one in names]
             for link in links:
                 require_port(plan, link, name, force)
+            if not row:                     # some may have been taken out, or were unplugged
+                for link in [one for one in links if one.master != name]:
+                    device = shlex.quote(link.name)
+                    plan.late += ops_for(f'make {link.name} a port of {name}', f'link set dev '
+                                         f'{device} down', f'link set dev {device} master {name}')
+                return
             plan.ops.append(Op(f'create bond {name}', f'link add name {name} mtu '
                                f'{min(link.mtu for link in links)} group {plan.group} '
                                f'type bond mode {mode} miimon {miimon}'))
@@ -8047,7 +8053,12 @@ def _check_passages() -> Iterator[Check]:
     if bridges and filtered('iptables'):
         yield Check(True, 'note: net.bridge.bridge-nf-call-iptables=1: the firewall sees what '
                     'crosses bridges; switches have rules to let it pass')
+    ports = read_network().links if bridges else {}
     for name, row in bridges.items():
+        trunk = row.facts.get('trunk', '')
+        if trunk and not row.facts['nat'] and (trunk not in ports or ports[trunk].master != name):
+            yield Check(False, f'{name}: somebody took {trunk} away; Router({trunk!r}) puts it '
+                        'back')
         for op in passage_ops(name, row, records)[0]:
             if not in_force(op):
                 yield Check(False, f'{name}: somebody took away what it needs to {op.what}: '
