@@ -5151,6 +5151,14 @@ class ListenerTest(ListenerCase):
         with unittest.mock.patch.object(vm, 'COMMAND_TIMEOUT', 0.5):
             self.assertEqual(self.ask('cmd=wake&target=web1&wait=agent', *self.BEARER),
                              (202, 'web1: started, but its agent does not answer yet'))
+            self.guest.condition = vm.State.CRASHED
+            self.assertEqual(self.ask('cmd=start&target=web1&wait=agent', *self.BEARER), (
+                202, 'web1: started, but its agent does not answer yet: it is crashed'))
+        looks = [vm.HostAway('restarts'), vm.Status(vm.State.RUNNING),
+                 *[vm.Status(vm.State.OFF)] * 9]
+        with mock.patch.object(self.guest, 'status', side_effect=looks):
+            self.assertEqual(self.ask('cmd=stop&target=web1&wait=20', *self.BEARER),
+                             (200, 'web1: asked to shut down, it is off'))
 
 
 class KeysTest(ListenerCase):

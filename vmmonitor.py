@@ -2177,9 +2177,14 @@ def is_elsewhere(text: str) -> bool:
 
 
 def reached(who: str, probe: Callable[[], bool], deadline: Deadline) -> bool:
-    """Wait until `probe` is true (True) or time is up (False), even while it hangs."""
+    """Wait until `probe` is true (True) or time is up (False), even while it hangs or fails, such
+    as in a moment without libvirt."""
+    def ask() -> bool:
+        with contextlib.suppress(Error, OSError):
+            return probe()
+        return False
     try:
-        return in_thread(f'wait {who}', deadline.poll, probe).result(deadline.left())
+        return in_thread(f'wait {who}', deadline.poll, ask).result(deadline.left())
     except concurrent.futures.TimeoutError:
         return False
 
@@ -4458,12 +4463,9 @@ class GuestList:
 
     def _wait(self, step: Step) -> bool:
         """Wait as long as a line says for its guest, port or path; tell whether it is there."""
-        def ask() -> bool:
-            with contextlib.suppress(Error, OSError):
-                return self.stopping.is_set() or self._there(step)
-            return False
         began, until = time.monotonic(), ' '.join(filter(None, [step.until, step.what]))
-        there = reached(step.name or step.what, ask, Deadline(step.seconds))
+        there = reached(step.name or step.what, lambda: self.stopping.is_set() or self._there(step),
+                        Deadline(step.seconds))
         if self.stopping.is_set():
             return False
         log.log(logging.INFO if there else logging.WARNING, '%s: line %d: %s: %s after %.1f s%s',
@@ -4680,7 +4682,7 @@ class Shutdown(GuestList):
                 says = self.guests.act(verb, guest, tell=False)
                 patience = min(step.seconds,
                                self.limit.left() * (1 - REMEDY_SHARES.get(step.otherwise, 0)))
-                if verb != 'stop' or Deadline(patience).poll(guest.is_off):
+                if verb != 'stop' or reached(name, guest.is_off, Deadline(patience)):
                     self.failed.pop(name, None)
                     self._results[name] = 'shut down' if verb == 'stop' else says
                     self._on.pop(name, None)
@@ -5516,6 +5518,9 @@ class Dispatcher:
         if order.until == 'agent':
             known['agent'] = 'answers' if there else 'silent'
             says += ', its agent answers' if there else ', but its agent does not answer yet'
+            known.update({} if there else self._state_now(guest))
+            if known.get('state', 'running') != 'running':
+                says += f': it is {known["state"]}'
         else:
             known.update(self._state_now(guest))
             says += ', it is off' if there else (
