@@ -62,6 +62,7 @@ import textwrap
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import unittest
 import unittest.mock
@@ -2217,6 +2218,13 @@ class FuzzTest(ConfigCase):
         for data in mutants(b'P6\n2 2\n255\n' + bytes(12)):
             with self.only(data, vm.GuestError):
                 self.assertEqual(vm.png(data, 'web')[:4], b'\x89PNG')
+        noise = b'P6\n1000 1000\n255\n' + os.urandom(3000000)       # two of them fit into the unit
+        tracemalloc.start()
+        vm.png(noise, 'web')
+        copies = tracemalloc.get_traced_memory()[1] / len(noise)
+        tracemalloc.stop()
+        limit = re.findall('(?m)^MemoryMax=(\\d+)M', (HERE / 'vmmonitor.service').read_text())
+        self.assertLess(2 * (1 + copies) * vm.PICTURE_BYTES, int(limit[0]) << 20)
 
     def test_machine_files(self) -> None:
         path = self.directory / 'machine.json'

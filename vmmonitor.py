@@ -1693,7 +1693,8 @@ AGENT_TIMEOUT = 5              # seconds, whole: libvirt waits at least 5 s for 
 AGENT_SET_TIMEOUT = 10         # guest-set-time runs hwclock, which can wait for the next second
 ANSWER_TIMEOUT = 22.0          # for find, list and status: libvirt's keepalive has ended by then
 ASK_TIMEOUT = 60.0             # for what is asked of all guests at once; each call has its own
-PICTURE_BYTES = 1 << 28        # of the largest screen; what is behind it makes no picture
+PICTURE_BYTES = 1 << 26        # of the largest screen, 5K: a guest chooses its size, and several
+#                                times that must fit into the service's MemoryMax
 AGENT_SILENT = 2.0             # an agent that took this long and failed is hung, not absent
 MOMENT = 0.3                   # after it was made to run, until a guest counts as running ...
 TROUBLED_MOMENT = 2.0          # ... one that had stopped itself: its disk may be full still
@@ -1847,18 +1848,19 @@ def png(picture: bytes, guest: str) -> bytes:
         return picture
     header = re.match(rb'P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s', picture)
     width, height = map(int, header.groups()) if header else (0, 0)
-    rows = picture[header.end():] if header else b''
+    rows = memoryview(picture)[header.end():] if header else memoryview(b'')
     if not rows or len(rows) != width * height * 3:
         raise GuestError(f'{guest}: QEMU made no picture: {picture[:40]!r}')
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (struct.pack('>I', len(data)) + kind + data
-                + struct.pack('>I', zlib.crc32(kind + data)))
-    lines = b''.join(b'\0' + rows[line * width * 3:(line + 1) * width * 3]
-                     for line in range(height))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0,
-                                                              0, 0))
-            + chunk(b'IDAT', zlib.compress(lines, 6)) + chunk(b'IEND', b''))
+    def chunk(kind: bytes, *data: bytes) -> list[bytes]:
+        checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), (kind, *data), 0)
+        return [struct.pack('>I', sum(map(len, data))), kind, *data, struct.pack('>I', checksum)]
+    packer, packed = zlib.compressobj(6), list[bytes]()     # line by line: it may be large
+    for place in range(0, len(rows), width * 3):
+        packed += [packer.compress(b'\0'), packer.compress(rows[place:place + width * 3])]
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    return b''.join([b'\x89PNG\r\n\x1a\n', *chunk(b'IHDR', head),
+                     *chunk(b'IDAT', *packed, packer.flush()), *chunk(b'IEND')])
 
 
 class Guest:
