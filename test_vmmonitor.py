@@ -7709,8 +7709,10 @@ class TestHarddrive(Case):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (32768, hard))
                 try:
                     with self.subTest(form), self.assertRaisesRegex(
-                            vm.DiskError, r'/[dn][^:]*: qemu-img \w+: .*(too large|signal 25)'):
+                            vm.DiskError, r'/[dn][^:]*: qemu-img \w+: .*(too large|signal 25)'
+                            ) as caught:
                         call()
+                    self.assertNotIn('deleting', str(caught.exception))
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
                 self.assertEqual(Path(drive.filename).read_bytes(), before)
@@ -9855,10 +9857,18 @@ class TestSnapshots(Live):
         for number, tag in enumerate(tags):
             m.load_snapshot(tag, disks_only=True)
             self.io(disk, f'read -P {number} 0 64k')
+        for odd in ('twice', 'twice', b'caf\xe9'):
+            subprocess.run(['qemu-img', 'snapshot', '-c', odd, disk], check=True)
         m.start_vm()
+        with self.refused('has 2 snapshots twice'):
+            m.delete_snapshot('twice')
+        with self.refused('did not delete snapshot caf', 'no UTF-8'):
+            m.delete_snapshot('caf\ufffd')
         m.delete_snapshot('2')
         drive.delete_snapshot(tags[1])
         m.stop(force=True)
+        for odd in ('twice', 'twice', b'caf\xe9'):
+            subprocess.run(['qemu-img', 'snapshot', '-d', odd, disk], check=True)
         m.delete_snapshot(tags[2])
         self.assertEqual([row.tag for row in m.snapshots], tags[3:])
 

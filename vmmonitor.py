@@ -8658,7 +8658,9 @@ class Harddrive:
         try:
             return run(['qemu-img', *arguments], IMAGE_TIMEOUT, keep=keep).stdout
         except CommandError as problem:
-            said = '; '.join(problem.stderr.splitlines()) or f'ended by signal {-problem.status}'
+            # What it made has no name that could be deleted, and what is there stays.
+            said = '; '.join(line for line in problem.stderr.splitlines() if 'Error when deleting '
+                             not in line) or f'ended by signal {-problem.status}'
             for name in (self._explicit(), *map(fd_path, keep)):
                 said = said.replace(name, self.filename)
             if ' lock' in said:     # nothing but its words (Failed to get "write" lock) says which
@@ -11413,7 +11415,12 @@ class Snapshots(Part):
             found = self.find(tag)
             layers = [row for row in self._layers() if row[1].filename in found.disks]
             if self.qemu.is_alive():
+                for _, drive in layers:
+                    drive.found(tag)                    # or it has several of that name
                 self._snapshot_job('delete', tag, [node for node, _ in layers])
+                if any(row.tag == tag for _, drive in layers for row in drive.snapshots):
+                    raise MachineError(f'{self.name}: QEMU did not delete snapshot {tag}',
+                                       'its name is no UTF-8; see qemu-img snapshot -d, which can')
             else:
                 for _, drive in layers:
                     drive.delete_snapshot(tag)
