@@ -6020,6 +6020,9 @@ class TestReading(NetCase):
         with self.assertRaises(vm.CommandError) as caught:
             vm.sys_command(['no-such-program-here'])
         self.assertIn('install', vm.explain(caught.exception))
+        with self.assertRaises(vm.CommandError) as caught:
+            vm.sys_command(['/etc/passwd'])
+        self.assertIn("can't be run: Permission denied; see that", vm.explain(caught.exception))
 
     def test_names_that_are_odd(self) -> None:
         """A # is a comment for `ip -batch`: the line ended there, and meant another interface."""

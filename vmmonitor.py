@@ -926,8 +926,8 @@ def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = T
         keep: Sequence[int] = ()) -> subprocess.CompletedProcess[bytes]:
     """Run a program without a shell, for at most `timeout` seconds; return what it printed.
 
-    It inherits the descriptors `keep`. Raises CommandError when it is missing, takes longer, or
-    (with `check`) fails.
+    It inherits the descriptors `keep`. Raises CommandError when it is missing, can't be run, takes
+    longer, or (with `check`) fails.
     """
     TRACE(f'run {" ".join(argv)}')
     try:
@@ -938,6 +938,9 @@ def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = T
                            f'install {PACKAGES.get(argv[0], argv[0])}') from None
     except subprocess.TimeoutExpired:
         raise CommandError(argv, 124, f'no end after {timeout:g} s') from None
+    except OSError as problem:
+        raise CommandError(argv, 126, f'can\'t be run: {problem.strerror}', 'see that this user '
+                           'may run it' * isinstance(problem, PermissionError)) from None
     if check and done.returncode:
         raise CommandError(argv, done.returncode, done.stderr.decode(errors='backslashreplace'))
     return done
@@ -9957,7 +9960,9 @@ class Qemu:
             if tpm:
                 tpm.kill()
             os.unlink(self.file.path('process.json'))
-            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
+            absent = isinstance(problem, FileNotFoundError) and PACKAGES.get(problem.filename)
+            raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}',
+                               f'install {absent}' if absent else '') from None
         finally:
             command.close()
         reaper = spawn(f'reap {self.name}', process.wait)
