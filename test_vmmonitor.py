@@ -3559,7 +3559,9 @@ class HostsTest(ConfigCase):
 
     def test_the_way_down_is_for_this_host_alone(self) -> None:
         off = self.switched(*self.alpha.guests.values(), *self.beta.guests.values())
-        self.goes_down(['off db', 'off all'])
+        with mock.patch.object(self.beta, 'find') as find:
+            self.goes_down(['off db', 'wait db off', 'off all'])
+        find.assert_not_called()
         self.assertEqual(sorted(off), ['alpha/db', 'alpha/web1'])
 
     def switched(self, *guests: vm.Guest) -> list[str]:

@@ -4658,6 +4658,10 @@ class Shutdown(GuestList):
         for thread in threads:                      # run() has the limit
             thread.join(self.limit.left())
 
+    def _there(self, step: Step) -> bool:
+        guest = self._on.get(step.name)             # no look-up: another host may hang
+        return guest is None or guest.is_off()
+
     def named(self, step: Step) -> list[list[str]]:
         """Return the guests of a line that are on: groups one after another, those of one
         together. "all" is those without a line, in the reverse order of the start list."""
