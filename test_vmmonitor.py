@@ -4502,6 +4502,17 @@ class StartupTest(Case):
         startup.stopping.set()
         self.assertFalse(startup.guests.ready(startup.stopping, ['here']))
 
+    def test_what_the_service_did_is_done(self) -> None:
+        """Also for who types "vmmonitor" on a host where the service has carried out the list."""
+        with tempfile.TemporaryDirectory(prefix=OURS) as place, \
+                mock.patch.dict(os.environ, VMMONITOR_BOOT='1', RUNTIME_DIRECTORY=place), \
+                mock.patch.object(vm, 'UNIT_RUN', place):
+            vm.BootMark('startup').set()
+            os.environ['RUNTIME_DIRECTORY'] = ''
+            self.assertTrue(vm.BootMark('startup').is_set())
+            os.environ['VMMONITOR_BOOT'] = '2'
+            self.assertFalse(vm.BootMark('startup').is_set())
+
     def test_wait(self) -> None:
         late, dead = ScriptedGuest('late'), ScriptedGuest('dead')
         late.troubles = ['not connected'] * 3

@@ -4411,6 +4411,7 @@ class Monitor:
 
 START_RETRIES = 3              # further tries of a guest that failed to start ...
 START_RETRY_PAUSE = 5.0        # ... this long apart
+UNIT_RUN = '/run/vmmonitor-service'     # RuntimeDirectory= of the unit
 REMEDY_SHARES = {'save': 0.25, 'off': 0.1}      # of what is left of shutdown.timeout, for "or save"
 
 
@@ -4433,8 +4434,11 @@ class BootMark:
             '/proc/sys/kernel/random/boot_id').read_bytes().strip().replace(b'-', b'')
 
     def is_set(self) -> bool:
-        with contextlib.suppress(OSError):
-            return Path(self.path).read_bytes() == self._boot()
+        service = os.path.join(UNIT_RUN, os.path.basename(self.path))
+        for path in (self.path, service):           # the same, for who runs it without an option
+            with contextlib.suppress(OSError):
+                if Path(path).read_bytes() == self._boot():
+                    return True
         return False
 
     def set(self) -> None:
@@ -13617,7 +13621,6 @@ class Lab:
 # that another user owns: install.sh has refused those before it ran this.
 
 UNIT = '/etc/systemd/system/vmmonitor.service'
-UNIT_RUN = '/run/vmmonitor-service'     # its RuntimeDirectory=
 DROPIN = f'{UNIT}.d/machines.conf'
 CREATED_BY = 'vmmonitor service'    # in the account of a user that was made here
 SETUP_TIMEOUT = 90                  # seconds; of a program, such as a start by systemctl
