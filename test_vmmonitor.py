@@ -9709,6 +9709,11 @@ class TestSaving(Live):
         self.assertEqual(m.start(), 'resumed, clock set')
         soon(lambda: m.exec(['ls', '/tmp/done']).status == 0, 20)
         soon(lambda: not guests.notices.of(m), 20)
+        other.stop(force=True)
+        os.kill(m.pid(), signal.SIGKILL)
+        soon(lambda: guests.notices.of(m) == ["full2 is off (QEMU failed); see QEMU's log"], 20)
+        soon(lambda: not threads('events') and not threads('look'), 20)
+        self.assertEqual(guests.notices.of(other), [])          # that was asked to end
 
     def test_killed_while_it_writes_its_memory(self) -> None:
         m = self.bios('killed')

@@ -2222,6 +2222,7 @@ class GuestEvent(NamedTuple):
     guest: Guest
     kind: str
     when: float                 # time.monotonic() at which it became known
+    reason: str = ''            # why it is off, if its status does not tell
 
 
 class GuestHost(Protocol):
@@ -4093,6 +4094,8 @@ class Guests:
         except (GuestError, LibvirtError) as problem:   # when it is back, it gives this again
             log.debug('%s: %s', guest.name, explain(problem))
         else:
+            if status.state is State.OFF:
+                status = status._replace(reason=status.reason or event.reason)
             kind = '' if status.reason not in TROUBLES else \
                 'io-error' if status.reason == IO_ERROR else 'crashed'
             if status.state is State.RUNNING and event.kind in ('stopped', 'stuck'):
@@ -12772,15 +12775,19 @@ class Machines:
                 spawn(f'events {machine.name}', self._follow, machine, kind, receive)
 
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
+        why = ''
         try:
             with QMP(machine.qemu.socket('events')) as qmp:
                 self._followed[machine.name], said = qmp, dict[str, Deadline]()
+                why = FAILED                # if it does not say before that it ends
                 receive(GuestEvent(machine, kind, time.monotonic()))
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
-                        event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR'), DAY)
+                        event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR', 'SHUTDOWN'), DAY)
                         data = event.get('data', {})
-                        if event['event'] == 'BLOCK_IO_ERROR':
+                        if event['event'] == 'SHUTDOWN':
+                            why = ''
+                        elif event['event'] == 'BLOCK_IO_ERROR':
                             self._tell_of_disk(machine.name, data, said)
                             receive(GuestEvent(machine, 'stuck', time.monotonic()))
                         elif data.get('open', True):
@@ -12791,7 +12798,7 @@ class Machines:
         finally:
             del self._followed[machine.name]
             self._ring()                # if it runs on, it is asked again
-            receive(GuestEvent(machine, 'stopped', time.monotonic()))
+            receive(GuestEvent(machine, 'stopped', time.monotonic(), why))
 
     @staticmethod
     def _tell_of_disk(name: str, data: Mapping[str, Any], said: dict[str, Deadline]) -> None:
