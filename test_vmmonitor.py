@@ -1922,6 +1922,24 @@ class JsonTest(Case):
             vm.parse_json('{"a": 1, "a": 2}', unique=True)
         self.assertEqual(len(vm.parse_json('[' * vm.JSON_DEPTH + ']' * vm.JSON_DEPTH)), 1)
 
+    def test_an_answer_in_many_pieces(self) -> None:
+        """Of 10 MiB of them Python would make 300 MiB: two guests would have the service killed."""
+        block = '{"phys-index": 1, "online": true, "can-offline": true}, '      # of 4 TiB
+        blocks = '{"return": [' + block * ((4 << 20) // 128 - 1) + block[:-2] + ']}'
+        self.assertEqual(len(vm.parse_answer(blocks)['return']), (4 << 20) // 128)
+        tracemalloc.start()
+        for piece in ('{"":0},', '[],', '1,'):
+            text = f'{{"return": [{piece * (vm.JSON_BYTES // len(piece) - 10)}0]}}'.encode()
+            with self.assertRaisesRegex(ValueError, 'more than 100000 values'):
+                vm.parse_answer(text)
+            near, far = socket.socketpair()
+            with near, far, vm.LineSocket('web', near) as wire:
+                vm.spawn('peer', far.sendall, text + b'\n')
+                with self.assertRaisesRegex(vm.ProtocolError, 'web: not a JSON object'):
+                    wire.receive(vm.Deadline(20))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 6 * vm.JSON_BYTES)
+        tracemalloc.stop()
+
     def test_shapes(self) -> None:
         shape = [{'pid': int, 'out?': str}]
         for good in ([], [{'pid': 1}], [{'pid': 1, 'out': '', 'more': None}]):

@@ -566,6 +566,8 @@ def unbroken() -> Iterator[None]:
 JSON_BYTES = 10 * 1024 * 1024  # the longest text, so the longest line; libvirt's own limit
 JSON_DEPTH = 64                # objects in objects; the deepest honest answer has about ten
 JSON_DIGITS = 40               # of a number: Python takes minutes to read one of some millions
+JSON_COMMAS = 100_000          # of an answer: objects take 20 times the memory of their text, and a
+#                                second to make of JSON_BYTES, in which no other thread runs
 TEXT_LENGTH = 4096             # characters of a string: a path has as many; more only in DATA
 BOM = '\ufeff'                 # with which some editors begin a text; it is none of it
 DATA = 'data'                  # in a schema: a string of any length
@@ -604,6 +606,14 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
     if len(values) != 1:
         raise ValueError('more than one value' if values else 'nothing in it')
     return values[0]
+
+
+def parse_answer(text: str | bytes) -> Any:
+    """Return the JSON value that a guest has sent, or a QEMU; ValueError as parse_json(), and for
+    what is in too many pieces."""
+    if text.count(b',' if isinstance(text, bytes) else ',') > JSON_COMMAS:  # type: ignore[arg-type]
+        raise ValueError(f'more than {JSON_COMMAS} values')
+    return parse_json(text)
 
 
 def _shallow(value: Any) -> Any:
@@ -3567,7 +3577,7 @@ class Domain(Guest):
         asleep (system_wakeup), and libvirt takes it for running. Those before wake it to save it,
         but may save it before it is awake: it then waits for that for ever, and can't be helped."""
         try:
-            status = checked('query-status', parse_json(self._qmp('query-status')),
+            status = checked('query-status', parse_answer(self._qmp('query-status')),
                              {'return': {'status': str}})['return']['status']
             if status == 'suspended':
                 self._qmp('system_wakeup')
@@ -3696,7 +3706,7 @@ class Domain(Guest):
                 self._raise_if_frozen()
             raise
         try:
-            reply = parse_json(text)
+            reply = parse_answer(text)
         except ValueError as problem:
             raise self.agent_error(f'no answer: {problem}: {text!r:.80}') from None
         return agent_answer(self.name, command, reply)
@@ -8264,7 +8274,7 @@ class LineSocket(contextlib.AbstractContextManager['LineSocket']):
     def receive(self, deadline: Deadline) -> dict[str, Any]:
         line = self.line(deadline).strip()
         try:
-            value = parse_json(line)
+            value = parse_answer(line)
         except ValueError:
             value = None
         if not isinstance(value, dict):
@@ -8417,7 +8427,7 @@ class GuestAgent:
         while True:
             wire.skip(b'\xff', deadline)        # no text has that byte
             with contextlib.suppress(ValueError):
-                answer = parse_json(wire.line(deadline).rpartition(b'\xff')[2])
+                answer = parse_answer(wire.line(deadline).rpartition(b'\xff')[2])
                 if isinstance(answer, dict) and answer.get('return') == self.serial:
                     return
 
