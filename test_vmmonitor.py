@@ -6620,7 +6620,12 @@ class TestRouter(NetCase):
         return False
 
     def test_addresses_and_routes_move_and_come_back(self) -> None:
+        settings = {'ipv4/conf/{}/proxy_arp': '1\n', 'ipv6/conf/{}/accept_ra': '0\n'}
+        for path, value in settings.items():
+            Path('/proc/sys/net', path.format('eth1')).write_text(value)
         router = vm.Router('eth1')
+        self.assertEqual({path: Path('/proc/sys/net', path.format(router.name)).read_text()
+                          for path in settings}, settings)
         self.assertEqual(router.mac, vm.interfaces['eth1'].mac)
         self.assertEqual(vm.interfaces['eth1'].addresses, ())
         self.assertEqual(vm.interfaces['eth1'].master, router.name)

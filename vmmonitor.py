@@ -7303,8 +7303,24 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
             f'link set dev {name} master {master}{"" if bond else " up"}',
             *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
             *(f'neighbour replace {line} dev {master}' for line in known[link.name]))
+    plan.optional += own_settings(devices[0], master)
     owner.undo += ops_for('give routes back', *ways({}))
     plan.late += ops_for(f'move routes to {master}', *ways(dict.fromkeys(devices, master)))
+
+
+def own_settings(device: str, master: str) -> Iterator[Op]:
+    """Yield what gives `master` the settings of an interface that are not those of each new one,
+    such as accept_ra=0 or proxy_arp=1, but those that say how it is made itself."""
+    for family in ('ipv4', 'ipv6'):
+        place = Path('/proc/sys/net', family, 'conf')
+        for name in sorted({*names_in(str(place / device))}
+                           - {'addr_gen_mode', 'mtu', 'stable_secret'}):
+            with contextlib.suppress(OSError):
+                value, new = ((place / one / name).read_text().strip()
+                              for one in (device, 'default'))
+                if value != new:
+                    path = f'net/{family}/conf/{master}/{name}'
+                    yield Op(f'set {name} of {master}', f'{path}={value}', tool='sysctl')
 
 
 # --- the host's firewall and sysctls, which others change, too ---
