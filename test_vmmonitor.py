@@ -5003,7 +5003,7 @@ class ListenerTest(ListenerCase):
         self.assertEqual((status, list(json.loads(body))), (400, ['error']))
 
     def test_metrics(self) -> None:
-        odd = 'web"\\1'
+        odd = 'web"\\1\n'
         self.host.guests[odd] = ScriptedGuest(odd)
         self.changes['listener']['keys'][0]['commands'] = ['start', 'metrics']
         self.changes['listener']['commandsEnabled'] = {'sync': True}
@@ -5023,7 +5023,7 @@ class ListenerTest(ListenerCase):
         self.assertIn('Content-Type: text/plain; version=0.0.4', text)
         text = text.partition('\r\n\r\n')[2]
         for line in (r'guests\{state="running"\} 3', r'guests\{state="off"\} 0',
-                     r'guest_agent_up\{guest="web\\"\\\\1"\} 1',
+                     r'guest_agent_up\{guest="web\\"\\\\1\\n"\} 1',
                      r'clock_offset_seconds\{guest="web1",when="before"\} -(3|2\.99|3\.00)\d*',
                      r'corrections_total\{cause="sync"\} 1', 'right_seconds_count 1',
                      r'correction_failures_total\{cause="sync",trouble="[\w ]+"\} 1',

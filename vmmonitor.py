@@ -3768,6 +3768,7 @@ NOTICES_WAITING = 100          # for it; what is more is lost
 BUCKETS = {f'{limit:g}': limit for limit in (       # of histograms, in seconds
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)}
 BUCKETS['+Inf'] = math.inf
+ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})     # in values of labels
 
 
 class Figure(NamedTuple):
@@ -3829,9 +3830,8 @@ class Figures:
                 keys += [(f'{name}_sum', ()), (f'{name}_count', ())]
             lines += [f'# HELP vmmonitor_{name} {row.help}', f'# TYPE vmmonitor_{name} {row.kind}']
             for key in keys or [(name, ())] * (not row.labels):
-                labels = ','.join(
-                    '{}="{}"'.format(label, re.sub(r'(["\\])', r'\\\1', value))
-                    for label, value in zip(row.labels, key[1]))
+                labels = ','.join(f'{label}="{value.translate(ESCAPES)}"'
+                                  for label, value in zip(row.labels, key[1]))
                 lines.append(f'vmmonitor_{key[0]}{labels and "{%s}" % labels} '
                              f'{values.get(key, 0):.10g}')
         return '\n'.join(lines) + '\n'
