@@ -8825,6 +8825,18 @@ class TestAttacks(Live):
         m.screenshot(self.path('s.png'))
         m.snapshot('s')
         m.create_chardev('more', 'socket')
+        self.assertEqual(os.stat(m.create_chardev('tty', 'pty')).st_uid, m.spec.uid)
+        real, ends = vm.QMP.execute, pty.openpty()      # such as the terminal that we are typed at
+
+        def lie(qmp: vm.QMP, command: str, *more: Any, **form: Any) -> Any:
+            answer = real(qmp, command, *more, **form)
+            for row in answer if command == 'query-chardev' else ():
+                row['filename'] = f'pty:{os.ttyname(ends[1])}'
+            return answer
+        with mock.patch.object(vm.QMP, 'execute', lie):
+            self.assertEqual(m.chardevs['tty'], '')
+        for end in ends:
+            os.close(end)
         self.assertEqual((m.pid(), m.stop(force=True)), (pid, 'stopped by quit'))
         m.start_vm()
         m.delete(force=True)

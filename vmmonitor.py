@@ -10914,11 +10914,17 @@ class Devices(Part):
     def chardevs(self) -> dict[str, str]:
         self.file.refresh()
         rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
-        ends = {row['label']: row['filename'] for row in rows
+        ends = {row['label']: row['filename'].partition(':')[2] for row in rows
                 if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])}
-        return {row.facts.name: ends.get(f'{row.id}-host', 'pty:')[len('pty:'):]
+        return {row.facts.name: self._its_pty(ends.get(f'{row.id}-host', ''))
                 if row.facts.type == 'pty' else self._port(row)
                 for row in self.spec.of_kind('chardev')}
+
+    def _its_pty(self, path: str) -> str:
+        """Return the path if that is a terminal of QEMU's user, and not whatever it has named."""
+        with contextlib.suppress(OSError):
+            return path if os.stat(path).st_uid == self.spec.uid else ''
+        return ''
 
 
 class Ram(Part):
