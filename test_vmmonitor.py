@@ -3239,8 +3239,16 @@ class NoticesTest(ConfigCase):
             self.notices.begin(kind, 'x', vm.Error('it'))
         self.assertEqual([row['kind'] for row in self.told()], ['host'])
         self.settings.config = vm.Config()
-        self.notices.begin('host', 'y', vm.Error('it'))
+        for name in 'yz':
+            self.notices.begin('host', name, vm.Error('it'))
+        self.notices.end('z', 'host')
         self.assertEqual(len(self.told()), 1)
+        self.settings.config = vm.Config(notify_command=self.command())
+        self.notices.end('x', 'start')          # nobody was told that it began
+        for _ in range(2):
+            self.notices.catch_up()
+        self.assertEqual([row['kind'] for row in self.told()[1:]], [
+            kind for kind in vm.NOTICES if kind not in ('start', 'host')] + ['host'])
 
     def test_a_reload_takes_the_command_away(self) -> None:
         self.settings.config = vm.Config(notify_command=self.command('sleep 0.5; '))

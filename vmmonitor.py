@@ -3844,6 +3844,7 @@ class Notices:
         self.settings = settings
         self._lock = threading.RLock()                  # guards these, and their order
         self._now: dict[tuple[str, str], Error] = {}    # (kind, name) -> what is wrong
+        self._told: set[tuple[str, str]] = set()        # those of which word was sent
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
         self.sending = False                            # a thread is at it
 
@@ -3870,15 +3871,25 @@ class Notices:
                 if problem:
                     self._tell(kind, name, True, told(problem))
 
+    def catch_up(self) -> None:
+        """Tell of what was wrong before notify.command, or its kind, was there to be told."""
+        with self._lock:
+            for (kind, name), problem in self._now.items():
+                if (kind, name) not in self._told:
+                    self._tell(kind, name, False, told(problem))
+
     def _tell(self, kind: str, name: str, over: bool, known: dict[str, str]) -> None:
-        config = self.settings.config
-        if not config.notify_command or kind not in config.notify_kinds:
+        config, unheard = self.settings.config, over and (kind, name) not in self._told
+        self._told.discard((kind, name))
+        if unheard or not config.notify_command or kind not in config.notify_kinds:
             return
         if len(self._waiting) >= NOTICES_WAITING:
             log.warning('notify.command is behind; it is not told: %s', known['error'])
             return
         self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
                               'at': utc(time.time()), 'host': os.uname().nodename, **known})
+        if not over:
+            self._told.add((kind, name))
         if not self.sending:
             spawn('notify', self._send)                 # may fail: then the next word tries again
         self.sending = True
@@ -14584,6 +14595,7 @@ class Daemon:
         self.monitor.check('' if same else 'configuration read again')
         self._refused = ''
         self.guests.notices.end(old.path, 'reload')
+        self.guests.notices.catch_up()
         self.certificate = Deadline(0)
         later = [row.key for attribute, row in OPTIONS.values()
                  if row.restart and getattr(old, attribute) != getattr(new, attribute)]
