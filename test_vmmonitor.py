@@ -3496,11 +3496,23 @@ class HostsTest(ConfigCase):
             self.assertIs(guests.find('libvirt/web1'), only.guests['web1'])
             with self.refused('web1 can be machines/web1 or libvirt/web1', kind=vm.Ambiguous):
                 guests.find('web1')
+        # As patterns, too, in monitor.exclude, the targets of a key and on the command line.
+        one = only.guests['web1']
+        for kind, pattern, fits in ((vm.Machine, 'libvirt/*', False), (vm.Domain, 'm*', False),
+                                    (vm.Machine, 'machines/w*', True), (vm.Domain, 'lib*/*', True)):
+            one.label = kind.label
+            self.assertEqual(vm.Config(exclude=(pattern,)).excludes(one.own, one.full_name), fits)
         odd = ScriptedGuest('beta/mail')
         self.alpha.guests[odd.name] = odd
         odd.prefix, odd.name = 'alpha/', 'alpha/beta/mail'
         self.assertIs(self.guests.find('beta/mail'), odd, 'the exact name wins')
         self.assertIs(self.guests.find('alpha/beta/mail'), odd)
+        self.guests = vm.Guests([only])
+        ask = self.asked('libvirt/*')
+        self.assertEqual(ask('start&target=libvirt/web1'), (200, 'web1: started'))
+        self.assertEqual(ask('start&target=web1'), (200, 'web1: started'))
+        self.assertRegex(ask('list')[1], '^web1 running')
+        self.assertEqual(self.asked('machines/*')('start&target=web1')[0], 401)
 
     def test_one_that_is_away_or_hangs(self) -> None:
         self.beta.up.clear()

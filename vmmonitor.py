@@ -1338,9 +1338,9 @@ class Key:
         """Tell whether the key reaches the guest with this own name, and HOST/NAME."""
         return matches_any(self.targets, own, full)
 
-    def enters(self, prefix: str) -> bool:
-        """Tell whether it may reach guests whose names begin with this HOST/, or ""."""
-        return any('/' not in pattern or fnmatch.fnmatchcase(prefix[:-1], pattern.partition('/')[0])
+    def enters(self, host: str) -> bool:
+        """Tell whether it may reach guests of this HOST."""
+        return any('/' not in pattern or fnmatch.fnmatchcase(host, pattern.partition('/')[0])
                    for pattern in self.targets)
 
 
@@ -1884,6 +1884,7 @@ class Guest:
 
     name: str                   # HOST/NAME where there are several hosts
     prefix = ''                 # ... the HOST/ in it
+    label = LIBVIRT_LABEL       # HOST where there is one
     id: str                     # stays the same when the guest is renamed
     damage = ''                 # why it can only be stopped and removed, if that is so
 
@@ -1891,6 +1892,11 @@ class Guest:
     def own(self) -> str:
         """Its name on its host."""
         return self.name[len(self.prefix):]
+
+    @property
+    def full_name(self) -> str:
+        """HOST/NAME, also where there is one host."""
+        return f'{self.prefix or self.label + "/"}{self.own}'
 
     @property
     def whole_id(self) -> str:
@@ -4328,7 +4334,7 @@ class Monitor:
             if job and event.kind == 'booted':
                 job.event = job.event._replace(kind='booted')
             if event.kind in self.NO_TRIGGERS or config.excludes(
-                    event.guest.own, event.guest.name):
+                    event.guest.own, event.guest.full_name):
                 return
             if job:
                 job.again = event
@@ -5460,7 +5466,7 @@ class Dispatcher:
             return {'list': self._list, 'metrics': self._metrics, 'log': self._log}[command](
                 key, deadline)
         guest = self.guests.find(target, hosts=self._hosts(key),
-                                 reached=lambda guest: key.covers(guest.own, guest.name))
+                                 reached=lambda guest: key.covers(guest.own, guest.full_name))
         if command == 'status':
             seen = guest.remembered()
             known = self._describe(guest, seen) if seen else within(
@@ -5497,12 +5503,12 @@ class Dispatcher:
 
     def _may_reach(self, key: Key, name: str) -> bool:
         """Tell whether the key reaches a guest that NAME or HOST/NAME can mean."""
-        return any(key.covers(own, f'{host.prefix}{own}')
+        return any(key.covers(own, f'{host.label}/{own}')
                    for host, own in self.guests.meanings(name))
 
     def _hosts(self, key: Key) -> list[GuestHost]:
         """Return the hosts that may have guests for a key; it learns nothing of the others."""
-        return [host for host in self.guests.hosts if key.enters(host.prefix)]
+        return [host for host in self.guests.hosts if key.enters(host.label)]
 
     def trusts(self, address: str) -> bool:
         """Tell whether an address is one of listener.trustedProxies."""
@@ -5612,7 +5618,7 @@ class Dispatcher:
         can't be asked."""
         guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT,
                                                      hosts=self._hosts(key))
-                  if key.covers(guest.own, guest.name)]
+                  if key.covers(guest.own, guest.full_name)]
         found = {guest.id: self._describe(guest, seen) for guest in guests
                  for seen in [guest.remembered()] if seen}
         unknown = [guest for guest in guests if guest.id not in found]
@@ -5637,7 +5643,7 @@ class Dispatcher:
             'commands': [command for command in key.commands
                          if command in self.settings.config.enabled],
             'logged': next((when for guest, _, when in [*self.guests.recent][::-1]
-                            if key.covers(guest.own, guest.name)), 0)})
+                            if key.covers(guest.own, guest.full_name)), 0)})
 
     def _metrics(self, key: Key, deadline: Deadline) -> Reply:
         """Return the figures; those of guests are of the ones that the key reaches."""
@@ -5658,7 +5664,7 @@ class Dispatcher:
     def _log(self, key: Key, _deadline: Deadline) -> Reply:
         """Return the last commands and corrections of the key's guests, the newest first."""
         lines = [row for guest, row, _ in [*self.guests.recent][::-1]
-                 if key.covers(guest.own, guest.name)]
+                 if key.covers(guest.own, guest.full_name)]
         return Reply(200, '\n'.join(f'{row["at"]} {row["text"]}' for row in lines)
                      or 'nothing yet', {'version': 1, 'lines': lines})
 
@@ -12261,6 +12267,8 @@ class Machine(Guest):
     whatever was changed since. Raises MachineError when there is one that was made with others.
     """
 
+    label = MACHINES_LABEL
+
     def __init__(self, name: str = '', harddrives: DriveLike | Sequence[DriveLike] | None = None,
                  nics: int | str | VirtualNic | Sequence[VirtualNic | None] | None = 0,
                  cd: CD | str | os.PathLike[str] | None = None,
@@ -12657,6 +12665,8 @@ class Machine(Guest):
 
 class DamagedMachine(Guest):
     """A machine whose file can't be used: it can be seen, stopped and deleted."""
+
+    label = MACHINES_LABEL
 
     def __init__(self, name: str, problem: DamagedFile) -> None:
         self.name = self.id = name
@@ -14725,7 +14735,8 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost], 
     if 'monitor' in roles:
         for guest in found:
             with contextlib.suppress(NoGuest):          # undefined since it was listed
-                if not config.excludes(guest.own, guest.name) and guest.agent_state() == 'absent':
+                if not config.excludes(guest.own, guest.full_name) \
+                        and guest.agent_state() == 'absent':
                     yield Check(False, explain(guest.agent_error('not configured')))
     if 'startup' in roles:
         yield from _check_list(Startup.key, config.steps, guests, some_away)
@@ -14814,7 +14825,7 @@ def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Gues
             fitting = [guests.find(name)]
         else:
             everybody = everybody or guests.all(away=away)
-            fitting = [one for one in everybody if matches_any([name], one.own, one.name)]
+            fitting = [one for one in everybody if matches_any([name], one.own, one.full_name)]
             if not fitting:
                 raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
         found.update((guest.id, guest) for guest in fitting)
@@ -14841,7 +14852,7 @@ def ask_and_show(config: Config, options: argparse.Namespace,
     with all_guests(config) as guests:
         chosen = choose(guests, options.names, away) if options.names else [
             guest for guest in guests.all(running, away)
-            if not (running and config.excludes(guest.own, guest.name))]
+            if not (running and config.excludes(guest.own, guest.full_name))]
         if away and not chosen:
             raise away[0]
         if 'file' in options and len(chosen) > 1:
