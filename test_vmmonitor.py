@@ -10911,6 +10911,12 @@ class TestLab(Live):
         self.write(tree)
         self.assertEqual(self.verb('plan'), 'refuse machine ma, made with memory 32, not 64\n')
         self.assertIn('made with memory 32, not 64', self.verb('up', status=1))
+        tree['machines']['ma'].update(memory=32, nics=[{}, {'mac': '52:54:00:00:00:0A'}])
+        self.write(tree)
+        mac = vm.VirtualNic.known('ma-p1').mac
+        self.assertEqual(self.verb('plan'),
+                         f'refuse nic ma-p1, which exists as a nic with mac {mac}\n')
+        self.assertIn(f'ma-p1: exists already, as a nic with mac {mac}', self.verb('up', status=1))
         tree['machines'].pop('ma')
         self.write({**tree, 'links': [['mb', 'lan'], ['mb', 'lan']]})
         self.assertEqual(self.verb('plan').splitlines()[-1],
@@ -10982,7 +10988,7 @@ class TestLab(Live):
         self.assertFalse(os.path.exists('mb.qcow2'))
         self.assertIn(os.path.abspath('mb.qcow2'), lab.made()['disks'])
         os.rename('elsewhere', 'mb.qcow2')
-        note = next(self.home.glob('.labs/*'))
+        note = next(one for one in self.home.glob('.labs/*') if lab.path in one.read_text())
         kept = note.read_bytes()
         note.write_text('junk')
         with self.refused(f"{note}: what {lab.path} has made can't be read", 'one by one'):
@@ -11180,6 +11186,7 @@ class TestLab(Live):
         self.assertEqual(lab.plan(), ['no longer impair a - b'])
         self.assertEqual((lab.up(), lab.plan(), lab.status()[-1].get('delay')),
                          (['a - b: no longer impaired'], [], None))
+        lab.down()
 
     def test_graph(self) -> None:
         tree = self.pair()
@@ -14808,7 +14815,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('ip', 'if seconds == 0 or (back and seconds != FOR_EVER):', 'if back and seconds != FOR_EVER:',
      'TestRouter.test_all_of_routes_and_addresses_comes_back '
      'TestRouter.test_addresses_and_routes_move_and_come_back TestParsing'),
-    ('registry', 'if row.kind == kind and not other:', 'if row.kind == kind:',
+    ('registry', 'if had or self.kind != kind', 'if self.kind != kind',
      'TestNic TestOwnership TestErrors'),
     ('registry', "return bool(now) and row.facts['inode'] in ('', now)", 'return bool(now)',
      'TestOwnership'),

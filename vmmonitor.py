@@ -6618,6 +6618,12 @@ class Record:
         known = {key: row.pop(key) for key in names & row.keys()}
         return cls(**{**known, 'undo': [Op._make(op) for op in known['undo']]}, more=row)
 
+    def other(self, kind: str, facts: Mapping[str, Any]) -> str:
+        """Return what it is, if that is not what is wanted, or ''."""
+        had = ', '.join(f'{key} {self.facts.get(key)}' for key, value in facts.items()
+                        if value and self.facts.get(key) != value)
+        return f'a {self.kind}{had and " with " + had}' if had or self.kind != kind else ''
+
     def row(self) -> dict[str, Any]:
         row = {**vars(self), 'undo': [*map(list, self.undo)]}
         return {**row.pop('more'), **row}
@@ -6800,12 +6806,10 @@ class Transaction:
         self.registry.require_readable(name)
         row = self.standing(name)
         if row:
-            other = {key: row.facts.get(key) for key, value in facts.items()
-                     if value and row.facts.get(key) != value}
-            if row.kind == kind and not other:
+            other = row.other(kind, facts)
+            if not other:
                 return None
-            had = ', '.join(f'{key} {value}' for key, value in other.items())
-            raise NameTaken(f'{name}: exists already, as a {row.kind}{had and " with " + had}',
+            raise NameTaken(f'{name}: exists already, as {other}',
                             'choose another name, or delete() it first')
         holder = next((link for link in self.network.links.values() if name in link.names), None)
         if holder:
@@ -13124,6 +13128,26 @@ class LabFile:
         """Tell whether there is more than machines, or they have more than QEMU's own NAT."""
         return any(map(any, self.nics.values())) or bool({*self.kinds.values()} - {'machines'})
 
+    def facts(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return what shall be made of networks, by the names in the Registry: kind and facts."""
+        found = {name: (KIND_NAMES[kind], {'mode': given.get('mode')}) for kind, rows in
+                 self.sections.items() if kind != 'machines' for name, given in rows.items()}
+        for name, given in self.sections['routers'].items():
+            subnet = given.get('subnet')
+            found[name][1].update(
+                {key: given.get(key) for key in ('nat', 'dhcp')},
+                hosts=valid_hosts(given.get('hosts') or {}),
+                subnet=subnet and valid_address(subnet, ipaddress.IPv4Network))
+        for end, card in self.cards().items():
+            found[self.port(end)] = 'nic', {'mac': card.get('mac', '').lower(),
+                                            'sink': card.get('sink')}
+        return found
+
+    def cards(self) -> dict[End, dict[str, Any]]:
+        """Return the nics that are made for machines, with their arguments."""
+        return {End(name, number): card for name, rows in self.nics.items()
+                for number, card in enumerate(rows) if card}
+
     def port(self, end: End) -> str:
         """Return the interface of this host that an end is."""
         card = self.nics[end.name][end.nic] if end.nic >= 0 else None
@@ -13338,8 +13362,7 @@ class Lab:
         file = self.file
         plugs = {end: other for cable in file.cables for end, other in (
             cable.ends, cable.ends[::-1]) if end.nic >= 0 and other.nic < 0}
-        cards = {End(name, number): card for name, rows in file.nics.items()
-                 for number, card in enumerate(rows) if card}
+        cards = file.cards()
         self._note_new('nics', {port: '' for port in map(file.port, cards) if port not in known})
         if cards:
             with transaction() as plan:
@@ -13518,6 +13541,7 @@ class Lab:
                     lines += [f'refuse machine {name}, made with {"; ".join(other)}'] * bool(other)
                 if kind == 'machines' and state != 'running':
                     lines.append(f'start machine {name}')
+        lines += self._refused()
         for cable in self.file.cables:
             row = rows[str(cable)]
             lines += [f'connect {cable}'] * (row['state'] == 'absent')
@@ -13527,6 +13551,15 @@ class Lab:
         return lines + [f'keep {KIND_NAMES[kind]} {name}, which the file has no more: "down" '
                         'removes it' for kind in SECTIONS for name in made.get(kind, ())
                         if self.file.kinds.get(name) != kind]
+
+    def _refused(self) -> Iterator[str]:
+        """Yield what up() would refuse of networks, as it stands with other arguments."""
+        records, network = self._seen()
+        for name, (kind, facts) in self.file.facts().items():
+            if name in network.links and name in records and records[name].stage == 'ready':
+                other = records[name].other(kind, facts)
+                if other:
+                    yield f'refuse {kind} {name}, which exists as {other}'
 
     def _kept(self, name: str, before: Mapping[str, Any]) -> dict[str, Any]:
         """Return what would be kept of a machine's arguments, as by as_kept(); make nothing. What
