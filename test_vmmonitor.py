@@ -5628,9 +5628,13 @@ class TestErrors(NetCase):
                 end.connect(two if end is one else one)
         with self.refused('nic-p1: no such interface'):
             lan.connect(two)
+        with self.refused('nic-p1: no such interface'):
+            two.impair()
         ip('link del dev lan')
         with self.refused('lan: no such interface'):
             vm.VirtualNic().connect(lan)
+        with self.refused('lan: no such interface'):
+            len(lan.ports)
 
     def test_arguments_are_checked_in_words(self) -> None:
         """Each call with what people try; never a TypeError, and nothing is made."""

@@ -7610,6 +7610,7 @@ class Switch(ManagedInterface):
     @property
     def ports(self) -> Mapping[str, Interface]:
         """Its ports by the names of their interfaces."""
+        self.link()
         records = Registry.read().records
         return {link.name: VirtualNic.known(link.name, records) if link.name in records else
                 Interface(link.name) for link in read_network().ports(self.name)}
@@ -7871,6 +7872,7 @@ class VirtualNic(ManagedInterface):
             check(what, value, IMPAIRMENTS[what], NetworkError)
         worse = (f'{f" delay {delay * 1e6:.0f}us {jitter * 1e6:.0f}us" if delay or jitter else ""}'
                  f'{f" loss {loss:g}%" if loss else ""}{f" rate {rate:.0f}bit" if rate else ""}')
+        self.link()                         # or NoInterface
         ends = [(self.name, ''), *([(self.sink, self.namespace)] if self.sink else [])]
         netem = 'replace dev {} root netem limit 10000' + worse if worse else 'del dev {} root'
         try:                    # what has no qdisc to delete is as it should be
@@ -8055,6 +8057,7 @@ class Bond(ManagedInterface):
     @property
     def status(self) -> dict[str, Mapping[str, Any]]:
         """What `ip -details` says of each interface in it: state, mii_status and the like."""
+        self.link()
         return {link.name: link.slave for link in read_network().ports(self.name)}
 
 
