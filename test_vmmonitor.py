@@ -11362,6 +11362,16 @@ class CommandLineTest(ConfigCase):
         status, _, err = vmmonitor('log', env=path)
         self.assertEqual(status, 1)
         self.assertIn('the journal shows this user nothing of the service; run this as root', err)
+        # A QEMU whose guest has broken into it writes to the journal, as one of the service.
+        journal.write_text('#!/bin/sh\necho "$*"\n')
+        unit = self.write_text('User=nobody\n', 'unit')
+        nobody = pwd.getpwnam('nobody').pw_uid
+        for dropin, users in (('none', ''), ('unit', f' _UID=0 _UID={nobody}')):
+            with mock.patch.multiple(vm, UNIT=unit, DROPIN=str(self.directory / dropin)), \
+                    mock.patch.dict(os.environ, path), \
+                    contextlib.redirect_stdout(io.StringIO()) as said:
+                vm.command_log('')
+            self.assertTrue(said.getvalue().endswith(f'--no-pager{users}\n'), said.getvalue())
 
     def test_output_that_nobody_takes(self) -> None:
         program, nowhere = shlex.quote(str(HERE / 'vmmonitor.py')), 'qemu+unix:///?socket=/none'

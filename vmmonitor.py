@@ -15209,8 +15209,13 @@ def command_capture(options: argparse.Namespace) -> int:
 
 def command_log(name: str) -> int:
     """log: print what the service did, or what it did with one guest."""
+    service, users = Service.read(), {0}
+    with contextlib.suppress(KeyError):
+        users.add(pwd.getpwnam(service.account).pw_uid)
+    # A QEMU that the service has started counts as its process, too, and may write what it likes.
+    its_own = [f'_UID={user}' for user in sorted(users)] * service.machines
     lines = run(['journalctl', '-q', '-u', 'vmmonitor', '-t', 'vmmonitor', '-o', 'short-iso',
-                 '--no-pager'], LOG_TIMEOUT).stdout.decode(errors='replace').splitlines()
+                 '--no-pager', *its_own], LOG_TIMEOUT).stdout.decode(errors='replace').splitlines()
     if not lines:
         raise Error('the journal shows this user nothing of the service',
                     'run this as root, or put the user in the group systemd-journal')
