@@ -4054,7 +4054,8 @@ class Guests:
         """Return the guests of these hosts by NAME and HOST/NAME; add to `away` why one can't be
         asked."""
         names: dict[str, list[Guest]] = collections.defaultdict(list)
-        for host, answer in self.ask(lambda host: host.all(), hosts=hosts):
+        for host, answer in self.ask(lambda host: host.all(), hosts=hosts,
+                                     recall=lambda _, known: [*known.values()]):
             if isinstance(answer, Error):
                 away.append(answer)
                 continue
