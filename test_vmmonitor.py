@@ -7671,6 +7671,10 @@ class TestHarddrive(Case):
         thin.wipe()
         self.assertIn('read 65536', self.io(thin.filename, 'read -P 0x41 0 64k'))
         vm.Harddrive(thin.filename, backing=base.filename)
+        self.img('rebase', '-u', '-b', 'base.qcow2', '-F', 'qcow2', thin.filename)
+        thin.wipe()                                     # its base is still the one beside it
+        self.assertEqual(thin.info()['backing-filename'], 'base.qcow2')
+        self.io(thin.filename, 'read -P 0x41 0 64k')
         with self.refused('was not named'):
             vm.Harddrive(thin.filename)
         with self.refused('was not named'):

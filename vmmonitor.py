@@ -8707,6 +8707,9 @@ class Harddrive:
 
     def _write(self, size: int, *kind: str, replace: bool = False) -> None:
         base = ['-b', self.backing.filename, '-F', self.backing.format] if self.backing else []
+        header = qcow2_header(self.filename) if base and replace else None
+        if header:                              # the name in it may be relative
+            base[1:2] = [header.backing, '-u']
         with whole_file(os.path.realpath(self.filename), replace) as file:
             self._img('create', '-q', '-f', self.format, *kind, *base, fd_path(file), str(size),
                       keep=[file])
