@@ -12656,6 +12656,10 @@ class RequestsTest(GuestCase):
                     'new Promise(() => { asked += 1 }) : old(...what); document.querySelectorAll('
                     '"button[aria-label^=\'start more1\']").forEach(one => one.click())')
         self.assertEqual(browser.run('return asked'), 3)
+        browser.run('fetch = async () => new Response(JSON.stringify({ commands: [], guests: ['
+                    '{ name: "same" }, { name: "same" }] }))')      # a machine and one of libvirt
+        says('#count', '2 of 2 guests')
+        self.assertEqual(browser.run('return document.querySelector("#guests").children.length'), 2)
         problems = [row['message'] for row in browser.call('POST', 'se/log', type='browser')
                     if 'Failed to load resource' not in row['message']]
         self.assertEqual(problems, [])              # nothing that the policy refused, above all

@@ -4845,7 +4845,7 @@ const FITTING = {                       // what can be done in which state
   running: ['sync', 'stop', 'save', 'pause', 'reboot', 'reset', 'off'], off: ['start'],
   paused: ['resume', 'save', 'off'], asleep: ['wake', 'save', 'off'], saved: ['start'],
   crashed: ['off'], stopping: ['off'] };
-const rows = new Map();                 // name -> the row of a guest, and what it holds
+const rows = new Map();                 // HOST/NAME/number -> the row of a guest, what it holds
 let etag = '', known = { guests: [] }, logged = -1, failures = 0, timer = 0;
 
 function make(tag, properties = {}, ...inside) {
@@ -4895,7 +4895,7 @@ function plot(points) {                 // [[seconds since 1970, offset in ms], 
 
 function build(name) {
   const row = { picture: make('img', { className: 'picture none', alt: '' }),
-    name: make('h3', { className: 'name' }, name), facts: make('div', { className: 'facts' }),
+    name: make('h2', { className: 'name' }, name), facts: make('div', { className: 'facts' }),
     clock: make('div', { className: 'clock' }), plot: make('div', { className: 'plot' }),
     wrong: make('p', { className: 'wrong' }), buttons: make('span', { className: 'tools' }),
     said: make('span', { role: 'status' }), time: make('span', { className: 'dim' }),
@@ -4949,13 +4949,19 @@ function show() {
   const chosen = known.guests.filter(guest =>
     [guest.name, guest.state, guest.reason, guest.host].join(' ').toLowerCase().includes(wanted));
   chosen.sort((a, b) => key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : a.name < b.name ? -1 : 1);
+  const ids = new Map(), times = {};    // a machine and a guest of libvirt may have the same name
+  for (const guest of known.guests) {
+    const id = `${guest.host || ''}/${guest.name}`;
+    times[id] = (times[id] || 0) + 1;
+    ids.set(guest, `${id}/${times[id]}`);
+  }
   const items = chosen.map(guest => {
-    const id = (guest.host || '') + '/' + guest.name;
+    const id = ids.get(guest);
     if (!rows.has(id)) rows.set(id, build(guest.name));
     fill(rows.get(id), guest);
     return rows.get(id).item;
   });
-  const there = new Set(known.guests.map(guest => (guest.host || '') + '/' + guest.name));
+  const there = new Set(ids.values());
   for (const [id, row] of rows)
     if (!there.has(id)) { seen.unobserve(row.item); row.item.remove(); rows.delete(id); }
   const list = $('guests'), held = document.activeElement;
