@@ -8751,6 +8751,15 @@ class TestLife(Live):
         with self.refused('efi-vars has no snapshot s'):
             m.load_snapshot('s')
         self.assertIs(m.state(), vm.State.RUNNING)
+        # A guest that has broken into its QEMU names a file of the host in the header.
+        m.stop(force=True)
+        own = m.file.path('efi-vars.qcow2')
+        vm.run(['qemu-img', 'rebase', '-u', '-f', 'qcow2', '-F', 'raw', '-b', '/etc/passwd', own],
+               vm.IMAGE_TIMEOUT)
+        with self.refused(own, "'/etc/passwd' was not named", 'remove it', kind=vm.DiskError):
+            m.start_vm()
+        os.unlink(own)
+        self.assertEqual(m.start_vm(), 'started')
 
     def test_kept_over_a_restart(self) -> None:
         m = self.bios('restart', memory=512, maxmemory=1024, nics='user')

@@ -10198,6 +10198,11 @@ class Qemu:
                 with whole_file(own) as file:
                     run(['qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', blank, fd_path(file)],
                         IMAGE_TIMEOUT, keep=[file])
+            try:
+                Harddrive(own)                  # a QEMU that was broken into can write its header
+            except DiskError as problem:
+                problem.hint = f'remove it: {self.name} then begins with blank variables'
+                raise
             for node, form, file in (
                     ('efi-code', 'raw', os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
                     ('efi-vars', 'qcow2', os.open(own, os.O_RDWR | os.O_CLOEXEC))):
