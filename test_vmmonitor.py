@@ -3646,6 +3646,17 @@ class HostsTest(ConfigCase):
         self.goes_down(['off all'])
         self.assertEqual(off_too, ['mine'])
 
+    def test_the_way_down_while_libvirtd_restarts(self) -> None:
+        off = self.switched(*self.alpha.guests.values())
+        self.alpha.up.clear()
+        with self.assertLogs('vmmonitor') as logged:
+            done = self.goes_down(['off db'])               # it was never there
+        self.assertEqual((off, len(done.away)), ([], 1))
+        self.assertIn('not known what was to be done', logged.output[-1])
+        self.alpha.links = 1
+        vm.spawn('restart', lambda: time.sleep(0.3) or self.alpha.up.set())     # type: ignore
+        self.assertEqual((self.goes_down(['off db']).away, off), ([], ['alpha/db']))
+
     def test_the_way_down_leaves_time_for_the_last_resort(self) -> None:
         """Of all groups, where none shuts down; who never has its turn is named."""
         off = self.switched(*self.alpha.guests.values())

@@ -4442,6 +4442,7 @@ class Monitor:
 
 START_RETRIES = 3              # further tries of a guest that failed to start ...
 START_RETRY_PAUSE = 5.0        # ... this long apart
+BACK_WAIT = 5.0                # on the way down, for a host that was there before
 UNIT_RUN = '/run/vmmonitor-service'     # RuntimeDirectory= of the unit
 REMEDY_SHARES = {'save': 0.25, 'off': 0.1}      # of what is left of shutdown.timeout, for "or save"
 
@@ -4497,9 +4498,10 @@ class GuestList:
     def _sum_up(self, began: float) -> None:
         done = ', '.join(f'{name} {says}' for name, says in [*self._results.items()])
         failed = ', '.join(f'{name} ({why})' for name, why in [*self.failed.items()])
-        log.log(logging.WARNING if failed else logging.INFO,
-                '%s: ended after %.1f s: %s%s', self.what, time.monotonic() - began,
-                done or 'nothing was to be done', failed and f'; failed: {failed}')
+        log.log(logging.WARNING if failed or self.away else logging.INFO,
+                '%s: ended after %.1f s: %s%s', self.what, time.monotonic() - began, done or (
+                    'not known what was to be done' if self.away else 'nothing was to be done'),
+                failed and f'; failed: {failed}')
 
     def _wait(self, step: Step) -> bool:
         """Wait as long as a line says for its guest, port or path; tell whether it is there."""
@@ -4653,7 +4655,10 @@ class Shutdown(GuestList):
 
     def _find(self) -> None:
         """Find out which guests of this host are on, and what their lines call them."""
-        names = self.guests.names([host for host in self.guests.hosts if host.here], self.away)
+        here = [host for host in self.guests.hosts if host.here]
+        # A libvirtd that is just being restarted is back in a moment.
+        Deadline(BACK_WAIT).poll(lambda: all(host.up.is_set() or not host.links for host in here))
+        names = self.guests.names(here, self.away)
         guests = {guest.id: guest for named in names.values() for guest in named}
         called = {guest.id: guest.name for guest in guests.values()}
         for name, (guest, *others) in names.items():
