@@ -14717,6 +14717,11 @@ def _check_service(service: Service, config: Config) -> Iterator[Check]:
         yield Check(state == 'active', f'service: {state}' + (
             '' if state == 'active' else '; see journalctl -u vmmonitor -n 20, then do: systemctl '
             'restart vmmonitor'))
+    for step in () if service.machines else config.steps:
+        if step.until == 'path' and re.match(r'/(dev|(var/)?tmp)(/|$)', step.what):
+            yield Check(False, f'{Startup.key} line {step.number}: the service has a /dev, /tmp '
+                        f'and /var/tmp of its own, and will not see {step.what}; name a path '
+                        'elsewhere, such as below /sys, or a file of what is mounted')
     if os.geteuid() != 0:
         return                                          # only root can ask for another user
     if not service.machines:
