@@ -6981,6 +6981,8 @@ class TestRouter(NetCase):
             vm.Router('eth11')
         with self.refused('lo: is the loopback', kind=vm.InUse):
             vm.Router('lo', name='r')
+        with self.refused('lan: is a bridge already', 'nat=True', kind=vm.InUse):
+            vm.Router('lan', force=True)
         with self.refused('has the address 192.0.2.5/24', 'Router(', kind=vm.InUse):
             switch.connect('eth1')
         with self.refused('\'x0\' can\'t be a port', 'p0'):
@@ -7001,6 +7003,12 @@ class TestRouter(NetCase):
         for act in (lambda: vm.Router('eth1'), lambda: switch.connect('eth1')):
             with self.refused('eth1: t0 and t1 on it would be cut off', kind=vm.InUse):
                 act()
+        ip('addr add 192.0.2.5/24 dev eth1')
+        ip('neighbour add 192.0.2.9 lladdr 02:00:00:00:00:09 nud stale dev eth1')
+        with self.refused("can't make eth1 a port", 'busy', kind=vm.InUse):
+            vm.Router('eth1', force=True)       # the macvtap's; nothing was interrupted
+        self.assertIn('192.0.2.9', ip('neighbour show dev eth1'))
+        ip('addr flush dev eth1')
         vm.Router('eth1', nat=True).delete()
         ip('link del dev t0')
         ip('link del dev t1')

@@ -7215,6 +7215,9 @@ def require_port(plan: Transaction, link: Link, master: str, force: bool, nat: b
             (link.master not in ('', master), f'is already a port of {link.master}',
              f'disconnect it there first: ip link set dev {link.name} nomaster'),
             ('LOOPBACK' in link.flags, 'is the loopback', 'take an interface with a cable'),
+            (link.kind == 'bridge' and not nat, 'is a bridge already',
+             'connect nics and switches to it as it is, or have it as the trunk of a '
+             'Router(..., nat=True)'),
             (not link.mac and not nat, 'has no MAC, so that it can be no port',
              'a Router(..., nat=True) can have it as its trunk'),
             (default and not force and not nat, f'carries the default route{via}',
@@ -7331,9 +7334,10 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
             *(f'address replace {line} dev {name}' for line in link.address_lines(True)),
             *(f'neighbour replace {line} dev {name}' for line in known[link.name]))
         plan.late += ops_for(
-            f'make {link.name} a port of {master}', f'address flush dev {name}',
+            f'make {link.name} a port of {master}',
             *([f'link set dev {name} down'] if bond else []),
-            f'link set dev {name} master {master}{"" if bond else " up"}',
+            f'link set dev {name} master {master}{"" if bond else " up"}',  # first what may fail
+            f'address flush dev {name}',
             *(f'address replace {line} dev {master}' for line in link.address_lines(False)),
             *(f'neighbour replace {line} dev {master}' for line in known[link.name]))
     plan.optional += own_settings(devices[0], master)
