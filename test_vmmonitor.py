@@ -3846,6 +3846,12 @@ class MonitorTest(Case):
                 self.settle()
             self.assertIn('clock not corrected after "restored"', logged.output[0])
             self.assertIn('clock corrected, cause=restored', logged.output[1])
+        self.guest.troubles = ['the agent is in frozen state'] * 1000
+        with mock.patch.object(vm, 'UNTOLD_PAUSE', 0.1):
+            self.send('restored')
+            soon(lambda: len(self.guest.troubles) < 990)
+            self.settings.config = vm.Config(exclude=('*',), agent_wait=0.1)
+            self.settle()                   # it is left alone from now on
 
     def test_a_failure_is_shown_until_it_is_over(self) -> None:
         guests = self.monitor.guests
@@ -14850,7 +14856,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('guests',
      'found = [row for row in found if not row[1].damage] or found     # which hides no other',
      'pass', 'TestAsGuests.test_damaged_files'),
-    ('monitor', 'if not job.again or self._stopping.is_set():', 'if True:', 'MonitorTest'),
+    ('monitor', 'if not job.again or self._stopping.is_set() \\', 'if True \\', 'MonitorTest'),
     ('monitor', 'job.again = job.again or job.event', 'pass', 'MonitorTest'),
     ('monitor', "NO_TRIGGERS = frozenset(('booted', 'stopped', 'off', 'stuck'))",
      "NO_TRIGGERS = frozenset(('stopped', 'off', 'stuck'))", 'MonitorTest'),

@@ -4353,12 +4353,14 @@ class Monitor:
         """Run the job, and again as long as triggers came while it ran."""
         key = job.event.guest.id
         while True:
+            guest = job.event.guest
             try:
                 self._run(job)
             except Exception:           # a bug in one job must not end the clock of this guest
-                log.exception('%s: unexpected error', job.event.guest.name)
+                log.exception('%s: unexpected error', guest.name)
             with self._lock:
-                if not job.again or self._stopping.is_set():
+                if not job.again or self._stopping.is_set() \
+                        or self.settings.config.excludes(guest.own, guest.full_name):
                     del self._jobs[key]
                     return
                 job.event, job.again, job.past = job.again, None, False
