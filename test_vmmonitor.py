@@ -9655,6 +9655,10 @@ class TestSaving(Live):
                 with self.refused('saves is saved', 'delete_saved()', kind=vm.WrongState):
                     call()
         self.assertEqual(Path(disk.filename).read_bytes(), before)
+        other = self.bios('other', harddrives=vm.Harddrive(disk.filename, format='raw'))
+        with self.refused('saves is saved', 'delete_saved()', kind=vm.DiskError):
+            other.start_vm()
+        other.delete()
         self.assertEqual(vm.Machine.load('saves').wake(), 'restored, clock set')
         m = vm.Machine.load('saves')
         m.wait('agent', BOOT)

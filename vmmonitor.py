@@ -10452,6 +10452,18 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
+def saved_with(path: str) -> str:
+    """Return the machine that is saved, and goes on with that image, or with one on it; or ''."""
+    for name in names_in(MACHINES_DIR):
+        with contextlib.suppress(Error):        # no machine, or a damaged one
+            spec = MachineFile.read(os.path.join(MACHINES_DIR, name))
+            if spec.memory_at is MemoryAt.SAVED and any(
+                    _is_file(layer[0], path) for row in spec.of_kind('disk')
+                    for layer in row.facts.chain):
+                return spec.name
+    return ''
+
+
 class DriveSlot:
     """Where a Harddrive or CD is: the Attached of *disks*."""
 
@@ -10666,6 +10678,10 @@ class Devices(Part):
         # One that was just shut down is away for us some ms before it lets its disks go.
         if not Deadline(1.0).poll(lambda: not drive.in_use(), 0.01):
             raise DiskError(f'{self.name}: {drive.taken()}', 'stop that one first')
+        other = saved_with(drive.filename)
+        if other not in ('', self.name):
+            raise DiskError(f'{self.name}: {drive.filename}: {other} is saved, and its memory '
+                            'would not fit', 'start and stop that one, or say its delete_saved()')
 
     def _compose_device(self, launch: QemuCommand, device: Device) -> None:
         thing = self.thing(device)
