@@ -14297,8 +14297,11 @@ class SoakVm(SoakGuest):
             with contextlib.suppress(RigError):
                 text = self.guest.virsh('dominfo')
                 state = text.split('State:')[1].split('\n')[0].strip()
+                kept = re.search(r'Managed save: +yes', text)
                 if state == 'shut off':
-                    return 'saved' if re.search(r'Managed save: +yes', text) else 'off'
+                    return 'saved' if kept else 'off'
+                if kept:                # half of it, of a libvirtd that was killed as it saved
+                    self.guest.virsh('managedsave-remove')
                 return state if state in ('running', 'paused') else ''
             return ''
         return str(self.soak.until(look, f'the state of {self.name}'))
