@@ -5733,6 +5733,10 @@ class TestErrors(NetCase):
                 ('Cannot find device "x"', 'link set dev x up', vm.NoInterface, 'went away'),
                 ('Error: argument "n" is wrong: Invalid "netns" value', 'link set dev x netns n',
                  vm.NoInterface, 'no such namespace'),
+                ('RTNETLINK answers: Operation not supported', 'link set dev w0 master b0 up',
+                 vm.InUse, 'as Wi-Fi'),
+                ('Error: Device does not allow enslaving to a bridge.', 'link set dev w0 master b0',
+                 vm.InUse, 'nat=True'),
                 ('something new', 'link set', vm.NetworkError, '')):
             with self.subTest(said):
                 problem = vm.net_error(vm.Op('do it', line, 'ns'), said)

@@ -6154,6 +6154,8 @@ NET_TROUBLES: tuple[tuple[str, str, type[NetworkError], str], ...] = (
     ('Cannot find device|does not exist', '', NoInterface, 'it went away meanwhile; see ip link'),
     ('network namespace|"netns" value', '', NoInterface, 'no such namespace; see ip netns'),
     ('busy', 'master|link ', InUse, 'it belongs to something else; see ip -d link'),
+    ('not supported|not allow enslaving', ' master ', InUse, 'it can be no port, as Wi-Fi can\'t; '
+     'a Router(..., nat=True) can have it as its trunk'),
     ('', '', NetworkError, ''))
 
 
