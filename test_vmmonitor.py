@@ -6838,12 +6838,14 @@ class TestRouter(NetCase):
                 ('route add 10.3.0.0/16 nhid 10', 'route 10.3.0.0/16 (nh_info, nhid)'),
                 ('-6 route add 2001:db8:8::/48 via 2001:db8::1 dev eth1 encap seg6 mode encap segs '
                  '2001:db8::9', 'route 2001:db8:8::/48 (encap'),
-                ('route add 10.3.0.0/16 dev eth1 rto_min 200ms', 'route 10.3.0.0/16 (rto_min)')):
+                ('route add 10.3.0.0/16 dev eth1 rto_min 200ms', 'route 10.3.0.0/16 (rto_min)'),
+                ('rule add iif eth1 lookup 55 pref 77', 'rule 77 (iif eth1)'),
+                ('-6 rule add oif eth1 lookup 55 pref 78', 'rule 78 (oif eth1)')):
             with self.subTest(line):
                 ip(line)
                 before = self.picture()
                 for force in (False, True):
-                    with self.refused(why, 'could not be given back', 'nat=True', kind=vm.InUse):
+                    with self.refused(why, 'with all that it has', 'nat=True', kind=vm.InUse):
                         vm.Router('eth1', force=force)
                 self.assertEqual((self.picture(), names()), (before, {'eth1'}))
                 ip(line.replace(' add ', ' del '))

@@ -6104,7 +6104,8 @@ SCHEMAS.update({
         'flow?': dict, 'metrics?': [dict], 'nexthops?': [{
             'gateway?': str, 'via?': {'host': str}, 'dev?': str, 'weight?': int,
             'flags?': Rows([str])}]}]),
-    'ip neighbour': Rows([{'dst': str, 'lladdr?': str}])})
+    'ip neighbour': Rows([{'dst': str, 'lladdr?': str}]),
+    'ip rule': Rows([{'priority': int, 'iif?': str, 'oif?': str}])})
 
 
 class Feature(NamedTuple):
@@ -6522,6 +6523,17 @@ def neighbour_lines(device: str) -> Iterator[str]:
                 yield f'{row["dst"]} lladdr {row["lladdr"]} nud permanent'
             elif what[0] == 'proxy':
                 yield f'proxy {row["dst"]}'
+
+
+def rules_of(devices: Sequence[str]) -> Iterator[str]:
+    """Yield the rules that name one of these interfaces (`ip rule`; kernels without IPv6, or
+    without rules, fail), in words."""
+    for family in '-4', '-6':
+        said = run(['ip', '-json', family, 'rule', 'show'], IP_TIMEOUT, check=False).stdout
+        for row in checked('ip rule', parse_json(said or b'[]')):
+            for way in 'iif', 'oif':
+                if row.get(way) in devices:
+                    yield f'rule {row["priority"]} ({way} {row[way]})'
 
 
 def valid_name(name: str, what: str = 'interface', empty: bool = False) -> str:
@@ -7315,9 +7327,9 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
                     and (route.protocol != 'kernel' or route.to not in own)),
                    key=lambda route: any(hop.gateway for hop in route.hops))
     strange = [*(words for link in links for words in link.strange_addresses()),
-               *(words for route in moved for words in route.strange())]
+               *(words for route in moved for words in route.strange()), *rules_of(devices)]
     if strange:
-        raise InUse(f'{" and ".join(devices)}: could not be given back as it is: '
+        raise InUse(f'{" and ".join(devices)}: can\'t be taken with all that it has: '
                     + '; '.join(strange),
                     'change that, or use Router(..., nat=True), which leaves it alone')
 
@@ -7918,7 +7930,7 @@ class Router(Switch):
 
     Raises InUse for the interface of the default route, and one with a tunnel or the like on it,
     unless `force`, as the host is cut off if it goes wrong, for what is a port of something else,
-    and for a route or address that could not be given back as it is.
+    for a route or address that could not be given back as it is, and for a rule that names it.
     """
 
     def __init__(self, trunk: Interface | str, name: str = '', force: bool = False,
