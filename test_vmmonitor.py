@@ -12109,6 +12109,15 @@ class OneShotTest(GuestCase):
         (place / '.installed').write_text(json.dumps({'joined': False, 'places': [], 'files': {
             '/etc/shadow': '', '../config.json': '', 'key.pem': ''}}))
         self.assertEqual([*vm.SetupRecord(str(place)).files], ['key.pem'])      # to be removed
+        unit, changes = way / 'unit', vm.Changes()          # one that was linked by hand
+        for there in (True, False):
+            (way / 'linked').write_text('old') if there else (way / 'linked').unlink()
+            unit.symlink_to('linked')
+            changes.put(str(unit), b'new')
+            self.assertEqual((unit.is_symlink(), unit.read_text()), (False, 'new'))
+            changes.take_back()
+            self.assertEqual(os.readlink(unit), 'linked')
+            unit.unlink()
 
     def test_a_user_without_rights_is_told(self) -> None:
         script = self.directory / 'vmmonitor.py'

@@ -13883,7 +13883,11 @@ class Changes:
 
     def keep(self, path: str) -> tuple[bytes, int, int, int] | None:
         """Note how a file is put back that is about to be changed: contents, mode, group and owner
-        now; None: there is none."""
+        now; None: there is none, or a link, which may lead nowhere."""
+        if os.path.islink(path):
+            self.step(functools.partial(os.symlink, os.readlink(path), path))
+            self.step(lambda: remove_file(path))
+            return None
         if not os.path.lexists(path):
             self.step(lambda: os.unlink(path))
             return None
@@ -14088,8 +14092,8 @@ class Setup:
         words = run([self.python, '-I', launcher, 'completion'], SETUP_TIMEOUT).stdout
         for path, data, mode, ours in ((COMMAND, text, 0o755, b"\n# By vmmonitor's install.sh: "),
                                        (COMPLETIONS, words, 0o644, b'_vmmonitor() {')):
-            if os.path.lexists(path) and path not in self.record.files and (
-                    ours not in Path(path).read_bytes()):       # nor of another copy of this
+            if os.path.lexists(path) and path not in self.record.files and not (
+                    os.path.isfile(path) and ours in Path(path).read_bytes()):  # of another copy
                 print(f'note: {path} is not of vmmonitor, and stays')
                 continue
             self.changes.directory(os.path.dirname(path))
