@@ -2356,6 +2356,7 @@ class ConfigTest(ConfigCase):
         ({'libvirt': {'uri': 'qemu:///system\n'}}, 'libvirt.uri: must be a string without control'),
         ({'listener': {'key': ''}}, 'listener.key: missing; put in what'),
         ({'listener': {'key': 'CHANGE-ME'}}, 'listener.key: still the sample\'s'),
+        ({'listener': {'key': 'PSK GOES HERE'}}, 'listener.key: still the sample\'s'),
         ({'listener': {'keyFile': 'x'}}, 'listener.keyFile: there is a listener.key too'),
         ({'listener': {'key': '', 'keyFile': 'nokey'}}, 'nokey: No such file or directory'),
         ({'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'tragets': []}]}},
@@ -2378,6 +2379,7 @@ class ConfigTest(ConfigCase):
          'config.json: no private key in PEM is in it'),
         ({'startup': {'vmStartupCommands': ['start']}}, 'line 1: \'start\' is not understood'),
         ({'startup': {'vmStartupCommands': ['', '#', 'delay soon']}}, 'line 3: \'delay soon\''),
+        ({'startup': {'vmStartupCommands': ['start ""']}}, 'line 1: \'start ""\' is not underst'),
         ({'startup': {'vmStartupCommands': ['start a b']}}, 'names with spaces in quotes'),
         ({'startup': {'vmStartupCommands': ['start "a']}}, 'No closing quotation'),
         ({'startup': {'vmStartupCommands': ['wait a agent 5 6']}}, 'line 1: \'wait a agent 5 6\''),
@@ -2448,6 +2450,8 @@ class ConfigTest(ConfigCase):
                            ('wait "my vm" agent 9', (1, 'wait', 'my vm', 9, 'agent')),
                            ('start \'my vm\'  # first', (1, 'start', 'my vm', 0, '')),
                            ('delay 0.25', (1, 'delay', '', 0.25, '')),
+                           ('start vm#1 # it\'s', (1, 'start', 'vm#1', 0, '')),
+                           ('start "a # b"', (1, 'start', 'a # b', 0, '')),
                            ('wait db off', (1, 'wait', 'db', vm.WAIT_DEFAULT, 'off')),
                            ('wait db port 443',
                             (1, 'wait', 'db', vm.WAIT_DEFAULT, 'port', '443')),
@@ -3548,11 +3552,17 @@ class HostsTest(ConfigCase):
                 ('web*', 'web1', 'beta/web1', True), ('beta/*', 'web1', 'beta/web1', True),
                 ('*/web1', 'web1', 'beta/web1', True), ('*', 'web1', 'beta/web1', True),
                 ('b*', 'web1', 'beta/web1', False), ('alpha/*', 'web1', 'beta/web1', False),
-                ('beta', 'web1', 'beta/web1', False), ('a/*', 'a/b', 'a/b', True)):
+                ('beta', 'web1', 'beta/web1', False), ('a/*', 'a/b', 'a/b', True),
+                ('web [old]', 'web [old]', 'beta/web [old]', True),     # a name is one, whatever it
+                ('beta/web [old]', 'web [old]', 'beta/web [old]', True)):       # has in it
             config = vm.Config(exclude=(pattern,))
             key = vm.Key('k', targets=(pattern,))
             self.assertEqual((config.excludes(own, full), key.covers(own, full)), (fits, fits),
                              pattern)
+        guests = vm.Guests([ScriptedHost(*map(ScriptedGuest, ('web [old]', 'web o')))])
+        for word, names in (('web [old]', ['web [old]']), ('web [!l]', ['web o']),
+                            ('*', ['web [old]', 'web o'])):
+            self.assertEqual([guest.name for guest in vm.choose(guests, [word], [])], names)
 
     def asked(self, *targets: str) -> Callable[..., tuple[int, str]]:
         """Return what asks a dispatcher with a key for these targets."""

@@ -1176,7 +1176,7 @@ class Step(NamedTuple):
 def _fits(token: str, word: str) -> bool:
     if token.islower():
         return word in token.split('|')
-    return token != 'PATH' or word.startswith('/')
+    return word.startswith('/') if token == 'PATH' else bool(word)
 
 
 def _read_form(form: Form, words: Sequence[str]) -> dict[str, str] | None:
@@ -1193,10 +1193,19 @@ def _read_form(form: Form, words: Sequence[str]) -> dict[str, str] | None:
     return None if rest else found
 
 
+def _words(line: str) -> list[str]:
+    """Return the words of a line up to its remark, which begins with a word that begins with "#":
+    one in the middle of a word is part of a name."""
+    for remark in re.finditer(r'(?:^|\s)#', line):
+        with contextlib.suppress(ValueError):           # it stands in quotes
+            return shlex.split(line[:remark.start()])
+    return shlex.split(line)
+
+
 def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> Step | None:
     """Read one line of a list; None for a comment or an empty one."""
     try:
-        words = shlex.split(line, comments=True)
+        words = _words(line)
     except ValueError as reason:
         raise InvalidValue(f'line {number}: {line!r}: {reason}; quote names with spaces') from None
     if not words:
@@ -1273,9 +1282,9 @@ def _host_entry(item: tuple[str, Any]) -> HostEntry:
 
 
 def matches_any(patterns: Iterable[str], own: str, full: str) -> bool:
-    """Tell whether a shell pattern is that of a guest: of its own name, and if there is a "/" in
-    it, also of HOST/NAME; so "b*" never means all guests of a host beta."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+    """Tell whether a name or shell pattern is that of a guest: of its own name, and if there is a
+    "/" in it, also of HOST/NAME; so "b*" never means all guests of a host beta."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns
                for name in ((own, full) if '/' in pattern else (own,)))
 
 
@@ -1473,7 +1482,7 @@ ROLES = ('monitor', 'startup', 'listen', 'shutdown')
 FRESH_KEY = 'put in what "openssl rand -hex 32" prints'
 # Keys that stand in documentation, here or elsewhere: whoever left one in has no key at all.
 SAMPLE_KEYS = frozenset(('CHANGE-ME', 'YOURPSK', 'CHANGEME', 'YOURKEY', 'YOUR-KEY', 'PSK',
-                         'SECRET', 'KEY', 'PASSWORD'))
+                         'PSK GOES HERE', 'SECRET', 'KEY', 'PASSWORD'))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -14926,7 +14935,10 @@ def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Gues
             fitting = [guests.find(name)]
         else:
             everybody = everybody or guests.all(away=away)
-            fitting = [one for one in everybody if matches_any([name], one.own, one.full_name)]
+            exact = [one for one in everybody
+                     if name != '*' and name in (one.own, one.full_name)]
+            fitting = exact or [
+                one for one in everybody if matches_any([name], one.own, one.full_name)]
             if not fitting:
                 raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
         found.update((guest.id, guest) for guest in fitting)
