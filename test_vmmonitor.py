@@ -1101,7 +1101,7 @@ class ScriptedGuest(vm.Guest):
         self.delay = 0.0                                    # seconds one way ...
         self.delays: list[float] = []                       # ... of the next agent calls
         self.grain = 1                                      # ns of the tick of its clock
-        self.troubles: list[str] = []                       # of the next agent calls
+        self.troubles: list[str | vm.Error] = []            # of the next agent calls
         self.condition = vm.State.RUNNING
 
     def status(self) -> vm.Status:
@@ -1127,7 +1127,8 @@ class ScriptedGuest(vm.Guest):
             self.delay = self.delays.pop(0)
         time.sleep(self.delay)
         if self.troubles:
-            raise vm.agent_error(self.name, self.troubles.pop(0))
+            trouble = self.troubles.pop(0)
+            raise vm.agent_error(self.name, trouble) if isinstance(trouble, str) else trouble
         if command == 'guest-get-time':
             now = time.time_ns() + self.offset
             time.sleep(self.delay)
@@ -3846,10 +3847,12 @@ class MonitorTest(Case):
         self.assertIn('no guest agent channel; give it one', logged.output[0])
 
     def test_what_no_event_ends_is_tried_again(self) -> None:
-        """File systems that were frozen for longer than monitor.agentWait, or a hung agent."""
+        """File systems that were frozen for longer than monitor.agentWait, a hung agent, or so many
+        of these that there is no line to libvirt for another one."""
         self.settings.config = vm.Config(agent_wait=0.1)
-        for text in ('the agent is in frozen state', 'guest agent is not responding'):
-            self.guest.troubles, self.guest.offset = [text] * 9, -3 * vm.SECOND
+        for trouble in ('the agent is in frozen state', 'guest agent is not responding',
+                        vm.Busy('libvirt gave no answer to earlier calls')):
+            self.guest.troubles, self.guest.offset = [trouble] * 9, -3 * vm.SECOND
             with mock.patch.object(vm, 'UNTOLD_PAUSE', 0.1), \
                     self.assertLogs('vmmonitor', 'INFO') as logged:
                 self.send('restored')

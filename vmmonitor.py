@@ -4391,8 +4391,8 @@ class Monitor:
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(problem)}')
             # No event tells when the agent comes back and takes a late setting, nor when it answers
-            # again, or its file systems are thawed.
-            if result.late or kind in self.UNTOLD:
+            # again, its file systems are thawed, or agents that hang leave a line to libvirt.
+            if result.late or kind in self.UNTOLD or isinstance(problem, Busy):
                 job.nudge.wait(0 if result.late else UNTOLD_PAUSE)
                 with self._lock:
                     job.again = job.again or job.event
