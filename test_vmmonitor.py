@@ -4587,6 +4587,8 @@ class StartupTest(Case):
                 mock.patch.dict(os.environ, VMMONITOR_BOOT='1', RUNTIME_DIRECTORY=place), \
                 mock.patch.object(vm, 'UNIT_RUN', place):
             vm.BootMark('startup').set()
+            os.environ['RUNTIME_DIRECTORY'] = '/run/another-unit'       # with a list of its own
+            self.assertFalse(vm.BootMark('startup').is_set())
             os.environ['RUNTIME_DIRECTORY'] = ''
             self.assertTrue(vm.BootMark('startup').is_set())
             os.environ['VMMONITOR_BOOT'] = '2'

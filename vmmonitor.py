@@ -4466,9 +4466,12 @@ class BootMark:
     """
 
     def __init__(self, name: str) -> None:
-        place = os.environ.get('RUNTIME_DIRECTORY', '').partition(':')[0] or (
+        own = os.environ.get('RUNTIME_DIRECTORY', '').partition(':')[0]
+        place = own or (
             '/run' if os.geteuid() == 0 else os.environ.get('XDG_RUNTIME_DIR', '/nonexistent'))
         self.path = os.path.join(place, f'vmmonitor-{name}')
+        # That of the service counts, too, for who runs it without an option; no other unit does.
+        self.paths = [self.path] + [os.path.join(UNIT_RUN, f'vmmonitor-{name}')] * (not own)
 
     @staticmethod
     def _boot() -> bytes:
@@ -4477,8 +4480,7 @@ class BootMark:
             '/proc/sys/kernel/random/boot_id').read_bytes().strip().replace(b'-', b'')
 
     def is_set(self) -> bool:
-        service = os.path.join(UNIT_RUN, os.path.basename(self.path))
-        for path in (self.path, service):           # the same, for who runs it without an option
+        for path in self.paths:
             with contextlib.suppress(OSError):
                 if Path(path).read_bytes() == self._boot():
                     return True
