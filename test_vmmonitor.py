@@ -3466,13 +3466,15 @@ class HostsTest(ConfigCase):
     def test_a_path_that_the_service_does_not_see(self) -> None:
         path = self.write({
             'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False}, 'startup': {
-                'vmStartupCommands': ['wait path /dev/mapper/data', 'wait path /srv/tmp/x']}})
-        for machines, told in ((False, True), (True, False)):
+                'vmStartupCommands': ['wait path /dev/mapper/data', 'wait path /srv/tmp/x',
+                                      'wait path /dev/shm/x']}})
+        for machines, role, told in ((False, 'startup', True), (True, 'startup', False),
+                                     (False, 'monitor', False)):
             with mock.patch.object(os, 'geteuid', return_value=1), mock.patch.object(
                     vm.Service, 'of', return_value=vm.Service('/x', 'vmmonitor', machines)):
-                text = str([line.text for line in vm.checks(path, ['startup']) if not line.good])
+                text = str([line.text for line in vm.checks(path, [role]) if not line.good])
             self.assertEqual('will not see /dev/mapper/data' in text, told, text)
-            self.assertNotIn('/srv', text)
+            self.assertNotRegex(text, '/srv|shm')
 
     def test_configuration(self) -> None:
         config = vm.load(self.write({'hosts': {'alpha': 'qemu:///system', 'b-2': {

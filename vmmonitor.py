@@ -14740,7 +14740,7 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
     for warning in config.warnings:
         yield Check(False, warning)
     if service:
-        yield from _check_service(service, config)
+        yield from _check_service(service, config, roles)
     if 'listen' in roles:
         yield from _check_listener(config)
     if config.notify_command and not which(notifier(config)[0]):
@@ -14761,15 +14761,15 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         yield from _check_guests(config, roles, hosts, any(away))
 
 
-def _check_service(service: Service, config: Config) -> Iterator[Check]:
+def _check_service(service: Service, config: Config, roles: Sequence[str]) -> Iterator[Check]:
     """Check at the installed service: does it run, what can it not read, what will it not see?"""
     if os.path.isdir('/run/systemd/system'):
         state = systemctl('is-active', 'vmmonitor').stdout.decode().strip()
         yield Check(state == 'active', f'service: {state}' + (
             '' if state == 'active' else '; see journalctl -u vmmonitor -n 20, then do: systemctl '
             'restart vmmonitor'))
-    for step in () if service.machines else config.steps:
-        if step.until == 'path' and re.match(r'/(dev|(var/)?tmp)(/|$)', step.what):
+    for step in config.steps if 'startup' in roles and not service.machines else ():
+        if step.until == 'path' and re.match(r'/(dev/(?!shm/)|(var/)?tmp/)', step.what):
             yield Check(False, f'{Startup.key} line {step.number}: the service has a /dev, /tmp '
                         f'and /var/tmp of its own, and will not see {step.what}; name a path '
                         'elsewhere, such as below /sys, or a file of what is mounted')
