@@ -11415,6 +11415,15 @@ class CommandLineTest(ConfigCase):
         known = json.loads(vmmonitor('stop', 'test', '--json', '--config', path)[1])['guests'][0]
         self.assertEqual((known['guest'], known['error']), ('test', err.strip()))
 
+    def test_wait_outlasts_a_moment_without_libvirt(self) -> None:
+        guest = ScriptedGuest()
+        known = contextlib.nullcontext(vm.Guests([ScriptedHost(guest)]))
+        looks = [vm.HostAway('restarts'), *[vm.Status(vm.State.OFF)] * 9]
+        with mock.patch.object(vm, 'all_guests', return_value=known), mock.patch.object(
+                guest, 'status', side_effect=looks), contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(vm.command_act(vm.Config(), vm.verb_arguments().parse_args(
+                ['stop', 'web1', '--wait', 'off'])), 0)
+
     def test_log_of_a_guest(self) -> None:
         """All that was done to it, also by the lists, and by its own name or HOST/NAME."""
         told = ['web 1: clock corrected, cause=resumed', 'b/web 1: clock is right',

@@ -14928,8 +14928,9 @@ def command_clean(options: argparse.Namespace) -> int:
     return 0
 
 
-def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Guest]:
-    """Return the guests of these names or patterns."""
+def choose(guests: Guests, names: Sequence[str], away: list[Error],
+           single: bool = False) -> list[Guest]:
+    """Return the guests of these names or patterns; with `single`, refuse several."""
     found: dict[str, Guest] = {}
     everybody: list[Guest] = []
     for name in names:
@@ -14944,6 +14945,8 @@ def choose(guests: Guests, names: Sequence[str], away: list[Error]) -> list[Gues
             if not fitting:
                 raise away[0] if away else NoGuest(f'no guest fits {name}', 'list shows them')
         found.update((guest.id, guest) for guest in fitting)
+    if single and len(found) > 1:
+        raise Error(f'{names[0]} are {len(found)} guests', 'name one, for one file')
     return list(found.values())
 
 
@@ -14965,13 +14968,11 @@ def ask_and_show(config: Config, options: argparse.Namespace,
         finally:
             done.add(guest.name)
     with all_guests(config) as guests:
-        chosen = choose(guests, options.names, away) if options.names else [
+        chosen = choose(guests, options.names, away, 'file' in options) if options.names else [
             guest for guest in guests.all(running, away)
             if not (running and config.excludes(guest.own, guest.full_name))]
         if away and not chosen:
             raise away[0]
-        if 'file' in options and len(chosen) > 1:
-            raise Error(f'{options.names[0]} are {len(chosen)} guests', 'name one, for one file')
         progress = sys.stderr.isatty() and spawn(
             'progress', _show_progress, [guest.name for guest in chosen], done, over)
         answers = [{'name': known['name'], **told(known['problem'], known['name'])}
@@ -15224,8 +15225,8 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
 
     def act(guests: Guests, guest: Guest) -> str:
         says = guests.act(options.verb, guest)
-        if options.wait and not Deadline(ACTION_TIMEOUT).poll(
-                lambda: GUEST_ENDS[options.wait](guest)):
+        if options.wait and not reached(
+                guest.name, lambda: GUEST_ENDS[options.wait](guest), Deadline(ACTION_TIMEOUT)):
             raise GuestError(f'{guest.name}: {says}, but not {options.wait}')
         return says
     if not options.names and not options.all:
