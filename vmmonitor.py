@@ -3087,7 +3087,8 @@ class Connection:
                     return bytes(picture)
                 picture += buffer.raw[:count]
             self.call('virStreamAbort', stream)
-            raise LibvirtError(f'the screen has more than {PICTURE_BYTES} bytes')
+            raise LibvirtError(f'the screen\'s picture has more than {PICTURE_BYTES >> 20} MiB',
+                               hint='give the guest one of 5120x2880 pixels, or less')
         finally:
             self.library.functions['virStreamFree'](stream)
 
