@@ -109,6 +109,7 @@ check_path() {
 # --- who could change it ---------------------------------------------------------------------
 
 check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, and the way to each
+    OPEN='' THEIRS=''
     for name in $FILES config.json cert.pem key.pem .installed __pycache__; do
         [ ! -e "$1/$name" ] || check_owner "$1/$name" "$2"
         [ ! -L "$1/$name" ] || check_way "$(readlink -f "$1/$name")" "$2"
@@ -119,6 +120,10 @@ check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, 
     done
     check_owner "$path" "$2"
     check_way "$path" "$2"
+    [ -z "$OPEN" ] || die "${OPEN# }: others can write to it, and root would run what they put" \
+        "there; do: chmod go-w$OPEN"
+    [ -z "$THEIRS" ] || die "${THEIRS# }: $WHO could change what root runs; do: chown" \
+        "root:root$THEIRS, or say --prefix /opt/vmmonitor"
 }
 
 check_way() {           # check_way PATH UID: the directories above it
@@ -129,18 +134,15 @@ check_way() {           # check_way PATH UID: the directories above it
     done
 }
 
-check_owner() {         # check_owner PATH UID [way]: only root or UID may be able to change that
+check_owner() {         # check_owner PATH UID [way]: note who but root and UID can change it
     # Of a sticky one on the way, as /tmp, only its owner can rename what is ours.
     case $(stat -L -c %a "$1")$([ ! -k "$1" ] || echo "${3:-}") in
         *way) ;;
-        *[2367]? | *[2367])
-            die "$1: others can write to it, and root would run what they put there; do:" \
-                "chmod go-w $1" ;;
+        *[2367]? | *[2367]) OPEN="$OPEN $1" ;;
     esac
     owner=$(stat -L -c %u "$1")
     if [ "$owner" != 0 ] && [ "$owner" != "$2" ]; then
-        die "$1: $(stat -L -c %U "$1") could change what root runs; do: chown root:root $1, or" \
-            'say --prefix /opt/vmmonitor'
+        THEIRS="$THEIRS $1" WHO=$(stat -L -c %U "$1")
     fi
 }
 

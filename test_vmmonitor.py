@@ -12132,6 +12132,16 @@ class OneShotTest(GuestCase):
                 with self.subTest(directory, mode=oct(mode), owner=owner):
                     self.assertRegex(checked(directory), why and f'^install.sh: {way}: {why}'
                                      or '^$')
+        way.chmod(0o755)
+        for path in (place, place / 'install.sh'):          # as one user's copy is: all at once
+            os.chown(path, 65534, -1)
+            path.chmod(0o775)
+        found = f'{place}/install.sh {place} {way}'
+        self.assertIn(f'do: chmod go-w {place}/install.sh {place}\n', checked(place))
+        for path in (place, place / 'install.sh'):
+            path.chmod(0o755)
+        self.assertEqual(checked(place), f'install.sh: {found}: nobody could change what root '
+                         f'runs; do: chown root:root {found}, or say --prefix /opt/vmmonitor\n')
         (place / '.installed').write_text(json.dumps({'joined': False, 'places': [], 'files': {
             '/etc/shadow': '', '../config.json': '', 'key.pem': ''}}))
         self.assertEqual([*vm.SetupRecord(str(place)).files], ['key.pem'])      # to be removed
