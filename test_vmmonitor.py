@@ -8018,6 +8018,10 @@ class TestMaking(Live):
         with self.refused('come through', str(self.home.parent), 'chmod'):
             self.bios('closed')
         self.home.parent.chmod(0o711)
+        self.home.chmod(0o700)
+        with self.refused('come through', str(self.home), 'chmod'):
+            vm.Machine(memory=32)
+        self.home.chmod(0o711)
         for name in (5, None):
             with self.assertRaises(vm.NoGuest):
                 vm.Machine.load(name)           # type: ignore[arg-type]
@@ -8229,6 +8233,11 @@ class TestMaking(Live):
         own = shutil.copy(self.kernel, str(closed))
         os.chmod(own, 0o600)
         m = self.bios('closed', kernel=own)
+        os.seteuid(65534)                       # who can't look behind it
+        try:
+            self.assertIn(str(closed), vm.closed_ways(str(closed / 'sub/kernel')))
+        finally:
+            os.seteuid(0)
         with self.assertRaises(vm.MachineError) as refused:
             m.start_vm()
         subprocess.run(['sh', '-c', refused.exception.hint.rpartition(': QEMU')[0]], check=True,
@@ -8340,6 +8349,8 @@ class TestFromImage(Live):
         run('qemu-img', 'create', '-f', 'qcow2', self.path('deb.qcow2'), '1M', timeout=60)
         with self.refused('machine deb: its disk would be', 'the image itself', 'as disk='):
             vm.Machine.from_image('deb', self.path('deb.qcow2'), **fine)
+        for text in ('\n#cloud-config\n', 'Subject: x\nMIME-Version: 1.0\n'):  # as people write it
+            vm.Machine.from_image('own', self.path('deb.qcow2'), user_data=text).delete()
 
     def test_first_guest(self) -> None:
         """The README's recipe, with a Debian as its cloud image is but for a boot loader."""

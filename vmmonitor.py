@@ -9696,7 +9696,11 @@ def listener(path: str) -> int:
 
 def closed_ways(path: str) -> list[str]:
     """Return the directories on the way to a file that QEMU's user can't come through."""
-    return [str(place) for place in Path(path).parents if not place.stat().st_mode & stat.S_IXOTH]
+    closed = list[str]()
+    for place in Path(path).parents:
+        with contextlib.suppress(PermissionError):      # it is behind another one
+            closed += [str(place)] * (not place.stat().st_mode & stat.S_IXOTH)
+    return closed
 
 
 def appended(path: str) -> int:
@@ -12094,7 +12098,7 @@ def _are_nics(value: Any) -> bool:
         value, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(value))
 
 
-USER_DATA = re.compile(r'#|(content-type|mime-version|from)\b', re.IGNORECASE)    # its beginning
+USER_DATA = re.compile(r'\s*#|(?s:.{0,4096})mime-version:', re.IGNORECASE)     # as cloud-init does
 # argument of Machine -> whether a value of it is good, and what to say of another one
 ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     'name': (lambda name: isinstance(name, str) and (not name or NAME.fullmatch(name)
@@ -12146,7 +12150,7 @@ def _make_home(name: str) -> str:
     """Return the directory of a machine, or of the first free machineN, made if there is none."""
     try:
         make_machines_dir()
-        closed = closed_ways(os.path.join(MACHINES_DIR, name))
+        closed = closed_ways(os.path.join(MACHINES_DIR, name or 'machine'))
         if closed and os.geteuid() == 0:
             raise MachineError(f'{MACHINES_DIR}: users other than root can\'t come through '
                                f'{closed[-1]}, and QEMU runs as one',
