@@ -5642,6 +5642,11 @@ class TestErrors(NetCase):
         nic.connect(one)
         with self.refused('nic-p0: is already a port of one', 'disconnect it', kind=vm.InUse):
             nic.connect(two)
+        for _ in range(2):
+            one.connect(two)
+            joint = next(name for name in one.ports if name != nic.name)
+            ip(f'link del dev {joint}')                 # by others: it is made anew
+        one.disconnect(two)
         with self.refused('onee: no such interface', 'did you mean one?', kind=vm.NoInterface):
             nic.connect('onee')
         with self.refused('lo: is no bridge', 'name a Switch', kind=vm.NoInterface):
@@ -6738,6 +6743,10 @@ class TestRouter(NetCase):
         ip('link set dev eth1 nomaster')            # or unplugged, and there again
         self.assertIn('eth1-router: somebody took eth1 away', str([*vm.check_networks()]))
         self.assertEqual(reaches('', 'server', '192.0.2.1', 0.3), '')
+        ip('address add 192.0.2.77/32 dev eth1')
+        with self.refused('192.0.2.77/32', 'say force=True: eth1-router has', kind=vm.InUse):
+            vm.Router('eth1')
+        ip('address del 192.0.2.77/32 dev eth1')
         vm.Router('eth1')
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
         self.assertNotIn('took eth1', str([*vm.check_networks()]))
@@ -7215,7 +7224,9 @@ class TestInGuest(NetCase):
                           if route.to == 'default' for hop in route.hops],
                          [('192.0.2.1', 'bond4'), ('192.0.2.9', 'bond4')])
         ip('link set dev e0 nomaster')          # or unplugged, and there again
+        ip('link add link e1 name e1.5 type vlan id 5')     # what is a port already is left alone
         self.assertEqual(vm.Bond('bond4', ['e0', 'e1']).name, 'bond4')
+        ip('link del dev e1.5')
         self.assertEqual(set(bond.status), {'e0', 'e1'})
         bond.delete()
         self.assertEqual(sorted(ip('route').split()), sorted(before.split()))
@@ -11270,6 +11281,10 @@ class TestLab(Live):
         self.enter(netem_or_none())
         self.assertEqual((lab.up(), lab.up(), lab.plan(), lab.status()[-1]['delay']),
                          (['a - b: impaired'], [], [], 0.02))
+        ip(f'link del dev {next(iter(vm.Switch("a").ports))}')
+        self.assertEqual((lab.status()[-1]['state'], lab.plan()),
+                         ('absent', ['connect a - b', 'impair a - b']))
+        self.assertEqual((lab.up(), lab.plan()), (['a - b: connected'], []))
         tree['links'] = [{'ends': ['a', 'b'], 'loss': 1}]
         lab = vm.Lab.load(self.write(tree))
         self.assertEqual((lab.plan(), lab.status()[-1]['delay']), (['impair a - b'], 0.02))

@@ -7256,6 +7256,20 @@ def require_port(plan: Transaction, link: Link, master: str, force: bool, nat: b
             raise InUse(f'{link.name}: {what}', hint)
 
 
+def require_bare(plan: Transaction, link: Link, master: str, force: bool) -> None:
+    """Raise InUse for what has addresses or routes, unless `force`."""
+    has = [*(f'address {one}' for one in link.addresses if not one.startswith('fe80:')),
+           *(f'route {route.to}' for route in plan.network.routes
+             if route.uses(link.name) and route.protocol != 'kernel')]
+    if has and not force:
+        facts = plan.records[master].facts if master in plan.records else {}
+        back = link.name in (facts.get('trunk'), *facts.get('interfaces', ()))
+        raise InUse(f'{link.name}: has the {has[0]}, which stops working on a port of {master}',
+                    f'say force=True: {master} has those that it had' if back else
+                    f'use Router({link.name!r}), which moves and gives back addresses and routes, '
+                    'or say force=True')
+
+
 def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) -> None:
     """Plan to make an interface a port of a bridge, or join two bridges; InUse if it can't be."""
     target, link = plan.network.find(bridge), plan.network.find(device)
@@ -7269,13 +7283,7 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
     require_port(plan, link, bridge, force)
     if link.master == bridge:
         return
-    has = [*(f'address {one}' for one in link.addresses if not one.startswith('fe80:')),
-           *(f'route {route.to}' for route in plan.network.routes
-             if route.uses(link.name) and route.protocol != 'kernel')]
-    if has and not force:
-        raise InUse(f'{link.name}: has the {has[0]}, which stops working on a switch',
-                    f'use Router({link.name!r}), which moves and gives back addresses and routes, '
-                    'or say force=True')
+    require_bare(plan, link, bridge, force)
     if link.peer in plan.network.links and plan.network.links[link.peer].master:
         refuse_loop(plan, plan.network.links[link.peer].master, bridge)
     plan_agreed_mtu(plan, link, target)
@@ -7286,7 +7294,7 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
 def plan_join(plan: Transaction, one: Link, other: Link) -> None:
     """Plan a veth pair between two bridges; the smaller MTU counts of those that have ports."""
     parents = [one.name, other.name]
-    if plan.registry.between(*parents):
+    if any(map(plan.standing, plan.registry.between(*parents))):
         return
     refuse_loop(plan, other.name, one.name)
     fixed = [side.mtu for side in (one, other) if plan.network.ports(side.name)]
@@ -8078,11 +8086,13 @@ class Bond(ManagedInterface):
         with transaction() as plan:
             names = [plan.network.find(one).name for one in given]
             row = plan.claim(name, 'bond', interfaces=names, mode=mode)
-            links = [plan.network.links[one] for one in names]
+            links = [link for link in map(plan.network.links.__getitem__, names)
+                     if link.master != name]
             for link in links:
                 require_port(plan, link, name, force)
-            if not row:                     # some may have been taken out, or were unplugged
-                for link in [one for one in links if one.master != name]:
+            if not row:                     # these were taken out, or unplugged and there again
+                for link in links:
+                    require_bare(plan, link, name, force)
                     device = shlex.quote(link.name)
                     plan.late += ops_for(f'make {link.name} a port of {name}', f'link set dev '
                                          f'{device} down', f'link set dev {device} master {name}')
@@ -13459,7 +13469,7 @@ class Lab:
             if here in network.links and network.links[here].master == there:
                 return here if here in records and records[here].kind == 'nic' else ''
         for name, row in records.items():
-            if set(row.parents) == {one, other}:
+            if set(row.parents) == {one, other} and (row.kind == 'cable' or name in network.links):
                 return one if row.kind == 'cable' else name
             master = network.links[name].master if name in network.links else ''
             if row.parents and {row.parents[0], master} == {one, other}:    # a router's LAN port
@@ -13484,7 +13494,7 @@ class Lab:
         worse = {name: json.dumps(cable.worse) for name, cable in links.items() if cable.worse}
         new = [name for name in worse if before.get(name) != worse[name]]
         self._note_new('worse', dict.fromkeys(new, ''))         # '': not yet, or by half
-        for name in before.keys() - worse.keys() & seen[0].keys():
+        for name in (before.keys() - worse.keys()) & seen[0].keys() & seen[1].links.keys():
             VirtualNic.known(name, seen[0]).impair()
             did.append(f'{links.get(name, name)}: no longer impaired')
         for name in worse:
