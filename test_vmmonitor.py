@@ -11774,8 +11774,11 @@ class WayDownTest(GuestCase):
             port = free_port()
             listed = merged(json.loads(Path(self.list).read_text()), {
                 'listener': {'enabled': True, 'port': port}})
+            mark = self.directory / 'vmmonitor-startup'     # whose guests are to come back
+            mark.touch()
             program = self.program(config=self.write_text(json.dumps(listed)), env={
-                **self.systemctl('stopping'), 'NOTIFY_SOCKET': notified})
+                **self.systemctl('stopping'), 'NOTIFY_SOCKET': notified,
+                'RUNTIME_DIRECTORY': str(self.directory)})
             program.wait_log('connected after')
             program.process.send_signal(signal.SIGTERM)
             seen = ''
@@ -11787,6 +11790,7 @@ class WayDownTest(GuestCase):
             self.assertEqual([found['list'][0], found['start&target=down1']],
                              [200, (503, 'the host goes down')])
             self.assertEqual(program.process.wait(60), 0)
+        self.assertFalse(mark.exists())
         # Also while it is not known yet whether the host goes down, which may take long then.
         self.assertIn('STATUS=stopping\nEXTEND_TIMEOUT_USEC=30000000\nSTATUS=', seen)
         self.ended(program.log())

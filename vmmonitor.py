@@ -4487,6 +4487,11 @@ class BootMark:
                     return True
         return False
 
+    def clear(self) -> None:
+        """Have it done again at the next start of the program."""
+        with contextlib.suppress(OSError):
+            remove_file(self.path)
+
     def set(self) -> None:
         try:
             write_whole(self.path, self._boot(), replace=True)
@@ -14649,6 +14654,8 @@ class Daemon:
     def _shut_down(self) -> None:
         """End the guests of a host that goes down, and have systemd wait for it."""
         self.guests.lists['shutdown'] = 'begins'        # from now on the listener only tells
+        if self.startup.mark:                           # systemd's soft-reboot leaves it, and the
+            self.startup.mark.clear()                   # number of the boot
         shutdown = Shutdown(self.guests, self.settings.config)
         work = spawn('shutdown', shutdown.run)
         while work.is_alive():
