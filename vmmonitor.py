@@ -746,6 +746,8 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
         try:
             home = os.open(place or '.', os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             opened.callback(os.close, home)
+            if replace:
+                _require_file(path, name, home)
             try:
                 file = os.open('.', mode | os.O_TMPFILE, 0o600, dir_fd=home)
             except OSError:
@@ -764,6 +766,15 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
                 os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
         except OSError as problem:
             raise write_error(path, problem) from None
+
+
+def _require_file(path: str, name: str, directory: int) -> None:
+    """Raise FileError for what is there under a name and is no file: /dev/null must stay what it
+    is."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+            raise FileError(f'{path}: is no file', 'name another')
 
 
 def _linked(file: int, name: str, directory: int) -> bool:
