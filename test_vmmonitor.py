@@ -8199,6 +8199,11 @@ class TestMaking(Live):
                      lambda: other.del_harddrive(0), lambda: other.increase_ram(128)):
             with self.refused('shared is saved', 'delete_saved()'):
                 call()
+        rival = self.bios('rival', harddrives=self.path('b.qcow2'))
+        rival.snapshot('cold')
+        with self.refused('shared is saved', 'delete_saved()'):
+            rival.load_snapshot('cold')
+        self.assertEqual([row.tag for row in rival.snapshots], ['cold'])
         self.assertEqual(mine.start(), 'restored')
         self.assertIs(other.state(), vm.State.RUNNING)
         other.stop(force=True)
@@ -9699,7 +9704,8 @@ class TestSaving(Live):
         self.assertIs(m.state(), vm.State.SAVED)
         self.assertEqual(m.save(), 'already saved')
         before = Path(disk.filename).read_bytes()
-        for drive in (disk, vm.Machine.load('saves').harddrives[0]):    # with which it goes on
+        for drive in (disk, vm.Machine.load('saves').harddrives[0],     # with which it goes on
+                      vm.Harddrive(disk.filename, format='raw')):
             for call in (drive.wipe, functools.partial(drive.load_snapshot, 'x'),
                          functools.partial(drive.resize, 0.005, shrink=True)):
                 with self.refused('saves is saved', 'delete_saved()', kind=vm.WrongState):

@@ -8588,6 +8588,9 @@ LOGIN = re.compile(r'[A-Za-z_][A-Za-z0-9._-]{0,31}')
 SSH_KEY = re.compile(r'(ssh|ecdsa|sk)-[!-~]+ [A-Za-z0-9+/=]+( [ -~]*)?')
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
+# Who tells which machine is saved with an image, or '': *devices*, as no disk knows of machines.
+SAVED_WITH: list[Callable[[str], str]] = []
+
 SCHEMAS.update({
     'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
     'qemu-img info': {
@@ -8717,10 +8720,6 @@ class Attached(Protocol):
 
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
-
-    def require_not_saved(self) -> None:
-        """Raise WrongState when the machine's memory is saved, which goes with what is there."""
-
 
 class Snapshot(NamedTuple):
     """A snapshot inside a qcow2 image."""
@@ -8875,9 +8874,11 @@ class Harddrive:
     def _live(self) -> Attached | None:
         return self.attached if self.attached and self.attached.alive() else None
 
-    def _require_not_saved(self) -> None:
-        if self.attached:
-            self.attached.require_not_saved()
+    def require_not_saved(self) -> None:
+        """Raise WrongState when a machine's memory is saved, which goes with what is in it."""
+        for name in filter(None, (ask(self.filename) for ask in SAVED_WITH)):
+            raise WrongState(f'{self.filename}: {name} is saved, and its memory would not fit',
+                             'start it first, or delete_saved() its memory')
 
     def info(self) -> dict[str, Any]:
         """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
@@ -8930,7 +8931,7 @@ class Harddrive:
     def load_snapshot(self, name: str) -> None:
         """Put the disk back to a snapshot (qemu-img snapshot -a); not while in use, or while the
         machine that has it is saved."""
-        self._require_not_saved()
+        self.require_not_saved()
         # Of id and name it takes the id first, so that the id is never another one's name.
         self._img('snapshot', '-q', '-a', self.found(name).id, self._explicit())
 
@@ -8955,7 +8956,7 @@ class Harddrive:
             for row in self.snapshots:
                 self._img('snapshot', '-q', '-d', row.tag, self._explicit())
             return
-        self._require_not_saved()
+        self.require_not_saved()
         if not os.path.isfile(self.filename):           # a device's node must stay one
             raise DiskError(f'{self.filename}: is no file', 'wipe a block device by blkdiscard')
         info = self.info()
@@ -8974,7 +8975,7 @@ class Harddrive:
             raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
                             'shrink=True cuts off what is behind; shrink the file system first')
         if wanted < now:
-            self._require_not_saved()
+            self.require_not_saved()
         live = self._live()
         if live:
             live.execute('block_resize', node_name=live.node, size=wanted)
@@ -10520,6 +10521,9 @@ def saved_with(path: str) -> str:
     return ''
 
 
+SAVED_WITH.append(saved_with)
+
+
 class DriveSlot:
     """Where a Harddrive or CD is: the Attached of *disks*."""
 
@@ -10528,18 +10532,9 @@ class DriveSlot:
         self.filename = filename                # of a disk; a drive's CD changes
 
     def alive(self) -> bool:
-        return self.qemu.is_alive() and self._has_it()
-
-    def _has_it(self) -> bool:
-        return not self.filename or any(
+        return self.qemu.is_alive() and (not self.filename or any(
             row.id == self.id and row.facts.file == self.filename
-            for row in self.qemu.file.now().of_kind('disk'))
-
-    def require_not_saved(self) -> None:
-        with contextlib.suppress(NoGuest):      # it was deleted
-            if self._has_it():
-                self.qemu.file.refresh()
-                self.qemu.require_not_saved()
+            for row in self.qemu.file.now().of_kind('disk')))
 
     def keep(self, medium: str) -> None:
         with self.qemu.file.change() as spec:
@@ -11518,6 +11513,8 @@ class Snapshots(Part):
             if memory:
                 self._load(tag, layers, started)
                 return f'put back to {tag}'
+            for _, drive in layers:             # another machine may be
+                drive.require_not_saved()
             with put_back_on_failure([drive for _, drive in layers]):
                 for _, drive in layers:
                     drive.load_snapshot(tag)
