@@ -7616,9 +7616,12 @@ class TestHarddrive(Case):
         self.assertEqual((os.stat(path).st_ino, again.info()['virtual-size']), (inode, 1 << 29))
         late = self.path('late.qcow2')
         with at_step(f'write {late}', lambda: Path(late).write_text('another program\'s')), \
-                self.refused(late, 'exists'):
+                self.refused(late, 'not a qcow2 image'):
             vm.Harddrive(late, size=0.5)
         self.assertEqual(Path(late).read_text(), 'another program\'s')
+        os.unlink(late)
+        with at_step(f'write {late}', lambda: vm.Harddrive(late, 0.25)):    # as quick as we
+            self.assertEqual(vm.Harddrive(late, 0.5).info()['virtual-size'], 1 << 28)
         os.unlink(late)
         again.create(7)
         self.assertEqual(os.stat(path).st_ino, inode)

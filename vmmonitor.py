@@ -8768,7 +8768,11 @@ class Harddrive:
         """Create the image, of `size` GiB, if it is absent (qemu-img create), and check it."""
         if not os.path.exists(self.filename):
             base = self.backing.info()['virtual-size'] if self.backing else 0
-            self._write(max(self._bytes(size), base))
+            try:
+                self._write(max(self._bytes(size), base))
+            except FileError:
+                if not os.path.exists(self.filename):   # else another has just made it
+                    raise
         elif self.format == 'raw':
             warn_of_foreign(self.filename, 'raw')
         self.check()
