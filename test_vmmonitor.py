@@ -6137,6 +6137,11 @@ class TestReading(NetCase):
         with self.assertRaises(vm.CommandError) as caught:
             vm.sys_command(['/etc/passwd'])
         self.assertIn("can't be run: Permission denied; see that", vm.explain(caught.exception))
+        self.assertEqual(vm.sys_command([Path('/bin/echo'), 'one']), b'one\n')
+        wrong: list[Any] = [None, 5, [], [None], Path('/bin/ls'), 'a\0b', ['\ud800']]
+        for cmd in wrong:
+            with self.refused('is no command', 'give a string', kind=vm.CommandError):
+                vm.sys_command(cmd)
 
     def test_names_that_are_odd(self) -> None:
         """A # is a comment for `ip -batch`: the line ended there, and meant another interface."""

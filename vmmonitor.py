@@ -967,16 +967,25 @@ def run(argv: Sequence[str], timeout: float, stdin: bytes = b'', check: bool = T
     return done
 
 
-def sys_command(cmd: str | Sequence[str], timeout: float = SYS_COMMAND_TIMEOUT) -> bytes:
+def sys_command(cmd: str | Sequence[str | os.PathLike[str]],
+                timeout: float = SYS_COMMAND_TIMEOUT) -> bytes:
     """Run a command of the library's user and return its standard output.
 
     A string goes through /bin/sh, and nothing else in this program does: put no name from outside
-    into one. A list is run as it stands. Raises CommandError (`status`, `stderr`).
+    into one. A list, of strings and paths, is run as it stands. Raises CommandError (`status`,
+    `stderr`).
     """
     try:
-        return run(['/bin/sh', '-c', cmd] if isinstance(cmd, str) else cmd, timeout).stdout
+        words = ['/bin/sh', '-c', cmd] if isinstance(cmd, str) else [*map(os.fsdecode, cmd)]
+        if not words or any(b'\0' in os.fsencode(word) for word in words):
+            raise ValueError(words)
+    except (TypeError, ValueError):
+        raise CommandError([f'{cmd!r:.80}'], 126, 'is no command',
+                           'give a string for a shell, or a list of strings') from None
+    try:
+        return run(words, timeout).stdout
     except CommandError as problem:
-        shown = cmd if isinstance(cmd, str) else shlex.join(cmd)
+        shown = cmd if isinstance(cmd, str) else shlex.join(words)
         raise CommandError([shown], problem.status, problem.stderr, problem.hint) from None
 
 
