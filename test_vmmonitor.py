@@ -6678,6 +6678,7 @@ class TestRouter(NetCase):
         for _ in range(2):
             router.connect('p0', switch)
             switch.connect(router)
+        router.disconnect(router)               # what is not connected is left alone
         self.assertEqual(list(router.ports), ['p0'])
         vm.VirtualNic('m0', sink='m0s').connect(switch)
         machine('web1', 'm0s', '192.0.2.77/24', '2001:db8::77/64')
@@ -6724,6 +6725,8 @@ class TestRouter(NetCase):
         self.assertEqual(vm.Router('eth1').name, router.name)
         for _ in range(2):
             router.delete()
+        with self.assertRaises(vm.NoInterface):
+            self.assertFalse(router.ports)
         self.assertEqual(self.picture(), self.before)
         self.assertEqual(names(), {'eth1'})
         self.assertEqual(reaches('', 'server', '192.0.2.1'), '192.0.2.5')
@@ -6971,7 +6974,7 @@ class TestRouter(NetCase):
 
     def test_addresses_that_can_not_be_handed_out(self) -> None:
         for options, why in (
-                ({'nat': False}, 'dhcp=True needs nat=True'), ({'dhcp': False}, 'hosts= needs'),
+                ({'nat': False}, 'dhcp=True need nat=True'), ({'dhcp': False}, 'hosts= needs'),
                 ({'hosts': {'web': '10.78.0.9'}}, "web can't have 10.78.0.9"),
                 ({'hosts': {'web': '10.77.0.1'}}, 'take one from 10.77.0.2 to 10.77.0.254'),
                 ({'hosts': {'a': '10.77.0.2', 'b': '10.77.0.2'}}, 'an address of its own'),
@@ -6979,7 +6982,8 @@ class TestRouter(NetCase):
                 ({'hosts': {'--': '10.77.0.2'}}, 'each needs a name'),
                 ({'hosts': {'web': '10.77.0.2,x'}}, 'is no IP address'),
                 ({'hosts': {'52:54:00': '10.77.0.2'}}, 'is no MAC'), ({'hosts': ['x']}, 'no IP'),
-                ({'hosts': {}, 'subnet': '10.9.9.8/31'}, 'too small to hand out')):
+                ({'hosts': {}, 'subnet': '10.9.9.8/31'}, 'too small to hand out'),
+                ({'hosts': {}, 'dhcp': False, 'nat': False, 'subnet': '10.9.9.0/24'}, 'need nat')):
             with self.subTest(why), self.refused(why, kind=vm.NetworkError):
                 vm.Router('eth1', **{'nat': True, 'dhcp': True, 'hosts': {'web': '10.77.0.2'},
                                      **options})     # type: ignore[arg-type]

@@ -6794,7 +6794,8 @@ class Registry:
 
     def between(self, one: str, other: str) -> list[str]:
         """Return what connects two switches, or two nics: a nic, or a cable."""
-        return [name for name, row in self.records.items() if set(row.parents) == {one, other}]
+        return [name for name, row in self.records.items()
+                if one != other and set(row.parents) == {one, other}]
 
     def with_dependents(self, names: Iterable[str]) -> list[str]:
         """Return these names, their children, and namespaces that were made for what goes; what is
@@ -7987,8 +7988,8 @@ class Router(Switch):
         valid_name(name, empty=True)
         if subnet != '':
             subnet = valid_address(subnet, ipaddress.IPv4Network)
-        if dhcp and not nat or hosts and not dhcp:
-            raise NetworkError('dhcp=True needs nat=True, and hosts= needs dhcp=True',
+        if (subnet or dhcp) and not nat or hosts and not dhcp:
+            raise NetworkError('subnet= and dhcp=True need nat=True, and hosts= needs dhcp=True',
                                'on the network of its trunk another server hands out addresses')
         fixed = valid_hosts(hosts or {})
         with transaction() as plan:
@@ -8040,6 +8041,7 @@ class Router(Switch):
     @property
     def ports(self) -> Mapping[str, VirtualNic]:
         """Its LAN ports by label: p0, p1, ..."""
+        self.link()
         records = Registry.read().records
         return {name.rpartition('-')[2]: VirtualNic.known(name, records)
                 for name, row in records.items() if row.parents == [self.name]}
