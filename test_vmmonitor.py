@@ -8172,10 +8172,19 @@ class TestMaking(Live):
     def test_deleted_and_made_again(self) -> None:
         old = self.bios('again')
         vm.Machine.load('again').delete()
-        new = self.bios('again')
-        with self.refused('again was deleted, and another one made', kind=vm.NoGuest):
-            old.start_vm()
-        self.assertIs(new.state(), vm.State.OFF)
+        new = self.bios('again', nics='user')
+        for up in (0, 'off', None):             # its file could not be read again
+            with self.refused('up', 'must be true or false'):
+                new.nic_state(0, up)            # type: ignore[arg-type]
+        new.start_vm()
+        calls: list[Any] = [old.start_vm, old.freeze, old.power_button, functools.partial(
+            old.send, 'stop')]
+        for call in calls:
+            with self.refused('again was deleted, and another one made', kind=vm.NoGuest):
+                call()
+        self.assertEqual((old.is_alive(), old.stop(), old.stop(force=True)),
+                         (False, 'already off', 'already off'))
+        self.assertIs(new.state(), vm.State.RUNNING)
 
     def test_two_programs(self) -> None:
         """What one object has changed, another one knows, and takes nothing of it back."""

@@ -9711,7 +9711,7 @@ SCHEMAS.update({
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
     'query-status': {'status': str}})
 SCHEMAS['human-monitor-command'] = DATA
-SCHEMAS['process.json'] = {'machine': str, 'boot': str, 'pid': int, 'started': str}
+SCHEMAS['process.json'] = {'machine': str, 'uuid?': str, 'boot': str, 'pid': int, 'started': str}
 
 
 def boot_id() -> str:
@@ -9982,7 +9982,8 @@ class Qemu:
         self.file, self.name = file, file.name
 
     def _record(self, pid: int) -> dict[str, Any]:
-        known = {'machine': self.name, 'boot': boot_id(), 'pid': pid, 'started': process_start(pid)}
+        known = {'machine': self.name, 'uuid': self.file.uuid, 'boot': boot_id(), 'pid': pid,
+                 'started': process_start(pid)}
         write_whole(self.file.path('process.json'), json.dumps(known).encode(), replace=True,
                     lasting=False)                      # until the next boot
         return known
@@ -9995,6 +9996,8 @@ class Qemu:
                 Path(self.file.path('process.json')).read_bytes())))
             if known['machine'] != self.name or known['boot'] != boot_id():
                 return nothing                  # of the machine that this one was copied from
+            if known.get('uuid', self.file.uuid) != self.file.uuid:
+                return nothing                  # of a later one of that name
         except FileNotFoundError:
             return nothing
         except (OSError, ValueError):
@@ -10043,6 +10046,9 @@ class Qemu:
         """
         deadline = Deadline(timeout or QMP_TIMEOUT)
         with self.file.one_of('qmp', SESSIONS, deadline) as number:
+            if not self.is_alive():             # nor is a later one of that name meant
+                self.file.now()
+                raise WrongState(f'{self.name} is off{self.last_words()}', 'start it first')
             try:
                 qmp = QMP(self.socket(f'qmp{number}'), max(deadline.left(), 0.1))
             except ProtocolError as problem:
@@ -12790,9 +12796,10 @@ class DamagedMachine(Guest):
         self.problem, self.damage = problem, problem.message
         home = os.path.join(MACHINES_DIR, name)
         known: dict[str, str] = {}              # what can still be read of it
-        with contextlib.suppress(OSError):
-            text = Path(home, 'machine.json').read_text(errors='replace')
-            known.update(re.findall(r'"(uuid|uid)": "?([0-9a-f-]{1,36})\b', text))
+        for file in ('machine.json', 'process.json'):
+            with contextlib.suppress(OSError):
+                known.update(re.findall(r'"(uuid|uid)": "?([0-9a-f-]{1,36})\b',
+                                        Path(home, file).read_text(errors='replace')))
         self._file = MachineFile(home, MachineSpec(
             name, known.get('uuid', ''), '', 0, 0, 0, '', '', '', '', '', '', '', None,
             int(known['uid']) if known.get('uid', '').isdecimal() else 0, 0))
