@@ -63,7 +63,6 @@ import threading
 import time
 import traceback
 import tracemalloc
-import types
 import unittest
 import unittest.mock
 import urllib.error
@@ -8019,15 +8018,19 @@ class TestMaking(Live):
 
     def test_bad_arguments(self) -> None:
         before = sorted(os.listdir(self.home)) if self.home.exists() else []
-        many, one = (types.SimpleNamespace(name='n', namespace='', mac=mac, mtu=1500)
-                     for mac in ('01:00:5e:00:00:01', '52:54:00:00:00:01'))
+        one, pair = vm.VirtualNic('n'), vm.VirtualNic('pair', sink='nosuch')
+        for thing in one, pair:
+            self.addCleanup(thing.delete)
         for options, why in (
                 ({'name': '../x'}, 'name'), ({'name': 'a,b=c'}, 'name'), ({'name': '-x'}, 'name'),
                 ({'memory': 1}, 'memory'), ({'memory': '512'}, 'memory'), ({'cpus': 0}, 'cpus'),
                 ({'maxmemory': 3}, 'maxmemory'), ({'display': 'gtk'}, 'display'),
                 ({'monitor_port': 70000}, 'monitor_port'), ({'accel': 'hvf'}, 'accelerator'),
                 ({'user': 'nobody-such'}, 'no such user'), ({'cd': '/absent.iso'}, '/absent.iso'),
-                ({'nics': many}, 'no MAC of one machine'), ({'nics': [one, one]}, 'has n already'),
+                ({'nics': pair}, 'with a tap'), ({'nics': [one, one]}, 'has n already'),
+                ({'nics': vm.interfaces['lo']}, 'use a number'), ({'user': True}, 'no such user'),
+                ({'cmdline': 'a\0b'}, 'no string'), ({'args': ['\ud800']}, 'list of strings'),
+                ({'name': 'huge', 'maxmemory': 10 ** 50}, "huge: can't be kept like that"),
                 ({'harddrives': [self.path('a'), self.path('a')]}, 'already'),
                 ({'harddrives': [None]}, 'no file name'), ({'cd': 5}, 'no file name'),
                 ({'nics': 'x'}, 'use a number'), ({'nics': -1}, 'use a number'),
@@ -8059,8 +8062,9 @@ class TestMaking(Live):
             self.bios('full', nics=1)
         self.assertFalse([name for name in vm.Registry.read().records if name.startswith('full')])
         self.assertEqual(sorted(os.listdir(self.home)), before)
-        self.bios('one')
-        with self.refused('one exists, made with memory 32, not 64', 'load'):
+        self.bios('one', cmdline='x' * 5000)
+        self.assertIs(vm.Machine.load('one').state(), vm.State.OFF)
+        with self.refused('one exists, made with', 'memory 32, not 64', 'load'):
             self.bios('one', memory=64)
         with self.assertRaises(vm.NoGuest):
             vm.Machine.load('absent')
@@ -8136,6 +8140,9 @@ class TestMaking(Live):
                 (lambda: m.mouse_click([1]), 'use 1 to 5'),
                 (lambda: m.balloon('x'), 'use MiB'), (lambda: m.increase_ram(-1), 'use MiB'),
                 (lambda: m.exec([]), 'list of strings'), (lambda: m.exec('ls'), 'list of strings'),
+                (lambda: m.exec(Path('ls')), 'list of strings'),
+                (lambda: m.mouse_move(1, 10 ** 400), 'pixels'),
+                (lambda: m.add_nic(vm.interfaces['lo']), 'give a VirtualNic'),
                 (lambda: m.exec(['ls'], stdin=5), 'is no data'),
                 (lambda: m.write_file('/x', 5), 'is no data'),
                 (lambda: m.agent('guest-ping', timeout=1), 'is not connected'),

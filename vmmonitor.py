@@ -2127,7 +2127,8 @@ class Guest:
         Raises AgentError when it can't be started, prints more than some MiB, or does not end in
         time: it then goes on, as it does for a child in the background that keeps its output open.
         """
-        if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
+        if not isinstance(argv, (list, tuple)) or not argv \
+                or not all(isinstance(word, str) for word in argv):
             raise GuestError(f'{self.name}: exec({argv!r:.80})',
                              "give a list of strings: ['ls', '-l']")
         more = {'input-data': self._base64(stdin)} if stdin else {}
@@ -9304,9 +9305,9 @@ SCHEMAS['device'] = {'id': str, 'kind': str, 'bus?': str, 'boot?': int, 'pending
 SCHEMAS['machine.json'] = {
     'version': int, 'name': str, 'uuid': str, 'type': str, 'memory': int, 'cpus': int,
     'maxmemory': int, 'namespace': str, 'accel': str, 'kernel': str, 'initrd': str,
-    'cmdline': str, 'display': str, 'monitor_port': (int, None), 'uid': int, 'ports': int,
+    'cmdline': DATA, 'display': str, 'monitor_port': (int, None), 'uid': int, 'ports': int,
     'memory_at': str, 'memory_place': str, 'cpu': str, 'processor': str,
-    **dict.fromkeys(CHOICES, str), 'tpm': bool, 'args': [str],
+    **dict.fromkeys(CHOICES, str), 'tpm': bool, 'args': [DATA],
     'devices': [SCHEMAS['device']], 'snapshots': {'*': [list]}, 'made': dict}
 
 
@@ -9570,8 +9571,13 @@ class MachineFile:
         return self.spec
 
     def write(self) -> None:
-        """Write what `spec` says, and a copy for Machine.load(name, repair=True)."""
+        """Write what `spec` says, and a copy for Machine.load(name, repair=True); MachineError,
+        and nothing is written, if it could not be read again."""
         data = self.spec.json()
+        try:
+            MachineSpec.read(data, self.name)
+        except ValueError as problem:
+            raise MachineError(f'{self.name}: can\'t be kept like that: {problem}') from None
         for path in (self.path('machine.json'), self.path('machine.json.copy')):
             try:
                 same = Path(path).read_bytes() == data
@@ -10461,6 +10467,11 @@ def told_mtu(nic: VirtualNic | None) -> int:
     return 0 if mtu == 1500 else mtu
 
 
+def is_card(nic: Any) -> bool:
+    """Tell whether a machine can have it as a network card: a pair has no tap."""
+    return isinstance(nic, VirtualNic) and nic.layout != 'pair'
+
+
 def chain_of(drive: Harddrive) -> list[list[str]]:
     return [[row.filename, row.format] for row in drive.chain()]
 
@@ -10716,10 +10727,8 @@ class Devices(Part):
 
     def plan_nic(self, nic: VirtualNic | None, own: bool, forwards: Sequence[str] = ()) -> Device:
         digest = hashlib.sha256(f'{self.file.uuid} {self.spec.new_id("nic")}'.encode()).digest()
-        mac = nic.mac.lower() if nic else ':'.join(['52', '54', '00', *(
+        mac = nic.mac if nic else ':'.join(['52', '54', '00', *(
             f'{byte:02x}' for byte in digest[:3])])
-        if not MAC.fullmatch(mac):
-            raise MachineError(f'{self.name}: {mac} is no MAC of one machine')
         if nic and any(nic.name == device.facts.name for device in self.spec.of_kind('nic')):
             raise MachineError(f'{self.name}: has {nic.name} already')
         return self.plan(self.spec.new(
@@ -10916,9 +10925,9 @@ class Devices(Part):
         """Plug in a network card, a new one of its own if none is given, 'user' for QEMU's own
         NAT, with `forwards` as Machine has them, at once if it runs (getfd, netdev_add,
         device_add)."""
-        if nic not in (None, 'user') and not hasattr(nic, 'mac'):
+        if nic not in (None, 'user') and not is_card(nic):
             raise MachineError(f'{self.name}: nic {nic!r:.80}',
-                               "give a VirtualNic, 'user', or nothing")
+                               "give a VirtualNic with a tap, 'user', or nothing")
         leads = checked_forwards(forwards, nic == 'user')
 
         def plan() -> Device:
@@ -10954,6 +10963,7 @@ class Devices(Part):
 
     def nic_state(self, nic: Any, up: bool) -> None:
         """Plug the cable in or pull it, as the guest sees it; kept over restarts (set_link)."""
+        check('up', up, a_bool, MachineError)
         with self.file.change():
             device = self.find('nic', nic)
             if self.qemu.is_alive():
@@ -11948,7 +11958,7 @@ class Input(Part):
         """Move the pointer to a place on the screen, in pixels (input-send-event), which takes a
         guest with a driver for tablets."""
         for place in (x, y):
-            if not isinstance(place, (int, float)) or not math.isfinite(place):
+            if not isinstance(place, (int, float)) or not abs(place) < 1 << 31:
                 raise MachineError(f'{self.name}: mouse_move({x!r:.40}, {y!r:.40})',
                                    'give pixels from the upper left corner')
         self._awake()
@@ -12139,7 +12149,13 @@ def _cards(nics: Any, namespace: str) -> list[VirtualNic | None]:
 
 def _are_nics(value: Any) -> bool:
     return type(value) is int and 0 <= value <= 64 or value == 'user' or not isinstance(
-        value, (int, str)) and all(nic is None or hasattr(nic, 'mac') for nic in _several(value))
+        value, (int, str)) and all(nic is None or is_card(nic) for nic in _several(value))
+
+
+def _is_word(text: Any) -> bool:
+    with contextlib.suppress(ValueError):
+        return isinstance(text, str) and b'\0' not in os.fsencode(text)
+    return False
 
 
 USER_DATA = re.compile(r'\s*#|(?s:.{0,4096})mime-version:', re.IGNORECASE)     # as cloud-init does
@@ -12156,16 +12172,16 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     'display': (lambda display: display in (None, '', 'vnc'), 'use None or vnc'),
     'monitor_port': (lambda port: port is None or type(port) is int and 0 <= port < 65536,
                      'use a TCP port'),
-    'nics': (_are_nics, "use a number, a VirtualNic, a list of them, or 'user'"),
+    'nics': (_are_nics, "use a number, a VirtualNic with a tap, a list of them, or 'user'"),
     **{name: (lambda text: isinstance(text, (str, os.PathLike)), 'is no string')
        for name in ('kernel', 'initrd')},
-    'cmdline': (lambda text: isinstance(text, str), 'is no string'),
+    'cmdline': (_is_word, 'is no string'),
     **{name: (lambda flag: isinstance(flag, bool), 'is no bool')
        for name in ('incoming', 'tpm')},
     **{name: (functools.partial(operator.contains, [*choices]), f'use {", ".join(choices)}')
        for name, choices in CHOICES.items()},
-    'args': (lambda args: isinstance(args, (list, tuple)) and all(
-        isinstance(word, str) and '\0' not in word for word in args), 'use a list of strings'),
+    'args': (lambda args: isinstance(args, (list, tuple)) and all(map(_is_word, args)),
+             'use a list of strings'),
     'cds': (lambda cds: isinstance(cds, (list, tuple)), 'use a list, of one or more')}
 
 
@@ -12236,7 +12252,7 @@ def _uid(user: str | int | None, identity: str) -> int:
     if user is None:
         return FIRST_UID + int(identity[:4], 16)
     try:
-        uid = user if isinstance(user, int) else int(pwd.getpwnam(user).pw_uid)
+        uid = user if type(user) is int else int(pwd.getpwnam(user).pw_uid)     # type: ignore[arg-type]
         if 0 <= uid < 1 << 31:
             return uid
         raise ValueError(uid)
