@@ -6958,9 +6958,10 @@ class TestRouter(NetCase):
         self.assertTrue(vm.Router('eth1', nat=True, dhcp=True).exists and len(dnsmasqs()) == 1)
         (_, argv), = dnsmasqs().items()
         with subprocess.Popen(          # of another user, with the same argument
-                ['setpriv', '--reuid=12345', '--regid=12345', '--clear-groups', 'sh', '-c',
-                 'read word', 'sh', argv[1]], stdin=subprocess.PIPE, cwd='/') as stranger:
-            soon(lambda: os.stat(f'/proc/{stranger.pid}').st_uid == 12345)
+                ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', 'su', 'root', '--',
+                 argv[1]], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd='/') as stranger:
+            soon(lambda: os.path.realpath(f'/proc/{stranger.pid}/exe').endswith('/su')
+                 and os.stat(f'/proc/{stranger.pid}').st_uid == 0)
             router.delete()
             self.assertIsNone(stranger.poll())
             stranger.kill()

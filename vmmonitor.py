@@ -1006,6 +1006,13 @@ def process_start(pid: int) -> str:
     return ''
 
 
+def process_users(pid: str) -> set[int]:
+    """Return the numbers of all users that a process is: of anybody's `su`, or other setuid
+    program, /proc/PID is root's, who is but one of them."""
+    status = Path('/proc', pid, 'status').read_text(errors='replace')
+    return {*map(int, status.partition('\nUid:')[2].partition('\n')[0].split())}
+
+
 # === configuration ==============================================================================
 
 KEY_MINIMUM = 16               # shorter keys draw a warning
@@ -6315,13 +6322,13 @@ def server_accounts() -> list[pwd.struct_passwd]:
 def end_server(flag: str) -> None:
     """End the server with that argument, also one that has not yet written its pid; other people's
     processes may have that argument, too."""
-    users = {0, *(account.pw_uid for account in server_accounts())}
+    users = [{0}, *({account.pw_uid} for account in server_accounts())]
     for pid in filter(str.isdecimal, os.listdir('/proc')):
         with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
             process = os.pidfd_open(int(pid))
             opened.callback(os.close, process)
             if flag.encode() not in Path('/proc', pid, 'cmdline').read_bytes().split(b'\0') \
-                    or os.stat(f'/proc/{pid}').st_uid not in users:
+                    or process_users(pid) not in users:
                 continue
             for number in (signal.SIGTERM, signal.SIGKILL):
                 signal.pidfd_send_signal(process, number)
@@ -10023,11 +10030,10 @@ class Qemu:
         return 0
 
     def _is_ours(self, pid: str) -> bool:
-        """Tell whether a process is its user's, or root's on the way to that: not `su`, or another
-        setuid program, whose arguments anybody chooses."""
-        status = Path('/proc', pid, 'status').read_text(errors='replace')
-        uids = {*status.partition('\nUid:')[2].partition('\n')[0].split()}
-        return uids == {str(self.file.spec.uid)} if uids != {'0'} else os.readlink(
+        """Tell whether a process is its user's, or root's on the way to that: not a `su`, whose
+        arguments anybody chooses."""
+        users = process_users(pid)
+        return users == {self.file.spec.uid} if users != {0} else os.readlink(
             f'/proc/{pid}/exe') in map(os.path.realpath, filter(None, map(which, LAUNCHERS)))
 
     def pid(self) -> int:
