@@ -2274,9 +2274,12 @@ class FilesTest(ConfigCase):
         self.assertEqual(Path(path).read_bytes(), b'three')
         fifo = self.directory / 'fifo'
         os.mkfifo(fifo)
-        with self.refused('is no file', 'name another', kind=vm.FileError):
-            vm.write_whole(str(fifo), b'', replace=True)    # as /dev/null must stay a device
-        self.assertTrue(fifo.is_fifo())
+        (link := self.directory / 'stdout').symlink_to('/proc/self/fd/1')
+        (self.directory / 'led').symlink_to(fifo)
+        for odd in (fifo, link, self.directory / 'led'):    # as /dev/null must stay a device
+            with self.refused('is no file', 'name another', kind=vm.FileError):
+                vm.write_whole(str(odd), b'', replace=True)
+        self.assertTrue(fifo.is_fifo() and link.is_symlink())
         with self.assertRaisesRegex(vm.FileError, "/absent/a: can't be written: No such file"):
             vm.write_whole('/absent/a', b'')
         for problem in (FileExistsError('of the block'), BlockingIOError('too')):

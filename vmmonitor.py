@@ -770,10 +770,11 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
 
 def _require_file(path: str, name: str, directory: int) -> None:
     """Raise FileError for what is there under a name and is no file: /dev/null must stay what it
-    is."""
+    is, and so must /dev/stdout, a link to whatever that is."""
     with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        link = stat.S_ISLNK(os.lstat(name, dir_fd=directory).st_mode)
+        if link and os.readlink(name, dir_fd=directory).startswith('/proc/') \
+                or not stat.S_ISREG(os.stat(name, dir_fd=directory).st_mode):
             raise FileError(f'{path}: is no file', 'name another')
 
 
