@@ -4622,6 +4622,11 @@ class StartupTest(Case):
                                                    vm.SHUTDOWN_FORMS))
         self.assertEqual([*vm.Shutdown(guests, config).plan()], [
             'off e', 'stop f; then d; then c; then a, b, 9 s at most, then save'])
+        guests = vm.Guests([ScriptedHost(*map(ScriptedGuest, ('a', 'all')))])
+        for line, plan in (('off libvirt/all', 'off libvirt/all'),
+                           ('off all', 'off a, libvirt/all')):
+            config = vm.Config(shutdown_steps=vm.steps([line], vm.SHUTDOWN_FORMS))
+            self.assertEqual([*vm.Shutdown(guests, config).plan()], [plan])
 
     def test_what_is_not_there_is_not_off(self) -> None:
         guest, away = ScriptedGuest('a'), ScriptedHost(label='away')

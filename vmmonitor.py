@@ -4707,10 +4707,11 @@ class Shutdown(GuestList):
         # A libvirtd that is just being restarted is back in a moment.
         Deadline(BACK_WAIT).poll(lambda: all(host.up.is_set() or not host.links for host in here))
         names = self.guests.names(here, self.away)
+        names.pop('all', None)                      # one that is named so is HOST/all in a list
         guests = {guest.id: guest for named in names.values() for guest in named}
         called = {guest.id: guest.name for guest in guests.values()}
         for name, (guest, *others) in names.items():
-            if not others and len(names.get(called[guest.id], ())) > 1:
+            if not others and len(names.get(called[guest.id], ())) != 1:
                 called[guest.id] = name             # it alone has this one
         full = {name: called[named[0].id] for name, named in names.items() if len(named) == 1}
         self.away += [Ambiguous(f'{step.name} can be ' + ' or '.join(
