@@ -7640,6 +7640,16 @@ class TestHarddrive(Case):
         with at_step(f'write {late}', lambda: vm.Harddrive(late, 0.25)):    # as quick as we
             self.assertEqual(vm.Harddrive(late, 0.5).info()['virtual-size'], 1 << 28)
         os.unlink(late)
+        wrong: list[Any] = [None, 0, '', 'no']
+        for value in wrong:
+            for call in (functools.partial(again.create, value), functools.partial(
+                    vm.Harddrive, path, value)):
+                with self.refused('give it as a number of GiB', kind=vm.DiskError):
+                    call()
+            for call in (functools.partial(again.wipe, value),
+                         functools.partial(again.resize, 1, shrink=value)):
+                with self.refused('must be true or false', kind=vm.DiskError):
+                    call()
         again.create(7)
         self.assertEqual(os.stat(path).st_ino, inode)
         self.assertEqual(os.listdir(os.path.dirname(path)), ['a.qcow2'])
@@ -8150,6 +8160,9 @@ class TestMaking(Live):
                 (lambda: m.balloon('x'), 'use MiB'), (lambda: m.increase_ram(-1), 'use MiB'),
                 (lambda: m.exec([]), 'list of strings'), (lambda: m.exec('ls'), 'list of strings'),
                 (lambda: m.exec(Path('ls')), 'list of strings'),
+                *((functools.partial(call, **{name: 'no'}), f"{name}: 'no' must be true or false")
+                  for call, name in ((m.stop, 'force'), (m.delete, 'force'), (m.unfreeze, 'force'),
+                                     (functools.partial(m.load_snapshot, 'x'), 'disks_only'))),
                 (lambda: m.mouse_move(1, 10 ** 400), 'pixels'),
                 (lambda: m.add_nic(vm.interfaces['lo']), 'give a VirtualNic'),
                 (lambda: m.exec(['ls'], stdin=5), 'is no data'),

@@ -8787,10 +8787,11 @@ class Harddrive:
 
     def create(self, size: float = 5) -> None:
         """Create the image, of `size` GiB, if it is absent (qemu-img create), and check it."""
+        wanted = self._bytes(size)
         if not os.path.exists(self.filename):
             base = self.backing.info()['virtual-size'] if self.backing else 0
             try:
-                self._write(max(self._bytes(size), base))
+                self._write(max(wanted, base))
             except FileError:
                 if not os.path.exists(self.filename):   # else another has just made it
                     raise
@@ -8976,6 +8977,7 @@ class Harddrive:
         the old one in one step. DiskError while it is in use, WrongState while the machine that has
         it is saved.
         """
+        check('snapshots_only', snapshots_only, a_bool, DiskError)
         self.check()
         if snapshots_only:
             for row in self.snapshots:
@@ -8995,6 +8997,7 @@ class Harddrive:
 
     def resize(self, size: float, shrink: bool = False) -> None:
         """Give it a new size in GiB, less only with `shrink` (block_resize, qemu-img resize)."""
+        check('shrink', shrink, a_bool, DiskError)
         wanted, now = self._bytes(size), self.info()['virtual-size']
         if wanted < now and not shrink:
             raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
@@ -11526,6 +11529,7 @@ class Snapshots(Part):
         return [*nodes, *['efi-vars'] * self.spec.uefi]
 
     def load(self, tag: str, disks_only: bool = False) -> str:
+        check('disks_only', disks_only, a_bool, MachineError)
         with self.file.change():
             found = self.find(tag)
             self.qemu.require_not_given()
@@ -12316,6 +12320,7 @@ class Power(Part):
         return says
 
     def unfreeze(self, force: bool = False) -> None:
+        check('force', force, a_bool, MachineError)
         with self.file.held():
             if self.qemu.state() is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
@@ -12347,7 +12352,7 @@ class Power(Part):
         quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
         The disks' caches are written by all but the last.
         """
-        if force or not self.qemu.has_live_guest():
+        if check('force', force, a_bool, MachineError) or not self.qemu.has_live_guest():
             return self.qemu.end()
         return self.qemu.end(('power button', timeout, self._press_power),
                              ('guest agent', STOP_STEPS[1][1], self._ask_agent))
@@ -12374,6 +12379,7 @@ class Power(Part):
         """Forget the machine, with the nics that were made for it and its saved memory; never
         its disks, nor a saved state in a file that you named. WrongState while it runs, without
         `force`. Twice is fine."""
+        check('force', force, a_bool, MachineError)
         with contextlib.suppress(NoGuest), self.file.held():
             if self.qemu.is_alive() and not force:
                 raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
