@@ -6761,7 +6761,8 @@ class TestRouter(NetCase):
     def test_made_by_a_program_that_ended(self) -> None:
         python('vm.Router("eth1")')
         ip('link set dev eth1 nomaster')            # or unplugged, and there again
-        self.assertIn('eth1-router: somebody took eth1 away', str([*vm.check_networks()]))
+        self.assertIn("somebody took eth1 away; Router('eth1', name='eth1-router') puts it back",
+                      '\n'.join(one.text for one in vm.check_networks()))
         self.assertEqual(reaches('', 'server', '192.0.2.1', 0.3), '')
         ip('address add 192.0.2.77/32 dev eth1')
         with self.refused('192.0.2.77/32', 'say force=True: eth1-router has', kind=vm.InUse):
@@ -6772,7 +6773,10 @@ class TestRouter(NetCase):
         self.assertNotIn('took eth1', str([*vm.check_networks()]))
         self.assertEqual(vm.clean(dry_run=True), {})
         self.assertIn('which has ended', vm.clean(dry_run=True, everything=True)['eth1-router'])
-        vm.Router('eth1').delete()
+        ip('link del dev eth1-router-p0')           # by others, too
+        vm.Router('eth1').connect(lan := vm.Switch('lan'))
+        self.assertEqual([*lan.ports], ['eth1-router-p0'])
+        vm.delete_all([vm.Router('eth1'), lan])
         self.assertEqual(self.picture(), self.before)
 
     def test_default_route(self) -> None:

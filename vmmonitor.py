@@ -8064,7 +8064,9 @@ class Router(Switch):
         check('connect', thing, name_of, NetworkError)
         if to is None and not isinstance(thing, Switch):
             return super().connect(thing, force=force)
-        masters = {label: port.master for label, port in self.ports.items()}
+        links = read_network().links        # a port that somebody deleted is made anew
+        masters = {label: links[port.name].master for label, port in self.ports.items()
+                   if port.name in links}
         label = str(thing)
         target = check('connect', thing if to is None else to, name_of, NetworkError)
         if to is None:
@@ -8219,8 +8221,8 @@ def _check_passages() -> Iterator[Check]:
     for name, row in bridges.items():
         trunk = row.facts.get('trunk', '')
         if trunk and not row.facts['nat'] and (trunk not in ports or ports[trunk].master != name):
-            yield Check(False, f'{name}: somebody took {trunk} away; Router({trunk!r}) puts it '
-                        'back')
+            yield Check(False, f'{name}: somebody took {trunk} away; Router({trunk!r}, '
+                        f'name={name!r}) puts it back')
         for op in passage_ops(name, row, records)[0]:
             if not in_force(op):
                 yield Check(False, f'{name}: somebody took away what it needs to {op.what}: '
