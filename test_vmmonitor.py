@@ -11154,6 +11154,11 @@ class TestLab(Live):
             lab.up()
         self.assertFalse(os.path.exists('mb.qcow2'))
         self.assertIn(os.path.abspath('mb.qcow2'), lab.made()['disks'])
+        Path('other.json').write_text(json.dumps(tree))
+        steps: list[str] = []
+        with mock.patch.object(vm, 'TRACE', steps.append), self.refused('mb exists, but the disk'):
+            vm.Lab.load('other.json').up()      # which has not made it, and never says so
+        self.assertFalse([step for step in steps if '.labs/' in step])
         os.rename('elsewhere', 'mb.qcow2')
         note = next(one for one in self.home.glob('.labs/*') if lab.path in one.read_text())
         kept = note.read_bytes()

@@ -13471,7 +13471,7 @@ class Lab:
         new = [name for name in given if machines.find(name) is None]
         self._note_new('machines', dict.fromkeys(new, ''))
         self._note_new('disks', {path: '' for name in given for path in self._disks(name)
-                                 if not os.path.exists(path)})
+                                 if not os.path.exists(path) and path not in self._had(name)})
 
         def bring_up(name: str) -> None:
             machine = self._make_machine(name)
@@ -13571,10 +13571,8 @@ class Lab:
             self._note(lambda made: made.update(worse=worse))
 
     def _make_machine(self, name: str) -> Machine:
-        given, there = dict(self.file.sections['machines'][name]), machines.find(name)
-        if isinstance(there, Machine):
-            own = {path for disk in there.spec.of_kind('disk') for path, _ in disk.facts.chain}
-            require_disks(name, own & {*self._disks(name)})
+        given = dict(self.file.sections['machines'][name])
+        require_disks(name, self._had(name) & {*self._disks(name)})
         drives = [self._drive(drive) for drive in _several(given.get('harddrives'))]
         cards = self.file.nics[name]
         if cards:
@@ -13600,6 +13598,13 @@ class Lab:
         """Return the disk of a machine that is made of an image: beside the lab's file."""
         return str(self.file.sections['machines'][name].get('disk') or os.path.join(
             os.path.dirname(self.path), f'{name}.qcow2'))
+
+    @staticmethod
+    def _had(name: str) -> set[str]:
+        """Return the files of the disks that a machine has already: none of those is made."""
+        there = machines.find(name)
+        return {path for disk in there.spec.of_kind('disk') for path, _ in disk.facts.chain
+                } if isinstance(there, Machine) else set()
 
     def _disks(self, name: str) -> Iterator[str]:
         """Yield the files of a machine's disks, and of what they stand on."""
