@@ -3880,6 +3880,11 @@ class MonitorTest(Case):
         self.guest.troubles = ['not configured']
         self.send('resumed')
         self.settle()
+        machine = ScriptedGuest(self.guest.name)        # of the same name
+        machine.id = 'machine'
+        self.assertEqual(guests.notices.of(machine), [])
+        guests.notices.end(machine, *vm.GUEST_NOTICES)
+        self.guest.name = 'renamed'                     # meanwhile
         self.assertEqual(len(guests.notices.of(self.guest)), 1)
         self.assertIn('correction_failures_total{cause="resumed",trouble="no channel"} 1',
                       guests.figures.text({}))
@@ -15009,7 +15014,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ('figures', "self._counts[f'{name}_bucket', (limit,)] += seconds <= most",
      "self._counts[f'{name}_bucket', (limit,)] += seconds < most < 1",
      'ListenerTest.test_metrics NoticesTest'),
-    ('figures', 'news = (kind, name) not in self._now', 'news = True', 'NoticesTest'),
+    ('figures', 'news = (kind, key) not in self._now', 'news = True', 'NoticesTest'),
     ('guests', 'if len(found) > 1:', 'if len(found) > 2:', 'HostsTest'),
     ('guests',
      'found = [row for row in found if not row[1].damage] or found     # which hides no other',

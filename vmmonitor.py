@@ -3888,44 +3888,50 @@ class Notices:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._lock = threading.RLock()                  # guards these, and their order
-        self._now: dict[tuple[str, str], Error] = {}    # (kind, name) -> what is wrong
+        # (kind, a guest's id or what else it is about) -> what that is called, what is wrong: a
+        # guest may be renamed, and a machine have the name of a guest of libvirt
+        self._now: dict[tuple[str, str], tuple[str, Error]] = {}
         self._told: set[tuple[str, str]] = set()        # those of which word was sent
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
         self.sending = False                            # a thread is at it
 
     def of(self, guest: Guest) -> list[str]:
         """Return what is wrong with a guest, in words."""
-        found = (self._now.get((kind, guest.name)) for kind in GUEST_NOTICES if self._now)
-        return [explain(problem) for problem in found if problem]
+        found = (self._now.get((kind, key)) for kind in GUEST_NOTICES if self._now
+                 for key in (guest.id, guest.name))
+        return [explain(known[1]) for known in found if known]
 
-    def begin(self, kind: str, name: str, problem: Error) -> bool:
-        """Tell of a problem, of a kind in NOTICES, with what is called `name`; tell whether it is
-        news."""
+    def begin(self, kind: str, about: Guest | str, problem: Error) -> bool:
+        """Tell of a problem, of a kind in NOTICES, with a guest, or with what is called so; tell
+        whether it is news."""
+        key, name = (about, about) if isinstance(about, str) else (about.id, about.name)
         with self._lock:
-            news = (kind, name) not in self._now
-            self._now[kind, name] = problem
+            news = (kind, key) not in self._now
+            self._now[kind, key] = name, problem
             if news:
-                self._tell(kind, name, False, told(problem))
+                self._tell((kind, key), False, name, problem)
         return news
 
-    def end(self, name: str, *kinds: str) -> None:
-        """Tell that it is over, if it was begun."""
-        for kind in kinds if self._now else ():
+    def end(self, about: Guest | str, *kinds: str) -> None:
+        """Tell that it is over, if it was begun; also of a name that no guest had then."""
+        keys = (about,) if isinstance(about, str) else (about.id, about.name)
+        for row in itertools.product(kinds, keys) if self._now else ():
             with self._lock:
-                problem = self._now.pop((kind, name), None)
-                if problem:
-                    self._tell(kind, name, True, told(problem))
+                known = self._now.pop(row, None)
+                if known:
+                    self._tell(row, True, *known)
 
     def catch_up(self) -> None:
         """Tell of what was wrong before notify.command, or its kind, was there to be told."""
         with self._lock:
-            for (kind, name), problem in self._now.items():
-                if (kind, name) not in self._told:
-                    self._tell(kind, name, False, told(problem))
+            for row, known in self._now.items():
+                if row not in self._told:
+                    self._tell(row, False, *known)
 
-    def _tell(self, kind: str, name: str, over: bool, known: dict[str, str]) -> None:
-        config, unheard = self.settings.config, over and (kind, name) not in self._told
-        self._told.discard((kind, name))
+    def _tell(self, row: tuple[str, str], over: bool, name: str, problem: Error) -> None:
+        config, unheard = self.settings.config, over and row not in self._told
+        kind, known = row[0], told(problem)
+        self._told.discard(row)
         if unheard or not config.notify_command or kind not in config.notify_kinds:
             return
         if len(self._waiting) >= NOTICES_WAITING:
@@ -3934,7 +3940,7 @@ class Notices:
         self._waiting.append({'version': 1, 'kind': kind, 'name': name, 'over': over,
                               'at': utc(time.time()), 'host': os.uname().nodename, **known})
         if not over:
-            self._told.add((kind, name))
+            self._told.add(row)
         if not self.sending:
             spawn('notify', self._send)                 # may fail: then the next word tries again
         self.sending = True
@@ -4154,7 +4160,7 @@ class Guests:
         try:
             status = guest.status()
         except NoGuest:                                 # it was the last event of that one
-            self.notices.end(guest.name, *GUEST_NOTICES)
+            self.notices.end(guest, *GUEST_NOTICES)
             kept: tuple[dict[str, Any], ...] = self.commands, self.offsets, self.corrections
             for known in kept:
                 known.pop(guest.id, None)
@@ -4167,10 +4173,10 @@ class Guests:
                 'io-error' if status.reason == IO_ERROR else 'crashed'
             if status.state is State.RUNNING and event.kind in ('stopped', 'stuck'):
                 return                                  # again: its event has it looked at, too
-            self.notices.end(guest.name, *(
+            self.notices.end(guest, *(
                 cured for cured in self.CURES.get(status.state, ()) if cured != kind))
             if kind and event.kind != 'off':            # then it is none of now
-                self.notices.begin(kind, guest.name, WrongState(
+                self.notices.begin(kind, guest, WrongState(
                     f'{guest.name} is {status}', TROUBLES[status.reason]))
 
     def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT,
@@ -4191,12 +4197,12 @@ class Guests:
                 self.commands[guest.id] = {**known, **told(error)}
                 self.figures.count('commands_total', action, type(problem).__name__)
                 if kind and tell:
-                    self.notices.begin(kind, guest.name, error)
+                    self.notices.begin(kind, guest, error)
                 self.note(guest, f'{action} {guest.name}: {explain(problem)}', failed=True)
                 raise
             self.commands[guest.id] = {**known, 'result': says}
             self.figures.count('commands_total', action, 'done')
-            self.notices.end(guest.name, kind)
+            self.notices.end(guest, kind)
             self.note(guest, f'{action} {guest.name}: {says}')
             return says
 
@@ -4214,12 +4220,12 @@ class Guests:
         """Count a clock that could not be corrected, and send word; return what the trouble is."""
         trouble = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
         self.figures.count('correction_failures_total', cause, trouble)
-        self.notices.begin('clock', guest.name, problem)
+        self.notices.begin('clock', guest, problem)
         return trouble
 
     def corrected(self, guest: Guest, result: Correction) -> None:
         """Keep what was found of a clock, which is right now."""
-        self.notices.end(guest.name, 'clock')
+        self.notices.end(guest, 'clock')
         self.offsets.setdefault(guest.id, collections.deque(maxlen=OFFSETS)).extend(
             (round(result.when), offset / MS) for offset in
             ([result.before] if result.method else []) + [result.after])
@@ -4636,16 +4642,15 @@ class Startup(GuestList):
                 self.stopping.wait(START_RETRY_PAUSE)
             if not self._ready(name):
                 return
-            full = name
+            about: Guest | str = name
             try:
-                guest = self.guests.find(name)
-                full = guest.name
+                about = guest = self.guests.find(name)
                 says = self.guests.act('start', guest, tell=False)
             except Error as problem:
                 self.failed[name] = explain(problem)
                 left = START_RETRIES - attempt
                 if not left:
-                    self.guests.notices.begin('start', full, problem)
+                    self.guests.notices.begin('start', about, problem)
                 log.log(logging.WARNING if left else logging.ERROR,
                         'startup: start %s failed: %s; %s', name, explain(problem),
                         f'{left} more tries' if left else 'given up')
@@ -4697,7 +4702,7 @@ class Shutdown(GuestList):
                      for names in self.named(step) for name in names]:
             self.failed.setdefault(name, 'still on: its turn did not come')
         for name, why in [*self.failed.items()]:        # threads may still be at it
-            self.guests.notices.begin('stop', name, Error(f'{name}: {why}'))
+            self.guests.notices.begin('stop', self._on.get(name, name), Error(f'{name}: {why}'))
         self._sum_up(began)
         Deadline(NOTIFY_TIMEOUT).poll(lambda: not self.guests.notices.sending)
 
