@@ -8263,7 +8263,14 @@ class TestMaking(Live):
         with self.refused('shared is saved', 'delete_saved()'):
             rival.load_snapshot('cold')
         self.assertEqual([row.tag for row in rival.snapshots], ['cold'])
-        self.assertEqual(mine.start(), 'restored')
+        jobs: list[Any] = []
+
+        def start_too() -> None:                # it is no restore that was killed midway
+            jobs.append(vm.in_thread('start', other.start))
+            self.assertFalse(vm.Deadline(0.5).poll(lambda: not mine.is_alive()))
+        with at_step('send migrate-incoming', start_too):
+            self.assertEqual(mine.start(), 'restored')
+        self.assertEqual(jobs[0].result(60), 'already running')
         self.assertIs(other.state(), vm.State.RUNNING)
         other.stop(force=True)
         twin = self.bios('twin', cd=mine.cd)            # a drive of its own
@@ -8399,6 +8406,10 @@ class TestFromImage(Live):
                 m.start()
                 m.delete(force=True)
                 self.assertTrue(os.path.exists(drive.filename))
+        make = functools.partial(vm.Machine.from_image, 'of-two', self.path('b.qcow2'), 'me',
+                                 self.KEY, size=0.01, memory=64)
+        with at_step('write .*of-two-seed', make):      # by two programs at once
+            self.assertEqual(make().id, vm.Machine.load('of-two').id)
 
     def test_what_is_no_image(self) -> None:
         place = Path(self.path('image'))

@@ -768,6 +768,17 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
             raise write_error(path, problem) from None
 
 
+def made_once(path: str, make: Callable[..., object], *arguments: Any) -> bool:
+    """Make a file, unless another one does so at the same time; tell whether it was made here."""
+    try:
+        make(*arguments)
+    except FileError:
+        if not os.path.exists(path):
+            raise
+        return False
+    return True
+
+
 def _require_file(path: str, name: str, directory: int) -> None:
     """Raise FileError for what is there under a name and is no file: /dev/null must stay what it
     is, and so must /dev/stdout, a link to whatever that is."""
@@ -8797,11 +8808,7 @@ class Harddrive:
         wanted = self._bytes(size)
         if not os.path.exists(self.filename):
             base = self.backing.info()['virtual-size'] if self.backing else 0
-            try:
-                self._write(max(wanted, base))
-            except FileError:
-                if not os.path.exists(self.filename):   # else another has just made it
-                    raise
+            made_once(self.filename, self._write, max(wanted, base))
         elif self.format == 'raw':
             warn_of_foreign(self.filename, 'raw')
         self.check()
@@ -12296,7 +12303,9 @@ class Power(Part):
         """Start QEMU, from the saved state if there is one; return what was done, in words."""
         with self.file.change():
             if self.qemu.is_alive():
-                return 'already running'
+                if self.spec.memory_at is not MemoryAt.SAVED:
+                    return 'already running'
+                self.qemu.end()                 # of a save or restore that was killed midway
             for device in [row for row in self.spec.devices if row.pending]:
                 self.devices.drop(device)
             saved = self.spec.memory_place if self.spec.memory_at is MemoryAt.SAVED else ''
@@ -12582,10 +12591,8 @@ class Machine(Guest):
         # cloud-init looks at all of it anew when the name of the instance is another one.
         digest = hashlib.sha256(f'{name}\0{data}\0{network_config}'.encode()).hexdigest()[:8]
         seed = f'{os.path.splitext(path)[0]}-seed-{digest}.iso'
-        new = not os.path.exists(seed)
-        if new:
-            CD.seed(data, json.dumps({'instance-id': f'{name}-{digest}', 'local-hostname': name}),
-                    seed, network_config)
+        new = not os.path.exists(seed) and made_once(seed, CD.seed, data, json.dumps({
+            'instance-id': f'{name}-{digest}', 'local-hostname': name}), seed, network_config)
         more = _several(options.pop('harddrives', None))
         try:
             return cls(name, harddrives=[drive, *more], cd=seed, **options)
@@ -12738,10 +12745,8 @@ class Machine(Guest):
         """Make it run, from whatever state: start_vm, cont or system_wakeup. Then set its clock,
         where an agent answers, unless `clock` is false."""
         before = self.status()
-        if before.state in (State.OFF, State.SAVED):
-            says = self.start_vm(clock=clock)
-        elif before.state is State.PAUSED and self.spec.memory_at is MemoryAt.SAVED:
-            self.stop(force=True)               # a save or restore that was killed midway
+        if before.state in (State.OFF, State.SAVED) or (
+                before.state is State.PAUSED and self.spec.memory_at is MemoryAt.SAVED):
             says = self.start_vm(clock=clock)
         else:
             says = self._power.resume(before.state)
