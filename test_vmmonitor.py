@@ -5534,8 +5534,9 @@ class WireTest(ListenerCase):
         with self.assertRaises(vm.Error) as caught:
             vm.Listener(self.guests, self.settings).open(self.settings.config)
         self.assertEqual(vm.explain(caught.exception), f'can\'t listen on *:{self.port}: Address '
-                         'already in use; set listener.port and listener.address to what is free '
-                         'here')
+                         'already in use; set listener.address to one that this host has, and '
+                         'listener.port to a free one, 1024 or more where it is not root that runs '
+                         'this')
 
 
 # ### part 2: networks ############################################################################

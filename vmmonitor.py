@@ -720,6 +720,7 @@ def raw_bytes(data: str | bytes) -> bytes:
 # opened once, in a directory that is held open, and from there on known by its descriptor.
 
 DRAFT = '.vmmonitor-'           # how the names of files begin that are not whole yet
+RENAMING = threading.Lock()     # held while one has that name: exit_now() waits for it
 LOCK_POLL = 0.005               # between two tries to get a lock: the kernel's waiting has no end
 FLOCK = 'hhqqi4x'               # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
@@ -761,9 +762,10 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
         TRACE(f'write {path}')
         try:
             if replace or not _linked(file, name, home):
-                if not os.fstat(file).st_nlink:
-                    os.link(fd_path(file), draft, dst_dir_fd=home)
-                os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
+                with RENAMING:
+                    if not os.fstat(file).st_nlink:
+                        os.link(fd_path(file), draft, dst_dir_fd=home)
+                    os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
         except OSError as problem:
             raise write_error(path, problem) from None
 
@@ -15532,6 +15534,7 @@ def exit_now(status: int) -> NoReturn:
             stream.flush()
         except (OSError, ValueError, AttributeError):       # full, gone, or closed from the start
             status = status or EXIT_FAILED
+    RENAMING.acquire(timeout=1)             # else a draft may be left
     os._exit(status)
 
 
