@@ -7390,6 +7390,17 @@ def plan_agreed_mtu(plan: Transaction, port: Link, bridge: Link) -> None:
         plan_mtu(plan, bridge.name, port.mtu)
 
 
+def refuse_strange(links: Sequence[Link], routes: Sequence[Route]) -> None:
+    """Raise InUse for what could not go with interfaces, or not come back as it was."""
+    devices = [link.name for link in links]
+    strange = [*(words for link in links for words in link.strange_addresses()),
+               *(words for route in routes for words in route.strange()), *rules_of(devices)]
+    if strange:
+        raise InUse(f'{" and ".join(devices)}: can\'t be taken with all that it has: '
+                    + '; '.join(strange),
+                    'change that, or use Router(..., nat=True), which leaves it alone')
+
+
 def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Record) -> None:
     """Plan to make `devices` ports of `master`, with their addresses and routes; and back."""
     links = [plan.network.links[device] for device in devices]
@@ -7400,12 +7411,7 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
                     if (any(map(route.uses, devices)) or route.raw.get('prefsrc') in theirs)
                     and (route.protocol != 'kernel' or route.to not in own)),
                    key=lambda route: any(hop.gateway for hop in route.hops))
-    strange = [*(words for link in links for words in link.strange_addresses()),
-               *(words for route in moved for words in route.strange()), *rules_of(devices)]
-    if strange:
-        raise InUse(f'{" and ".join(devices)}: can\'t be taken with all that it has: '
-                    + '; '.join(strange),
-                    'change that, or use Router(..., nat=True), which leaves it alone')
+    refuse_strange(links, moved)
 
     def ways(onto: Mapping[str, str]) -> Iterator[str]:
         seen = set()                        # what `replace` would take away again
@@ -8626,6 +8632,7 @@ WRITER_LOCK = 101, 1            # ... and this one if it writes to it
 TAG = re.compile(r'[A-Za-z][A-Za-z0-9._-]{0,62}')   # never a number: qemu-img would take it for
 #                                 the id of another snapshot
 LOGIN = re.compile(r'[A-Za-z_][A-Za-z0-9._-]{0,31}')
+USER_DATA = re.compile(r'\s*#|(?s:.{0,4096})mime-version:', re.IGNORECASE)     # as cloud-init does
 SSH_KEY = re.compile(r'(ssh|ecdsa|sk)-[!-~]+ [A-Za-z0-9+/=]+( [ -~]*)?')
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
@@ -9137,6 +9144,14 @@ def login(user: str, ssh_key: str | os.PathLike[str]) -> str:
     return '#cloud-config\n' + json.dumps({'users': [{
         'name': user, 'shell': '/bin/bash', 'sudo': 'ALL=(ALL) NOPASSWD:ALL', **keys}]}
         if user else keys)
+
+
+def own_data(text: str) -> str:
+    """Return user-data that somebody has written, if cloud-init takes it."""
+    if not isinstance(text, str) or not USER_DATA.match(text):
+        raise MachineError(f'user_data {text!r:.80}: cloud-init would not know what it is',
+                           'give the text itself, which begins with a line such as #cloud-config')
+    return text
 
 
 class Tray(NamedTuple):
@@ -12186,7 +12201,6 @@ def _is_word(text: Any) -> bool:
     return False
 
 
-USER_DATA = re.compile(r'\s*#|(?s:.{0,4096})mime-version:', re.IGNORECASE)     # as cloud-init does
 # argument of Machine -> whether a value of it is good, and what to say of another one
 ARGUMENTS: dict[str, tuple[Callable[[Any], object], str]] = {
     'name': (lambda name: isinstance(name, str) and (not name or NAME.fullmatch(name)
@@ -12579,11 +12593,8 @@ class Machine(Guest):
         if not isinstance(name, str) or not NAME.fullmatch(name) or {'cd', 'cds'} & {*options}:
             raise MachineError(f'machine {name!r:.80}: from_image needs a name, and its CD drive',
                                'insert() other CDs later')
-        if user_data and not USER_DATA.match(str(user_data)):
-            raise MachineError(f'machine {name}: user_data {str(user_data)!r:.80}: cloud-init '
-                               'would not know what it is', 'give the text itself, which begins '
-                               'with a line such as #cloud-config')
-        base, data = base_image(image), user_data or login(user, ssh_key)
+        data = own_data(user_data) if user_data else login(user, ssh_key)
+        base = base_image(image)
         path = image_path(disk or os.path.join(os.path.dirname(base.filename), f'{name}.qcow2'))
         if os.path.realpath(path) == os.path.realpath(base.filename):
             raise MachineError(f'machine {name}: its disk would be {path}, the image itself',
