@@ -12170,6 +12170,13 @@ def require_disks(name: str, paths: Iterable[str | os.PathLike[str]]) -> None:
                             f'put it back, or see Machine.load({name!r}).harddrives')
 
 
+def _own_disc(disc: CD | str | os.PathLike[str] | None) -> CD:
+    """Return a CD for a drive; an object that is in another machine's goes on speaking of that."""
+    if isinstance(disc, CD):
+        return CD(disc.filename) if disc.attached else disc
+    return CD(disc)
+
+
 def newest_type() -> str:
     """Return the versioned machine type that q35 stands for in this QEMU."""
     shown = qemu_help('-M')
@@ -12471,13 +12478,9 @@ class Machine(Guest):
         leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
         uid = _uid(user, identity)
         kernel, initrd = (readable(path) if path else '' for path in (kernel, initrd))
-        require_disks(name, [drive for drive in _several(harddrives)
-                             if not isinstance(drive, Harddrive)])
-        drives = [drive if isinstance(drive, Harddrive) else Harddrive(drive)
-                  for drive in _several(harddrives)]
-        # A CD object that is in another machine's drive goes on speaking of that one.
-        discs = [disc if isinstance(disc, CD) and not disc.attached else CD(
-            disc.filename if isinstance(disc, CD) else disc) for disc in (*cds, *[cd] * (not cds))]
+        require_disks(name, [d for d in _several(harddrives) if not isinstance(d, Harddrive)])
+        drives = [d if isinstance(d, Harddrive) else Harddrive(d) for d in _several(harddrives)]
+        discs = [_own_disc(disc) for disc in (*cds, *[cd] * (not cds))]
         media = [disc.filename for disc in discs]
         given.update(harddrives=drives, kernel=kernel, initrd=initrd, forwards=leads, args=[*args],
                      cd=None if cds else media[0] or None, cds=media if cds else [],
