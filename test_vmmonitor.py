@@ -9845,6 +9845,8 @@ class TestSaving(Live):
             for call in (m.snapshot, lambda: m.migrate('127.0.0.1:1')):
                 with self.refused("sleeper is asleep: its memory can't be kept"):
                     call()
+            with self.refused('sleeper is asleep', 'start() wakes', kind=vm.WrongState):
+                m.unfreeze()
             self.assertIn(wake(), ('put back to', 'woken'))
             m.wait('agent', BOOT)
             self.assertIs(m.state(), vm.State.RUNNING)      # as the snapshot's guest was

@@ -12361,8 +12361,11 @@ class Power(Part):
     def unfreeze(self, force: bool = False) -> None:
         check('force', force, a_bool, MachineError)
         with self.file.held():
-            if self.qemu.state() is State.CRASHED:
+            state = self.qemu.state()
+            if state is State.CRASHED:
                 raise WrongState(f'{self.name} has crashed', 'stop(force=True), then start it')
+            if state is State.ASLEEP:           # for which QEMU's cont does nothing
+                raise WrongState(f'{self.name} is asleep', 'start() wakes it')
             if self.spec.memory_at is MemoryAt.SAVED:
                 raise WrongState(f'{self.name} was being saved or restored', 'use start')
             if self.spec.memory_at is MemoryAt.AWAITED:
@@ -12790,9 +12793,9 @@ class Machine(Guest):
         """Let its processors go on; twice is fine (QMP cont). Then set its clock, where an agent
         answers, unless `clock` is false. Return what was done, in words.
 
-        WrongState for a guest that has crashed, or is not whole, Busy while it is being saved or
-        migrated. `force` is for one of which a migration that failed at the very end could not
-        tell whether it runs at its destination: see there first.
+        WrongState for a guest that has crashed, sleeps, or is not whole, Busy while it is being
+        saved or migrated. `force` is for one of which a migration that failed at the very end could
+        not tell whether it runs at its destination: see there first.
         """
         self._power.unfreeze(force)
         return 'resumed' + self._clock_set('resumed', clock)
