@@ -1465,7 +1465,9 @@ class Case(unittest.TestCase):
     def path(self, name: str) -> str:
         """Return a path in this test's own directory."""
         place = self.directory / self._testMethodName
-        place.mkdir(mode=0o711, exist_ok=True)
+        if not place.exists():
+            place.mkdir()
+            place.chmod(0o711)                  # whatever root's umask is
         return str(place / name)
 
     @contextlib.contextmanager
