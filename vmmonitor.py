@@ -7925,6 +7925,8 @@ class VirtualNic(ManagedInterface):
                 raise InUse(f'{path}: is device {device}{name and " of " + name}, not the {wanted} '
                             f'of {self.tap_interface} in {self.namespace}: another namespace has '
                             'a tap of the same number', 'delete() this nic and make it again')
+            if lock_one([tap], Deadline(USERS_TIMEOUT)) < 0:    # a plain tap refuses it by itself
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         return open_for(f'open {self.tap_interface}', path, examine)
 
     def connect(self, target: Interface | str) -> None:
