@@ -14531,7 +14531,7 @@ def curl_example(config: Config) -> Iterator[str]:
     shown = openssl('x509', '-noout', '-subject', '-issuer', '-ext', 'subjectAltName', '-in',
                     certificate).decode(errors='replace')
     names = re.findall(r'DNS:([^\s,*]+)', shown) or re.findall(r'CN ?= ?([^\s,/*]+)', shown)
-    host = config.address if config.address not in ('', '0.0.0.0', '::') else (
+    host = config.address if config.address not in ('', '0.0.0.0', '::') else (     # nosec B104
         'localhost' if 'localhost' in names else [*names, _host_name()][0])
     where = f'[{host}]' if ':' in host else host
     secret = f'cat {shlex.quote(beside(config, config.key_file))}' if config.key_file else \
