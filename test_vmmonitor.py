@@ -11617,7 +11617,8 @@ class CommandLineTest(ConfigCase):
 
     def test_one_file_alone(self) -> None:
         """A copy of the one file, without a config, tells what the listener needs."""
-        script = self.directory / 'alone.py'
+        script = self.directory / 'alone' / 'vmmonitor.py'     # other tests write a config.json
+        script.parent.mkdir()
         shutil.copy(HERE / 'vmmonitor.py', script)
         done = subprocess.run([sys.executable, str(script), '--listen'], timeout=60,
                               stderr=subprocess.PIPE, check=False)
