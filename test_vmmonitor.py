@@ -13914,6 +13914,8 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         """without systemd it says how to run it"""
         self.here = '/usr/local/lib/vmmonitor'
         self.copy('/srv/vmmonitor')
+        self.box.path('/usr/local/bin/vmmonitor').write_text(       # somebody else's
+            '#!/bin/sh\nexec ssh another-host vmmonitor "$@"\n')
         self.sh('systemctl stop libvirtd.service libvirtd.socket libvirtd-ro.socket '
                 'libvirtd-admin.socket virtlogd.service virtlogd.socket virtlogd-admin.socket')
         # As in a container of a program of its own: no D-Bus and no polkit to ask.
@@ -13931,6 +13933,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
                 assert process.stdout
                 shown = self._until(process.stdout, 'connected after')
                 self.assertIn('systemd does not run here', shown)
+                self.assertIn('/usr/local/bin/vmmonitor is not of vmmonitor, and stays', shown)
                 child = self.sh('pidof python3')
                 self.assertEqual(self.sh(f'stat -c %U /proc/{child}'), 'vmmonitor')
                 self.answers(within=f'nsenter -t {child} -n')
@@ -13954,9 +13957,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
     def purges(self) -> None:
         """it comes back with its old key; --purge takes that, too, and none of the guests"""
         before = self._secrets()
-        command = self.box.path('/usr/local/bin/vmmonitor')
-        command.write_text('#!/bin/sh\nexec ssh another-host vmmonitor "$@"\n')
-        self.assertIn('/usr/local/bin/vmmonitor is not of vmmonitor, and stays', self.install())
+        self.install()
         self.assertEqual(self._secrets(), before)
         self.answers()
         # A key of the user's own is left, though not to a group whose number may come back.
@@ -13966,6 +13967,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         said = self.sh(f'{self.here}/install.sh --uninstall --purge')
         self.assertIn('own.key stays: install.sh did not make it', said)
         self.assertEqual(os.listdir(self.box.path(self.here)), ['own.key'])
+        command = self.box.path('/usr/local/bin/vmmonitor')
         self.assertIn('another-host', command.read_text())
         command.unlink()
         self._gone()
