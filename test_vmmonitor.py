@@ -14497,6 +14497,8 @@ class SoakVm(SoakGuest):
         return self.guest.exec(['sh', '-c', f'{script}'])[1]
 
     def outside(self, verb: str) -> tuple[int, str]:
+        if verb == 'start' and self.state() == 'paused':    # libvirtd was killed as it started it
+            verb = 'resume'
         try:
             return 200, self.guest.virsh(self.VERBS[verb], timeout=SOAK_PATIENCE)
         except RigError as problem:
