@@ -8771,6 +8771,7 @@ class Attached(Protocol):
     def keep(self, medium: str) -> None:
         """Have the machine remember what is in the drive."""
 
+
 class Snapshot(NamedTuple):
     """A snapshot inside a qcow2 image."""
 
@@ -13924,7 +13925,7 @@ program = sys.modules['vmmonitor'] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(program)
 program.exit_now(program.main())
 """
-# What _made() is told
+# What install() may make, and uninstall() remove, whatever the record says.
 MADE = {*PROGRAM_FILES, LAUNCHER, COMMAND, COMPLETIONS, 'config.json', 'cert.pem', 'key.pem'}
 
 # Prints where Python keeps the bytecode of a file, NUL, and the bytecode.
