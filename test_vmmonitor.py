@@ -95,6 +95,7 @@ PACKAGES = ('libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients',
             'chromium-driver', 'tcpdump', 'graphviz', 'swtpm', 'grub-rescue-pc',
             'memtest86+', 'ipxe', 'openssh-client')
 Found = TypeVar('Found')
+Begun = TypeVar('Begun', bound='Program | Worker | Libvirtd')
 
 
 class RigError(Exception):
@@ -15241,10 +15242,20 @@ for line in sys.stdin:
         self.errors.close()
 
 
+@contextlib.contextmanager
+def begun(make: Callable[[], Begun]) -> Iterator[Begun]:
+    """Begin a program and close it in the end: Ctrl-C comes before, or once it can be closed."""
+    with contextlib.ExitStack() as stack:
+        with vm.unbroken():
+            made = make()
+            stack.callback(made.close)
+        yield made
+
+
 def workers(stack: contextlib.ExitStack, codes: Mapping[str, str], *arguments: str
             ) -> dict[str, Worker]:
     """Start a worker for each way."""
-    return {way: stack.enter_context(contextlib.closing(Worker(code, *arguments)))
+    return {way: stack.enter_context(begun(functools.partial(Worker, code, *arguments)))
             for way, code in codes.items()}
 
 
@@ -15330,7 +15341,7 @@ def clock_ways(stack: contextlib.ExitStack, host: Libvirtd, guests: Sequence[Vm]
         'agent event': lambda: Program(host.uri, 'agent', argv=(peers_python(), '-c', CLOCK_PEER))}
 
     def once(begin: Callable[[], Program]) -> Sequence[float]:
-        with contextlib.closing(begin()) as program:
+        with begun(begin) as program:
             program.wait_log('connected after')
             time.sleep(1.5)                     # from the work of the one before
             every = [*guests, *deaf]
@@ -15358,7 +15369,7 @@ CLOCK_UNITS = {'until right': 'ms', 'offset left': 'ms'}
 def bench_clock(stop: str, start: str) -> Iterator[Contest]:
     """One guest goes on: the tiny one, and Debian."""
     with contextlib.ExitStack() as stack:
-        host = stack.enter_context(contextlib.closing(Libvirtd()))
+        host = stack.enter_context(begun(Libvirtd))
         host.start()
         tiny, debian = Vm(host, 'tiny', ticker=0.004), DebianVm(host)
         for guest in (tiny, debian):
@@ -15376,7 +15387,7 @@ def bench_clock(stop: str, start: str) -> Iterator[Contest]:
 def bench_storm() -> Iterator[Contest]:
     """24 guests go on at once, six of them with an agent that is stopped."""
     with contextlib.ExitStack() as stack:
-        host = stack.enter_context(contextlib.closing(Libvirtd()))
+        host = stack.enter_context(begun(Libvirtd))
         host.start()
         guests = [Vm(host, f'storm{number}', ticker=0.03) for number in range(24)]
         for guest in guests:
@@ -15575,8 +15586,8 @@ def bench_https() -> Iterator[Contest]:
         place = os.path.dirname(config)
         form = f'key={KEY}&cmd=status&target=test'
         request = f'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {len(form)}\r\n\r\n{form}'
-        clients = [stack.enter_context(contextlib.closing(
-            Worker(HTTPS_CLIENT, f'{place}/cert.pem'))) for _ in range(4)]
+        clients = [stack.enter_context(begun(
+            lambda: Worker(HTTPS_CLIENT, f'{place}/cert.pem'))) for _ in range(4)]
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
 
         def nginx() -> Program:
@@ -15594,7 +15605,7 @@ def bench_https() -> Iterator[Contest]:
 
         def serve(way: str, function: str, some: Sequence[Worker], *more: int) -> Sequence[float]:
             if way not in servers:
-                servers[way] = stack.enter_context(contextlib.closing(begin[way]()))
+                servers[way] = stack.enter_context(begun(begin[way]))
                 soon(lambda: not socket.socket().connect_ex(('127.0.0.1', ports[way])), 10, way)
             before = cpu_of(servers[way].process.pid)
             times = sorted(itertools.chain(*pool.map(lambda client: client.ask(
@@ -15649,7 +15660,7 @@ for domain in libvirt.openReadOnly(sys.argv[1]).listAllDomains():
 def bench_footprint() -> Iterator[Contest]:
     """Monitor and listener with nothing to do, and a list of two guests."""
     with contextlib.ExitStack() as stack:
-        host = stack.enter_context(contextlib.closing(Libvirtd()))
+        host = stack.enter_context(begun(Libvirtd))
         host.start()
         for name in ('one', 'two'):
             Vm(host, name).define()
@@ -15659,7 +15670,7 @@ def bench_footprint() -> Iterator[Contest]:
 
         def idle(begin: Callable[[], Program]) -> Sequence[float]:
             began = time.monotonic()
-            with contextlib.closing(begin()) as program:
+            with begun(begin) as program:
                 program.wait_log('connected after')
                 ready = time.monotonic() - began
                 time.sleep(3)
@@ -15801,7 +15812,7 @@ def bench_qmp() -> Iterator[Contest]:
     """query-status, again and again."""
     with contextlib.ExitStack() as stack:
         path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix=OURS)), 'qmp')
-        stack.enter_context(contextlib.closing(Program(
+        stack.enter_context(begun(lambda: Program(
             '-machine', 'none', '-nodefaults', '-display', 'none', *itertools.chain(*(
                 ('-qmp', f'unix:{path}{number},server=on,wait=off') for number in (0, 1))),
             argv=[QEMU])))
@@ -15813,7 +15824,7 @@ def bench_qmp() -> Iterator[Contest]:
 @contextlib.contextmanager
 def machines_and_libvirt() -> Iterator[tuple[Libvirtd, str]]:
     """Give a libvirtd, and a directory for disks; machines are kept in memory, as libvirt's are."""
-    with own_network(), contextlib.closing(Libvirtd()) as host, \
+    with own_network(), begun(Libvirtd) as host, \
             mock.patch.object(vm, 'MACHINES_DIR', '/run/machines'), \
             mock.patch.object(vm, 'STATE_DIR', '/run/vmmonitor-bench'):
         host.start()
@@ -16099,6 +16110,22 @@ class BenchTest(Case):
         process = self.bench('nosuch')
         self.assertRegex(process.communicate(timeout=60)[1], "'nosuch'.*resume.*lab")
         self.assertEqual(process.returncode, 2)
+
+    def test_ctrl_c_while_a_program_begins(self) -> None:
+        """It runs already, and nothing holds it yet."""
+        closed: list[Program] = []
+
+        class Interrupted(Program):
+            def __init__(self) -> None:
+                super().__init__('60', argv=['sleep'])
+                signal.raise_signal(signal.SIGINT)
+
+            def close(self) -> None:
+                super().close()
+                closed.append(self)
+        with self.assertRaises(KeyboardInterrupt), begun(Interrupted):
+            self.fail('it went on')
+        self.assertEqual([program.process.returncode for program in closed], [-signal.SIGTERM])
 
     def test_ctrl_c_leaves_nothing(self) -> None:
         process = self.bench('qmp')
