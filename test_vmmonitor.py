@@ -4531,6 +4531,15 @@ class StartupTest(Case):
         cards[0]['ip-addresses'] = [{'ip-address': f'192.0.2.{n}'} for n in range(250)]
         with mock.patch.object(guest, 'agent', lambda _: cards):
             self.assertEqual(len(guest.addresses()), vm.ADDRESSES_MAX)
+        unasked = ScriptedGuest('localhost')                # it is the resolver that says so
+        unasked.troubles = ['not connected']
+        self.assertEqual(unasked.addresses(), [])
+
+    def test_a_file_that_never_ends(self) -> None:
+        guest = ScriptedGuest()
+        with mock.patch.object(guest, 'agent', lambda *_: {'buf-b64': '', 'eof': False}), \
+                self.assertRaisesRegex(vm.AgentError, 'web1: .*read 0 bytes'):
+            guest.read_file('/dev/null')
 
     def test_delay_and_order(self) -> None:
         moments: dict[str, float] = {}
@@ -4612,11 +4621,11 @@ class StartupTest(Case):
             self.assertFalse(vm.BootMark('startup').is_set())
 
     def test_wait(self) -> None:
-        late, dead = ScriptedGuest('late'), ScriptedGuest('dead')
-        late.troubles = ['not connected'] * 3
+        late, dead, there = ScriptedGuest('late'), ScriptedGuest('dead'), ScriptedGuest('there')
+        late.troubles, there.delay = ['not connected'] * 3, 0.01
         dead.troubles = ['not connected'] * 1000
         messages = self.run_list(['wait late 5', 'wait dead agent 0.5', 'wait absent running 0.3',
-                                  'start late'], late, dead)
+                                  'wait there 0 or stop', 'start late'], late, dead, there)
         self.assertRegex(messages[0], r'late: agent after 0\.[2-6]')
         self.assertRegex(messages[1], r'line 2: dead: not yet "agent" after 0\.[56] s; going on')
         self.assertRegex(messages[2], r'line 3: absent: not yet "running" after 0\.[34]')
@@ -12179,18 +12188,20 @@ class OneShotTest(GuestCase):
             released = vm.in_thread('other', lambda: vm.Guests([]).act('start', guest, 30))
             other.stdin.close()
             self.assertTrue(released.result(20))
-        # Another user may take the name, and holds nobody up by it.
-        with subprocess.Popen(
-                ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', '/usr/bin/python3',
-                 '-I', '-c', 'import hashlib, socket\ns = socket.socket(socket.AF_UNIX)\n'
-                 's.bind(b"\\0vmmonitor guest " + hashlib.sha256('
-                 f'{guest.id.encode()!r}).hexdigest()[:32].encode())\n'
-                 's.listen(); print(1, flush=True); open(0).read()'],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/') as stranger:
-            assert stranger.stdin and stranger.stdout
-            stranger.stdout.readline()
-            self.assertTrue(vm.Guests([]).act('start', guest, 0.3))
-            stranger.stdin.close()
+        # Another user may take the name, and holds nobody up by it, whether he listens or not.
+        for listens in ('s.listen()', 'pass'):
+            with self.subTest(listens), subprocess.Popen(
+                    ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups',
+                     '/usr/bin/python3', '-I', '-c', 'import hashlib, socket\n'
+                     's = socket.socket(socket.AF_UNIX)\n'
+                     's.bind(b"\\0vmmonitor guest " + hashlib.sha256('
+                     f'{guest.id.encode()!r}).hexdigest()[:32].encode())\n'
+                     f'{listens}; print(1, flush=True); open(0).read()'],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd='/') as stranger:
+                assert stranger.stdin and stranger.stdout
+                stranger.stdout.readline()
+                self.assertTrue(vm.Guests([]).act('start', guest, 0.3))
+                stranger.stdin.close()
 
     def test_completion(self) -> None:
         script = vmmonitor('completion')[1]

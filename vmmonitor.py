@@ -722,6 +722,8 @@ def raw_bytes(data: str | bytes) -> bytes:
 DRAFT = '.vmmonitor-'           # how the names of files begin that are not whole yet
 RENAMING = threading.Lock()     # held while one has that name: exit_now() waits for it
 LOCK_POLL = 0.005               # between two tries to get a lock: the kernel's waiting has no end
+UNHEARD = -1                    # a holder who does not listen: it has just begun, or ended, ...
+UNHEARD_MAX = 1.0               # ... or, after so long, is somebody who wants to hold others up
 FLOCK = 'hhqqi4x'               # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -898,6 +900,7 @@ def turn(name: str, deadline: Deadline) -> Iterator[int | None]:
     write. Who is neither root, we, nor one who may talk to libvirt can't hold anybody up by it.
     """
     with socket.socket(socket.AF_UNIX) as lock:
+        unheard = Deadline(UNHEARD_MAX)
         while True:
             holder = None
             try:
@@ -906,22 +909,27 @@ def turn(name: str, deadline: Deadline) -> Iterator[int | None]:
             except OSError as problem:
                 if problem.errno == errno.EADDRINUSE:
                     holder = _outlast(f'\0{name}', deadline)
-            if holder is None or deadline.passed():
+            if holder != UNHEARD:
+                unheard = Deadline(UNHEARD_MAX)
+                if holder is None or deadline.passed():
+                    break
+            elif unheard.passed():
+                holder = None
                 break
         yield holder
 
 
 def _outlast(name: str, deadline: Deadline) -> int | None:
     """Wait until who listens at an abstract socket has ended, or the deadline; return its process,
-    0 when that can't be told, None if it does not count."""
+    0 when that can't be told, UNHEARD when nobody listens, None if it does not count."""
     with socket.socket(socket.AF_UNIX) as asker:
         asker.settimeout(STATE_POLL)
         try:
             asker.connect(name)
             process, user = peer_of(asker)
         except OSError as problem:
-            time.sleep(LOCK_POLL)                   # it has just ended, or does not yet listen
-            return 0 if isinstance(problem, ConnectionRefusedError) else None
+            time.sleep(LOCK_POLL)
+            return UNHEARD if isinstance(problem, ConnectionRefusedError) else None
         if user not in (0, os.geteuid()) and not in_group(user, 'libvirt'):
             return None
         asker.settimeout(max(deadline.left(), STATE_POLL))
@@ -2106,11 +2114,10 @@ class Guest:
             found = [address['ip-address'] for card in self.agent('guest-network-get-interfaces')
                      for address in card.get('ip-addresses', [])]
         except AgentError:
+            found = []
             with contextlib.suppress(OSError, UnicodeError):
                 found = [str(row[4][0]) for row in socket.getaddrinfo(
                     self.own, None, type=socket.SOCK_STREAM)]
-                return found
-            return []
         return [text for text in found if is_elsewhere(text)][:ADDRESSES_MAX]
 
     def serves(self, port: int) -> bool:
@@ -2203,6 +2210,8 @@ class Guest:
                                      'say a larger limit=')
                 if part['eof']:
                     return bytes(data)
+                if not part['buf-b64']:
+                    raise self.agent_error('read 0 bytes')
 
     def write_file(self, path: str, data: bytes | str) -> None:
         """Write a file in the guest (guest-file-write)."""
@@ -2250,13 +2259,13 @@ def is_elsewhere(text: str) -> bool:
 
 def reached(who: str, probe: Callable[[], bool], deadline: Deadline) -> bool:
     """Wait until `probe` is true (True) or time is up (False), even while it hangs or fails, such
-    as in a moment without libvirt."""
+    as in a moment without libvirt; with no time at all, what is so already counts."""
     def ask() -> bool:
         with contextlib.suppress(Error, OSError):
             return probe()
         return False
     try:
-        return in_thread(f'wait {who}', deadline.poll, ask).result(deadline.left())
+        return in_thread(f'wait {who}', deadline.poll, ask).result(max(deadline.left(), MOMENT))
     except concurrent.futures.TimeoutError:
         return False
 
