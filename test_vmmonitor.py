@@ -2391,6 +2391,7 @@ class ConfigTest(ConfigCase):
         ({'startup': {'vmStartupCommands': ['start']}}, 'line 1: \'start\' is not understood'),
         ({'startup': {'vmStartupCommands': ['', '#', 'delay soon']}}, 'line 3: \'delay soon\''),
         ({'startup': {'vmStartupCommands': ['start ""']}}, 'line 1: \'start ""\' is not underst'),
+        ({'startup': {'vmStartupCommands': ['', 'start a\n']}}, 'line 2: must be a string without'),
         ({'startup': {'vmStartupCommands': ['start a b']}}, 'names with spaces in quotes'),
         ({'startup': {'vmStartupCommands': ['start "a']}}, 'No closing quotation'),
         ({'startup': {'vmStartupCommands': ['wait a agent 5 6']}}, 'line 1: \'wait a agent 5 6\''),
@@ -2613,8 +2614,9 @@ except vm.ConfigError as problem:
         old = {'wake': True, 'save': False, 'start': True, 'stop': True}
         self.assertEqual(enabled(old), {'wake', 'start', 'stop', 'status', 'list', 'log',
                                         'metrics'})
-        for value, why in (([], 'must be an object such as {"start": true'), ({'start': 1}, 'must'),
-                           ({'strat': True}, 'strat: unknown; the commands are start, stop')):
+        for value, why in (([], 'must be an object such as {"start": true'),
+                           ({'start': 1}, 'start: must be true or false'),
+                           ({'strat': True}, "unknown key 'strat'; there are start, stop")):
             _, problems = vm.parse(json.dumps({'listener': {'commandsEnabled': value}}), 'x')
             self.assertIn(f'listener.commandsEnabled: {why}', problems[0])
 
@@ -2904,7 +2906,7 @@ class ClockTest(Case):
                 release.wait()
             return {'state': 'running'}
         first, second = vm.ask_all([ScriptedGuest('web1'), ScriptedGuest('web2')], ask, 0.2)
-        self.assertEqual(str(first['problem']), 'web1: no answer within 0.2 s')
+        self.assertEqual(str(first['problem']), 'web1 does not answer; try again in a moment')
         self.assertEqual(second, {'name': 'web2', 'state': 'running'})
 
     def test_odd_answers(self) -> None:
@@ -3496,10 +3498,10 @@ class HostsTest(ConfigCase):
                 ('qemu:///system', 'hosts: must be an object such as {"alpha"'),
                 ({'a/b': 'x:///'}, "hosts: 'a/b': call it by up to 40 letters"),
                 ({'machines': 'x:///'}, '"machines" are those of this program'),
-                ({'a': {'url': 'x:///'}}, "a: unknown key 'url'; an entry has uri, trustClock"),
-                ({'a': {'uri': 'x:///', 'trustClock': 1}}, 'a: trustClock: must be true or false'),
-                ({'a': ''}, 'hosts: a: needs a URI such as "qemu+tls://a/system"'),
-                ({'a': 5, 'b': {}}, 'hosts: a: uri: must be a string without control'),
+                ({'a': {'url': 'x:///'}}, "'a': unknown key 'url'; there are uri, trustClock"),
+                ({'a': {'uri': 'x:///', 'trustClock': 1}}, "'a'.trustClock: must be true or false"),
+                ({'a': ''}, 'hosts: \'a\': needs a URI such as "qemu+tls://a/system"'),
+                ({'a': 5, 'b': {}}, "hosts: 'a'.uri: must be a string without control"),
                 ({'a': 'x:///', 'b': 'x:///'}, 'hosts: each host needs a URI of its own')):
             with self.refused(why, kind=vm.ConfigError):
                 vm.load(self.write({'hosts': hosts}))

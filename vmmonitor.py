@@ -416,13 +416,9 @@ TRACE_LINES = 60                # of a traceback: the first ones, for its messag
 log = logging.getLogger('vmmonitor')
 
 
-def untraced(_step: str) -> None:
-    """What TRACE does outside of tests: nothing."""
-
-
 # Told of each step that outlives a crash of this program, just before it: "run ip ...",
-# "send cont to PATH", "write PATH". A test kills or interrupts it there.
-TRACE: Callable[[str], None] = untraced
+# "send cont to PATH", "write PATH". A test kills or interrupts it there; else it does nothing.
+TRACE: Callable[[str], object] = bool
 
 
 def clip(text: str | bytes, length: int = LINE_LENGTH) -> str:
@@ -897,7 +893,8 @@ def turn(name: str, deadline: Deadline) -> Iterator[int | None]:
     process that has not ended its own by the deadline.
 
     The lock is an abstract socket, which ends with its process and needs no directory that all may
-    write. Who is neither root, we, nor one who may talk to libvirt can't hold anybody up by it.
+    write. Who is neither root, we, nor one who may talk to libvirt can't hold anybody up by it, or
+    for no more than UNHEARD_MAX.
     """
     with socket.socket(socket.AF_UNIX) as lock:
         unheard = Deadline(UNHEARD_MAX)
@@ -1137,25 +1134,23 @@ def read_each(items: Iterable[tuple[str, Any, Reader]]) -> list[Any]:
     return found
 
 
-def a_list(read: Reader, what: str = 'strings', of: type = str, place: str = '[{}]') -> Reader:
+def a_list(read: Reader, what: str = 'strings', of: type = str) -> Reader:
     """Return a reader of lists of `what`, read into a tuple."""
     def read_all(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, of) for item in value):
             raise InvalidValue(f'must be a list of {what}')
-        return tuple(read_each((place.format(number), item, read)
-                               for number, item in enumerate(value)))
+        return tuple(read_each((f'[{number}]', item, read) for number, item in enumerate(value)))
     return read_all
 
 
 texts = a_list(a_text)
 
 
-def read_members(item: Mapping[str, Any], members: Mapping[str, tuple[Reader, Any]], names: str
-                 ) -> list[Any]:
+def read_members(item: Mapping[str, Any], members: Mapping[str, tuple[Reader, Any]]) -> list[Any]:
     """Read an object with these members, each with its reader and default; return the values."""
-    unknown = set(item) - set(members)
-    if unknown:
-        raise InvalidValue(f'unknown key {sorted(unknown)[0]!r}; an entry has {names}')
+    strange = sorted(item.keys() - members.keys())
+    if strange:
+        raise InvalidValue(f'unknown key {strange[0]!r:.80}; there are {", ".join(members)}')
     return read_each((member, item.get(member, default), read)
                      for member, (read, default) in members.items())
 
@@ -1253,25 +1248,25 @@ def _words(line: str) -> list[str]:
 
 def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> Step | None:
     """Read one line of a list; None for a comment or an empty one."""
+    a_text(line)
     try:
         words = _words(line)
     except ValueError as reason:
-        raise InvalidValue(f'line {number}: {line!r}: {reason}; quote names with spaces') from None
+        raise InvalidValue(f'{line!r}: {reason}; quote names with spaces') from None
     if not words:
         return None
     form, found = next(((form, found) for form in forms
                         for found in [_read_form(form, words)] if found), (forms[0], None))
     if not found:
-        raise InvalidValue(f'line {number}: {line!r} is not understood; write {usage(forms)}, '
-                           'names with spaces in quotes')
+        raise InvalidValue(f'{line!r} is not understood; write {usage(forms)}, names with spaces '
+                           'in quotes')
     for token, kind, low, high, what in (('PORT', int, 1, 65535, 'port'),
                                          ('SECONDS', float, 0, DAY, 'number of seconds')):
         text, fits = found.get(token, '1'), False
         with contextlib.suppress(ValueError):
             fits = low <= kind(text) <= high
         if not fits:
-            raise InvalidValue(f'line {number}: {line!r}: {text!r} is no {what} from {low} to '
-                               f'{high}')
+            raise InvalidValue(f'{line!r}: {text!r} is no {what} from {low} to {high}')
     until = [word for token, word in found.items() if token.islower() and token != 'or'][1:]
     return Step(number, words[0], found.get('NAME', ''),
                 float(found.get('SECONDS', form.seconds)),
@@ -1285,9 +1280,9 @@ def usage(forms: Sequence[Form]) -> str:
 
 def steps(value: Any, forms: Sequence[Form] = STARTUP_FORMS) -> tuple[Step, ...]:
     """Read a list of lines, naming every line that can't be understood."""
-    numbers = itertools.count(1)
-    read = a_list(lambda line: read_step(next(numbers), a_text(line), forms), place='')
-    return tuple(filter(None, read(value)))
+    return tuple(filter(None, read_each(
+        (f'line {number}', line, functools.partial(read_step, number, forms=forms))
+        for number, line in enumerate(a_list(str)(value), 1))))
 
 
 HOST_NAME = re.compile(r'[\w.-]{1,40}', re.ASCII)
@@ -1308,25 +1303,22 @@ def host_entries(value: Any) -> tuple[HostEntry, ...]:
     if not isinstance(value, dict):
         raise InvalidValue('must be an object such as {"alpha": "qemu:///system", "beta": '
                            '{"uri": "qemu+tls://beta/system", "trustClock": true}}')
-    read = a_list(_host_entry, of=tuple, place='')
-    entries: tuple[HostEntry, ...] = read(list(value.items()))
+    entries: list[HostEntry] = read_each((f'{name!r:.60}', (name, entry), _host_entry)
+                                         for name, entry in value.items())
     if len({entry.uri for entry in entries}) < len(entries):
         raise InvalidValue('each host needs a URI of its own')
-    return entries
+    return tuple(entries)
 
 
 def _host_entry(item: tuple[str, Any]) -> HostEntry:
     name, value = item
     if not HOST_NAME.fullmatch(name) or name == MACHINES_LABEL:
-        raise InvalidValue(f'{name!r:.60}: call it by up to 40 letters, digits, ".", "-" and "_"; '
+        raise InvalidValue('call it by up to 40 letters, digits, ".", "-" and "_"; '
                            f'"{MACHINES_LABEL}" are those of this program')
-    try:
-        entry = HostEntry(name, *read_members(value if isinstance(value, dict) else {'uri': value},
-                                              HOST_MEMBERS, 'uri, trustClock'))
-    except InvalidValue as problem:
-        raise InvalidValue(f'{name}: {problem}') from None
+    entry = HostEntry(name, *read_members(value if isinstance(value, dict) else {'uri': value},
+                                          HOST_MEMBERS))
     if not entry.uri:
-        raise InvalidValue(f'{name}: needs a URI such as "qemu+tls://{name}/system"')
+        raise InvalidValue(f'needs a URI such as "qemu+tls://{name}/system"')
     return entry
 
 
@@ -1370,12 +1362,10 @@ NOTICES = (*GUEST_NOTICES, 'host', 'reload', 'keys', 'certificate')
 
 def commands_enabled(value: Any) -> tuple[str, ...]:
     """Read listener.commandsEnabled; return the commands that are switched on."""
-    if not isinstance(value, dict) or not all(isinstance(on, bool) for on in value.values()):
+    if not isinstance(value, dict):
         raise InvalidValue('must be an object such as {"start": true, "stop": false}')
-    unknown = sorted(value.keys() - VERBS.keys())
-    if unknown:
-        raise InvalidValue(f'{unknown[0]}: unknown; the commands are {", ".join(COMMANDS)}')
-    return tuple(name for name, verb in VERBS.items() if value.get(name, verb.enabled))
+    switches = {name: (a_bool, verb.enabled) for name, verb in VERBS.items()}
+    return tuple(itertools.compress(VERBS, read_members(value, switches)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1420,7 +1410,7 @@ def key_entries(value: Any) -> tuple[Key, ...]:
 
 def _key_entry(item: Mapping[str, Any]) -> Key:
     """Read one entry of listener.keys; what is wrong is said without showing the key."""
-    entry = Key(*read_members(item, KEY_MEMBERS, 'name, key or keyFile, commands, targets'))
+    entry = Key(*read_members(item, KEY_MEMBERS))
     if not entry.name:
         raise InvalidValue('needs a "name"')
     if bool(entry.key) == bool(entry.key_file):
@@ -2159,7 +2149,7 @@ class Guest:
                 or not all(isinstance(word, str) for word in argv):
             raise GuestError(f'{self.name}: exec({argv!r:.80})',
                              "give a list of strings: ['ls', '-l']")
-        more = {'input-data': self._base64(stdin)} if stdin else {}
+        more = {'input-data': base64.b64encode(self._raw(stdin)).decode()} if stdin else {}
         started = self.agent('guest-exec', {
             'path': argv[0], 'arg': list(argv[1:]), 'capture-output': True, **more})
         status: dict[str, Any] = {}
@@ -2175,9 +2165,9 @@ class Guest:
         return ExecResult(code, *(self._decoded(status.get(key, ''))
                                   for key in ('out-data', 'err-data')))
 
-    def _base64(self, data: bytes | str) -> str:
+    def _raw(self, data: bytes | str) -> bytes:
         try:
-            return base64.b64encode(raw_bytes(data)).decode()
+            return raw_bytes(data)
         except (TypeError, ValueError):
             raise GuestError(f'{self.name}: {data!r:.80} is no data', 'give bytes or str') from None
 
@@ -2215,10 +2205,10 @@ class Guest:
 
     def write_file(self, path: str, data: bytes | str) -> None:
         """Write a file in the guest (guest-file-write)."""
-        left = self._decoded(self._base64(data))
+        left = self._raw(data)
         with self._guest_file(path, 'wb') as handle:
             while left:
-                part = self._base64(left[:GUEST_FILE_BYTES])
+                part = base64.b64encode(left[:GUEST_FILE_BYTES]).decode()
                 done = self.agent('guest-file-write', {'handle': handle, 'buf-b64': part})
                 if done['count'] <= 0:
                     raise self.agent_error(f'wrote {done["count"]} bytes')
@@ -2275,15 +2265,12 @@ def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]],
     """Ask all guests at once, so that a silent one delays no other; return the answers, each with
     the guest's name and maybe the `problem`, an Error, that came instead."""
     deadline, answers = Deadline(timeout), []
-    for guest, future in [(guest, in_thread(guest.name, ask, guest)) for guest in guests]:
-        answer: dict[str, Any] = {'name': guest.name}
+    for name, future in [(guest.name, in_thread(guest.name, ask, guest)) for guest in guests]:
         try:
-            answer.update(future.result(deadline.left()))
-        except concurrent.futures.TimeoutError:
-            answer['problem'] = GuestError(f'{guest.name}: no answer within {timeout:g} s')
+            answer = outcome(deadline, name, future)
+            answers.append({'name': name, **answer})
         except Error as problem:
-            answer['problem'] = problem
-        answers.append(answer)
+            answers.append({'name': name, 'problem': problem})
     return answers
 
 
@@ -2340,7 +2327,7 @@ USUAL_GRAIN = 16 * MS          # Windows' clock shows up to this much less than 
 GRAIN_WITHIN = 1.1             # ... and others up to a second: how long a tick is awaited
 GRAIN_READINGS = 64            # ... and by how many readings at most
 ROUNDS = 6                     # settings in a row, each made better by what the others missed by
-CLOCK_RETRIES = 4              # further such rows, after pauses, when the host is overloaded
+CLOCK_RETRIES = 4              # such rows, with pauses between them, when the host is overloaded
 RETRY_FIRST = 0.02             # pause after the first try that the agent did not answer;
 RETRY_FACTOR = 1.4             # tens of ms apart at first, because after a restore the agent
 RETRY_LAST = 5.0               # comes back within 150 ms; later its connecting is an event
