@@ -2381,6 +2381,9 @@ class ConfigTest(ConfigCase):
          '[0].commands[0]: must be one of start, '),
         ({'listener': {'keys': [{'name': 'main', 'key': OTHER_KEY}]}}, 'needs a name of its own'),
         ({'listener': {'keys': [{'name': 'a', 'key': KEY}]}}, 'two entries have the same key'),
+        ({'listener': {'key': '', 'keys': [{'name': 'a'}]}}, 'listener.keys: [0]: (a) needs one'),
+        ({'listener': {'certificate': {'path': 5}}}, 'listener.certificate.path: must be a string'),
+        ({'listener': {'certificate': 'cert.pem'}}, 'listener.certificate: must be an object'),
         ({'listener': {'certificate': {'path': ''}}},
          'listener.certificate.path: missing; say "cert.pem", and "key.pem" as keyPath; '),
         ({'listener': {'certificate': {'path': 'none.pem'}}},
@@ -2525,9 +2528,8 @@ class ConfigTest(ConfigCase):
                     self.assertEqual(vm.check('delay', value, read), value)
                     continue
                 with self.assertRaises(vm.NetworkError) as caught:
-                    vm.check('delay', value, read, vm.NetworkError, 'give another')
+                    vm.check('delay', value, read, vm.NetworkError)
                 self.assertRegex(str(caught.exception), f'^delay: .*{re.escape(str(good))}')
-                self.assertEqual(caught.exception.hint, 'give another')
 
     def test_key_files_and_encrypted_key(self) -> None:
         make_certificate(self.directory, 'locked', 'open sesame')
@@ -2701,7 +2703,8 @@ class ClockTest(Case):
 
     def test_one_who_never_ends_his_turn(self) -> None:
         guest = ScriptedGuest()
-        with mock.patch.object(vm, 'TURN_TIMEOUT', 0.2), vm.clock_turn(guest), \
+        with mock.patch.object(vm, 'TURN_TIMEOUT', 0.2), \
+                vm.guest_turn('clock', guest, vm.Deadline(5)), \
                 self.assertLogs('vmmonitor', 'WARNING') as logged:
             vm.correct(guest, TOLERANCE, False)
         self.assertIn('web1: going on without a turn at its clock: process '

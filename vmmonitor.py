@@ -1065,8 +1065,7 @@ Reader = Callable[[Any], Any]
 CONTROLS = re.compile('[\0-\x08\n-\x1f\x7f\ud800-\udfff]')
 
 
-def check(name: str, value: Any, read: Reader, error: type[Error] = InvalidValue,
-          hint: str = '') -> Any:
+def check(name: str, value: Any, read: Reader, error: type[Error] = InvalidValue) -> Any:
     """Return an argument as `read` reads it; `error`, which names it, if it can't be used.
 
         delay = check('delay', delay, a_number(0, 3600, 'seconds'), NetworkError)
@@ -1074,7 +1073,7 @@ def check(name: str, value: Any, read: Reader, error: type[Error] = InvalidValue
     try:
         return read(value)
     except InvalidValue as problem:
-        raise error(f'{name}: {value!r:.80} {problem.message}', hint or problem.hint) from None
+        raise error(f'{name}: {value!r:.80} {problem.message}', problem.hint) from None
 
 
 def a_bool(value: Any) -> bool:
@@ -1659,7 +1658,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
         problems.append('listener.keyFile: there is a listener.key too; remove one of them')
     elif config.key or config.key_file:
         entries.insert(0, ('listener', Key('main', config.key, config.key_file)))
-    elif not entries:
+    elif not entries and not any(said.startswith('listener.key') for said in problems):
         problems.append(f'listener.key: missing; {FRESH_KEY}')
     keys: list[Key] = []
     for place, entry in entries:
@@ -1685,17 +1684,17 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
 def _secret_file(path: str) -> str:
     """Return the key that the file `path` holds, without the line end."""
     try:
-        secret = a_text(Path(path).read_text('utf-8').removeprefix(BOM).strip())
-    except InvalidValue:
-        secret = ''
+        secret = Path(path).read_text('utf-8').removeprefix(BOM).strip()
     except (OSError, UnicodeDecodeError) as problem:
         raise InvalidValue(f'can\'t be read: {explain(problem)}') from None
-    if not secret:
+    if not secret or CONTROLS.search(secret) or len(secret) > TEXT_LENGTH:
         raise InvalidValue(f'{path} must hold one line, the key')
     return secret
 
 
 def _check_certificate(config: Config, problems: list[str], warnings: list[str]) -> None:
+    if any(said.startswith('listener.certificate') for said in problems):
+        return                                  # it is not known what is meant
     if not config.certificate:
         problems.append('listener.certificate.path: missing; say "cert.pem", and "key.pem" as '
                         f'keyPath; {SELF_SIGNED}')
@@ -2510,6 +2509,13 @@ def _apply(guest: Guest, method: Method, tolerance: int, result: Correction,
     return failed, found
 
 
+def guest_turn(what: str, guest: Guest, deadline: Deadline
+               ) -> contextlib.AbstractContextManager[int | None]:
+    """Return the turn() of a guest, as all programs of this host see it."""
+    name = hashlib.sha256(guest.whole_id.encode()).hexdigest()[:32]
+    return turn(f'vmmonitor {what} {name}', deadline)
+
+
 def correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction | None = None
             ) -> Correction:
     """Measure the guest's clock and set it if it is off by more than `tolerance` ns.
@@ -2519,7 +2525,11 @@ def correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction |
     ClockError when setting it did not help. `result` is that of earlier tries of the same job.
     """
     result = result or Correction(guest.name)
-    with clock_turn(guest):
+    # Two programs undo each other's settings. Who waits in vain for its turn goes on.
+    with guest_turn('clock', guest, Deadline(TURN_TIMEOUT)) as holder:
+        if holder is not None:
+            log.warning('%s: going on without a turn at its clock: process %s does not end its own',
+                        guest.name, holder or 'unknown')
         return _correct(guest, tolerance, allow_exec, result)
 
 
@@ -2555,24 +2565,6 @@ def _correct(guest: Guest, tolerance: int, allow_exec: bool, result: Correction)
     raise ClockError(f'{guest.name}: clock is still off by {span(result.after)}, was '
                      f'{span(result.before)}', 'the host or the guest may be overloaded; raise '
                      'monitor.toleranceMs if this lasts')
-
-
-def guest_turn(what: str, guest: Guest, deadline: Deadline
-               ) -> contextlib.AbstractContextManager[int | None]:
-    """Return the turn() of a guest, as all programs of this host see it."""
-    name = hashlib.sha256(guest.whole_id.encode()).hexdigest()[:32]
-    return turn(f'vmmonitor {what} {name}', deadline)
-
-
-@contextlib.contextmanager
-def clock_turn(guest: Guest) -> Iterator[None]:
-    """Be the only one, in all programs of this host, who is at the guest's clock: two undo each
-    other's settings. Who waits in vain for its turn goes on."""
-    with guest_turn('clock', guest, Deadline(TURN_TIMEOUT)) as holder:
-        if holder is not None:
-            log.warning('%s: going on without a turn at its clock: process %d does not end its own',
-                        guest.name, holder)
-        yield
 
 
 def synchronise(guest: Guest, config: Config, result: Correction, nudge: threading.Event) -> None:
