@@ -4,6 +4,7 @@
 # run; the rest is done by `vmmonitor.py --setup`, as a whole or not at all.
 set -eu
 umask 022
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin      # which Debian's `su` leaves out
 
 SOURCE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
 FILES='vmmonitor.py vmmonitor.service config.json.sample install.sh'
@@ -108,7 +109,9 @@ check_path() {
 
 # --- who could change it ---------------------------------------------------------------------
 
-check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, and the way to each
+# check_owners DIRECTORY UID ELSE: it, what is read from it, and the way to each; ELSE is what to do
+# where the owner shall stay
+check_owners() {
     OPEN='' THEIRS=''
     for name in $FILES config.json cert.pem key.pem .installed __pycache__; do
         [ ! -e "$1/$name" ] || check_owner "$1/$name" "$2"
@@ -123,7 +126,7 @@ check_owners() {        # check_owners DIRECTORY UID: it, what is read from it, 
     [ -z "$OPEN" ] || die "${OPEN# }: others can write to it, and root would run what they put" \
         "there; do: chmod go-w$OPEN"
     [ -z "$THEIRS" ] || die "${THEIRS# }: $WHO could change what root runs; do: chown" \
-        "root:root$THEIRS, or say --prefix /opt/vmmonitor"
+        "root:root$THEIRS, or $3"
 }
 
 check_way() {           # check_way PATH UID: the directories above it
@@ -253,8 +256,8 @@ for file in $FILES; do
     [ -r "$SOURCE/$file" ] || die "$SOURCE/$file is missing; copy all files of vmmonitor here"
 done
 # A user's own directory is as good as the sudo that they ran this by.
-check_owners "$SOURCE" "${SUDO_UID:-0}"
-check_owners "$HERE" 0
+check_owners "$SOURCE" "${SUDO_UID:-0}" 'copy all files of vmmonitor to /root and run it there'
+check_owners "$HERE" 0 'say --prefix /opt/vmmonitor'
 exec 9>/run/vmmonitor-install.lock
 if has flock; then
     flock -n 9 || die 'another one is at work; wait for its end and run this again'

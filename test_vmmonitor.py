@@ -12260,7 +12260,7 @@ class OneShotTest(GuestCase):
         (way / 'config.json').touch()
 
         def checked(directory: Path) -> str:
-            ask = f'{script}\ncheck_owners {directory} 0'
+            ask = f'{script}\ncheck_owners {directory} 0 "run it elsewhere"'
             return subprocess.run(['sh', '-c', ask], check=False, capture_output=True, text=True,
                                   timeout=30).stderr
         for mode, owner, why in ((0o755, 0, ''), (0o1777, 0, ''), (0o777, 0, 'others'),
@@ -12281,7 +12281,7 @@ class OneShotTest(GuestCase):
         for path in (place, place / 'install.sh'):
             path.chmod(0o755)
         self.assertEqual(checked(place), f'install.sh: {found}: nobody could change what root '
-                         f'runs; do: chown root:root {found}, or say --prefix /opt/vmmonitor\n')
+                         f'runs; do: chown root:root {found}, or run it elsewhere\n')
         (place / '.installed').write_text(json.dumps({'joined': False, 'places': [], 'files': {
             '/etc/shadow': '', '../config.json': '', 'key.pem': ''}}))
         self.assertEqual([*vm.SetupRecord(str(place)).files], ['key.pem'])      # to be removed
@@ -13040,6 +13040,11 @@ class PackagingTest(Case):
             said = subprocess.run(['sh', '-c', ask], timeout=30, check=False, capture_output=True)
             self.assertEqual(said.stderr.decode(), 'install.sh: something is missing; install it: '
                              f'{words} curl\n')
+        shown = subprocess.run(['/bin/sh', '-c', f'{script}\nmissing; command -v useradd'],
+                               timeout=30, check=False, capture_output=True, text=True,
+                               env={**os.environ, 'PATH': '/usr/bin:/bin'})     # Debian's `su`
+        self.assertRegex(shown.stdout, r'(?m)^/\S+/useradd$')
+        self.assertNotRegex(shown.stdout, '(?m)^(users|runuser)$')
 
     @staticmethod
     def sections(name: str) -> list[str]:
@@ -14034,6 +14039,7 @@ pacman -Sy --noconfirm
         names = ' '.join({*' '.join(self.OTHERS.values()).split(), 'glibc'})   # for zypper
         self.sh(self.REPOSITORY.replace('NAMES', names), 120)
         self.copy('/srv/vmmonitor')
+        self.sh('sed -i "/^PATH=/d" /srv/vmmonitor/install.sh')     # what is hidden is hidden
         hidden = 'python3 openssl curl useradd runuser libvirtd virtqemud ip tc setpriv qemu-img ' \
                  'apt-get dnf zypper pacman'
         for manager, packages in self.OTHERS.items():
