@@ -14342,7 +14342,8 @@ class SoakGuest:
                 return text
             if status == 503:               # until it has found that libvirtd is back
                 began -= SOAK_RIGHT * soak.slower(began)
-            if not soak.upset.since(began) and not (verb == 'save' and soak.full.since(began)):
+            full = verb == 'save' or 'No space left' in text        # a start writes a little, too
+            if not soak.upset.since(began) and not (full and soak.full.since(began)):
                 raise Broken(f'{verb} {self.name}: {status} {text}; it is {state}')
             if state == goal:
                 return ''
@@ -14573,22 +14574,25 @@ class SoakMachine(SoakGuest):
     def damage(self) -> None:
         """Damage its directory, see that this is said, and put it right."""
         path = Path(self.machine.file.path('machine.json'))
-        good = path.read_bytes()
-        bad = self.rng.choice([b'', good[:len(good) // 2], b'{"version": 99}', b'\xff' * 99, None])
-        if bad is None:
-            path.unlink()
-        else:
-            path.write_bytes(bad)
-        try:
-            began = time.monotonic()
-            status, text = self.soak.ask('pause', self.name)
-            if status == 200 or self.soak.ask('status', self.name)[0] == 200:
-                raise Broken(f'pause {self.name}, whose machine.json is {bad!r}: {status} {text}')
-            if not self.soak.upset.since(began):
-                self.soak.landed['machine damaged'] += 1
-        finally:
-            path.with_name('soak').write_bytes(good)
-            path.with_name('soak').rename(path)
+        with self.room().lock:          # there must be space for what puts it right
+            good = path.read_bytes()
+            bad = self.rng.choice([b'', good[:len(good) // 2], b'{"version": 99}', b'\xff' * 99,
+                                   None])
+            if bad is None:
+                path.unlink()
+            else:
+                path.write_bytes(bad)
+            try:
+                began = time.monotonic()
+                status, text = self.soak.ask('pause', self.name)
+                if status == 200 or self.soak.ask('status', self.name)[0] == 200:
+                    raise Broken(f'pause {self.name}, whose machine.json is {bad!r}: '
+                                 f'{status} {text}')
+                if not self.soak.upset.since(began):
+                    self.soak.landed['machine damaged'] += 1
+            finally:
+                path.with_name('soak').write_bytes(good)
+                path.with_name('soak').rename(path)
 
     def room(self) -> SmallDisk:
         return self.soak.machines
