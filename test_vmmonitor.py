@@ -2900,6 +2900,17 @@ class ClockTest(Case):
             nudge.set()
             job.result(30)
 
+            class JustAfter(threading.Event):
+                """Comes when a pause is over: it cuts the next one short."""
+
+                def wait(self, timeout: float | None = None) -> bool:
+                    news = super().wait(timeout)
+                    self.set()
+                    return news
+            guest.troubles = ['not connected'] * 3
+            vm.in_thread('job', vm.synchronise, guest, vm.Config(), vm.Correction('web1'),
+                         JustAfter()).result(30)
+
     def test_one_that_never_answers_is_named(self) -> None:
         release = threading.Event()
         self.addCleanup(release.set)

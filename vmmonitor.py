@@ -2590,9 +2590,11 @@ def synchronise(guest: Guest, config: Config, result: Correction, nudge: threadi
             again, pause = again - 1, max(pause, RETRY_LAST / 2 ** again)
             if not again:
                 raise
-        news = nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST)))
-        nudge.clear()
-        pause = RETRY_FIRST if news else min(pause * RETRY_FACTOR, RETRY_LAST)
+        if nudge.wait(min(pause, max(deadline.left(), RETRY_FIRST))):
+            nudge.clear()
+            pause = RETRY_FIRST
+        else:                           # what comes only now counts for the next pause
+            pause = min(pause * RETRY_FACTOR, RETRY_LAST)
 
 
 class HostClock(NamedTuple):
