@@ -451,7 +451,7 @@ class LogFormat(logging.Formatter):
         if self.journal:
             head = f'<{next(p for level, p in self.PRIORITIES if record.levelno >= level)}>'
         else:
-            clock = time.strftime('%H:%M:%S', time.localtime(record.created))
+            clock = self.formatTime(record, '%H:%M:%S')
             head = f'{clock}.{int(record.msecs):03d} {record.levelname.lower():7} '
         lines = [record.getMessage()]
         if record.exc_info:
@@ -1224,7 +1224,7 @@ def _fits(token: str, word: str) -> bool:
 
 def _read_form(form: Form, words: Sequence[str]) -> dict[str, str] | None:
     """Return what stands in a line for each word of a Form; None if it is not such a line."""
-    rest, found = list(words), {}
+    rest, found = list(words), {'SECONDS': str(form.seconds)}
     if len(rest) > 2 and rest[-2] == 'or' and rest[-1] in form.otherwise:
         found['or'] = rest[-1]
         del rest[-2:]
@@ -1254,8 +1254,7 @@ def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> 
         raise InvalidValue(f'{line!r}: {reason}; quote names with spaces') from None
     if not words:
         return None
-    form, found = next(((form, found) for form in forms
-                        for found in [_read_form(form, words)] if found), (forms[0], None))
+    found = next(filter(None, (_read_form(form, words) for form in forms)), None)
     if not found:
         raise InvalidValue(f'{line!r} is not understood; write {usage(forms)}, names with spaces '
                            'in quotes')
@@ -1267,8 +1266,7 @@ def read_step(number: int, line: str, forms: Sequence[Form] = STARTUP_FORMS) -> 
         if not fits:
             raise InvalidValue(f'{line!r}: {text!r} is no {what} from {low} to {high}')
     until = [word for token, word in found.items() if token.islower() and token != 'or'][1:]
-    return Step(number, words[0], found.get('NAME', ''),
-                float(found.get('SECONDS', form.seconds)),
+    return Step(number, words[0], found.get('NAME', ''), float(found['SECONDS']),
                 until[0] if until else 'agent' if words[0] == 'wait' else '',
                 found.get('PORT', found.get('PATH', '')), found.get('or', ''))
 
