@@ -2369,7 +2369,7 @@ class ConfigTest(ConfigCase):
         ({'listener': {'key': 'CHANGE-ME'}}, 'listener.key: still the sample\'s'),
         ({'listener': {'key': 'PSK GOES HERE'}}, 'listener.key: still the sample\'s'),
         ({'listener': {'keyFile': 'x'}}, 'listener.keyFile: there is a listener.key too'),
-        ({'listener': {'key': '', 'keyFile': 'nokey'}}, 'nokey: No such file or directory'),
+        ({'listener': {'key': '', 'keyFile': 'nokey'}}, 'nokey: no such file; make it, and put'),
         ({'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'tragets': []}]}},
          'listener.keys: [0]: unknown key \'tragets\''),
         ({'listener': {'keys': [{'name': 'a'}]}}, '[0]: (a) needs one of "key" and "keyFile"'),
@@ -2595,6 +2595,8 @@ except vm.ConfigError as problem:
         shutil.copyfile(self.directory / 'renewed.pem', place / 'cert.pem')
         self.assertRegex(look(CREDENTIALS_DIRECTORY=handed),
                          'is not the key of.*copies are renewed by: systemctl restart vmmonitor')
+        (place / 'config.json').chmod(0)
+        self.assertEqual(look(), 'this user may not read it; run this as root')
 
     def test_secrets_stay_out_of_repr(self) -> None:
         config = vm.load(self.write({'listener': {

@@ -1540,12 +1540,17 @@ def unknown(key: str, known: Iterable[str], remedy: str = 'remove it') -> str:
     return 'unknown; ' + (f'did you mean {near[0]}?' if near else remedy)
 
 
+NOT_READABLE = 'this user may not read it; run this as root'
+
+
 def read_file(path: str, remedy: str) -> str:
     """Return the text of a file that a person wrote; ConfigError, with a remedy if it is absent."""
     try:
         return Path(path).read_text('utf-8')
     except FileNotFoundError:
         raise ConfigError(path, [f'no such file; {remedy}']) from None
+    except PermissionError:
+        raise ConfigError(path, [NOT_READABLE]) from None
     except (OSError, UnicodeDecodeError) as problem:
         raise ConfigError(path, [f'can\'t be read: {explain(problem)}']) from None
 
@@ -1664,7 +1669,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
             path = beside(config, entry.key_file)
             secret = entry.key or _secret_file(path)
             warnings += [] if entry.key else _exposed(path, 'a key')
-        except InvalidValue as problem:
+        except (InvalidValue, ConfigError) as problem:
             problems.append(f'{place}.keyFile: {problem}')
             continue
         if secret.upper() in SAMPLE_KEYS:
@@ -1681,10 +1686,7 @@ def _read_keys(config: Config, problems: list[str], warnings: list[str]) -> list
 
 def _secret_file(path: str) -> str:
     """Return the key that the file `path` holds, without the line end."""
-    try:
-        secret = Path(path).read_text('utf-8').removeprefix(BOM).strip()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InvalidValue(f'can\'t be read: {explain(problem)}') from None
+    secret = read_file(path, f'make it, and {FRESH_KEY}').removeprefix(BOM).strip()
     if not secret or CONTROLS.search(secret) or len(secret) > TEXT_LENGTH:
         raise InvalidValue(f'{path} must hold one line, the key')
     return secret
@@ -1717,7 +1719,7 @@ def tls_context(config: Config) -> ssl.SSLContext:
     paths = [beside(config, name) for name in names]
     for path in paths:
         if not os.path.isfile(path) or not os.access(path, os.R_OK):
-            why = 'this user may not read it; run this as root' if os.path.isfile(path) else \
+            why = NOT_READABLE if os.path.isfile(path) else \
                 'is no file' if os.path.exists(path) else \
                 f'no such file; put it there, or: {SELF_SIGNED}'
             raise InvalidValue(f'{path}: {why}')
