@@ -11319,6 +11319,10 @@ class TestLab(Live):
         lab = vm.Lab.load()
         for name, machine in lab.machines.items():
             machine.write_file('/lease', LEASE.encode())
+            button = threading.Timer(1, os.kill, (lab.machines['malone'].pid(), signal.SIGKILL))
+            with at_step('send system_powerdown', button.start):    # its guest needs a second
+                self.assertEqual(lab.down(), ['malone: stopped by power button, deleted'])
+            lab.up()
             said = sh(machine, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep '
                       '50000; done; ip link set eth0 up; chmod +x /lease; '
                       'udhcpc -fqn -t 20 -T 1 -i eth0 -s /lease', BOOT)

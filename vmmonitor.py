@@ -12951,7 +12951,7 @@ class Machines:
         self._followed: dict[str, QMP | None] = {}  # name with a thread for its events -> session
         self._warned: dict[str, str] = {}           # name -> what was said of it
 
-    def find(self, name: str) -> Guest | None:
+    def find(self, name: str) -> Machine | DamagedMachine | None:
         try:
             return Machine.load(name)
         except NoGuest:
@@ -12961,7 +12961,7 @@ class Machines:
 
     def all(self, running: bool = False) -> list[Guest]:
         """Return all machines, or those that run, by name; not those that hang."""
-        found = [guest for guest in map(self.find, sorted(names_in(MACHINES_DIR))) if guest]
+        found: list[Guest] = [*filter(None, map(self.find, sorted(names_in(MACHINES_DIR))))]
         if not running:
             return found
         states = ask_all(found, lambda guest: {'state': guest.state()})
@@ -13694,8 +13694,8 @@ class Lab:
             return 'is gone'
         if isinstance(machine, Machine) and known not in ('', machine.id):
             return 'is another machine by now, and stays'
-        says = machine.power_off() if force else machine.shut_down()
-        machine.delete(force=True)              # type: ignore[attr-defined]
+        says = machine.stop() if isinstance(machine, DamagedMachine) else machine.stop(force)
+        machine.delete(force=True)
         return f'{says}, deleted'
 
     # What is there
