@@ -11233,6 +11233,11 @@ class TestLab(Live):
             'mcloud': {'image': 'a.raw', 'user': 'me', 'ssh_key': TestFromImage.KEY, 'memory': 64,
                        'size': 0.1, 'nics': 'user',
                        'forwards': [f'tcp:127.0.0.1:{free_port()}:22']},
+        ours = vm.Machine.load('ma')
+        ours.delete(force=True)
+        vm.Lab.load('other.json').up()          # of the same arguments, but another one
+        lab.up()
+        self.assertEqual(lab.made()['machines']['ma'], ours.id)
             'mhard': {'memory': 32, 'cds': ['x.iso', 'x.iso'], 'disk_bus': 'sata',
                       'video': 'cirrus', 'nic_model': 'e1000', 'harddrives': [
                           {'filename': 'c.qcow2', 'backing': {'filename': 'b.qcow2',

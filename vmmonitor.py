@@ -13497,7 +13497,7 @@ class Lab:
 
         def bring_up(name: str) -> None:
             machine = self._make_machine(name)
-            if name in self.made().get('machines', {}):
+            if self.made().get('machines', {}).get(name) == '':     # not another one by now
                 self._note_new('machines', {name: machine.id})
             says = ['made'] * (name in new)
             if not self._stopping.is_set():
