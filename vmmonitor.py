@@ -13243,8 +13243,8 @@ class LabFile:
         if name not in self.kinds:
             raise InvalidValue(f'{name!r:.60} is ' + unknown(
                 name, self.kinds, f'write it down in {", ".join(SECTIONS)}, too'))
-        if colon and not (number.isdecimal() and self.kinds[name] == 'machines'):
-            raise InvalidValue(f'{value!r:.60}: only a machine\'s nics have numbers, from 0')
+        if colon and not (re.fullmatch('[0-9]{1,2}', number) and self.kinds[name] == 'machines'):
+            raise InvalidValue(f'{value!r:.60}: only a machine\'s nics have numbers, 0 to 99')
         return End(name, int(number) if colon else -1)
 
     def _number_cards(self) -> None:
