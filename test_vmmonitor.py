@@ -11445,6 +11445,8 @@ class TestLab(Live):
         """Pull a cable while frames are captured; those after it are there, with their tags."""
         path = self.path('pulled.pcap')
         file = os.open(path, os.O_RDWR | os.O_CREAT)
+        with at_step('send query-status to .*/ma/', vm.MachineError('no answer')):
+            self.assertIn('ma  (machine, unknown)', lab.graph())
         frame = bytes.fromhex('ffffffffffff 525400000001 8100 0007 0806') + b'tagged' * 10
         ip('link add va type veth peer name vb')
         ip('link set va up')

@@ -13767,8 +13767,8 @@ class Lab:
         rows: list[dict[str, Any]] = []
         guests = {name: machines.find(name) for name in self.file.sections['machines']}
         states = ask_all([one for one in guests.values() if one], lambda guest: {
-            'state': guest.state().value})
-        known = {row['name']: row.get('state', 'damaged') for row in states}
+            'state': 'damaged' if guest.damage else guest.state().value})
+        known = {row['name']: row.get('state', 'unknown') for row in states}
         for name, kind in self.file.kinds.items():
             state = known.get(name, 'absent') if kind == 'machines' else \
                 network.links[name].state if name in network.links else 'absent'
