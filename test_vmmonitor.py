@@ -10900,6 +10900,15 @@ class TestAsGuests(Live):
             with self.subTest(why), self.refused('machine.json is damaged', why, 'repair=True',
                                                  kind=vm.DamagedFile):
                 vm.Machine.load('mended')
+        path.unlink()
+        path.mkdir()                            # or it can't be read at all
+        self.assertEqual([guest.name for guest in vm.Machines().all()], ['mended', 'whole'])
+        found: Any = vm.Machines().find('mended')
+        for call in (found.state, found.stop, found.delete):
+            with self.refused('json: can\'t be read: ', 'Is a directory', 'see that it is a file'):
+                call()
+        path.rmdir()
+        path.write_text(json.dumps({**good, 'version': 99}))
         machines = vm.Machines()
         self.addCleanup(machines.stop)
         with self.assertLogs('vmmonitor', 'WARNING') as logged, \
@@ -10907,6 +10916,11 @@ class TestAsGuests(Live):
             machines.watch(lambda event: None)
             fine.start_vm()
             soon(lambda: 'whole' in threads('events'))
+        path.unlink()
+        path.mkdir()                            # or it can't be read at all
+        self.assertEqual([guest.name for guest in vm.Machines().all()], ['mended', 'whole'])
+        path.rmdir()
+        path.write_text(json.dumps({**good, 'version': 99}))
         self.assertEqual(str(logged.output).count('mended/machine.json is damaged'), 1)
         guests = vm.Guests([machines])
         self.assertEqual([guest.name for guest in guests.all()], ['mended', 'whole'])

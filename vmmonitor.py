@@ -9580,7 +9580,8 @@ class MachineFile:
             raise NoGuest(f'{path}: no such machine',
                           'list shows them; "up" makes those of a lab') from None
         except OSError as problem:
-            raise MachineError(f'{path}: can\'t be read: {explain(problem)}') from None
+            raise MachineError(f'{path}: can\'t be read: {explain(problem)}',
+                               'see that it is a file, and that you may read it') from None
         try:
             return MachineSpec.read(data, name)
         except (ValueError, RecursionError) as problem:
@@ -12845,7 +12846,7 @@ class DamagedMachine(Guest):
 
     label = MACHINES_LABEL
 
-    def __init__(self, name: str, problem: DamagedFile) -> None:
+    def __init__(self, name: str, problem: MachineError) -> None:
         self.name = self.id = name
         self.problem, self.damage = problem, problem.message
         home = os.path.join(MACHINES_DIR, name)
@@ -12857,7 +12858,14 @@ class DamagedMachine(Guest):
         self._file = MachineFile(home, MachineSpec(
             name, known.get('uuid', ''), '', 0, 0, 0, '', '', '', '', '', '', '', None,
             int(known['uid']) if known.get('uid', '').isdecimal() else 0, 0))
-        self._qemu = Qemu(self._file)
+        self._process = Qemu(self._file)
+
+    @property
+    def _qemu(self) -> Qemu:
+        """Its QEMU; of a file that can't even be read, whether that runs is not known."""
+        if isinstance(self.problem, DamagedFile):
+            return self._process
+        raise self.problem
 
     def __repr__(self) -> str:
         return f'DamagedMachine({self.name!r})'
@@ -12956,7 +12964,7 @@ class Machines:
             return Machine.load(name)
         except NoGuest:
             return None
-        except DamagedFile as problem:
+        except MachineError as problem:
             return DamagedMachine(name, problem)
 
     def all(self, running: bool = False) -> list[Guest]:
