@@ -11962,9 +11962,10 @@ class Input(Part):
 
     def send_key(self, keys: str, hold: int = KEY_HOLD) -> None:
         """Press keys together for `hold` ms: 'ctrl-alt-del', 'f2', 'a', 'A', '!' (send-key)."""
+        check('hold', hold, a_number(0, 60_000, 'ms'), MachineError)
         self._awake()
         spoken = [KEY_NAMES.get(key.lower(), key)
-                  for key in re.findall(r'[^-]+|-(?=-|$)', str(keys))]
+                  for key in re.findall('[^-]+|(?<=-)-|-$', str(keys))]
         if not spoken:
             raise MachineError(f'{self.name}: no key to press', "name keys: 'ctrl-alt-del'")
         named = [KEYS_OF.get(key, (key.lower(), False))[0] for key in spoken]
