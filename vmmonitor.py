@@ -13410,23 +13410,21 @@ class Lab:
         self._noting = threading.Lock()             # guards what is written down
         self._place = os.path.join(MACHINES_DIR, '.labs', hashlib.sha256(
             os.fsencode(self.path)).hexdigest()[:16])
-        self._file: LabFile | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] = LAB_FILE) -> Lab:
         """Read a lab's file."""
         lab = cls(path)
-        lab._file = LabFile(str(path))
+        lab.file = LabFile(str(path))
         return lab
 
     def __repr__(self) -> str:
         return f'Lab({self.path!r})'
 
-    @property
+    @functools.cached_property
     def file(self) -> LabFile:
         """What the file says."""
-        self._file = self._file or LabFile(self.path)
-        return self._file
+        return LabFile(self.path)
 
     # What was made: kind -> name -> what tells it from another one of that name.
 
