@@ -3479,9 +3479,13 @@ class HostsTest(ConfigCase):
                                '<os><type>hvm</type></os></domain></node>', 'node.xml')
         path = self.write({
             'hosts': {'a': 'test:///default', 'b': f'test://{node}'}, 'listener': {
-                'enabled': False}, 'startup': {'vmStartupCommands': ['start test']}})
-        self.assertIn('startup.vmStartupCommands line 1: several hosts have a test; say HOST/NAME',
-                      [line.text for line in vm.checks(path, ['startup'])])
+                'enabled': False}, 'startup': {'vmStartupCommands': ['start test']},
+            'shutdown': {'vmShutdownCommands': ['save test', 'off b/test', 'stop a/test']}})
+        with mock.patch.object(vm, 'is_local', side_effect=lambda uri: 'default' in uri):
+            lines = [line.text for line in vm.checks(path, ['startup', 'shutdown'])]
+        self.assertEqual([line for line in lines if ' line ' in line], [
+            'startup.vmStartupCommands line 1: several hosts have a test; say HOST/NAME',
+            'shutdown.vmShutdownCommands line 2: no guest is named b/test on this machine'])
         path = self.write({
             'hosts': {'a': 'test:///default', 'b': 'qemu+unix:///system?socket=/nonexistent'},
             'listener': {'enabled': False}, 'startup': {'vmStartupCommands': ['start b/test']}})

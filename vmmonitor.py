@@ -14959,7 +14959,6 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost], 
     guests = Guests(hosts).names(hosts, away)
     for problem in away:
         yield Check(False, f'guests: {explain(problem)}')
-    some_away = some_away or bool(away)
     found = {guest.id: guest for named in guests.values() for guest in named}.values()
     yield Check(True, f'guests: {len(found)} defined')
     if 'monitor' in roles:
@@ -14969,10 +14968,12 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost], 
                         and guest.agent_state() == 'absent':
                     yield Check(False, explain(guest.agent_error('not configured')))
     if 'startup' in roles:
-        yield from _check_list(Startup.key, config.steps, guests, some_away)
+        yield from _check_list(Startup.key, config.steps, guests,
+                               ' on the hosts that can be asked' if some_away or away else '')
     if 'shutdown' in roles:
+        here = Guests(hosts).names([host for host in hosts if host.here], [])
         yield from _check_list(Shutdown.key, [step for step in config.shutdown_steps
-                                              if step.name != 'all'], guests, some_away)
+                                              if step.name != 'all'], here, ' on this machine')
     if 'startup' in roles and libvirt_guests('ON_BOOT') == 'start':
         yield Check(False, 'libvirt-guests resumes all guests at once when the host boots, which '
                     'undoes the order; set ON_BOOT=ignore in /etc/default/libvirt-guests or '
@@ -14985,14 +14986,13 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost], 
 
 
 def _check_list(key: str, lines: Iterable[Step], guests: Mapping[str, Sequence[Guest]],
-                some_away: bool) -> Iterator[Check]:
+                where: str) -> Iterator[Check]:
     for step in lines:
         named = guests.get(step.name, ())
         if step.name and len(named) != 1:
             yield Check(False, f'{key} line {step.number}: ' + (
                 f'several hosts have a {step.name}; say HOST/NAME' if named else
-                f'no guest is named {step.name}' + (
-                    ' on the hosts that can be asked' if some_away else '')))
+                f'no guest is named {step.name}{where}'))
         elif step.verb == 'start' and isinstance(named[0], Domain) and named[0].autostarts():
             yield Check(False, f'{step.name} is started by libvirt, too, before this program runs; '
                        + named[0].virsh('autostart --disable'))
