@@ -10725,6 +10725,14 @@ class TestConsole(Running):
         os.write(terminal, b'\x1d')
         self.assertEqual(verb.wait(20), 0)
         self.assertEqual(termios.tcgetattr(terminal), before)
+        with subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', 'console', m.name],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env={**os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR}) as piped:
+            assert piped.stdout and piped.stderr
+            piped.stdout.read(1)
+            piped.stdout.close()                        # as `| head -c 1` does
+            sh(m, 'echo nobody reads this > /dev/ttyS0')
+            self.assertEqual((piped.wait(20), piped.stderr.read()), (1, b''))
 
     def test_console_without_end(self) -> None:
         m, log = self.machine, Path(self.machine.file.path('console.log'))
@@ -11315,6 +11323,7 @@ class TestLab(Live):
             said += os.read(near, 1000)
         program.send_signal(signal.SIGINT)
         self.assertEqual((program.wait(60), b'0 of 2 done' in said), (vm.EXIT_INTERRUPTED, True))
+        self.assertTrue(os.read(near, 1000).endswith(b'\r\x1b[K'))      # none of it stays
         os.close(near)
 
     def test_without_networks(self) -> None:
@@ -11557,7 +11566,9 @@ class CommandLineTest(ConfigCase):
                 (('--json',), 'unrecognized arguments: --json'),
                 (('--monitor', '--status'), 'unrecognized arguments: --monitor'),
                 (('--status', '--sync'), 'unrecognized arguments: --sync'),
-                (('--fly',), 'unrecognized arguments: --fly')):
+                (('--fly',), 'unrecognized arguments: --fly'),
+                (('strat', 'web1'), "argument VERB: invalid choice: 'strat'"),
+                (('metrics',), "argument VERB: invalid choice: 'metrics'")):
             with self.subTest(arguments=arguments):
                 status, out, err = vmmonitor(*arguments)
                 self.assertEqual((status, out), (2, ''), err)
@@ -11572,13 +11583,12 @@ class CommandLineTest(ConfigCase):
 
     def test_progress_keeps_to_its_row(self) -> None:
         """However many guests it tells of: what is in a second one would stay."""
-        over, said = threading.Event(), io.StringIO()
-        with mock.patch.dict(os.environ, COLUMNS='60'), contextlib.redirect_stderr(said):
-            shows = vm.spawn('progress', vm._show_progress, [f'web{n}' for n in range(99)],
-                             {'web0'}, over)
-            soon(lambda: ' s\r' in said.getvalue())
-            over.set()
-            shows.join(5)
+        said = io.StringIO()
+        with mock.patch.dict(os.environ, COLUMNS='60'), contextlib.redirect_stderr(said), \
+                mock.patch.object(said, 'isatty', return_value=True):
+            with vm.progress([f'web{n}' for n in range(99)], {'web0'}):
+                soon(lambda: ' s\r' in said.getvalue())
+            self.assertTrue(said.getvalue().endswith('\r\x1b[K'))    # gone before the answer
         self.assertRegex(said.getvalue(), r'^\r\x1b\[K1 of 99 done, waiting for web1, .*…: 1 s\r')
         self.assertLess(max(map(len, said.getvalue().split('\r'))), 60 + len('\x1b[K'))
 

@@ -15078,7 +15078,7 @@ def ask_and_show(config: Config, options: argparse.Namespace,
     """Ask the guests that are named, or all, at once; print their answers, as JSON or as `lines`,
     and what went wrong. Return the exit status; without `strict`, no guest's error is a failure."""
     away: list[Error] = []
-    over, done = threading.Event(), set[str]()
+    done = set[str]()
 
     def asked(guest: Guest) -> dict[str, Any]:
         try:
@@ -15091,13 +15091,10 @@ def ask_and_show(config: Config, options: argparse.Namespace,
             if not (running and config.excludes(guest.own, guest.full_name))]
         if away and not chosen:
             raise away[0]
-        progress = sys.stderr.isatty() and spawn(
-            'progress', _show_progress, [guest.name for guest in chosen], done, over)
-        answers = [{'name': known['name'], **told(known['problem'], known['name'])}
-                   if 'problem' in known else known for known in ask_all(chosen, asked, timeout)]
-        over.set()
-        if progress:
-            progress.join(STATE_POLL)               # its line goes before the answers come
+        with progress([guest.name for guest in chosen], done):
+            answers = [{'name': known['name'], **told(known['problem'], known['name'])}
+                       if 'problem' in known else known
+                       for known in ask_all(chosen, asked, timeout)]
     if options.json:
         show(json.dumps({'guests': [{key: value for key, value in known.items() if key != 'text'}
                                      for known in answers],
@@ -15113,16 +15110,27 @@ def ask_and_show(config: Config, options: argparse.Namespace,
     return EXIT_FAILED if away or strict and any('error' in known for known in answers) else 0
 
 
-def _show_progress(names: Sequence[str], done: set[str], over: threading.Event) -> None:
-    began = time.monotonic()
-    while not over.wait(1.0):
-        left = [name for name in names if name not in done]
-        head = f'{len(names) - len(left)} of {len(names)} done, waiting for '
-        tail = f': {time.monotonic() - began:.0f} s'
-        room = shutil.get_terminal_size().columns - 1 - len(head + tail)    # a second row stays
-        print(f'\r\x1b[K{head}{clip(printable(", ".join(left)), max(room, 1))}{tail}', end='\r',
-              file=sys.stderr, flush=True)
-    print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def progress(names: Sequence[str], done: set[str]) -> Iterator[None]:
+    """On a terminal, say each second which of these are not yet done, until the block ends."""
+    def tell() -> None:
+        began = time.monotonic()
+        while not over.wait(1.0):
+            left = [name for name in names if name not in done]
+            head = f'{len(names) - len(left)} of {len(names)} done, waiting for '
+            tail = f': {time.monotonic() - began:.0f} s'
+            room = shutil.get_terminal_size().columns - 1 - len(head + tail)    # not a second row
+            print(f'\r\x1b[K{head}{clip(printable(", ".join(left)), max(room, 1))}{tail}',
+                  end='\r', file=sys.stderr, flush=True)
+        print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+    over = threading.Event()
+    thread = names and sys.stderr.isatty() and spawn('progress', tell)
+    try:
+        yield
+    finally:
+        over.set()
+        if thread:
+            thread.join(STATE_POLL)                 # its line goes before the answers come
 
 
 def command_status(config: Config, options: argparse.Namespace) -> int:
@@ -15231,6 +15239,7 @@ TASKS = {
     'sync': Task('correct clocks now'),
     'check': Task('say whether all is there that is needed, or what to do', None, flags=tuple(
         (f'--{role}', f'as if it ran with --{role}') for role in ROLES[:3])),
+    'screenshot': Task(VERBS['screenshot'].help, 1, 'FILE'),
     'console': Task('its serial console; Ctrl-] leaves it', 1),
     'delete': Task('forget machines and the nics that were made for them; disks stay', '+'),
     'clean': Task('remove what interrupted programs left of networks, or what has this name', '*',
@@ -15271,14 +15280,11 @@ def verb_arguments() -> argparse.ArgumentParser:
                                       'as "web*". Without a verb, see vmmonitor --help.')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
     for verb, row in VERBS_HERE.items():
+        task = row if isinstance(row, Task) else Task(row.help)
         one = verbs.add_parser(verb, help=row.help, description=row.help)
-        names = 1 if verb == 'screenshot' else row.names if isinstance(row, Task) else '*'
         one.set_defaults(all=False, json=False, names=[])
-        if names is not None:
-            one.add_argument('names', nargs=names, metavar='NAME')
-        if verb == 'screenshot':
-            one.add_argument('file', metavar='FILE')
-        task = row if isinstance(row, Task) else Task('')
+        if task.names is not None:
+            one.add_argument('names', nargs=task.names, metavar='NAME')
         for word in task.words.split():
             one.add_argument(word.lower(), metavar=word, **LAB_WORD if word == 'LAB' else {})
         for flag, text in task.flags:
@@ -15291,7 +15297,7 @@ def verb_arguments() -> argparse.ArgumentParser:
         if isinstance(row, Verb) and row.act:
             one.add_argument('--all', action='store_true', help='all guests')
             one.add_argument('--wait', choices=GUEST_ENDS, help='then wait until it is so')
-        if verb not in ('console', 'screenshot', 'completion', 'log', 'clean') and not task.words:
+        if verb not in ('console', 'completion', 'log', 'clean') and not task.words:
             one.add_argument('--json', action='store_true', help='answer in JSON')
         one.add_argument('--config', metavar='FILE', help='the configuration')
         one.add_argument('--verbose', action='store_true', help='log every event, too')
@@ -15361,22 +15367,18 @@ def command_lab(options: argparse.Namespace) -> int:
     """up, down, plan, status LAB, graph, snapshot and load: do it, and print what was done."""
     down = options.verb == 'down' or options.verb == 'plan' and options.down
     lab = Lab(options.lab) if down else Lab.load(options.lab)       # what was made counts for it
-    over, done = threading.Event(), set[str]()
-    if options.verb in ('up', 'down') and sys.stderr.isatty():
-        names = lab.file.sections if options.verb == 'up' else lab.made()
-        spawn('progress', _show_progress, [*names.get('machines', ())], done, over)
-    try:
-        does: dict[str, Callable[[], Iterable[str]]] = {
-            'up': lambda: lab.up(done.add, options.wait),
-            'down': lambda: lab.down(options.disks, options.force, done.add),
-            'plan': lambda: lab.plan(options.down, options.disks),
-            'graph': lambda: [lab.graph(options.dot)],
-            'snapshot': lambda: [lab.snapshot(options.tag)],
-            'load': lambda: [lab.load_snapshot(options.tag)],
-            'status': lambda: _lab_lines(lab, options.json)}
+    done = set[str]()
+    does: dict[str, Callable[[], Iterable[str]]] = {
+        'up': lambda: lab.up(done.add, options.wait),
+        'down': lambda: lab.down(options.disks, options.force, done.add),
+        'plan': lambda: lab.plan(options.down, options.disks),
+        'graph': lambda: [lab.graph(options.dot)],
+        'snapshot': lambda: [lab.snapshot(options.tag)],
+        'load': lambda: [lab.load_snapshot(options.tag)],
+        'status': lambda: _lab_lines(lab, options.json)}
+    made = lab.file.sections if options.verb == 'up' else lab.made() if down else {}
+    with progress([*made.get('machines', ())], done):
         lines = [*does[options.verb]()]
-    finally:
-        over.set()
     for line in lines or ['nothing to do']:
         show(line)
     return 0
@@ -15444,8 +15446,12 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
                 setraw(0)
             ends = False
             while not ends and guest.is_alive():
-                sys.stdout.buffer.write(console.read())
-                sys.stdout.flush()
+                said = console.read()
+                try:
+                    sys.stdout.buffer.write(said)
+                    sys.stdout.flush()
+                except OSError as problem:
+                    raise OutputLost(problem) from None
                 if select.select([0], [], [], STATE_POLL)[0]:
                     typed = os.read(0, 4096)
                     ends = not typed or CONSOLE_LEAVES in typed
@@ -15518,7 +15524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in [word for word in words if word in AS_OPTIONS][:1]:
         words.remove(option)
         words.insert(0, option[2:])
-    by_verb = bool(words) and words[0] in VERBS_HERE
+    by_verb = bool(words) and words[0][:1] != '-'
     try:
         options = (verb_arguments() if by_verb else arguments()).parse_args(words)
     except SystemExit as ended:         # argparse has said it, or printed the help
