@@ -4849,8 +4849,7 @@ ul { list-style: none; margin: 0; padding: 0 }
   grid-template-areas: "picture name clock" "picture facts plot" "wrong wrong wrong"
     "does does does" }
 .picture { grid-area: picture; width: 8rem; height: 6rem; object-fit: contain;
-  border-radius: .3rem;
-  background: #000 }
+  border-radius: .3rem; background: #000 }
 .picture.none { background: var(--face) }
 .name { grid-area: name; font-size: 1.05rem; margin: 0 }
 .facts { grid-area: facts } .clock { grid-area: clock } .plot { grid-area: plot }
@@ -4871,7 +4870,6 @@ dialog form { display: grid; gap: .7rem } dialog p { margin: 0 }
   .guest { grid-template-columns: 5rem 1fr; grid-template-areas: "picture name" "picture facts"
     "clock clock" "plot plot" "wrong wrong" "does does" }
   .picture { width: 5rem; height: 3.75rem } }
-@media (prefers-reduced-motion: no-preference) { button { transition: opacity .15s } }
 '''
 
 PAGE_BODY = '''
@@ -5059,7 +5057,7 @@ const acting = new Set();               // what was asked for and is not answere
 
 async function act(row, name, verb) {
   if (verb in DANGEROUS && !await sure(verb, name)) return;
-  const began = Date.now();
+  const began = Date.now(), key = sessionStorage.getItem('key');
   row.pending = verb;
   row.said.className = 'dim';
   const tick = setInterval(() => {
@@ -5071,6 +5069,7 @@ async function act(row, name, verb) {
   try {
     // A browser has six connections: three are for what goes on in the page meanwhile.
     while (acting.size > 2) await Promise.race(acting).catch(() => 0);
+    if (key !== sessionStorage.getItem('key')) throw new Error('the key was forgotten');
     const asked = askJson({ cmd: verb, target: name });
     acting.add(asked);
     const [status, answer] = await asked.finally(() => acting.delete(asked));
