@@ -2054,7 +2054,6 @@ class FuzzTest(ConfigCase):
             """The wire without TLS, which OpenSSL has fuzzed."""
 
             def setup(self) -> None:
-                self.connection = self.client.connection
                 self.source = vm.RequestReader(self.connection)
                 self.rfile = io.BufferedReader(self.source)
 
@@ -2085,7 +2084,7 @@ class FuzzTest(ConfigCase):
                     mock.patch.object(vm, 'REQUEST_TIMEOUT', 0.2):
                 near.sendall(data)
                 near.shutdown(socket.SHUT_WR)
-                Bare(vm.Client(far, '192.0.2.1'), server).serve()
+                Bare(far, '192.0.2.1', server).serve()
                 far.shutdown(socket.SHUT_WR)
                 answer = b''.join(iter(lambda: near.recv(1 << 20), b''))        # noqa: B023
                 for status in re.findall(rb'(?m)^HTTP/1.1 (\d+) ', answer):
@@ -5236,6 +5235,10 @@ class ListenerTest(ListenerCase):
                                        f'If-None-Match: {tag}', *self.BEARER)
                 self.assertEqual((given, 'Content-Length: 3' in text, 'Content-Length: 0' in text),
                                  (status, status == 200, False))
+        tag = re.findall('ETag: (.*)\r\n', self.ask('cmd=list', '-i', *self.BEARER)[1])[0]
+        for accept, status in (('*/*', 304), ('application/json', 200)):
+            self.assertEqual(self.ask('cmd=list', *self.BEARER, '-H', f'If-None-Match: {tag}', '-H',
+                                      f'Accept: {accept}')[0], status)
 
     def test_while_the_host_goes_down(self) -> None:
         self.guests.lists['shutdown'] = '1 of 2 off'

@@ -5201,7 +5201,7 @@ def page() -> tuple[str, bytes]:
 HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
 REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
 IDLE_TIMEOUT = 15.0            # between two requests of one connection
-SEND_TIMEOUT = 10.0            # for one response
+SEND_TIMEOUT = 10.0            # for the next piece of a response
 LINGER_TIMEOUT = 1.0           # for what a client sends on after it was refused, and for ...
 LINGER_BYTES = 1 << 20         # ... so many of it: a connection reset would take our answer away
 CONNECTIONS_MAX = 256          # threads that serve clients
@@ -5345,6 +5345,16 @@ class Reply(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     content: tuple[str, bytes] | None = None    # type and bytes of what is neither
 
+    def rendered(self, accept: str) -> tuple[str, bytes]:
+        """Return its type and bytes: JSON for those who accept that."""
+        if self.content:
+            return self.content
+        if 'application/json' in accept:
+            data = self.data or ({'error': self.text} if self.status >= 400 else {})
+            return 'application/json', json.dumps(data).encode() + b'\n'
+        text = '\n'.join(map(printable, self.text.split('\n')))
+        return 'text/plain; charset=utf-8', text.encode('utf-8', 'replace') + b'\n'
+
 
 class Audit:
     """What the audit line of a request says; filled in as it becomes known."""
@@ -5438,17 +5448,12 @@ class Order(NamedTuple):
 
 
 def unless_known(request: Request, reply: Reply) -> Reply:
-    """Return JSON, a picture or figures with an ETag, or 304 if the client has that already."""
-    if not reply.content:
-        if 'application/json' not in request.headers.get('Accept', ''):
-            return reply
-        reply = reply._replace(
-            content=('application/json', json.dumps(reply.data).encode() + b'\n'))
-    form, body = reply.content or ('', b'')
+    """Return the answer with an ETag, or 304 if the client has it already."""
+    form, body = reply.rendered(request.headers.get('Accept', ''))
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     if tag in request.headers.get('If-None-Match', ''):
         return Reply(304, '', headers=(('ETag', tag),), content=(form, b''))
-    return reply._replace(headers=(('ETag', tag),))
+    return reply._replace(headers=(('ETag', tag),), content=(form, body))
 
 
 def page_reply(request: Request) -> Reply | None:
@@ -5798,37 +5803,29 @@ class Failures:
         log.warning('TLS handshakes that failed: %d, the last of %s', count, last)
 
 
-class Client:
-    """A connection, as the Listener sees it."""
+class ClientConnection:
+    """The wire: handshake, limits, time-outs, and one write per response."""
 
-    def __init__(self, connection: socket.socket, address: str) -> None:
-        self.connection, self.address = connection, address
-        self.idle = True                    # not in the middle of carrying out a request
-        self.secure = False                 # whether it has sent something that TLS let through
+    command = ''                            # the method, '' until it is known
+    accept = ''                             # what the client wants to have, once that is known
+    close_connection = False
+    refused = False                         # it may be sending still
+    idle = True                             # not in the middle of carrying out a request
+    secure = False                          # whether it has sent something that TLS let through
+
+    def __init__(self, connection: socket.socket, address: str, server: Listener) -> None:
+        self.connection: Any = connection               # then an ssl.SSLSocket
+        self.address, self.server = address, server
 
     def drop(self) -> None:
         """End the connection from another thread than its own."""
         with contextlib.suppress(OSError):      # not SSLSocket's own, which the owner would notice
             socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
 
-
-class ClientConnection:
-    """The wire: handshake, limits, time-outs, and one write per response."""
-
-    command = ''                            # the method, '' until it is known
-    headers: email.message.Message          # once they are known
-    connection: Any                         # a socket.socket, then an ssl.SSLSocket
-    close_connection = True
-    refused = False                         # it may be sending still
-
-    def __init__(self, client: Client, server: Listener) -> None:
-        self.client, self.server = client, server
-
     def serve(self) -> None:
         """Answer one request after the other."""
         self.setup()
         try:
-            self.handle_one_request()
             while not self.close_connection:
                 self.handle_one_request()
         finally:
@@ -5836,7 +5833,6 @@ class ClientConnection:
 
     def setup(self) -> None:
         """Do the TLS handshake, here in the worker and within HANDSHAKE_TIMEOUT."""
-        self.connection = self.client.connection
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         deadline = Deadline(HANDSHAKE_TIMEOUT)
         self.connection.settimeout(deadline.left())
@@ -5846,7 +5842,6 @@ class ClientConnection:
             raise OSError(errno.EPROTO, 'plain http')
         self.connection = self.server.context.wrap_socket(
             self.connection, server_side=True, do_handshake_on_connect=False)
-        self.client.connection = self.connection        # wrap_socket() took the descriptor over
         self.connection.settimeout(max(deadline.left(), 0.001))
         self.connection.do_handshake()
         self.source = RequestReader(self.connection)
@@ -5873,7 +5868,7 @@ class ClientConnection:
 
     def handle_one_request(self) -> None:
         self.source.expect()
-        self.close_connection, self.command = True, ''
+        self.close_connection, self.command, self.accept = True, '', ''
         try:
             if not self._head():
                 return
@@ -5885,11 +5880,10 @@ class ClientConnection:
         except Refusal as refusal:
             self.refuse(refusal.status, str(refusal))
             return
-        self.client.idle = False
-        reply = self.server.router.answer(Request(
-            self.client.address, self.command, self.path, self.headers, body))
-        self.respond(reply)
-        self.client.idle = True
+        self.idle = False
+        self.respond(self.server.router.answer(Request(
+            self.address, self.command, self.path, self.headers, body)))
+        self.idle = True
 
     def _head(self) -> bool:
         """Read request line and headers; False when there are none, or they were refused."""
@@ -5921,12 +5915,13 @@ class ClientConnection:
         if not head.parse_request():
             return False
         self.command, self.path, self.headers = head.command, head.path, head.headers
+        self.accept = self.headers.get('Accept', '')
         self.request_version, self.close_connection = head.request_version, head.close_connection
         return True
 
     def _line(self) -> bytes:
         line = self.rfile.readline()
-        self.client.secure = True
+        self.secure = True
         return line
 
     def _body(self) -> bytes:
@@ -5976,7 +5971,7 @@ class ClientConnection:
     def refuse(self, status: int, text: str) -> None:
         """Answer a request that can't be read, and end the connection."""
         self.close_connection = self.refused = True
-        Audit(self.client.address).write(status)
+        Audit(self.address).write(status)
         self.respond(Reply(status, text))
 
     def _expect_100(self) -> bool:
@@ -5984,19 +5979,9 @@ class ClientConnection:
         return True
 
     def respond(self, reply: Reply) -> None:
-        """Send an answer in one write, as JSON to those who accept that."""
+        """Send an answer in one write."""
         from http import HTTPStatus
-        headers = getattr(self, 'headers', None)
-        as_json = headers is not None and 'application/json' in headers.get('Accept', '')
-        form = 'application/json' if as_json else 'text/plain; charset=utf-8'
-        if reply.content:
-            form, body = reply.content
-        elif as_json:
-            data = reply.data or ({'error': reply.text} if reply.status >= 400 else {})
-            body = json.dumps(data).encode() + b'\n'
-        else:
-            text = '\n'.join(map(printable, reply.text.split('\n')))
-            body = text.encode('utf-8', 'replace') + b'\n'
+        form, body = reply.rendered(self.accept)
         lines = [f'HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}', 'Server: vmmonitor',
                  time.strftime('Date: %a, %d %b %Y %H:%M:%S GMT', time.gmtime()),
                  f'Content-Type: {form}',
@@ -6015,7 +6000,7 @@ class Listener:
 
     def __init__(self, guests: Guests, settings: Settings) -> None:
         self.router = Dispatcher(guests, settings)
-        self.clients: dict[Client, None] = {}       # in the order in which they came
+        self.clients: dict[ClientConnection, None] = {}     # in the order in which they came
         self.lock = threading.Lock()                # guards clients and waiting
         self.closing = threading.Event()
         self.failures = Failures(self.closing)
@@ -6027,7 +6012,7 @@ class Listener:
     def bind(self, config: Config) -> None:
         """Take the port that `config` names; Error if that can't be."""
         self._show(config)
-        address, port = config.address, int(config.port)
+        address, port = config.address, config.port
         self.name = f'[{address}]:{port}' if ':' in address else f'{address or "*"}:{port}'
         six = ':' in address or not address and socket.has_dualstack_ipv6()
         try:
@@ -6058,17 +6043,21 @@ class Listener:
         """Serve whoever connects. Another thread waits for the next one meanwhile: so many are idle
         that starting one costs only the first of many clients."""
         while not self.closing.is_set() and self.waiting < SPARE_THREADS:
+            with self.lock:
+                self.waiting += 1
             try:
-                with self._waiting():
-                    connection, address = listening.accept()
+                connection, address = listening.accept()
             except OSError as problem:
                 if not self.closing.wait(STATE_POLL):       # such as too many open files
                     log.error('can\'t accept a connection: %s', explain(problem))
                 continue
+            finally:
+                with self.lock:
+                    self.waiting -= 1
             try:
                 if not self.waiting:
                     spawn('listener', self._accept, listening)
-                client = Client(connection, plain_address(address[0]))
+                client = ClientConnection(connection, plain_address(address[0]), self)
                 if self._admit(client):
                     self._serve(client)
             except Exception:           # a boundary: one client must not end the listener
@@ -6076,17 +6065,7 @@ class Listener:
             finally:
                 connection.close()
 
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        with self.lock:
-            self.waiting += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.waiting -= 1
-
-    def _admit(self, client: Client) -> bool:
+    def _admit(self, client: ClientConnection) -> bool:
         """Count the client in, and drop an idle one for it; False if all others are at work."""
         with self.lock:
             others = list(self.clients)
@@ -6102,9 +6081,9 @@ class Listener:
             self.clients[client] = None
             return True
 
-    def _serve(self, client: Client) -> None:
+    def _serve(self, client: ClientConnection) -> None:
         try:
-            ClientConnection(client, self).serve()
+            client.serve()
         except (OSError, ValueError) as problem:        # a handshake that failed, a lost client
             log.debug('client %s: %s', client.address, explain(problem))
             if not client.secure:
