@@ -13941,10 +13941,6 @@ class Service(NamedTuple):
         named = os.path.join(own, 'config.json')
         return service if ours and os.path.realpath(path) == os.path.realpath(named) else None
 
-    def may_read(self, path: str) -> bool:
-        """Tell whether it can read a file; only root can ask."""
-        return self.machines or as_user(self.account, 'test', '-r', path)
-
 
 def attempt(*argv: str) -> subprocess.CompletedProcess[bytes]:
     """Run a program, whatever comes of it."""
@@ -14042,8 +14038,8 @@ class SetupRecord:
             try:
                 known = checked('.installed', parse_json(Path(self.path).read_bytes()))
             except ValueError:
-                raise Error(f'{self.path}: damaged; see what is in that directory, remove '
-                                 'that file and what install.sh made there') from None
+                raise Error(f'{self.path}: damaged; see what is in that directory, remove that '
+                            'file and what install.sh made there') from None
         # in HERE -> SHA-256 of the contents; HERE may be somebody else's by now, who writes what
         # root shall remove
         self.files: dict[str, str] = {
@@ -14071,7 +14067,7 @@ class Setup:
     source: str                 # the directory that install.sh is in
     here: str                   # where the service is to run
     account: str = ''           # its user; '': as it is, or vmmonitor
-    port: str = '10000'         # for a configuration that is made
+    port: str = ''              # for a configuration that is made; '': 10000
     machines: str = ''          # yes, no, or '': as it is
     purge: str = ''             # yes: with uninstall()
 
@@ -14130,8 +14126,8 @@ class Setup:
             if os.path.lexists(path) and not (name in PROGRAM_FILES and path.is_file()
                                               and path.read_bytes() == new.read_bytes()):
                 raise Error(f'{path} is there, and was not made by install.sh; choose another '
-                                 '--prefix' + (', or name it in a config.json there' if
-                                               name.endswith('.pem') else ''))
+                            '--prefix' + (', or name it in a config.json there' if
+                                          name.endswith('.pem') else ''))
         others = [name for end in ('*.py', '__pycache__/*') for path in Path(self.here).glob(end)
                   for name in [str(path.relative_to(self.here))] if not re.match(
                       r'(__pycache__/)?(test_)?vmmonitor\.', name)]
@@ -14154,8 +14150,8 @@ class Setup:
         if known.pw_uid == 0:
             raise Error(f'the user {name} is root; choose another --user')
         if own != name:
-            raise Error(f'the group of {name} is {own}, and others may be in it; choose a '
-                             '--user that does not exist yet')
+            raise Error(f'the group of {name} is {own}, and others may be in it; choose a --user '
+                        'that does not exist yet')
         if grp.getgrnam('libvirt').gr_gid not in os.getgrouplist(name, known.pw_gid):
             self.changes.do(['usermod', '-a', '-G', 'libvirt', name],
                             ['gpasswd', '-d', name, 'libvirt'],
@@ -14164,8 +14160,7 @@ class Setup:
         if not as_user(self.account, self.python, '-c', ''):
             self.python = '/usr/bin/python3'            # this one is in root's home
         if not as_user(self.account, self.python, '-c', ''):
-            raise Error(f'the user {name} can\'t run {self.python}; install python3 in '
-                             '/usr/bin')
+            raise Error(f'the user {name} can\'t run {self.python}; install python3 in /usr/bin')
         return known.pw_gid
 
     def _made(self, name: str, data: bytes, mode: int, group: int = 0) -> None:
@@ -14178,7 +14173,7 @@ class Setup:
             self._made(name, Path(self.source, name).read_bytes(), mode)
         if not as_user(self.account, 'test', '-r', self.path('vmmonitor.py')):
             raise Error(f'the user {self.account} can\'t read {self.path("vmmonitor.py")}',
-                             'say --prefix /opt/vmmonitor, or open the path to it')
+                        'say --prefix /opt/vmmonitor, or open the path to it')
 
     def _make_commands(self) -> None:
         """Put `vmmonitor` into HERE and PATH, the bytecode that it runs from into HERE/__pycache__,
@@ -14227,7 +14222,7 @@ class Setup:
         config = load(path)
         if there and self.port and config.port != int(self.port):
             raise Error(f'{path} is there, and its listener.port is {config.port}; change it '
-                             'there, and leave out --port')
+                        'there, and leave out --port')
         return config
 
     def _make_certificate(self, group: int) -> None:
@@ -14235,7 +14230,7 @@ class Setup:
         if len(there) == 1:
             gone = 'key.pem' if there == ['cert.pem'] else 'cert.pem'
             raise Error(f'{self.path(there[0])} is there, but {self.path(gone)} is not',
-                             f'put it back, or remove {there[0]} to have both made')
+                        f'put it back, or remove {there[0]} to have both made')
         if there:
             return
         host = _host_name()
@@ -14247,8 +14242,8 @@ class Setup:
                            f'/CN={host:.64}', '-addext', f'subjectAltName={",".join(names)}',
                            '-keyout', f'{work}/key.pem', '-out', f'{work}/cert.pem')
             if made.returncode:
-                raise Error(f'openssl could not make a certificate for {host}; put cert.pem '
-                                 f'and key.pem into {self.here}, and a config.json that names them')
+                raise Error(f'openssl could not make a certificate for {host}; put cert.pem and '
+                            f'key.pem into {self.here}, and a config.json that names them')
             self._made('key.pem', Path(work, 'key.pem').read_bytes(), 0o640, group)
             self._made('cert.pem', Path(work, 'cert.pem').read_bytes(), 0o644)
         print(f'made a self-signed certificate for {host}: {self.path("cert.pem")}')
@@ -14298,7 +14293,7 @@ class Setup:
                 break
         if not Deadline(LIBVIRT_WAIT).poll(answers, 1.0):
             raise Error('libvirt does not answer; start libvirtd or virtqemud, see to it that '
-                             '"virsh -c qemu:///system list" works, and run this again')
+                        '"virsh -c qemu:///system list" works, and run this again')
 
     def _unit(self, named: Sequence[str]) -> str:
         text = Path(self.source, 'vmmonitor.service').read_text('utf-8')
@@ -14468,8 +14463,8 @@ def remove_account(name: str, places: Sequence[str], record: SetupRecord | None 
                     os.chown(path, *(its - 1 for its in whose), follow_symlinks=False)
     if ours:
         if attempt('userdel', name).returncode:
-            raise Error(f'the user {name} can\'t be removed; end what runs as it (pgrep -u '
-                             f'{name}) and run this again')
+            raise Error(f'the user {name} can\'t be removed; end what runs as it (pgrep -u {name}) '
+                        'and run this again')
         print(f'removed the user {name}')
     elif record and record.joined:
         attempt('gpasswd', '-d', name, 'libvirt')
@@ -14874,7 +14869,8 @@ def _check_service(service: Service, config: Config, roles: Sequence[str]) -> It
     if not service.machines:
         handed = Path(UNIT).read_text('utf-8', 'replace')
         for path in [config.path, *named_files(config)]:
-            if f':{path}\n' not in handed and not service.may_read(path):
+            if f':{path}\n' not in handed and not as_user(
+                    service.account, 'test', '-r', path):
                 quoted = shlex.quote(path)
                 yield Check(False, f'service: its user {service.account} can\'t read {path}; do: '
                            f'chgrp {service.account} {quoted}; chmod 0640 {quoted}')
@@ -15247,11 +15243,6 @@ complete -o default -F _vmmonitor vmmonitor
 """
 
 
-# Of the words of a lab's verbs, the one that can be left out.
-LAB_WORD: dict[str, Any] = {'nargs': '?', 'default': LAB_FILE,
-                            'help': f'its file; {LAB_FILE}, if it is left out'}
-
-
 def verb_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='vmmonitor', description='Do something with guests, by their names or patterns such '
@@ -15264,7 +15255,9 @@ def verb_arguments() -> argparse.ArgumentParser:
         if task.names is not None:
             one.add_argument('names', nargs=task.names, metavar='NAME')
         for word in task.words.split():
-            one.add_argument(word.lower(), metavar=word, **LAB_WORD if word == 'LAB' else {})
+            lab: dict[str, Any] = {} if word != 'LAB' else {
+                'nargs': '?', 'default': LAB_FILE, 'help': f'its file; {LAB_FILE}, if left out'}
+            one.add_argument(word.lower(), metavar=word, **lab)
         for flag, text in task.flags:
             one.add_argument(flag, action='store_true', help=text)
         if verb == 'up':
