@@ -5036,9 +5036,10 @@ function show() {
   tell('lists', (known.lists || []).join('\n'));
 }
 
-async function showLog() {
+async function showLog(number) {
   const key = sessionStorage.getItem('key'), [status, answer] = await askJson({ cmd: 'log' });
   if (status !== 200 || key !== sessionStorage.getItem('key')) return;
+  logged = number;
   $('log').replaceChildren(...answer.lines.map(line => make('li', {}, when(line.at), ' ',
     make('span', { className: line.failed ? 'bad' : '' }, line.text))));
 }
@@ -5145,8 +5146,6 @@ async function look() {
       etag = answer.headers.get('ETag') || '';
       known = told;
       show();
-      if (known.logged !== logged && known.commands.includes('log')) showLog();
-      logged = known.logged;
     } else if ([401, 403, 429].includes(answer.status)) {
       return enter(told.error);
     } else if (answer.status === 503) {
@@ -5154,6 +5153,7 @@ async function look() {
       etag = '';
       show();
     }
+    if (known.logged !== logged && (known.commands || []).includes('log')) showLog(known.logged);
     Object.assign($('main'), { hidden: false });
     Object.assign($('forget'), { hidden: false });
     Object.assign($('login'), { hidden: true });
@@ -14827,7 +14827,8 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         return
     service = Service.of(path)
     roles = roles or enabled_roles(config)
-    yield Check(True, f'config {path or "none, defaults"}: {", ".join(roles) or "nothing enabled"}')
+    yield Check(True, f'config {path or "none that this user can read, defaults"}: '
+                f'{", ".join(roles) or "nothing enabled"}')
     for warning in config.warnings:
         yield Check(False, warning)
     if service:
@@ -15264,7 +15265,7 @@ def verb_arguments() -> argparse.ArgumentParser:
             one.add_argument('--wait', choices=GUEST_ENDS, default='', help='then wait until '
                              'it is so for each machine')
         if verb == 'list':
-            one.add_argument('--only-names', '--names', action='store_true', help='nothing else')
+            one.add_argument('--names', dest='only_names', action='store_true', help='no more')
         if isinstance(row, Verb) and row.act:
             one.add_argument('--all', action='store_true', help='all guests')
             one.add_argument('--wait', choices=GUEST_ENDS, help='then wait until it is so')
