@@ -15477,9 +15477,8 @@ def dispatch(options: argparse.Namespace) -> int:
         return command_reload(options.reload)
     if options.shutdown:
         return command_list_steps(load(path, ('monitor',)) if path else Config(), options)
-    if not path and set(roles) != {'monitor'}:
-        load(OWN_CONFIG)                # ConfigError
-    config = load(path, roles) if path else Config()
+    # Clocks need no configuration; what else is meant stands in one.
+    config = Config() if not path and roles == ['monitor'] else load(path or OWN_CONFIG, roles)
     roles = roles or enabled_roles(config)
     if not roles:
         raise ConfigError(path, ['nothing is enabled; set monitor.enabled, startup.enabled, '
