@@ -7295,6 +7295,7 @@ class TestInGuest(NetCase):
         self.assertEqual(vm.Bond('bond4', ['e0', 'e1']).name, 'bond4')
         ip('link del dev e1.5')
         self.assertEqual(set(bond.status), {'e0', 'e1'})
+                    self.assertEqual([*lan.ports], ['bond1'])
         bond.delete()
         self.assertEqual(sorted(ip('route').split()), sorted(before.split()))
         for line in ('link add link e1 name e1.5 type vlan id 5', 'addr add 10.5.0.5/24 dev e1.5',

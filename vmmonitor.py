@@ -7692,8 +7692,9 @@ class Switch(ManagedInterface):
         """Its ports by the names of their interfaces."""
         self.link()
         records = Registry.read().records
-        return {link.name: VirtualNic.known(link.name, records) if link.name in records else
-                Interface(link.name) for link in read_network().ports(self.name)}
+        nics = {name for name, row in records.items() if row.kind == 'nic'}     # and no bond
+        return {link.name: VirtualNic.known(link.name, records) if link.name in nics else
+                Interface(link.name) for link in read_network().ports(self.link().name)}
 
     def connect(self, thing: Interface | str, *, force: bool = False) -> None:
         """Connect a VirtualNic, an Interface, another Switch or a Router; again is fine.
