@@ -7156,6 +7156,7 @@ class Interface:
 
     def remove_address(self, address: str) -> None:
         """Remove an address, written with its prefix; not there is fine (ip address del)."""
+        self._seen = None                   # what it had may not be all that it has
         if valid_address(address) in self.addresses:
             self._set(f'remove {address} from {self.name}', valid_address(address), 'address del')
 
