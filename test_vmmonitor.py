@@ -6424,6 +6424,16 @@ class TestNic(NetCase):
             os.close(tap)
             self.assertTrue(nic.exists)
             os.close(nic.open())
+        looks, lock = list[int](), vm.Registry.lock     # the one look is that of the opening
+
+        def deleted(registry: vm.Registry) -> int:
+            looks.append(lock(registry))
+            if len(looks) > 1:
+                ip('link del dev tap7')
+            return looks[-1]
+        with mock.patch.object(vm.Registry, 'lock', deleted):
+            os.close(vm.VirtualNic.known('tap7').open())
+        self.assertTrue(vm.Interface('tap7').exists)
 
     def test_a_pair_has_no_tap(self) -> None:
         nic = vm.VirtualNic('p1', sink='s1')

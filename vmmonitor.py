@@ -7866,13 +7866,13 @@ class VirtualNic(ManagedInterface):
         if self.layout == 'pair':
             raise NetworkError(f'{self.name}: is a veth pair without a tap',
                                'make it with namespace=, or without sink=')
-        with transaction() as plan:
-            plan_renewal(plan, [plan.network.find(self.name).master])
-        lock = plan.registry.lock()         # so that it is open before others look who uses it
-        try:
-            return tap_open(self.name) if self.layout == 'tap' else self._open_macvtap()
-        finally:
-            os.close(lock)
+        with contextlib.ExitStack() as opened:
+            with transaction() as plan:     # so that it is open before others look who uses it
+                plan_renewal(plan, [plan.network.find(self.name).master])
+                tap = tap_open(self.name) if self.layout == 'tap' else self._open_macvtap()
+                opened.callback(os.close, tap)
+            opened.pop_all()
+        return tap
 
     def _open_macvtap(self) -> int:
         # `ip netns exec` shows the namespace's own /sys.
