@@ -5754,6 +5754,8 @@ class TestErrors(NetCase):
             (lambda: lan.connect(wrong), "Machine('web') must be an interface, a switch, a nic or"),
             (lambda: lan.connect(wrong), 'of a machine these are its .nics'),
             (lambda: lan.connect(None), 'connect: None must be'),
+            (lambda: lan.connect(lib.Interface('w0', 'server')), "namespace='server') is not on"),
+            (lambda: makers.create_many(1, switch='eth1'), 'eth1: is no bridge'),
             (lambda: lan.connect(nic, force='yes'), "force: 'yes' must be true or false"),
             (lambda: lan.disconnect(7), 'disconnect: 7 must be'),
             (lambda: nic.connect(some), "connect: ['x'] must be"),

@@ -7058,6 +7058,8 @@ MTU = 68, 65535                # of Ethernet, in bytes
 
 def name_of(thing: Any) -> str:
     """Read an interface, or the name of one."""
+    if isinstance(thing, Interface) and thing._where:   # one of that name here is another
+        raise InvalidValue('is not on the host', 'take an interface of the host')
     name = thing.name if isinstance(thing, Interface) else thing
     if not isinstance(name, str) or not name or name.startswith('-') or '\0' in name:
         raise InvalidValue('must be an interface, a switch, a nic or a name of one',
@@ -7293,11 +7295,17 @@ def require_bare(plan: Transaction, link: Link, master: str, force: bool) -> Non
                     'or say force=True')
 
 
+def find_bridge(plan: Transaction, name: str) -> Link:
+    """Return the bridge of this name; or raise NoInterface."""
+    found = plan.network.find(name)
+    if found.kind != 'bridge':
+        raise NoInterface(f'{name}: is no bridge', 'name a Switch, a Router or another bridge')
+    return found
+
+
 def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) -> None:
     """Plan to make an interface a port of a bridge, or join two bridges; InUse if it can't be."""
-    target, link = plan.network.find(bridge), plan.network.find(device)
-    if target.kind != 'bridge':
-        raise NoInterface(f'{bridge}: is no bridge', 'name a Switch, a Router or another bridge')
+    target, link = find_bridge(plan, bridge), plan.network.find(device)
     bridge = target.name
     plan_renewal(plan, [bridge, link.name])
     if link.kind == 'bridge':
@@ -7813,7 +7821,8 @@ class VirtualNic(ManagedInterface):
         valid_name(namespace, 'namespace', empty=True)
         with transaction() as plan:
             if master:
-                plan_renewal(plan, [plan.network.find(master).name])
+                master = find_bridge(plan, master).name
+                plan_renewal(plan, [master])
             names = [plan_nic(plan, cls._free(plan, namespace), 'macvtap' if namespace else 'tap',
                               namespace=namespace, master=master) for _ in range(count)]
         return [cls.known(name, plan.records) for name in names]
