@@ -6214,6 +6214,10 @@ class TestReading(NetCase):
                 found.remove_address('192.0.2.1/24')
                 found.down()
                 self.assertEqual((found.ip, found.link().admin), ('', 'down'))
+                with vm.VirtualNic('n0') as nic:
+                    nic.mtu = 1300
+                    nic.connect(known)
+                    self.assertEqual((nic.master, nic.mtu), (known, 1400))
         eth = vm.interfaces['eth']
         self.assertEqual((eth.addresses, eth.mtu, eth.link().admin), ((), 1500, 'down'))
 
@@ -7214,6 +7218,14 @@ class TestRouter(NetCase):
                 self.refused('there is no iptables', 'install iptables', kind=vm.MissingFeature):
             vm.Router('eth1', nat=True)
         self.assertEqual((names(), self.records()), ({'eth1'}, {}))
+
+    def test_a_trunk_with_an_odd_name(self) -> None:
+        for words in (['eth1', 'down'], ['eth1', 'name', "it's"], ["it's", 'up']):
+            subprocess.run(['ip', 'link', 'set', 'dev', *words], check=True)
+        forwarding = Path("/proc/sys/net/ipv4/conf/it's/forwarding")
+        with vm.Router("it's", nat=True):
+            self.assertEqual(forwarding.read_text(), '1\n')
+        self.assertEqual((forwarding.read_text(), self.records()), ('0\n', {}))
 
 
 # --- Debian's kernel, in a guest ---

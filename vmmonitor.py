@@ -6266,19 +6266,19 @@ def _one_by_one(ops: Sequence[Op], keep: Sequence[int]) -> Iterator[tuple[Op, st
     """Write a value below /proc/sys, or run a program, for each operation. A server, whose first
     argument is --pid-file=PATH, takes the place of the one that has it."""
     for op in ops:
-        words = shlex.split(op.line)
-        if words[0].startswith('--pid-file='):
-            end_server(words[0])
-        if op.tool == 'end':
-            for word in words:
-                remove_file(word.partition('=')[2])
-            continue
         if op.tool == 'sysctl':
             path, _, value = op.line.rpartition('=')
             try:
                 Path('/proc/sys', path).write_text(value)
             except OSError as problem:
                 yield op, explain(problem)
+            continue
+        words = shlex.split(op.line)
+        if words[0].startswith('--pid-file='):
+            end_server(words[0])
+        if op.tool == 'end':
+            for word in words:
+                remove_file(word.partition('=')[2])
             continue
         where = ['-n', op.namespace] if op.namespace else []
         try:
@@ -7319,7 +7319,7 @@ def plan_port(plan: Transaction, device: str, bridge: str, force: bool = False) 
         refuse_loop(plan, plan.network.links[link.peer].master, bridge)
     plan_agreed_mtu(plan, link, target)
     plan.late += ops_for(f'connect {link.name} to {bridge}',
-                         f'link set dev {shlex.quote(link.name)} master {bridge} up')
+                         f'link set dev {shlex.quote(link.name)} master {shlex.quote(bridge)} up')
 
 
 def plan_join(plan: Transaction, one: Link, other: Link) -> None:
@@ -7352,7 +7352,8 @@ def plan_mtu(plan: Transaction, name: str, size: int) -> None:
     for port in plan.network.ports(name):
         if port.name in plan.records and plan.records[port.name].kind == 'nic':
             plan_mtu(plan, port.name, size)
-    plan.late += [Op(f'give {one} an MTU of {size}', f'link set dev {one} mtu {size}', space)
+    plan.late += [Op(f'give {one} an MTU of {size}',
+                     f'link set dev {shlex.quote(one)} mtu {size}', space)
                   for one, space in (*parts, (name, ''))]
 
 
@@ -7753,7 +7754,7 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     index = free_tap_index()
     row.facts.update(sink=sink, mac=guest, tap=name if layout == 'tap' else tap, index=index)
     mtu = mtu or (plan.network.links[master].mtu if master in plan.network.links else 0)
-    size, plug = f'mtu {mtu}' if mtu else '', f'up master {master}' if master else ''
+    size, plug = f'mtu {mtu}' if mtu else '', f'up master {shlex.quote(master)}' if master else ''
     if layout == 'tap':     # which is gone with this process, until make() lets it stay
         plan.taps.append(tap_open(name))
         plan.ops.append(Op(f'set up tap {name}',
