@@ -5624,7 +5624,9 @@ class TestParsing(Case):
         self.assertEqual({link.mac for link in links.values()} - {'00:00:00:00:00:00'}, {''})
         self.assertEqual((links['lo'].addresses, links['tun0'].mtu), (('127.0.0.1/8',), 0))
         ways: list[Any] = [{'dst': 'default', 'gateway': None, 'dev': 'tun0', 'metrics': None},
-                           {'dst': None}, {'dst': '10.0.0.0/8', 'nexthops': [{'dev': 7}]}, 'x']
+                           {'dst': None}, {'dst': '10.0.0.0/8', 'nexthops': [{'dev': 7}]}, 'x',
+                           {'dst': '100', 'via': {'family': 'inet', 'host': '192.0.2.1'},
+                            'dev': 'tun0', 'protocol': 'static'}]       # a label of MPLS
         self.assertEqual([route.to for route in vm.parse_routes(vm.checked('ip route', ways))],
                          ['default'])
 

@@ -6515,7 +6515,8 @@ def parse_routes(rows: Iterable[Mapping[str, Any]]) -> list[Route]:
     """Turn the output of `ip -json -details route show table all` into Routes that people make."""
     routes_ = []
     for row in rows:
-        if row.get('protocol', 'kernel') == 'kernel' and row.get('type', 'unicast') in (
+        label = row['dst'] != 'default' and not {'.', ':'} & {*row['dst']}      # of MPLS
+        if label or row.get('protocol', 'kernel') == 'kernel' and row.get('type', 'unicast') in (
                 'local', 'broadcast', 'multicast', 'anycast'):
             continue
         ways = row.get('nexthops') or [row]
