@@ -8477,6 +8477,10 @@ class TestFromImage(Live):
                                  self.KEY, size=0.01, memory=64)
         with at_step('write .*of-two-seed', make):      # by two programs at once
             self.assertEqual(make().id, vm.Machine.load('of-two').id)
+        os.unlink(raw)
+        unpack = functools.partial(vm.base_image, f'{raw}.xz')
+        with at_step(f'write {raw}', unpack):
+            self.assertEqual(unpack().format, 'raw')
 
     def test_what_is_no_image(self) -> None:
         place = Path(self.path('image'))

@@ -9052,7 +9052,7 @@ def base_image(filename: str | os.PathLike[str]) -> Harddrive:
     if image_at(path, 0)[0].startswith(XZ):
         packed, path = path, path[:-3] if path.endswith('.xz') else f'{path}.unpacked'
         if not os.path.exists(path):
-            _unpack(packed, path)
+            made_once(path, _unpack, packed, path)
         elif os.stat(packed).st_mtime > os.stat(path).st_mtime:
             log.warning('%s is older than %s, and used as it is; remove it to have that unpacked',
                         path, packed)
