@@ -8500,6 +8500,7 @@ class TestFromImage(Live):
                 ('id', {'user': 'me', 'user_data': '#cloud-config'}, ('not only as told',)),
                 ('id', {**fine, 'cd': '/x.iso'}, ('its CD drive', 'insert()')),
                 ('id', {'ssh_key': self.path('id')}, ('no public key', '.pub')),
+                ('id', {'ssh_key': 5}, ('5 is no file name',)),
                 ('id', {'ssh_key': f'{self.KEY}\n{self.KEY}'}, ('no public key', 'one line')),
                 ('id', {**fine, 'user': 'a b'}, ("user 'a b': can't be the name",)),
                 ('id', {'user_data': 'me.yaml'}, ("user_data 'me.yaml'", 'the text itself')),

@@ -9117,7 +9117,7 @@ def login(user: str, ssh_key: str | os.PathLike[str]) -> str:
     if user and not (isinstance(user, str) and LOGIN.fullmatch(user)):
         raise MachineError(f'user {user!r:.80}: can\'t be the name of one who logs in',
                            'use a letter, then up to 31 letters, digits, ".", "_", "-"')
-    text = os.fsdecode(ssh_key).strip()
+    text = ssh_key.strip() if isinstance(ssh_key, str) else image_path(ssh_key)
     if not SSH_KEY.fullmatch(text) and '\n' not in text:
         with open(open_file(image_path(os.path.expanduser(text))), encoding='utf-8',
                   errors='replace') as file:
