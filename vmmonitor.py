@@ -836,10 +836,10 @@ def fd_path(fd: int) -> str:
     return f'/proc/self/fd/{fd}'
 
 
-def open_file(path: str) -> int:
-    """Return a descriptor to read a file by; FileError if it can't be opened."""
+def open_file(path: str, mode: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a file or block device, to read it; FileError if it can't be had."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would hold us
+        fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)     # a FIFO would hold us
     except OSError as problem:
         raise FileError(explain(problem), 'put it back, or name another') from None
     if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
@@ -8658,7 +8658,7 @@ def free_tag(taken: Sequence[str], stem: str = 's') -> str:
 
 
 def readable(filename: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a file; DiskError if it can't be read."""
+    """Return the absolute path of a file; FileError if it can't be read."""
     path = image_path(filename)
     os.close(open_file(path))
     return path
@@ -8676,13 +8676,10 @@ class Header(NamedTuple):
 def image_at(path: str, *places: int) -> list[bytes]:
     """Return 1 KiB of a file from each place, below 0 from its end; b'' for what can't be read."""
     found = [b''] * len(places)
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would hold us
-        try:
-            end = os.lseek(fd, 0, os.SEEK_END)
-            found = [os.pread(fd, 1024, max(place + end * (place < 0), 0)) for place in places]
-        finally:
-            os.close(fd)
+    with contextlib.suppress(OSError, FileError), open(open_file(path), 'rb') as image:
+        end = image.seek(0, os.SEEK_END)
+        found = [os.pread(image.fileno(), 1024, max(place + end * (place < 0), 0))
+                 for place in places]
     return found
 
 
@@ -8881,17 +8878,10 @@ class Harddrive:
             if wrong:
                 raise DiskError(f'{self.filename}: {why}', remedy)
 
-    def _opened(self, mode: str) -> IO[bytes]:
-        os.close(open_file(self.filename))              # or it is a FIFO, which would hold us
-        try:
-            return open(self.filename, mode)
-        except OSError as problem:
-            raise DiskError(explain(problem)) from None
-
     def in_use(self) -> bool:
         """Tell by its locks whether a QEMU has the image open, or writes to its base."""
         for layer in self.chain():
-            with layer._opened('rb') as image:
+            with open(open_file(layer.filename), 'rb') as image:
                 if bytes_locked(image.fileno(), *(IMAGE_LOCKS if layer is self else WRITER_LOCK)):
                     return True
         return False
@@ -8899,7 +8889,7 @@ class Harddrive:
     @contextlib.contextmanager
     def _kept_free(self) -> Iterator[None]:
         """Hold QEMU's locks, so that none opens the image; DiskError if one has it open."""
-        with self._opened('r+b') as image:
+        with open(open_file(self.filename, os.O_RDWR), 'r+b') as image:
             if not lock_bytes(image.fileno(), *IMAGE_LOCKS, Deadline(0)):
                 raise self.taken()
             yield
