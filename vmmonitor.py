@@ -8332,7 +8332,7 @@ class LineSocket(contextlib.AbstractContextManager['LineSocket']):
     """A socket that carries one JSON value a line: the wire of QMP, of the guest agent, and of
     two programs between which a guest migrates.
 
-    Not for two threads at once; QMP and GuestAgent lock around an exchange.
+    Not for two threads at once: QMP locks around an exchange.
     """
 
     def __init__(self, path: str, connected: socket.socket) -> None:
@@ -8490,9 +8490,6 @@ class QMP(contextlib.AbstractContextManager['QMP']):
         return greeting
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self.wire.close()
 
     def execute(self, command: str, timeout: float = QMP_TIMEOUT, fds: Sequence[int] = (),
@@ -8538,7 +8535,6 @@ class GuestAgent:
 
     def __init__(self, path: str, name: str) -> None:
         self.path, self.name = path, name
-        self.serial = int.from_bytes(os.urandom(4), 'big')
 
     def execute(self, command: str, arguments: Arguments = None,
                 timeout: float = AGENT_TIMEOUT) -> Any:
@@ -8561,14 +8557,14 @@ class GuestAgent:
 
     def _synchronise(self, wire: LineSocket, deadline: Deadline) -> None:
         """Have the agent drop what it has read (0xFF), and skip what it had written."""
-        self.serial = (self.serial + 1) & 0x7fffffff
-        sync = {'execute': 'guest-sync-delimited', 'arguments': {'id': self.serial}}
+        number = random.randrange(1 << 31)
+        sync = {'execute': 'guest-sync-delimited', 'arguments': {'id': number}}
         wire.send(sync, deadline, prefix=b'\xff')
         while True:
             wire.skip(b'\xff', deadline)        # no text has that byte
             with contextlib.suppress(ValueError):
                 answer = parse_answer(wire.line(deadline).rpartition(b'\xff')[2])
-                if isinstance(answer, dict) and answer.get('return') == self.serial:
+                if isinstance(answer, dict) and answer.get('return') == number:
                     return
 
 
@@ -10151,7 +10147,7 @@ class Qemu:
         reaper = spawn(f'reap {self.name}', process.wait)
         try:
             self._record(process.pid)           # before anything can be done with it
-            QMP(self.socket('qmp0'), QEMU_START_TIMEOUT).close()
+            QMP(self.socket('qmp0'), QEMU_START_TIMEOUT).wire.close()
         except BaseException as problem:        # Ctrl-C, too: it must not run on
             if not isinstance(problem, PeerClosed):
                 process.kill()
