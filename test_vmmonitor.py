@@ -6316,7 +6316,7 @@ class TestNames(NetCase):
                 vm.VirtualNic('n6', mac=mac)
         switch = vm.Switch('sw')
         pinned = switch.mac
-        self.assertRegex(pinned, '^fe:01:00')
+        self.assertRegex(pinned, '^fe:01:')
         switch.connect(a := vm.VirtualNic())
         self.assertEqual(switch.mac, pinned)
         a.delete()
@@ -7295,6 +7295,7 @@ class TestInGuest(NetCase):
                 self.assertEqual({bond.mtu, *(one.mtu for one in bond_ends())}, {1400})
                 with vm.Switch('lan') as lan:
                     lan.connect(bond)
+                    self.assertEqual([*lan.ports], ['bond1'])
                     lan.mtu = 1300                  # of a bond that is a port, too
                     self.assertEqual((lan.mtu, bond.mtu), (1300, 1400))
         with self.refused('e0: is already a port of bond1', kind=vm.InUse):
@@ -7325,7 +7326,6 @@ class TestInGuest(NetCase):
         self.assertEqual(vm.Bond('bond4', ['e0', 'e1']).name, 'bond4')
         ip('link del dev e1.5')
         self.assertEqual(set(bond.status), {'e0', 'e1'})
-                    self.assertEqual([*lan.ports], ['bond1'])
         bond.delete()
         self.assertEqual(sorted(ip('route').split()), sorted(before.split()))
         for line in ('link add link e1 name e1.5 type vlan id 5', 'addr add 10.5.0.5/24 dev e1.5',

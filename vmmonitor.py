@@ -6917,8 +6917,6 @@ class Transaction:
     def make(self) -> None:
         """Write down what is claimed, make and mark it, bring up what is in namespaces, and do the
         rest that was planned: one batch for the host, one for each namespace."""
-        if not (self.claimed or self.unsaved or self.late or self.optional):
-            return
         if self.claimed or self.unsaved:
             self.registry.save()
         mark = f'link set group {self.group} alias {mark_of(self.group)} addrgenmode none'
@@ -7233,8 +7231,7 @@ TAP_INDEX = range(1_000_000, 1 << 31)   # ifindex of macvtaps, so that /dev/tapN
 
 # How the MACs of our own host interfaces begin: locally administered, and FE keeps a bridge
 # from ever taking one for its own.
-HOST_MACS = {'switch': 'fe:01:00', 'router': 'fe:01:01', 'join': 'fe:01:03', 'port': 'fe:01:04',
-             'tap': 'fe:01:05'}
+HOST_MAC = 'fe:01'
 
 LEASE = '12h'                   # how long an address is lent
 DOMAIN = 'internal'             # of machines' names; set aside for such, so that no other has it
@@ -7683,7 +7680,7 @@ class Switch(ManagedInterface):
             super().__init__(name or plan.free_name('switch'))
             row = plan.claim(self.name, 'switch')
             if row:
-                self._plan(plan, row, plan.free_mac(HOST_MACS['switch'], self.name))
+                self._plan(plan, row, plan.free_mac(HOST_MAC, self.name))
                 plan.late += ops_for(f'bring up {self.name}', f'link set dev {self.name} up')
             else:
                 plan_renewal(plan, [self.name])
@@ -7701,7 +7698,6 @@ class Switch(ManagedInterface):
     @property
     def ports(self) -> Mapping[str, Interface]:
         """Its ports by the names of their interfaces."""
-        self.link()
         records = Registry.read().records
         nics = {name for name, row in records.items() if row.kind == 'nic'}     # and no bond
         return {link.name: VirtualNic.known(link.name, records) if link.name in nics else
@@ -7750,8 +7746,8 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     if namespace:
         row.parents += plan.plan_namespace(namespace)
     sink = sink or short_name(f'{long}-sink')
-    own = plan.free_mac(HOST_MACS['tap' if layout == 'tap' else 'port'], name)
-    guest = plan.free_mac(HOST_MACS['join'] if inner else GUEST_MAC, long, mac)
+    own = plan.free_mac(HOST_MAC, name)
+    guest = plan.free_mac(HOST_MAC if inner else GUEST_MAC, long, mac)
     index = free_tap_index()
     row.facts.update(sink=sink, mac=guest, tap=name if layout == 'tap' else tap, index=index)
     mtu = mtu or (plan.network.links[master].mtu if master in plan.network.links else 0)
@@ -8045,7 +8041,7 @@ class Router(Switch):
                                  f'{next(network.hosts())}/{network.prefixlen} dev {self.name}')
             if row.facts['dhcp']:
                 require_dhcp(self.name, network, row.facts['hosts'])
-        self._plan(plan, row, plan.free_mac(HOST_MACS['router'], self.name) if nat else link.mac,
+        self._plan(plan, row, plan.free_mac(HOST_MAC, self.name) if nat else link.mac,
                    mtu)
         self._plan_lan(plan, 'p0', mtu)
         if not nat:
@@ -8157,8 +8153,7 @@ class Bond(ManagedInterface):
     @property
     def status(self) -> dict[str, Mapping[str, Any]]:
         """What `ip -details` says of each interface in it: state, mii_status and the like."""
-        self.link()
-        return {link.name: link.slave for link in read_network().ports(self.name)}
+        return {link.name: link.slave for link in read_network().ports(self.link().name)}
 
 
 # === network checks =============================================================================
