@@ -5696,10 +5696,11 @@ class TestErrors(NetCase):
         nic.connect(one)
         with self.refused('nic-p0: is already a port of one', 'disconnect it', kind=vm.InUse):
             nic.connect(two)
-        for _ in range(2):
+        for spoil in ('del dev {}', 'set dev {} nomaster', 'set dev {}-sink nomaster', 'show {}'):
             one.connect(two)
             joint = next(name for name in one.ports if name != nic.name)
-            ip(f'link del dev {joint}')                 # by others: it is made anew
+            self.assertEqual(list(two.ports), [f'{joint}-sink'])
+            ip(f'link {spoil.format(joint)}')           # by others: it is made anew
         one.disconnect(two)
         with self.refused('onee: no such interface', 'did you mean one?', kind=vm.NoInterface):
             nic.connect('onee')
@@ -6836,9 +6837,12 @@ class TestRouter(NetCase):
         self.assertNotIn('took eth1', str([*vm.check_networks()]))
         self.assertEqual(vm.clean(dry_run=True), {})
         self.assertIn('which has ended', vm.clean(dry_run=True, everything=True)['eth1-router'])
-        ip('link del dev eth1-router-p0')           # by others, too
-        vm.Router('eth1').connect(lan := vm.Switch('lan'))
-        self.assertEqual([*lan.ports], ['eth1-router-p0'])
+        sink = vm.VirtualNic.known('eth1-router-p0').sink
+        for line in 'del dev eth1-router-p0', f'set dev {sink} nomaster':
+            ip(f'link {line}')                      # by others, too
+            vm.Router('eth1').connect(lan := vm.Switch('lan'))
+            self.assertEqual([*lan.ports], ['eth1-router-p0'])
+            self.assertEqual(vm.interfaces[sink].master, 'eth1-router')
         vm.delete_all([vm.Router('eth1'), lan])
         self.assertEqual(self.picture(), self.before)
 
@@ -7206,11 +7210,14 @@ class TestRouter(NetCase):
         nic.connect(lan)                    # which is joined to the router
         self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
         self.assertNotIn('took away', str([*vm.check_networks()]))
-        subprocess.run(['iptables', '-D', 'FORWARD', '-o', 'eth1-router', '!', '-i',
-                        'eth1-router', '-j', 'DROP'], check=True)       # their order counts
-        vm.Router('eth1', nat=True)
-        self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
-        self.assertNotIn('took away', str([*vm.check_networks()]))
+        again: tuple[Callable[[], object], ...] = (
+            lambda: vm.Router('eth1', nat=True), lambda: router.connect(lan))
+        for renew in again:
+            subprocess.run(['iptables', '-D', 'FORWARD', '-o', 'eth1-router', '!', '-i',
+                            'eth1-router', '-j', 'DROP'], check=True)       # their order counts
+            renew()
+            self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
+            self.assertNotIn('took away', str([*vm.check_networks()]))
         vm.delete_all([router, lan, nic])
         self.assertNotIn('10.77', subprocess.run(['iptables-save'], capture_output=True,
                                                  text=True).stdout)

@@ -6943,12 +6943,16 @@ class Transaction:
             link.ours() or (row.stage != 'ready' and link.group == str(row.group)))
 
     def stands(self, name: str) -> bool:
-        """Tell whether what a Record stands for is there."""
+        """Tell whether what a Record stands for is there, and what joins bridges is in them."""
         row, links = self.records[name], self.network.links
         if row.kind == 'namespace':
             return same_namespace(row)
         if row.kind == 'cable':
             return links.keys() >= set(row.parents)
+        if row.facts.get('layout') == 'pair' and row.parents:       # of a LAN port only the sink
+            ends = [links[end].master for end in (name, row.facts['sink']) if end in links]
+            if ends[-len(row.parents):] != row.parents:
+                return False
         space = row.facts.get('namespace')
         return name in links and links[name].ours() and not (space and not namespace_id(space))
 
@@ -8067,21 +8071,19 @@ class Router(Switch):
         check('connect', thing, name_of, NetworkError)
         if to is None and not isinstance(thing, Switch):
             return super().connect(thing, force=force)
-        links = read_network().links        # a port that somebody deleted is made anew
-        masters = {label: links[port.name].master for label, port in self.ports.items()
-                   if port.name in links}
         label = str(thing)
         target = check('connect', thing if to is None else to, name_of, NetworkError)
-        if to is None:
-            if target in masters.values():
-                return None
+        if to is None:                      # by the port that is in it, or a free one
+            links = read_network().links
+            masters = {label: links[port.name].master for label, port in self.ports.items()
+                       if port.name in links}
             labels = (f'p{number}' for number in itertools.count())
-            label = next(label for label in labels if not masters.get(label))
+            label = next((label for label in masters if masters[label] == target), '') or next(
+                label for label in labels if not masters.get(label))
         if not re.fullmatch(r'p\d{1,3}', label):
             raise NetworkError(f'{self.name}: {label!r} can\'t be a port', 'take p0, p1, ...')
-        if label not in masters:
-            with transaction() as plan:
-                self._plan_lan(plan, label, plan.network.find(self.name).mtu)
+        with transaction() as plan:         # one that somebody deleted, or unplugged, is made anew
+            self._plan_lan(plan, label, plan.network.find(self.name).mtu)
         return self.ports[label].connect(target)
 
 
