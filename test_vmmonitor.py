@@ -10071,6 +10071,19 @@ class TestSaving(Live):
         # What it is of is known.
         self.assertEqual(list(m.file.now().snapshots), ['s', 'killed'])
 
+        def silent() -> None:                   # as while it writes the memory of a large guest
+            os.kill(m.pid(), signal.SIGSTOP)
+            threading.Timer(1.2, os.kill, (m.pid(), signal.SIGCONT)).start()
+
+        def hasty(qmp: vm.QMP, command: str, timeout: float = vm.QMP_TIMEOUT, *more: Any,
+                  **arguments: Any) -> Any:
+            return real(qmp, command, timeout / 10, *more, **arguments)
+        for verb, call in (('save', m.snapshot), ('load', m.load_snapshot)):
+            with mock.patch.object(vm.QMP, 'execute', hasty), \
+                    at_step(f'send snapshot-{verb}', silent):
+                call('large')
+            self.assertIs(m.state(), vm.State.RUNNING)
+
     def test_interrupted_start(self) -> None:
         m, started = self.bios('ctrlc2'), []
         real = subprocess.Popen

@@ -9957,31 +9957,31 @@ class Progress(NamedTuple):
     total: int = 0              # ... of so many
 
 
-def follow(look: Callable[[], Progress], timeout: float,
+def follow(look: Callable[[float], Progress], timeout: float,
            progress: Callable[[int, int], object] | None = None,
            cancel: Callable[[], object] | None = None) -> str:
     """Wait for the end of what QEMU does in the background, and return its error or ''.
 
-    It goes on by itself: when it takes longer than `timeout` seconds, or on Ctrl-C, or an error of
+    `look` gets the seconds that its question may take. It goes on by itself: when it takes longer than `timeout` seconds, or on Ctrl-C, or an error of
     `progress`, it is told to `cancel`, if it can be, and its end is awaited.
     """
-    seen = Progress(False)
+    seen, deadline = Progress(False), Deadline(timeout)
 
     def told() -> bool:
         nonlocal seen
-        seen = look()
+        seen = look(max(deadline.left(), QMP_TIMEOUT))
         if progress and seen.total:
             progress(seen.done, seen.total)
         return seen.over
     try:
-        Deadline(timeout).poll(told, WORK_POLL)
+        deadline.poll(told, WORK_POLL)
     finally:
         if not seen.over:
+            patience = QMP_TIMEOUT if cancel else CANCEL_TIMEOUT
             with contextlib.suppress(GuestError):
                 if cancel:
                     cancel()
-                Deadline(QMP_TIMEOUT if cancel else CANCEL_TIMEOUT).poll(
-                    lambda: look().over, WORK_POLL)
+                Deadline(patience).poll(lambda: look(patience).over, WORK_POLL)
     return seen.error if seen.over else 'took too long'
 
 
@@ -10239,18 +10239,19 @@ class Qemu:
                 yield event
 
     def job(self, command: str, **arguments: Any) -> None:
-        """Carry out a command that is a job, whose answer says nothing of its end."""
+        """Carry out a command that is a job, whose answer says nothing of its end; while it writes
+        or reads a guest's memory, QEMU answers nothing at all."""
         job = f'vmmonitor-{os.urandom(6).hex()}'
 
-        def look() -> Progress:
-            row = {row['id']: row for row in qmp.execute('query-jobs')}.get(job)
+        def look(patience: float) -> Progress:
+            row = {row['id']: row for row in qmp.execute('query-jobs', patience)}.get(job)
             return Progress(row['status'] == 'concluded', row.get('error', '')) if row else \
                 Progress(True, 'somebody has dismissed it')
-        with self.session() as qmp:
+        with self.session(CANCEL_TIMEOUT) as qmp:
             for row in qmp.execute('query-jobs'):           # of a program that was killed
                 if row['id'].startswith('vmmonitor-') and row['status'] == 'concluded':
                     qmp.execute('job-dismiss', id=row['id'])
-            qmp.execute(command, job_id=job, **arguments)
+            qmp.execute(command, JOB_TIMEOUT, job_id=job, **arguments)
             try:
                 error = follow(look, JOB_TIMEOUT)
             finally:
@@ -11355,7 +11356,7 @@ class MemoryStream(Part):
                 qmp.execute(command)
         qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
 
-        def look() -> Progress:
+        def look(_: float) -> Progress:
             info = qmp.execute('query-migrate')
             ram, status = info.get('ram', {'total': 0, 'remaining': 0}), info.get('status', '')
             failed = status in ('failed', 'cancelled')
@@ -11381,7 +11382,7 @@ class MemoryStream(Part):
             qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
                         protocol=f'fd:{qmp.named_fd(os.dup(file))}')
 
-            def look() -> Progress:
+            def look(_: float) -> Progress:
                 info = qmp.execute('query-dump')
                 return Progress(info['status'] in ('completed', 'failed'), '', info['completed'],
                                 info['total'])
@@ -11471,7 +11472,6 @@ class Snapshots(Part):
         return made
 
     def _live_snapshot(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
-        ran = self.qemu.run_state() == 'running'
         self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
         self.file.write()
         try:
@@ -11489,9 +11489,6 @@ class Snapshots(Part):
                 problem.hint = problem.hint or (f'its memory, up to {self.spec.ram()} MiB, goes '
                                                 f'into {layers[0][1].filename}: is there space?')
             raise
-        finally:
-            if ran and self.qemu.is_alive():
-                self.qemu.qmp('cont')
 
     def _saved_shape(self, layers: Sequence[tuple[str, Harddrive]]) -> list[Any]:
         """Return what must be the same for its memory to fit; of several disks which is which."""
