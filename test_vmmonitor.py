@@ -10234,7 +10234,7 @@ class TestSnapshots(Live):
         m.load_snapshot('s')
         m.stop(force=True)
         for path in (one, two):
-            m.del_harddrive(path)
+            m.del_harddrive(Path(path))
         for path in (two, one):
             m.add_harddrive(path)
         with self.refused('is not known'):

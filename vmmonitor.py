@@ -10891,7 +10891,8 @@ class Devices(Part):
         held = [row for row in rows if self._things.get(row.id) is thing is not None]
         if held:
             return held[0]
-        wanted = getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
+        wanted = thing if isinstance(thing, os.PathLike) else \
+            getattr(thing, 'filename', None) or getattr(thing, 'name', None) or thing
         for number, device in enumerate(rows):
             names = [device.id, device.facts.name]
             if wanted and wanted in names or wanted == number and type(wanted) is int or (
