@@ -8911,6 +8911,11 @@ class TestLife(Live):
             machine.start_vm()
         with self.refused('machine has (qemu'):
             b.add_harddrive(disk)
+        more = vm.Harddrive(self.path('more.qcow2'), 0.01)
+        with at_step('write .*/wants/machine.json', vm.FileError('disk full')), \
+                self.refused('disk full'):
+            b.add_harddrive(more)
+        self.assertEqual((b.harddrives, more.in_use()), ([], False))
         Path(self.path('c.iso')).write_bytes(bytes(2048))
         disc = vm.CD(self.path('c.iso'))
         with mock.patch.object(vm.Devices, 'set_boot_order', side_effect=vm.MachineError('no')), \

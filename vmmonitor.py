@@ -10819,7 +10819,6 @@ class Devices(Part):
             except BaseException:
                 qmp.execute(kind.remove, **{kind.key: back[kind.key]})
                 raise
-        device.pending = False
 
     def _back(self, device: Device, give: FdGiver) -> dict[str, Any]:
         """Return the arguments of the QMP command that adds a device's back end."""
@@ -10908,10 +10907,12 @@ class Devices(Part):
             self.qemu.require_not_saved()
             device = plan()
             try:
+                self.file.write()               # first: a full disk must not leave it plugged in
                 if self.qemu.is_alive():
                     self._plug(device)
             except BaseException:
                 self.drop(device)
+                self.file.write()
                 raise
         return device
 
