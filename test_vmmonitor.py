@@ -9008,7 +9008,10 @@ class TestLife(Live):
 
     def test_kept_over_a_restart(self) -> None:
         m = self.bios('restart', memory=512, maxmemory=1024, nics='user')
+        other = vm.Machine.load('restart')
         self.assertIn('counts from the next start', m.increase_ram(128))
+        with self.refused('room for 384 MiB'):
+            other.increase_ram(512)
         kinds = ('socket', 'pty', 'file')
         for kind in kinds:
             m.create_chardev(f'org.example.{kind}', kind)

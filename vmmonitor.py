@@ -11102,25 +11102,29 @@ class Ram(Part):
         that was ballooned down is let out first. Raises MachineError with the reason why not.
         """
         self._check_mib(mb)
+        blocks: dict[int, bool] = {}
         if self.qemu.is_alive():
             actual = self.qemu.qmp('query-balloon')['actual'] // MIB
-            whole = self.spec.ram()
-            if actual + mb <= whole:
+            if actual + mb <= self.spec.ram():
                 return self.balloon(actual + mb)
-        room = self.spec.maxmemory - self.spec.ram()
-        if mb % DIMM_MIB or mb > room:
-            why, remedy = (f'Linux takes memory in blocks of {DIMM_MIB} MiB', 'use a multiple of it'
-                           ) if mb % DIMM_MIB else (f'there is room for {max(room, 0)} MiB',
-                                                    'make the machine with a larger maxmemory=')
-            raise MachineError(f'{self.name}: can\'t get {mb} MiB more: {why}', remedy)
-        blocks = self.memory_blocks() if self.qemu.is_alive() else {}
-        device = self.devices.add(lambda: self.devices.plan(
-            self.spec.new('dimm', mib=mb), None))
+            blocks = self.memory_blocks()
+
+        def plan() -> Device:
+            room = self.spec.maxmemory - self.spec.ram()
+            if mb % DIMM_MIB or mb > room:
+                why, remedy = (f'Linux takes memory in blocks of {DIMM_MIB} MiB', 'use a multiple '
+                               'of it') if mb % DIMM_MIB else (
+                    f'there is room for {max(room, 0)} MiB', 'make the machine with a larger '
+                                                             'maxmemory=')
+                raise MachineError(f'{self.name}: can\'t get {mb} MiB more: {why}', remedy)
+            return self.devices.plan(self.spec.new('dimm', mib=mb), None)
+        device = self.devices.add(plan)
         return f'{device.id}: {mb} MiB plugged in, {self._online(blocks)}'
 
     def _check_mib(self, mb: int) -> None:
         if type(mb) is not int or mb <= 0:
             raise MachineError(f'{self.name}: memory {mb!r:.80}', 'use MiB')
+        self.file.refresh()                     # what it has, another program may have changed
 
     def memory_blocks(self) -> dict[int, bool]:
         """Return the number of each block of the guest's memory, and whether it is switched on."""
