@@ -10053,6 +10053,15 @@ class TestSaving(Live):
         killed_at(f'write {path}', f'vm.Machine.load("killed").save({path!r})')
         self.assertEqual(m.save(path), 'saved')         # though QEMU has sent it once
         self.assertEqual(m.start(), 'restored')
+        synced, real = list[int](), os.fsync
+
+        def sync(fd: int) -> None:
+            synced.append(os.fstat(fd).st_ino)
+            real(fd)
+        with mock.patch('os.fsync', sync), \
+                at_step('send query-status', lambda: vm.Machine.load('killed').save(path)):
+            self.assertIs(m.state(), vm.State.SAVED)    # while it looks, another one saves it
+        self.assertIn(os.stat(path).st_ino, synced)     # it outlasts a power failure
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))

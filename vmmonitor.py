@@ -10222,8 +10222,8 @@ class Qemu:
             return Status(State.SAVED if self.spec.memory_at is MemoryAt.SAVED else State.OFF)
         try:
             told = self.run_state()
-        except WrongState:                      # it ended meanwhile
-            return Status(State.OFF)
+        except WrongState:                      # it ended meanwhile, and may be saved
+            return self.status()
         state = State.CRASHED if self.spec.memory_at is MemoryAt.LOST else QEMU_STATES.get(
             told, State.RUNNING)
         plain = state not in (State.PAUSED, State.CRASHED) or told in ('paused', 'running')
