@@ -11289,9 +11289,12 @@ class MemoryStream(Part):
                 qmp.execute('stop')
                 try:
                     self.send(qmp, os.dup(memory), None, JOB_TIMEOUT)
+                    os.fsync(memory)            # it counts for ever, once it has its name
                 except MachineError as problem:
                     raise MachineError(f'{problem}; to {path}',
                                        f'it may take {self.spec.ram()} MiB there') from None
+                except OSError as problem:
+                    raise write_error(path, problem) from None
             self.file.move_memory(MemoryAt.SAVED, path)
             self.qemu.end()
         return 'saved'
