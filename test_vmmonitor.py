@@ -10059,9 +10059,9 @@ class TestSaving(Live):
             synced.append(os.fstat(fd).st_ino)
             real(fd)
         with mock.patch('os.fsync', sync), \
-                at_step('send query-status', lambda: vm.Machine.load('killed').save(path)):
+                at_step('send query-status', lambda: vm.Machine.load('killed').save(f'{path}2')):
             self.assertIs(m.state(), vm.State.SAVED)    # while it looks, another one saves it
-        self.assertIn(os.stat(path).st_ino, synced)     # it outlasts a power failure
+        self.assertIn(os.stat(f'{path}2').st_ino, synced)       # it outlasts a power failure
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))
@@ -10112,6 +10112,10 @@ class TestSaving(Live):
                 at_step('send qmp_capabilities', KeyboardInterrupt()):
             m.start_vm()
         self.assertIsNotNone(started[-1].wait(5))
+        self.assertFalse(m.is_alive())
+        with impatient(0.3), self.refused('did not start: ', 'gone'), \
+                at_step('send qmp_capabilities', vm.PeerClosed('gone')):    # it is we who can't
+            m.start_vm()
         self.assertFalse(m.is_alive())
         self.assertEqual(m.start(), 'started')
 

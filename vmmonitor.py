@@ -10146,8 +10146,8 @@ class Qemu:
             self._record(process.pid)           # before anything can be done with it
             QMP(self.socket('qmp0'), QEMU_START_TIMEOUT).wire.close()
         except BaseException as problem:        # Ctrl-C, too: it must not run on
-            if not isinstance(problem, PeerClosed):
-                process.kill()
+            reaper.join(QMP_TIMEOUT if isinstance(problem, PeerClosed) else 0)  # its last words
+            process.kill()
             if tpm:
                 tpm.kill()                      # it knows of no end of a QEMU that it never knew
             reaper.join(QMP_TIMEOUT)
