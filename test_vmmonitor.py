@@ -2247,7 +2247,7 @@ class FuzzTest(ConfigCase):
         path = self.directory / 'machine.json'
         spec = vm.MachineSpec(self.directory.name, 'u', 'q35', 64, 1, 0, '', 'uefi', 'tcg', '', '',
                               '', '', None, 1, 16, video='none', tpm=True, args=['-x'], devices=[
-                                  vm.Device('disk0', 'disk', facts=vm.Facts(
+                                  vm.Device('disk0', 'disk', 'usb2', facts=vm.Facts(
                                       chain=[['/x', 'raw']], model='usb'))])
         path.write_bytes(spec.json())
         kept = json.loads(path.read_bytes())
@@ -2256,7 +2256,9 @@ class FuzzTest(ConfigCase):
                      for pair in pairs):
             path.write_bytes(data)
             with self.only(data, vm.MachineError):
-                vm.MachineFile.read(str(path.parent))
+                for device in vm.MachineFile.read(str(path.parent)).devices:
+                    self.assertIsInstance(device.place(), dict)
+                    self.assertEqual({len(layer) for layer in device.facts.chain} - {2}, set())
 
 
 # === files and locks ============================================================================

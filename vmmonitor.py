@@ -9499,9 +9499,12 @@ class MachineSpec:
                 raise ValueError(f'"{key.rstrip("?")}" is '
                                  f'{clip(repr(known.get(key.rstrip("?"), "missing")), 80)}')
         for row in known['devices']:
-            if not matches(row['facts'], FACTS.get(row['kind'], ())) \
-                    or not all(map(len, row['facts'].get('chain', ()))) \
-                    or row['facts'].get('model', '') not in MODELS[row['kind']]:
+            facts, models = row['facts'], MODELS.get(row['kind'], {})
+            model = models.get(facts.get('model', ''))
+            if not model or not matches(facts, FACTS[row['kind']]) \
+                    or any(len(layer) != 2 for layer in facts.get('chain', ())) \
+                    or not re.fullmatch(f'{model.port}[0-9]{{1,3}}' if model.port else '',
+                                        row.get('bus', '')):
                 raise ValueError(f'the device {row["id"]!r:.40} is {row!r:.80}')
         for key, choices in CHOICES.items():
             if known[key] not in choices:
