@@ -9614,7 +9614,7 @@ class MachineFile:
                 raise self.busy('change')
             try:
                 for left in Path(self.home).glob(f'{DRAFT}*'):      # of a program that was killed
-                    left.unlink()
+                    remove_file(str(left))      # the daemon may just have made one whole
                 self.spec = self.now()
                 yield self.spec
             finally:
