@@ -7591,6 +7591,12 @@ class QmpTest(Case):
                     qmp.execute('query-block', timeout=2)
                 self.assertIs(type(caught.exception), kind)
                 self.assertIn(reason, str(caught.exception))
+        odd = Peer(self, answering(b'{"return": {"qemu": 7}, "id": ID}\r\n',
+                                   greeting=b'{"QMP": {"version": 7}}\r\n'))
+        with vm.QMP(odd.path) as qmp, \
+                self.assertRaisesRegex(vm.MachineError, 'query-version returned'):
+            vm.QmpSession(qmp, lambda problem: vm.MachineError(str(problem))).stream(
+                os.dup(0), os.O_RDONLY)
 
     def test_silent_and_busy(self) -> None:
         with vm.QMP(Peer(self, answering()).path) as qmp, \

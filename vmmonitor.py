@@ -8470,13 +8470,13 @@ class QMP(contextlib.AbstractContextManager['QMP']):
         self.pending: collections.deque[dict[str, Any]] = collections.deque(
             maxlen=EVENTS_KEPT)                 # events that came before anybody asked
         try:
-            self.greeting = self._greeting(deadline)
+            self._greeting(deadline)
             self.execute('qmp_capabilities', timeout=deadline.left())
         except BaseException:
             self.wire.close()
             raise
 
-    def _greeting(self, deadline: Deadline) -> dict[str, Any]:
+    def _greeting(self, deadline: Deadline) -> None:
         try:
             greeting = self.wire.receive(deadline)
         except PeerSilent:
@@ -8484,7 +8484,6 @@ class QMP(contextlib.AbstractContextManager['QMP']):
                              'another program has this monitor open; close it') from None
         if not isinstance(greeting.get('QMP'), dict):
             raise ProtocolError(f'{self.wire.path}: no QMP greeting: {str(greeting)[:80]}')
-        return greeting
 
     def __exit__(self, *_: object) -> None:
         self.wire.close()
@@ -9725,13 +9724,12 @@ QEMU_STATES = {
 QEMU_REASONS = {'io-error': IO_ERROR, 'watchdog': WATCHDOG, 'guest-panicked': PANICKED,
                 'internal-error': FAILED}
 
-SCHEMAS['add-fd'] = {'fdset-id': int, 'fd': int}
 SCHEMAS.update({
+    'add-fd': {'fdset-id': int, 'fd': int}, 'human-monitor-command': DATA,
     'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
-    'query-status': {'status': str}})
-SCHEMAS['human-monitor-command'] = DATA
-SCHEMAS['process.json'] = {'machine': str, 'uuid?': str, 'boot': str, 'pid': int, 'started': str}
+    'query-status': {'status': str}, 'query-version': {'qemu': {'major': int, 'minor': int}},
+    'process.json': {'machine': str, 'uuid?': str, 'boot': str, 'pid': int, 'started': str}})
 
 
 def boot_id() -> str:
@@ -9937,15 +9935,13 @@ class QmpSession(contextlib.AbstractContextManager['QmpSession']):
         QEMU 11 takes no file by `fd:`, and 8.2 is the first to take one by `file:`; an fdset gives
         it a file only with just the access that it asks for.
         """
-        told = self.qmp.greeting['QMP'].get('version', {}).get('qemu', {})
-        version = (told.get('major', 0), told.get('minor', 0))
-        if version < (8, 2) or not stat.S_ISREG(os.fstat(fd).st_mode):
-            return f'fd:{self.named_fd(fd)}'
         try:
-            again = os.open(fd_path(fd), access | os.O_CLOEXEC)
+            told = self.execute('query-version')['qemu']
+            if (told['major'], told['minor']) < (8, 2) or not stat.S_ISREG(os.fstat(fd).st_mode):
+                return f'fd:{self.named_fd(os.dup(fd))}'
+            return f'file:{self.fdset(os.open(fd_path(fd), access | os.O_CLOEXEC))}'
         finally:
             os.close(fd)
-        return f'file:{self.fdset(again)}'
 
 
 FdGiver = Union[QemuCommand, QmpSession]        # both take a descriptor, and close it here
