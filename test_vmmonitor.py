@@ -2192,6 +2192,7 @@ class FuzzTest(ConfigCase):
                     why = vm.Migration(machine.devices, vm.MemoryStream(machine.qemu)).accept(
                         far, mock.MagicMock())
                     self.assertTrue(why)
+                    self.assertLess(len(why), 9 * vm.LINE_LENGTH)
                     answer = json.loads(near.makefile('rb').read())
                     self.assertEqual(answer, {'error': {'desc': why}})
         self.assertIs(machine.spec.memory_at, vm.MemoryAt.AWAITED)

@@ -9438,8 +9438,8 @@ class MachineSpec:
         here, there = ([row for row in a if row not in b] for a, b in ((mine, other),
                                                                        (other, mine)))
         if here or there:
-            raise MachineError(f'{self.name}: {why}: it has {there or "nothing"} where this one '
-                               f'has {here or "nothing"}',
+            raise MachineError(f'{self.name}: {why}: it has {clip(str(there or "nothing"))} where '
+                               f'this one has {here or "nothing"}',
                                '; '.join(filter(None, [
                                    'add or remove devices until they are the same', hint])))
 
