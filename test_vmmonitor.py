@@ -9757,6 +9757,8 @@ class TestNetwork(Live):
             other = self.bios('other', nics='user', forwards=[taken])
             with self.refused('host forwarding rule', 'another program has that port'):
                 other.start()
+            with self.refused(taken.split(':')[2], 'another program has that port'):
+                self.bios('third', monitor_port=int(taken.split(':')[2])).start()
         self.assertEqual(other.start(), 'started')
         other.delete(force=True)
         m.stop(force=True)

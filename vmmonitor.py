@@ -10637,7 +10637,8 @@ class Devices(Part):
                 for device in self.spec.devices:
                     self._compose_device(launch, device)
             except OSError as problem:
-                raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}') from None
+                raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}', FORWARD_HINT
+                                   if problem.errno == errno.EADDRINUSE else '') from None
             self.qemu.start(launch)
 
     def _fixed_devices(self) -> Iterator[str]:
