@@ -2172,6 +2172,8 @@ class FuzzTest(ConfigCase):
         offer = {'execute': 'receive', 'arguments': {
             'shape': machine.spec.shape(), 'disks': [mark], 'runs': True, 'seconds': 60,
             'macs': ['52:54:00:00:00:01']}}
+        large = {**offer, 'arguments': {**offer['arguments'],       # type: ignore[dict-item]
+                                        'shape': [['x' * 9 * vm.LINE_LENGTH]]}}
         nothing = mock.Mock(side_effect=lambda *_: contextlib.nullcontext(machine.spec))
         with contextlib.ExitStack() as patches:
             for part, changes in (
@@ -2183,8 +2185,8 @@ class FuzzTest(ConfigCase):
                     (vm.MemoryStream, {
                         'receive': mock.Mock(side_effect=vm.MachineError('enough'))})):
                 patches.enter_context(mock.patch.multiple(part, **changes))
-            for data in (pair for pairs in zip(warps(offer), mutants(json.dumps(offer).encode()))
-                         for pair in pairs):
+            for data in (pair for pairs in zip(warps(large, offer), mutants(json.dumps(
+                    offer).encode())) for pair in pairs):
                 near, far = socket.socketpair()
                 with near, far, self.only(data):
                     near.sendall(data + b'\n')

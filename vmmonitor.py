@@ -9961,8 +9961,9 @@ def follow(look: Callable[[float], Progress], timeout: float,
            cancel: Callable[[], object] | None = None) -> str:
     """Wait for the end of what QEMU does in the background, and return its error or ''.
 
-    `look` gets the seconds that its question may take. It goes on by itself: when it takes longer than `timeout` seconds, or on Ctrl-C, or an error of
-    `progress`, it is told to `cancel`, if it can be, and its end is awaited.
+    `look` gets the seconds that its question may take. It goes on by itself: when it takes longer
+    than `timeout` seconds, or on Ctrl-C, or an error of `progress`, it is told to `cancel`, if it
+    can be, and its end is awaited.
     """
     seen, deadline = Progress(False), Deadline(timeout)
 
@@ -10637,8 +10638,9 @@ class Devices(Part):
                 for device in self.spec.devices:
                     self._compose_device(launch, device)
             except OSError as problem:
-                raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}', FORWARD_HINT
-                                   if problem.errno == errno.EADDRINUSE else '') from None
+                hint = FORWARD_HINT if problem.errno == errno.EADDRINUSE else ''
+                raise MachineError(f'{self.name}: can\'t start QEMU: {explain(problem)}',
+                                   hint) from None
             self.qemu.start(launch)
 
     def _fixed_devices(self) -> Iterator[str]:
