@@ -9147,8 +9147,8 @@ class TestAttacks(Live):
         killed_at(f'write {m.home}/process.json', "vm.Machine.load('early').start_vm()")
         self.assertFalse(m.is_alive())
         record = Path(m.file.path('process.json'))
-        record.write_text(json.dumps({'machine': 'early', 'boot': vm.boot_id(), 'pid': 0,
-                                      'started': ''}))
+        record.write_text(json.dumps({'machine': 'early', 'uuid': m.id, 'boot': vm.boot_id(),
+                                      'pid': 0, 'started': ''}))
         with subprocess.Popen(          # somebody has a process of root's with such arguments
                 ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', 'su', 'root', '--',
                  '-uuid', m.id, '-name', 'guest=early'], stdin=subprocess.PIPE,

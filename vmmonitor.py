@@ -9514,8 +9514,7 @@ class MachineSpec:
         known['devices'] = [filled(Device, {
             **row, 'facts': filled(Facts, row['facts'], FACTS[row['kind']])}, SCHEMAS['device'])
             for row in known['devices']]
-        ours = {field.name for field in dataclasses.fields(cls)} - {'more'}
-        return filled(cls, known, ours)
+        return filled(cls, known, schema)
 
     def json(self) -> bytes:
         values = dataclasses.asdict(self, dict_factory=spread)
@@ -9592,12 +9591,11 @@ class MachineFile:
         except ValueError as problem:
             raise MachineError(f'{self.name}: can\'t be kept like that: {problem}') from None
         for path in (self.path('machine.json'), self.path('machine.json.copy')):
-            try:
-                same = Path(path).read_bytes() == data
-            except OSError:
-                same = False
-            if not same:                # the copy counts only where the first was damaged later
-                write_whole(path, data, replace=True, lasting=not path.endswith('.copy'))
+            with contextlib.suppress(OSError):
+                if Path(path).read_bytes() == data:
+                    continue
+            # The copy counts only where the first was damaged later.
+            write_whole(path, data, replace=True, lasting=not path.endswith('.copy'))
 
     def move_memory(self, at: MemoryAt, place: str = '') -> None:
         """Write down where the guest is from now on."""
@@ -9650,10 +9648,10 @@ class MachineFile:
     @classmethod
     def repair(cls, name: str) -> MachineFile:
         """Put the copy of the last change back where a damaged file is, which is kept beside it."""
+        with contextlib.suppress(DamagedFile):
+            return cls.open(name)
         home = os.path.join(MACHINES_DIR, name)
         path = os.path.join(home, 'machine.json')
-        with contextlib.suppress(DamagedFile):
-            return cls(home, cls.read(home))
         try:
             spec = MachineSpec.read(Path(f'{path}.copy').read_bytes(), name)
         except (OSError, ValueError) as problem:
@@ -9729,7 +9727,7 @@ SCHEMAS.update({
     'query-chardev': [{'label': str, 'filename': str, 'frontend-open': bool}],
     'query-jobs': [{'id': str, 'status': str, 'error?': str}],
     'query-status': {'status': str}, 'query-version': {'qemu': {'major': int, 'minor': int}},
-    'process.json': {'machine': str, 'uuid?': str, 'boot': str, 'pid': int, 'started': str}})
+    'process.json': {'machine': str, 'uuid': str, 'boot': str, 'pid': int, 'started': str}})
 
 
 def boot_id() -> str:
@@ -9746,8 +9744,7 @@ def options(head: str, values: Mapping[str, Any]) -> str:
 
 def listener(path: str) -> int:
     """Return the descriptor of a new listening unix socket, in a directory of root's."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    remove_file(path)
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(path)
         made.listen(4)
@@ -10013,7 +10010,7 @@ class Qemu:
                 Path(self.file.path('process.json')).read_bytes())))
             if known['machine'] != self.name or known['boot'] != boot_id():
                 return nothing                  # of the machine that this one was copied from
-            if known.get('uuid', self.file.uuid) != self.file.uuid:
+            if known['uuid'] != self.file.uuid:
                 return nothing                  # of a later one of that name
         except FileNotFoundError:
             return nothing
@@ -10127,8 +10124,7 @@ class Qemu:
         tpm: subprocess.Popen[bytes] | None = None
         try:
             self._record(0)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.file.path('qemu.log'))
+            remove_file(self.file.path('qemu.log'))
             if self.spec.tpm:
                 tpm = self._start_tpm(command)
             process = self._run([QEMU, *command.argv], command.fds)
@@ -10232,11 +10228,7 @@ class Qemu:
     def events(self, timeout: float) -> Iterator[dict[str, Any]]:
         """Yield QEMU's events as they come, until none came for `timeout` seconds."""
         with self.session() as session:
-            while True:
-                event = session.event((), timeout)
-                if not event:
-                    return
-                yield event
+            yield from iter(lambda: session.event((), timeout), None)
 
     def job(self, command: str, **arguments: Any) -> None:
         """Carry out a command that is a job, whose answer says nothing of its end; while it writes
@@ -10623,10 +10615,10 @@ class Devices(Part):
         if self.spec.memory_at in (MemoryAt.LOST, MemoryAt.GIVEN):
             self.spec.memory_at, self.spec.memory_place = MemoryAt.HERE, ''
         self.spec.processor = processor_of(self.spec)
-        for place, owner in (('sockets', 0), ('ports', 0), ('vnc', self.spec.uid),
-                             ('tpm', self.spec.uid)):
+        for place in HOME_DIRECTORIES:
             os.makedirs(self.file.path(place), mode=0o700, exist_ok=True)
             if os.geteuid() == 0:
+                owner = self.spec.uid if place in ('vnc', 'tpm') else 0
                 os.chown(self.file.path(place), owner, owner)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.file.path('console.log'), self.file.path('console.log.1'))
@@ -11063,8 +11055,7 @@ class Devices(Part):
             if any(row.facts.name == name for row in self.spec.of_kind('chardev')):
                 raise MachineError(f'{self.name}: has a chardev {name}')
             id = self.spec.new_id('chardev')
-            with contextlib.suppress(FileNotFoundError):        # of one that was deleted
-                os.unlink(self.file.path(f'ports/{id}'))
+            remove_file(self.file.path(f'ports/{id}'))          # of one that was deleted
             return self.plan(self.spec.new('chardev', type=kind, name=name), None)
         self.add(plan)
         return self.chardevs[name]
@@ -11090,12 +11081,16 @@ class Devices(Part):
         return ''
 
 
-class Ram(Part):
-    """A machine's memory, as its guest has it: plugged in, and ballooned."""
+class DevicesPart(Part):
+    """A part of a machine that stands on its devices, too."""
 
     def __init__(self, devices: Devices) -> None:
         super().__init__(devices.qemu)
         self.devices = devices
+
+
+class Ram(DevicesPart):
+    """A machine's memory, as its guest has it: plugged in, and ballooned."""
 
     def increase_ram(self, mb: int) -> str:
         """Give the guest `mb` MiB more, and say what it took (object-add, device_add pc-dimm).
@@ -11217,12 +11212,8 @@ def received_frame(frames: socket.socket) -> bytes:
     return data
 
 
-class Captures(Part):
+class Captures(DevicesPart):
     """What crosses a machine's network cards, in files."""
-
-    def __init__(self, devices: Devices) -> None:
-        super().__init__(devices.qemu)
-        self.devices = devices
 
     @contextlib.contextmanager
     def capture(self, nic: VirtualNic | str | int, filename: str | os.PathLike[str]
@@ -11284,7 +11275,7 @@ class MemoryStream(Part):
             self.qemu.require_savable()
             path = image_path(file) if file else os.path.join(self.file.home, 'memory')
             if not file:                        # of a restore that was killed: it fits no more
-                Path(path).unlink(missing_ok=True)
+                remove_file(path)
             if os.path.exists(path):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
             with self.run_state_kept(), whole_file(path) as memory, self.qemu.session() as qmp:
@@ -11312,7 +11303,7 @@ class MemoryStream(Part):
             self.file.move_memory(MemoryAt.HERE)
             if path != os.path.join(self.file.home, 'memory'):
                 return f'forgotten; {path} is still there'
-            Path(path).unlink(missing_ok=True)
+            remove_file(path)
         return 'saved state deleted'
 
     @contextlib.contextmanager
@@ -11420,12 +11411,8 @@ class MachineSnapshot(NamedTuple):
     uncovered: tuple[str, ...]  # ... and the machine's others
 
 
-class Snapshots(Part):
+class Snapshots(DevicesPart):
     """Snapshots of a machine's memory and disks."""
-
-    def __init__(self, devices: Devices) -> None:
-        super().__init__(devices.qemu)
-        self.devices = devices
 
     def _layers(self) -> list[tuple[str, Harddrive]]:
         """Return node and disk of all that can hold a snapshot."""
@@ -11486,14 +11473,14 @@ class Snapshots(Part):
         self.spec.snapshots[tag] = self._saved_shape(layers)    # it may be there though we are not
         self.file.write()
         try:
-            self._snapshot_job('save', tag, [node for node, _ in layers])
+            self._snapshot_job('save', tag, layers)
             made = layers[0][1].found(tag)
             self.spec.snapshots[tag] = [*self._saved_shape(layers),
                                         ['made', made.id, made.when, made.ram]]
         except BaseException as problem:
             if isinstance(problem, KeyboardInterrupt):
                 with contextlib.suppress(GuestError):
-                    self._snapshot_job('delete', tag, [node for node, _ in layers])
+                    self._snapshot_job('delete', tag, layers)
             del self.spec.snapshots[tag]
             self.file.write()
             if isinstance(problem, MachineError):
@@ -11528,12 +11515,13 @@ class Snapshots(Part):
         self.spec.check_fits([row for row in rows if row[0] != 'made'],
                              f'snapshot {tag} is of other devices', hint, self._saved_shape(layers))
 
-    def _snapshot_job(self, verb: str, tag: str, nodes: Sequence[str]) -> None:
+    def _snapshot_job(self, verb: str, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
+        nodes = self._nodes(layers)
         memory = {} if verb == 'delete' else {'vmstate': nodes[0]}
-        self.qemu.job(f'snapshot-{verb}', tag=tag, devices=self._nodes(nodes), **memory)
+        self.qemu.job(f'snapshot-{verb}', tag=tag, devices=nodes, **memory)
 
-    def _nodes(self, nodes: Sequence[str]) -> list[str]:
-        return [*nodes, *['efi-vars'] * self.spec.uefi]
+    def _nodes(self, layers: Sequence[tuple[str, Harddrive]]) -> list[str]:
+        return [*(node for node, _ in layers), *['efi-vars'] * self.spec.uefi]
 
     def load(self, tag: str, disks_only: bool = False) -> str:
         check('disks_only', disks_only, a_bool, MachineError)
@@ -11597,7 +11585,7 @@ class Snapshots(Part):
                     qmp.event(['RESUME', 'WAKEUP'], QMP_TIMEOUT)
                 qmp.execute('stop')
             with put_back_on_failure(drives):
-                self._load_or_end(tag, [node for node, _ in layers])
+                self._load_or_end(tag, layers)
         except Error:
             if ran and not started and self.qemu.is_alive():
                 self.qemu.qmp('cont')
@@ -11606,18 +11594,18 @@ class Snapshots(Part):
         if ran:
             self.qemu.qmp('cont')
 
-    def _load_or_end(self, tag: str, nodes: Sequence[str]) -> None:
+    def _load_or_end(self, tag: str, layers: Sequence[tuple[str, Harddrive]]) -> None:
         """Carry out snapshot-load; end a QEMU that it leaves with half of each guest."""
         # The job's error does not tell whether it has touched the guest, and there is no other
         # trace of it; so what it would refuse at once is looked at before.
         held = {row.get('node-name') for row in self.qemu.qmp('query-named-block-nodes')
                 if any(one['name'] == tag for one in row['image'].get('snapshots', ()))}
-        lacking = [node for node in self._nodes(nodes) if node not in held]
+        lacking = [node for node in self._nodes(layers) if node not in held]
         if lacking:
             raise MachineError(f'{self.name}: {lacking[0]} has no snapshot {tag}',
                                'load_snapshot(…, disks_only=True) works when it is off')
         try:
-            self._snapshot_job('load', tag, nodes)
+            self._snapshot_job('load', tag, layers)
         except QemuRefused:                         # the job did not begin
             raise
         except MachineError as problem:
@@ -11634,7 +11622,7 @@ class Snapshots(Part):
             if self.qemu.is_alive():
                 for _, drive in layers:
                     drive.found(tag)                    # or it has several of that name
-                self._snapshot_job('delete', tag, [node for node, _ in layers])
+                self._snapshot_job('delete', tag, layers)
                 if any(row.tag == tag for _, drive in layers for row in drive.snapshots):
                     raise MachineError(f'{self.name}: QEMU did not delete snapshot {tag}',
                                        'its name is no UTF-8; see qemu-img snapshot -d, which can')
@@ -11654,7 +11642,7 @@ SCHEMAS.update({
     'request arrived': {}, 'request run': {}})
 
 
-class Migration(Part):
+class Migration(DevicesPart):
     """One end of a migration.
 
     The programs at its two ends agree over a socket beside the stream of their QEMUs, in requests,
@@ -11663,8 +11651,8 @@ class Migration(Part):
     """
 
     def __init__(self, devices: Devices, memory: MemoryStream) -> None:
-        super().__init__(devices.qemu)
-        self.devices, self.memory = devices, memory
+        super().__init__(devices)
+        self.memory = memory
 
     def migrate(self, to: Migration | str, progress: Callable[[int, int], object] | None = None,
                 timeout: float = JOB_TIMEOUT) -> str:
@@ -12292,12 +12280,12 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     return [f'{key} {one[key]!r}, not {other[key]!r}' for key in other if one[key] != other[key]]
 
 
-class Power(Part):
+class Power(DevicesPart):
     """How a machine comes to run and ends: what needs its QEMU, its devices and its memory."""
 
     def __init__(self, devices: Devices, memory: MemoryStream) -> None:
-        super().__init__(devices.qemu)
-        self.devices, self.memory = devices, memory
+        super().__init__(devices)
+        self.memory = memory
 
     def start(self, paused: bool) -> str:
         """Start QEMU, from the saved state if there is one; return what was done, in words."""
