@@ -10077,6 +10077,12 @@ class TestSaving(Live):
                 at_step('send query-status', lambda: vm.Machine.load('killed').save(f'{path}2')):
             self.assertIs(m.state(), vm.State.SAVED)    # while it looks, another one saves it
         self.assertIn(os.stat(f'{path}2').st_ino, synced)       # it outlasts a power failure
+        self.assertEqual((m.start(), m.save()), ('restored', 'saved'))
+        killed_at('send migrate-incoming', 'vm.Machine.load("killed").start_vm()')
+        with self.refused('killed is saved', 'start it first'):
+            m.migrate('127.0.0.1:1')
+        self.assertEqual((m.save(), m.state()), ('already saved', vm.State.SAVED))
+        self.assertEqual(m.start(), 'restored')
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))

@@ -10336,6 +10336,7 @@ class Qemu:
 
     def require_savable(self) -> None:
         """Raise WrongState unless its memory can be kept; one asleep could not be woken."""
+        self.require_not_saved()
         state = self.state()
         if state not in (State.RUNNING, State.PAUSED):
             raise WrongState(f'{self.name} is {state.value}: its memory can\'t be kept',
@@ -11270,11 +11271,12 @@ class MemoryStream(Part):
 
     def save(self, file: str = '') -> str:
         with self.file.change():
-            if self.qemu.state() is State.SAVED:
+            if self.spec.memory_at is MemoryAt.SAVED:
+                self.qemu.end()                 # of a save or restore that was killed: has not run
                 return 'already saved'
             self.qemu.require_savable()
             path = image_path(file) if file else os.path.join(self.file.home, 'memory')
-            if not file:                        # of a restore that was killed: it fits no more
+            if not file:                        # of a start that was killed: it fits no more
                 remove_file(path)
             if os.path.exists(path):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
@@ -11535,8 +11537,7 @@ class Snapshots(DevicesPart):
             if memory and bare:                 # its memory would not fit them
                 raise MachineError(f'{self.name}: snapshot {tag} is without {", ".join(bare)}',
                                    'delete it, or remove that disk first')
-            if started:
-                self.qemu.require_not_saved()
+            self.qemu.require_not_saved()
             if not memory and not started:
                 raise WrongState(f'{self.name} runs, and '
                                  + ('its memory would not fit the disks' if found.ram else
