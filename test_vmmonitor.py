@@ -8783,6 +8783,9 @@ class TestLife(Live):
             self.assertEqual((bios.is_alive(), bios.stop(force=True)), (False, 'already off'))
             another.kill()
         bios.start_vm()                                 # over the sockets it left
+        with mock.patch('os.pidfd_open', side_effect=OSError(24, 'Too many open files')), \
+                self.refused("ends2: can't be ended: Too many open files"):
+            bios.delete(force=True)
         with mock.patch.object(vm, 'STOP_STEPS', (*quick[:2], *quick[3:])):
             self.assertEqual(bios.stop(force=True), 'stopped by SIGTERM')
 

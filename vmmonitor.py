@@ -10185,8 +10185,11 @@ class Qemu:
         pid = self.pid()
         try:
             process = os.pidfd_open(pid)
-        except OSError:
-            return 'already off'
+        except OSError as problem:
+            if not self.is_alive():
+                return 'already off'
+            raise MachineError(f'{self.name}: can\'t be ended: {explain(problem)}', 'try later'
+                               ) from None
         try:
             if self.pid() != pid:               # its number was given to another one meanwhile
                 return 'already off'
