@@ -11622,6 +11622,9 @@ class TestLab(Live):
             pass
         self.assertFalse(os.path.exists(self.path('none.pcap')))
         self.pulled()
+        with open('/dev/null', 'wb') as file, self.refused('nosuch0', 'check_networks'), \
+                vm.captured('nosuch0', file.fileno()):
+            pass
         with self.refused('no nic 7'), m.capture(7, 'x'):
             pass
         m.stop(force=True)

@@ -11192,7 +11192,11 @@ def captured(port: str, file: int) -> Iterator[None]:
                         return
     with frames, open(file, 'wb', closefd=False) as target:
         frames.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
-        frames.bind((port, ETH_P_ALL))
+        try:
+            frames.bind((port, ETH_P_ALL))
+        except OSError as problem:              # somebody has removed it
+            raise NetworkError(f'{port}: can\'t be captured: {problem.strerror}',
+                               'see check_networks(), which names what is missing') from None
         target.write(struct.pack('IHHiIII', 0xa1b2c3d4, 2, 4, 0, 0, CAPTURE_BYTES, 1))
         target.flush()
         copier = spawn(f'capture {port}', copy)
