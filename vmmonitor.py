@@ -10588,17 +10588,24 @@ class DriveSlot:
             return session.execute(command, **arguments)
 
 
+def plugged(kind: str) -> Any:
+    """Return a property: the things behind a machine's devices of a kind."""
+    def things(devices: Devices) -> list[Any]:
+        devices.file.refresh()
+        return [devices.thing(device) for device in devices.spec.of_kind(kind)]
+    return property(things)
+
+
 class Devices(Part):
     """What is plugged into a machine, and how it comes in and out, and their boot order."""
+
+    harddrives: list[Harddrive] = plugged('disk')
+    cds: list[CD] = plugged('cd')
+    nics: list[VirtualNic | None] = plugged('nic')
 
     def __init__(self, qemu: Qemu) -> None:
         super().__init__(qemu)
         self._things: dict[str, Any] = {}       # id of a device -> its Harddrive, CD or VirtualNic
-
-    @property
-    def cds(self) -> list[CD]:
-        self.file.refresh()
-        return [self.thing(device) for device in self.spec.of_kind('cd')]
 
     def after_start(self) -> None:
         """Do what the command line can't say: the media, and links that are down."""
@@ -10653,16 +10660,6 @@ class Devices(Part):
         yield 'virtserialport,chardev=agent,name=org.qemu.guest_agent.0,bus=serial.0'
         yield 'virtio-balloon-pci,id=balloon'
         yield 'virtio-scsi-pci,id=scsi'
-
-    @property
-    def harddrives(self) -> list[Harddrive]:
-        self.file.refresh()
-        return [self.thing(device) for device in self.spec.of_kind('disk')]
-
-    @property
-    def nics(self) -> list[VirtualNic | None]:
-        self.file.refresh()
-        return [self.thing(device) for device in self.spec.of_kind('nic')]
 
     def thing(self, device: Device) -> Any:
         """Return the Harddrive, CD or VirtualNic behind a device, made again after a load()."""
