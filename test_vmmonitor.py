@@ -10119,11 +10119,14 @@ class TestSaving(Live):
         def hasty(qmp: vm.QMP, command: str, timeout: float = vm.QMP_TIMEOUT, *more: Any,
                   **arguments: Any) -> Any:
             return real(qmp, command, timeout / 10, *more, **arguments)
-        for verb, call in (('save', m.snapshot), ('load', m.load_snapshot)):
-            with mock.patch.object(vm.QMP, 'execute', hasty), \
-                    at_step(f'send snapshot-{verb}', silent):
-                call('large')
-            self.assertIs(m.state(), vm.State.RUNNING)
+        m.snapshot('large')
+        for step, call, state in (
+                ('snapshot-load', functools.partial(m.load_snapshot, 'large'), vm.State.RUNNING),
+                ('stop', m.save, vm.State.SAVED), ('query-migrate', m.save, vm.State.SAVED)):
+            with mock.patch.object(vm.QMP, 'execute', hasty), at_step(f'send {step} ', silent):
+                call()
+            self.assertIs(m.state(), state)
+            m.start()
 
     def test_interrupted_start(self) -> None:
         m, started = self.bios('ctrlc2'), []

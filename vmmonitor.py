@@ -11285,7 +11285,7 @@ class MemoryStream(Part):
             if os.path.exists(path):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
             with self.run_state_kept(), whole_file(path) as memory, self.qemu.session() as qmp:
-                qmp.execute('stop')
+                qmp.execute('stop', JOB_TIMEOUT)        # it writes the disks' caches first
                 try:
                     self.send(qmp, os.dup(memory), None, JOB_TIMEOUT)
                     os.fsync(memory)            # it counts for ever, once it has its name
@@ -11364,8 +11364,9 @@ class MemoryStream(Part):
                 qmp.execute(command)
         qmp.execute('migrate', uri=qmp.stream(fd, os.O_WRONLY))
 
-        def look(_: float) -> Progress:
-            info = qmp.execute('query-migrate')
+        def look(patience: float) -> Progress:
+            # What the disk does not take in time holds it up; another machine must not do that.
+            info = qmp.execute('query-migrate', QMP_TIMEOUT if stream else patience)
             ram, status = info.get('ram', {'total': 0, 'remaining': 0}), info.get('status', '')
             failed = status in ('failed', 'cancelled')
             return Progress(failed or status == 'completed',
