@@ -2255,7 +2255,10 @@ class FuzzTest(ConfigCase):
         path.write_bytes(spec.json())
         kept = json.loads(path.read_bytes())
         self.assertEqual(vm.MachineFile.read(str(path.parent)), spec)
-        for data in (pair for pairs in zip(warps(kept), mutants(json.dumps(kept).encode()))
+        disk = kept['devices'][0]
+        odd = [{**kept, 'devices': [{**disk, **change}]} for change in (
+            {'bus': ''}, {'bus': 'rp1'}, {'facts': {**disk['facts'], 'chain': [['/x']]}})]
+        for data in (pair for pairs in zip(warps(*odd, kept), mutants(json.dumps(kept).encode()))
                      for pair in pairs):
             path.write_bytes(data)
             with self.only(data, vm.MachineError):
