@@ -2964,11 +2964,11 @@ class LibvirtTest(GuestCase):
 
     def test_errors_carry_code_domain_and_text(self) -> None:
         connection = vm.Connection(self.host.uri)
-        with self.assertRaises(vm.LibvirtError) as caught, \
-                connection.named('nope'):
-            pass
+        nobody = '00000000-0000-4000-8000-000000000000'
+        with self.assertRaises(vm.LibvirtError) as caught:
+            connection.domain(nobody)
         self.assertEqual((caught.exception.code, caught.exception.domain), (42, 10))
-        self.assertIn('no domain with matching name \'nope\'', str(caught.exception))
+        self.assertIn(f'no domain with matching uuid \'{nobody}\'', str(caught.exception))
         self.assertEqual(connection.library.call('virConnectClose', connection.handle), 0)
         with self.assertRaises(vm.LibvirtError) as caught:
             vm.Connection('qemu+unix:///system?socket=/nonexistent/sock')
@@ -3088,8 +3088,8 @@ class LibvirtTest(GuestCase):
                 ask('list')
                 self.assertEqual(ask('status&target=guest7')['state'], 'running')
                 self.assertEqual(calls, [])
-                with connection.named('guest7') as domain:
-                    connection.call('virDomainSuspend', domain)
+                uuid = next(uuid for uuid, name in connection.domains() if name == 'guest7')
+                connection.call('virDomainSuspend', connection.domain(uuid))
                 soon(lambda: ask('status&target=guest7')['state'] == 'paused', 5)
                 states['guest7'] = 'paused'
                 self.assertEqual({row['name']: row['state'] for row in ask('list')['guests']},
@@ -12340,7 +12340,8 @@ class OneShotTest(GuestCase):
         for words, text in ((('delete', 'web2'), 'web2 is no machine of this program; virsh -c '),
                             (('off',), 'off: no guest is named; name some, or say --all'),
                             (('start', 'db*'), 'no guest fits db*; list shows them'),
-                            (('start', 'nope'), 'no guest is named nope')):
+                            (('start', 'nope'), 'no guest is named nope'),
+                            (('start', 'n\udcff'), 'no guest is named n')):
             with self.subTest(words=words):
                 status, out, err = verb(*words)
                 self.assertEqual((status, out), (1, ''))

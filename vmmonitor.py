@@ -2716,7 +2716,6 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     'virConnectDomainEventRegisterAny': (_INT, (_PTR, _PTR, _INT, _PTR, _PTR, _PTR)),
     'virConnectDomainEventDeregisterAny': (_INT, (_PTR, _INT)),
     'virConnectListAllDomains': (_INT, (_PTR, ctypes.POINTER(ctypes.POINTER(_PTR)), _UINT)),
-    'virDomainLookupByName': (_PTR, (_PTR, _STR)),
     'virDomainLookupByUUIDString': (_PTR, (_PTR, _STR)),
     'virDomainFree': (_INT, (_PTR,)),
     'virDomainGetName': (_STR, (_PTR,)),
@@ -3071,15 +3070,6 @@ class Connection:
                 raise HostAway(f'libvirt is away: {problem.message}', problem.code, problem.domain,
                                'try again in a moment') from None
             raise
-
-    @contextlib.contextmanager
-    def named(self, name: str) -> Iterator[int]:
-        """Lend the virDomainPtr of the domain `name` (virDomainLookupByName)."""
-        handle = self.call('virDomainLookupByName', self.handle, name.encode())
-        try:
-            yield handle
-        finally:
-            self.library.functions['virDomainFree'](handle)
 
     def forget(self, uuid: str) -> None:
         """Give up what domain() keeps of a UUID: the domain is gone."""
@@ -3469,18 +3459,8 @@ class LibvirtHost:
             return self._names if self._follows() else None
 
     def find(self, name: str) -> Guest | None:
-        """Return the domain `name`, or None."""
-        self.reachable()
-        if self._follows():             # list them: so the next one need not be asked for
-            return next((guest for guest in self.all() if guest.own == name), None)
-        try:
-            with self.queries.connection(QUERY_TIMEOUT) as connection, \
-                    connection.named(name) as handle:
-                return Domain(self, *connection.library.identity(handle))
-        except LibvirtError as problem:
-            if problem.code == ERR_NO_DOMAIN:
-                return None
-            raise
+        """Return the domain `name`, or None: all are listed, so that the next is known."""
+        return next((guest for guest in self.all() if guest.own == name), None)
 
     def all(self, running: bool = False) -> list[Guest]:
         """Return all domains, or those that run, by name."""
