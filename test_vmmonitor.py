@@ -3465,7 +3465,7 @@ class HostsTest(ConfigCase):
         soon(lambda: guest.id in self.guests.commands)
         with self.assertLogs('vmmonitor', 'WARNING') as logged:
             self.guests.end(0.1)
-        self.assertIn('ending while these go on: start of', logged.output[0])
+        self.assertIn('ending while these go on: start of alpha/db', logged.output[0])
         for name in ('db', 'mail'):
             with self.refused('vmmonitor is ending'):
                 self.guests.act('stop', self.guests.find(name))
@@ -3726,6 +3726,22 @@ class HostsTest(ConfigCase):
         self.setUp()
         done = self.goes_down(['delay 9', 'off db'], 0.1)
         self.assertEqual(done.failed, {'alpha/db': 'still on: its turn did not come'})
+
+    def test_the_way_down_is_told_while_it_changes(self) -> None:
+        """The service asks how far it is, and must not end because one guest is off just then."""
+        class Slow(float):
+            def __lt__(self, other: float) -> bool:
+                time.sleep(0.05)
+                return float(self) < other
+        now = time.monotonic
+        host = ScriptedHost(*(ScriptedGuest(f'g{number}') for number in range(9)))
+        self.guests = vm.Guests([host])
+        for guest in host.guests.values():
+            guest.power_off = lambda: str(time.sleep(0.1))      # type: ignore[method-assign]
+        with mock.patch.object(vm.time, 'monotonic', lambda: Slow(now())), \
+                self.assertLogs('vmmonitor') as logged:
+            self.goes_down(['off all'])
+        self.assertNotIn('unexpected error', '\n'.join(logged.output))
 
     def test_a_guest_that_is_gone_when_it_is_off(self) -> None:
         """As a domain is that was never defined (virsh create)."""

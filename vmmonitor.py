@@ -3999,7 +3999,8 @@ class Guests:
         # id of a guest -> why, and when, it will be looked at: by one thread, however often
         self._looks: dict[str, tuple[GuestEvent, Deadline]] = {}
         self._looking = threading.Lock()            # guards _looks
-        self._busy: dict[str, str] = {}             # id of a guest -> the command it carries out
+        # id of a guest -> the command that it carries out, its name
+        self._busy: dict[str, tuple[str, str]] = {}
         self._free = threading.Condition()          # guards _busy, _ended; notified when one ends
         self._ended = False                         # no command begins any more
 
@@ -4233,9 +4234,10 @@ class Guests:
                 if self._ended:
                     raise Busy(f'{guest.name}: {action}: vmmonitor is ending', 'try again later')
                 if deadline.passed():
-                    raise self._busy_error(guest)
+                    raise Busy(f'{guest.name} is busy: "{self._busy[guest.id][0]}" has not ended',
+                               'try again later')
                 self._free.wait(deadline.left())
-            self._busy[guest.id] = action
+            self._busy[guest.id] = action, guest.name
         try:
             with one_program(guest, deadline):
                 yield
@@ -4251,11 +4253,7 @@ class Guests:
             self._ended = True
             if not self._free.wait_for(lambda: not self._busy, timeout):
                 log.warning('ending while these go on: %s', ', '.join(
-                    f'{action} of {guest}' for guest, action in self._busy.items()))
-
-    def _busy_error(self, guest: Guest) -> Busy:
-        return Busy(f'{guest.name} is busy: "{self._busy[guest.id]}" has not ended',
-                    'try again later')
+                    f'{action} of {name}' for action, name in self._busy.values()))
 
     def ready(self, stopping: threading.Event, names: Iterable[str], far: bool = True) -> bool:
         """Wait until every host is connected, or those that are have all of `names`; or (False)
@@ -4716,7 +4714,7 @@ class Shutdown(GuestList):
 
     def progress(self) -> str:
         """Return how far it is, for people."""
-        slowest = min(self._waits.items(), key=lambda item: item[1], default=None)
+        slowest = min([*self._waits.items()], key=lambda item: item[1], default=None)
         return f'{self.total - len(self._on)} of {self.total} off' + (
             f', waiting for {slowest[0]}: {time.monotonic() - slowest[1]:.0f} s' if slowest else '')
 
