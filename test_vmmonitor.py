@@ -3020,6 +3020,19 @@ class LibvirtTest(GuestCase):
         self.host.process.send_signal(signal.SIGCONT)
         program.wait_log('connected after')
 
+    def test_what_connects_when_nobody_waits_any_more(self) -> None:
+        """Its end tells nothing of the host when somebody asks again, hours later."""
+        self.enter(mock.patch.multiple(vm, OPEN_TIMEOUT=0.3, OPEN_GRACE=0.1))
+        with socket.create_server(('127.0.0.1', 0)) as silent:
+            host = vm.LibvirtHost(f'qemu+tcp://127.0.0.1:{silent.getsockname()[1]}/system')
+            for _ in range(2):
+                with self.refused('no answer within 0.3 s', kind=vm.HostAway):
+                    host.all()
+            silent.accept()[0].close()      # the two were one
+        soon(lambda: not threads('libvirt-open'))
+        with self.refused('Connection refused', kind=vm.HostAway):
+            host.all()
+
     def test_remedies_fit_the_kind_of_guest(self) -> None:
         domain = vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
         for text, remedy in (('the agent is in frozen state', 'virsh -c test:///x domfsthaw web1'),

@@ -2962,11 +2962,12 @@ class Opening:
 
     When time is up, what it started (ssh) is killed, by the pids of that thread's children, which
     ends it. What has started nothing goes on, and the next who wants a connection takes that one
-    over: so a host that hangs holds no more threads than there are callers.
+    over: so a host that hangs holds no more threads than there are callers. What ends while nobody
+    waits for it counts for nothing: the next one may come hours later.
     """
 
-    _lock = threading.Lock()                    # guards _all
-    _all: list[Opening] = []                    # that have not ended, or that nobody took yet
+    _lock = threading.Lock()                    # guards _all, `wanted` and the setting of `ended`
+    _all: list[Opening] = []                    # that go on, or whose end somebody waits for
 
     def __init__(self, uri: str) -> None:
         self.library, self.uri = Library.get(), uri
@@ -2984,7 +2985,13 @@ class Opening:
         except LibvirtError as problem:
             self.problem = problem
         finally:
-            self.ended.set()
+            with self._lock:
+                self.ended.set()
+                nobodys = not self.wanted
+                if nobodys:
+                    self._all.remove(self)
+            if nobodys and self.handle:
+                self.library.functions['virConnectClose'](self.handle)
 
     @classmethod
     def connect(cls, uri: str) -> int:
@@ -3002,10 +3009,10 @@ class Opening:
                 opening.signal_children(number)
                 opening.ended.wait(OPEN_GRACE)
         with cls._lock:
-            opening.wanted = False
-            if opening.ended.is_set():
+            opening.wanted, ended = False, opening.ended.is_set()
+            if ended:
                 cls._all.remove(opening)
-        if opening.handle:
+        if ended and opening.handle:
             return opening.handle
         late = HostAway(f'no answer within {OPEN_TIMEOUT:g} s')
         raise opening.problem if in_time and opening.problem else late
