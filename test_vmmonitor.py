@@ -1192,6 +1192,20 @@ def crowd(count: int) -> Iterator[tuple[vm.LibvirtHost, vm.Connection]]:
 
 
 @contextlib.contextmanager
+def no_more_threads(starter: str, times: int) -> Iterator[None]:
+    """Have the thread of that name start none for so many times, as at the service's TasksMax."""
+    start, fails = threading.Thread.start, [''] * times
+
+    def try_to_start(thread: threading.Thread) -> None:
+        if fails and threading.current_thread().name == starter:
+            fails.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with mock.patch.object(threading.Thread, 'start', try_to_start):
+        yield
+
+
+@contextlib.contextmanager
 def calls_of_libvirt() -> Iterator[list[str]]:
     """Lend the list of the functions of libvirt that are called meanwhile."""
     calls: list[str] = []
@@ -3155,6 +3169,12 @@ class LibvirtTest(GuestCase):
         other.start()
         other.destroy()                     # others shall not see it as one that has failed
 
+    def test_a_moment_without_threads(self) -> None:
+        """As a thousand guests that are resumed at once make one."""
+        with self.assertLogs('vmmonitor') as logged, no_more_threads('libvirt-link', 2), crowd(1):
+            pass                            # it is connected
+        self.assertIn("can't start new thread; raise TasksMax= of the service", logged.output[0])
+
     def test_reconnects_leave_no_descriptors(self) -> None:
         program = self.monitor()
 
@@ -4039,6 +4059,11 @@ class MonitorTest(Case):
         soon(lambda: abs(self.guest.offset) < TOLERANCE, 10)
         self.settle()
         self.assertEqual(len(logged.output), 1)
+
+    def test_a_check_for_which_there_was_no_thread_is_made_up_for(self) -> None:
+        with no_more_threads('checks', 2):
+            self.monitor.check('host slept')
+            soon(lambda: abs(self.guest.offset) < TOLERANCE, 6)
 
     def test_a_missed_check_of_all_is_made_up_for(self) -> None:
         problems, asked = [vm.HostAway('gone')] * 2, []

@@ -478,7 +478,8 @@ def set_up_logging(verbose: bool = False) -> None:
 
 
 def spawn(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
-    """Start a daemon thread; an exception that reaches its top is logged, never lost."""
+    """Start a daemon thread, or raise Error; an exception that reaches its top is logged, never
+    lost."""
     def guarded() -> None:
         try:
             target(*args)
@@ -487,7 +488,11 @@ def spawn(name: str, target: Callable[..., object], *args: Any) -> threading.Thr
         except Exception:           # the boundary of every thread: a bug must be seen in the log
             log.exception('%s: unexpected error', name)
     thread = threading.Thread(target=guarded, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as problem:
+        raise Error(f'{name}: {problem}', 'raise TasksMax= of the service, or see what takes the '
+                    'memory of this host') from None
     return thread
 
 
@@ -504,7 +509,10 @@ def in_thread(name: str, function: Callable[..., Result], *args: Any
             future.set_result(function(*args))
         except Exception as problem:    # a boundary: it is raised where the outcome is asked for
             future.set_exception(problem)
-    spawn(name, work)
+    try:
+        spawn(name, work)
+    except Error as problem:
+        future.set_exception(problem)
     return future
 
 
@@ -2296,7 +2304,7 @@ class GuestHost(Protocol):
     here: bool                  # on this machine
     up: threading.Event         # whether it can be asked
     links: int                  # how often that began
-    problem: LibvirtError | None        # why it can't
+    problem: Error | None       # why it can't
 
     def find(self, name: str) -> Guest | None:
         """Return the guest of that name, or None."""
@@ -3318,7 +3326,7 @@ class LibvirtHost:
         self.up = threading.Event()                     # connected, with events registered
         self.links = 0                                  # how often it became so
         self.stopping = threading.Event()
-        self.problem: LibvirtError | None = None     # why the last attempt failed
+        self.problem: Error | None = None               # why the last attempt failed
         self.step = HostStep(self, trust_clock)
         self._subscription: Subscription | None = None
         self._thread: threading.Thread | None = None
@@ -3369,7 +3377,7 @@ class LibvirtHost:
                     self._changed()
                     connection.close()
                 since = time.monotonic()
-            except LibvirtError as problem:
+            except Error as problem:
                 if str(problem) != str(self.problem):
                     log.warning('%s: %s; trying again', self.name, explain(problem))
                 self.problem = problem
@@ -4377,7 +4385,7 @@ class Monitor:
             job = self._jobs[key] = ClockJob(event)
         try:
             spawn(f'clock {event.guest.name}', self._work, job)
-        except RuntimeError:                    # no more threads: the next trigger tries again
+        except Error:                           # no more threads: the next trigger tries again
             with self._lock:
                 del self._jobs[key]
             raise
@@ -12915,7 +12923,7 @@ class Machines:
         self.up = threading.Event()                 # they are always there
         self.up.set()
         self.links = 1
-        self.problem: LibvirtError | None = None
+        self.problem: Error | None = None
         self.stopping = threading.Event()
         self._changes: DirectoryChanges | None = None           # while they are watched
         self._followed: dict[str, QMP | None] = {}  # name with a thread for its events -> session
