@@ -3485,10 +3485,11 @@ class HostsTest(ConfigCase):
         """The service may know its host by a name, who may not read its config by URI."""
         ours, theirs, other = (vm.Domain(vm.LibvirtHost(uri, label), 'uuid', 'web1') for uri, label
                                in (('x:///', 'alpha'), ('x:///', ''), ('y:///', '')))
-        with vm.one_program(ours, vm.Deadline(1)), vm.one_program(other, vm.Deadline(1)), \
-                self.refused('web1 is busy: another program'), \
-                vm.one_program(theirs, vm.Deadline(0.1)):
-            pass
+        with vm.guest_turn('guest', ours, vm.Deadline(1)), \
+                vm.guest_turn('guest', other, vm.Deadline(1)) as holder, \
+                self.refused('web1 is busy: another program'):
+            self.assertIsNone(holder)
+            vm.Guests([]).act('start', theirs, 0.1)
 
     def test_no_command_begins_at_the_end(self) -> None:
         """The process ends in a moment: what begins then would be left half done."""
@@ -3576,7 +3577,7 @@ class HostsTest(ConfigCase):
             with self.refused(f'no guest is named {name}', kind=vm.NoGuest):
                 self.guests.find(name)
         only, machine = ScriptedHost(ScriptedGuest('web1')), ScriptedGuest('web1')
-        mine = vm.Machines()
+        mine, machine.label = vm.Machines(), 'machines'
         with mock.patch.multiple(mine, find={'web1': machine}.get, known=lambda: None):
             guests = vm.Guests([mine, only])
             self.assertIs(guests.find('machines/web1'), machine)
@@ -3726,7 +3727,7 @@ class HostsTest(ConfigCase):
         self.guests = vm.Guests([mine, only])
         off = self.switched(only.guests['web'], only.guests['db'])
         off_too = self.switched(mine.guests['web'])
-        mine.guests['web'].id = f'{OURS}m-mine'
+        mine.guests['web'].id, mine.guests['web'].label = f'{OURS}m-mine', mine.label
         done = self.goes_down(['off web', 'off libvirt/web', 'wait libvirt/web off 1 or stop',
                                'off libvirt/db', 'off nope'])
         self.assertEqual((off, off_too, done.failed), (['web', 'db'], [], {}))
@@ -3767,11 +3768,15 @@ class HostsTest(ConfigCase):
                 time.sleep(0.05)
                 return float(self) < other
         now = time.monotonic
+
+        def power_off() -> str:
+            time.sleep(0.1)
+            return 'powered off'
         host = ScriptedHost(*(ScriptedGuest(f'g{number}') for number in range(9)))
         self.guests = vm.Guests([host])
         for guest in host.guests.values():
-            guest.power_off = lambda: str(time.sleep(0.1))      # type: ignore[method-assign]
-        with mock.patch.object(vm.time, 'monotonic', lambda: Slow(now())), \
+            guest.power_off = power_off         # type: ignore[method-assign]
+        with mock.patch.object(time, 'monotonic', lambda: Slow(now())), \
                 self.assertLogs('vmmonitor') as logged:
             self.goes_down(['off all'])
         self.assertNotIn('unexpected error', '\n'.join(logged.output))
@@ -12405,7 +12410,7 @@ class OneShotTest(GuestCase):
         guest = ScriptedGuest('one')
         hold = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import vmmonitor as vm\n'
                 f'guest = vm.Guest(); guest.id, guest.name = {guest.id!r}, "one"\n'
-                'with vm.one_program(guest, vm.Deadline(5)):\n'
+                'with vm.guest_turn("guest", guest, vm.Deadline(5)):\n'
                 '    print(1, flush=True); sys.stdin.read()')
         with subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE) as other:

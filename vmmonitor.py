@@ -2666,8 +2666,8 @@ class ClockSetTimer:
 
 
 # === libvirt ====================================================================================
-# Structures, then prototypes, then thin wrappers. But for ClockSetTimer and DirectoryChanges,
-# nothing outside this section uses ctypes.
+# Structures, then prototypes, then thin wrappers. But for ClockSetTimer, DirectoryChanges and one
+# call of malloc_trim(), nothing outside this section uses ctypes.
 
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
 SLOW_CALLS = 3                 # ... to those that were silent ...
@@ -2755,8 +2755,8 @@ QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 # virErrorNumber
-ERR_SYSTEM, ERR_NO_DOMAIN, ERR_AUTH_FAILED, ERR_INVALID = 38, 42, 45, 55
-ERR_TIMEOUT, ERR_AUTH_CANCELLED, ERR_ACCESS_DENIED, ERR_AUTH_UNAVAILABLE = 68, 79, 88, 94
+ERR_SYSTEM, ERR_NO_DOMAIN, ERR_INVALID, ERR_TIMEOUT = 38, 42, 55, 68
+ERR_RIGHTS = 45, 79, 88, 94         # AUTH_FAILED, AUTH_CANCELLED, ACCESS_DENIED, AUTH_UNAVAILABLE
 FROM_RPC = 7                                            # virErrorDomain of a lost connection
 LIST_RUNNING, LIST_STUCK, LIST_OFF = 1 << 4, 1 << 5 | 1 << 7, 1 << 6    # virConnectList...Flags
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
@@ -2766,9 +2766,6 @@ REBOOT_ACPI = 1 << 0                                    # virDomainRebootFlagVal
 _RIGHTS = ('run this as root or put the user in the group libvirt: usermod -aG libvirt USER; that '
            'counts for a shell after logging in again, for a service after its restart')
 _DAEMON = 'start it: systemctl start libvirtd, or virtqemud where that is installed'
-LIBVIRT_HINTS = {
-    ERR_AUTH_FAILED: _RIGHTS, ERR_AUTH_CANCELLED: _RIGHTS, ERR_ACCESS_DENIED: _RIGHTS,
-    ERR_AUTH_UNAVAILABLE: _RIGHTS}
 # What to do about a URI that can't be opened: the first row that fits URI and text counts; "{far}"
 # is the host in it, "{ssh}" how it is reached. Others have the hint of their error.
 URI_HINTS = (
@@ -2871,7 +2868,7 @@ class Library:
             return LibvirtError(f'{name} failed without a reason')
         info = last.contents
         text = ' '.join(clip(info.message or name.encode()).split())    # QEMU's may have two lines
-        hint = LIBVIRT_HINTS.get(info.code, '')
+        hint = _RIGHTS if info.code in ERR_RIGHTS else ''
         if name == 'virConnectOpen':        # such errors of other calls are about a guest's files
             hint = _RIGHTS if 'Permission denied' in text else \
                 _DAEMON if info.code == ERR_SYSTEM else hint
@@ -2893,11 +2890,9 @@ class Library:
         return buffer.value.decode(), self.call('virDomainGetName', domain).decode(errors='replace')
 
 
-Notify = Callable[[str, str, str], None]                # UUID, name, kind
-
-
 class Subscription:
-    """What one connection tells: libvirt's events, and that it was lost.
+    """What one connection tells: libvirt's events, each to `notify` with the UUID and name of its
+    domain and its kind, and that it was lost.
 
     C gets four fixed callbacks and the number of the subscription, so that no callback object
     can be gone when it is called.
@@ -2906,7 +2901,7 @@ class Subscription:
     _numbers = iter(range(1, sys.maxsize))
     _all: dict[int, Subscription] = {}                  # number -> subscription
 
-    def __init__(self, connection: Connection, notify: Notify) -> None:
+    def __init__(self, connection: Connection, notify: Callable[[str, str, str], None]) -> None:
         self.connection, self.notify = connection, notify
         self.lost = threading.Event()
         self.reason = ''                                # why it was lost
@@ -3200,10 +3195,6 @@ class ConnectionPool:
             connection.close()
 
 
-def is_local(uri: str) -> bool:
-    return bool(re.match(r'\w+(\+unix)?:///', uri))
-
-
 def ssh_words(uri: str, *options: str) -> list[str]:
     """Return the ssh, with these options, by which libvirt reaches the host of a URI; or []."""
     with contextlib.suppress(ValueError):               # no URI: opening it says so
@@ -3219,12 +3210,6 @@ def ssh_words(uri: str, *options: str) -> list[str]:
     return []
 
 
-def ssh_date(uri: str) -> list[str]:
-    """Return what shows the clock of a qemu+ssh host, as libvirt would reach it; or []."""
-    words = ssh_words(uri, '-T', '-e', 'none', '-o', 'BatchMode=yes') if '+ssh:' in uri else []
-    return ['timeout', f'{OPEN_TIMEOUT:g}', *words, 'date +%s.%N'] if words else []
-
-
 class HostStep:
     """Whether a host's clock is in step with this machine's: only then do its guests get their
     time from here.
@@ -3234,7 +3219,11 @@ class HostStep:
     """
 
     def __init__(self, host: LibvirtHost, trusted: bool) -> None:
-        self.host, self.date = host, ssh_date(host.uri)
+        self.host = host
+        # What shows the clock of a qemu+ssh host, as libvirt would reach it; or [].
+        words = ssh_words(host.uri, '-T', '-e', 'none', '-o', 'BatchMode=yes') \
+            if '+ssh:' in host.uri else []
+        self.date = words and ['timeout', f'{OPEN_TIMEOUT:g}', *words, 'date +%s.%N']
         self.sure = trusted or host.here
         self.fresh: set[str] = set()        # UUIDs of guests that booted, and were not set since
         self.off: float | None = None       # seconds that it may be off; None: nothing tells
@@ -3309,7 +3298,7 @@ class LibvirtHost:
     def __init__(self, uri: str, label: str = '', trust_clock: bool = False) -> None:
         self.uri, self.name = uri, f'libvirt {label or uri}'
         self.label, self.prefix = label or LIBVIRT_LABEL, label and f'{label}/'
-        self.here = is_local(uri)
+        self.here = bool(re.match(r'\w+(\+unix)?:///', uri))
         # State, look-ups, XML: quick ones, or libvirt does not answer at all.
         self.queries = ConnectionPool(uri, QUERY_CALLS, HostAway)
         self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
@@ -3511,7 +3500,6 @@ class Domain(Guest):
         return shlex.join(['virsh', '-c', self.host.uri, *command.split(), self.own])
 
     def remedies(self) -> Mapping[str, str]:
-        """Return what to do for this kind of guest, by the name in AGENT_TROUBLES."""
         return {'no channel': 'add a <channel> for org.qemu.guest_agent.0 and install '
                               'qemu-guest-agent in the guest',
                 'frozen': f'thaw them: {self.virsh("domfsthaw")}'}
@@ -3709,15 +3697,13 @@ class Domain(Guest):
 
     # Guest agent
 
-    def _pool(self) -> ConnectionPool:
-        return self.host.slow if self.id in self.host.silent else self.host.agents
-
     @contextlib.contextmanager
     def _asking(self) -> Iterator[tuple[Connection, int]]:
         """Lend (connection, virDomainPtr) for an agent call; note whether the agent answers."""
         began, lent = time.monotonic(), False
+        pool = self.host.slow if self.id in self.host.silent else self.host.agents
         try:
-            with self._on(self._pool(), BUSY_TIMEOUT) as (connection, handle):
+            with self._on(pool) as (connection, handle):
                 began, lent = time.monotonic(), True
                 yield connection, handle
             self.host.silent.pop(self.id, None)
@@ -3961,18 +3947,6 @@ class Notices:
 
 RECENT = 100                   # commands and corrections that are remembered ...
 OFFSETS = 60                   # ... and offsets of a guest's clock
-
-
-@contextlib.contextmanager
-def one_program(guest: Guest, deadline: Deadline) -> Iterator[None]:
-    """Keep other programs, such as the service, from giving it commands; Busy if one does."""
-    with guest_turn('guest', guest, deadline) as holder:
-        if holder is not None:
-            raise Busy(f'{guest.name} is busy: another program has not ended its command',
-                       'try again later')
-        yield
-
-
 OTHERS_WAIT = 2.0              # for a host that is silent, when another one has told something ...
 NAMED_WAIT = 0.2               # ... when that one is the HOST of HOST/NAME
 
@@ -3984,10 +3958,7 @@ class Guests:
         'start': lambda guest: guest.start(), 'stop': lambda guest: guest.shut_down(),
         'save': lambda guest: guest.save(), 'wake': lambda guest: guest.wake(),
         'off': lambda guest: guest.power_off(),
-        'reboot': lambda guest: guest.change('reboot'),
-        'reset': lambda guest: guest.change('reset'),
-        'pause': lambda guest: guest.change('pause'),
-        'resume': lambda guest: guest.change('resume'),
+        **{verb: operator.methodcaller('change', verb) for verb in Guest.CHANGES},
         'start anew': lambda guest: (guest.discard() and 'saved state discarded, ' or '')
         + guest.start()}
 
@@ -4082,15 +4053,14 @@ class Guests:
         answers = self.ask(lambda host: look(host, host.find), timeout, hosts,
                            named=len(meant) < len(self.hosts),
                            recall=lambda host, known: look(host, known.get))
-        found = [(host, guest) for host, guest in answers
-                 if guest and not isinstance(guest, Error)]
-        found = [row for row in found if not row[1].damage] or found     # which hides no other
-        found = [row for row in found if row[1].own == name] or found    # it may have a "/" in it
+        found = [guest for _, guest in answers if isinstance(guest, Guest)]
+        found = [guest for guest in found if not guest.damage] or found     # which hides no other
+        found = [guest for guest in found if guest.own == name] or found    # a "/" may be in it
         if len(found) > 1:
-            choices = [f'{host.label}/{guest.own}' for host, guest in found]
+            choices = [guest.full_name for guest in found]
             raise Ambiguous(f'{name} can be {" or ".join(choices)}', 'say which')
         if found:
-            return found[0][1]
+            return found[0]
         raise next((answer for host, answer in answers if isinstance(answer, Error)
                     and host in meant), NoGuest(f'no guest is named {name}', 'list shows them'))
 
@@ -4098,14 +4068,9 @@ class Guests:
         """Return the guests of these hosts by NAME and HOST/NAME; add to `away` why one can't be
         asked."""
         names: dict[str, list[Guest]] = collections.defaultdict(list)
-        for host, answer in self.ask(lambda host: host.all(), hosts=hosts,
-                                     recall=lambda _, known: [*known.values()]):
-            if isinstance(answer, Error):
-                away.append(answer)
-                continue
-            for guest in answer:
-                names[guest.own].append(guest)
-                names[f'{host.label}/{guest.own}'].append(guest)
+        for guest in self.all(away=away, hosts=hosts):
+            names[guest.own].append(guest)
+            names[guest.full_name].append(guest)
         return names
 
     def all(self, running: bool = False, away: list[Error] | None = None,
@@ -4244,6 +4209,7 @@ class Guests:
 
     @contextlib.contextmanager
     def _alone(self, guest: Guest, action: str, deadline: Deadline) -> Iterator[None]:
+        """Keep others from giving a guest commands, also other programs; Busy if one does."""
         with self._free:
             while self._ended or guest.id in self._busy:
                 if self._ended:
@@ -4254,7 +4220,10 @@ class Guests:
                 self._free.wait(deadline.left())
             self._busy[guest.id] = action, guest.name
         try:
-            with one_program(guest, deadline):
+            with guest_turn('guest', guest, deadline) as holder:
+                if holder is not None:
+                    raise Busy(f'{guest.name} is busy: another program has not ended its command',
+                               'try again later')
                 yield
         finally:
             with self._free:
@@ -4475,10 +4444,8 @@ class Monitor:
             except queue.Empty:
                 news = 'periodic check' if due <= 0 or not away else ''
             if news:
-                cause, checked = news, time.monotonic()
-                away = self.trigger_all(cause, self.guests.hosts)
-            elif away:
-                away = self.trigger_all(cause, away)
+                cause, checked, away = news, time.monotonic(), self.guests.hosts
+            away = self.trigger_all(cause, away)
 
 
 # === startup ====================================================================================
