@@ -3125,6 +3125,10 @@ class LibvirtTest(GuestCase):
                 ask('list')
                 ask('status&target=guest7')
                 self.assertEqual(calls, [])
+                with mock.patch.object(vm, 'HANDLES', 9):       # of guests that come and go
+                    for uuid in [uuid for uuid, _ in connection.domains()] * 2:
+                        connection.domain(uuid)
+                self.assertGreater(calls.count('virDomainLookupByUUIDString'), 300)
 
     def test_what_is_remembered_and_what_not(self) -> None:
         guest, other = self.vm('web1'), self.vm('web2')
@@ -3387,7 +3391,7 @@ class NoticesTest(ConfigCase):
             with self.assertRaises(vm.LibvirtError):
                 guests.act('start', guest)
         hear('booted')                                              # by somebody else
-        guests.commands['x'] = guests.commands[guest.id]
+        guests.commands['x'], guests.leads[guest.id] = guests.commands[guest.id], {'resumed': 1}
         for kind in ('stopped', 'off'):
             guest.troubles, guest.offset = ['not connected'], -3 * vm.SECOND
             with self.assertRaises(vm.AgentError):
@@ -3401,7 +3405,7 @@ class NoticesTest(ConfigCase):
             raise vm.NoGuest('gone')
         guest.status = gone             # type: ignore[method-assign]
         guests.heard(vm.GuestEvent(guest, 'stuck', 0.0))
-        soon(lambda: list(guests.commands) == ['x'], 5)             # nothing is kept of it
+        soon(lambda: list(guests.commands) == ['x'] and not guests.leads, 5)    # it keeps nothing
         looks: list[int] = []
 
         def slow() -> vm.Status:

@@ -2686,6 +2686,7 @@ STEP_LIMIT = 1.5               # seconds: two hosts are in step; what a boot tel
 OPEN_GRACE = 1.0               # for an attempt to end when what it started was killed
 START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
 START_ATTEMPTS = 3             # the same action on the same state, before giving up
+HANDLES = 2000                 # that a connection keeps, also of domains that are gone
 
 
 class VirError(ctypes.Structure):
@@ -3058,8 +3059,7 @@ class Connection:
 
     def close(self) -> int:
         """Give up the connection; nobody may be in a call. Return how many references are left."""
-        for key in list(self._handles):
-            self.forget(key)
+        self._forget()
         left = 0
         with contextlib.suppress(LibvirtError):
             left = self.library.call('virConnectClose', self.handle)
@@ -3081,18 +3081,19 @@ class Connection:
                                'try again in a moment') from None
             raise
 
-    def forget(self, uuid: str) -> None:
-        """Give up what domain() keeps of a UUID: the domain is gone."""
-        handle = self._handles.pop(uuid, None)
-        if handle:
-            self.library.functions['virDomainFree'](handle)
+    def _forget(self) -> None:
+        """Give up what domain() keeps."""
+        while self._handles:
+            self.library.functions['virDomainFree'](self._handles.popitem()[1])
 
     def domain(self, uuid: str) -> int:
         """Return the virDomainPtr of a UUID, which is looked up once: libvirtd is told the UUID in
         every call, and so it stays good over restarts and renames of the domain."""
         if uuid not in self._handles:
+            if len(self._handles) >= HANDLES:
+                self._forget()
             self._handles[uuid] = self.call('virDomainLookupByUUIDString', self.handle,
-                                                 uuid.encode())
+                                            uuid.encode())
         return self._handles[uuid]
 
     def domains(self, flags: int = 0) -> list[tuple[str, str]]:
@@ -3511,12 +3512,7 @@ class Domain(Guest):
         self.host.reachable()
         try:
             with pool.connection(timeout) as connection:
-                try:
-                    yield connection, connection.domain(self.uuid)
-                except LibvirtError as problem:
-                    if problem.code == ERR_NO_DOMAIN:
-                        connection.forget(self.uuid)
-                    raise
+                yield connection, connection.domain(self.uuid)
         except LibvirtError as problem:
             meaning = self.MEANINGS.get(problem.code)
             if meaning:
@@ -3982,6 +3978,7 @@ class Guests:
         self.lists: dict[str, str] = {}             # "startup" -> where that list is now
         self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
         #                                             the last ones found: seconds since 1970, ms
+        self.leads: dict[str, dict[str, int]] = {}  # id -> cause -> Correction.lead
         # id of a guest -> why, and when, it will be looked at: by one thread, however often
         self._looks: dict[str, tuple[GuestEvent, Deadline]] = {}
         self._looking = threading.Lock()            # guards _looks
@@ -4125,7 +4122,8 @@ class Guests:
             status = guest.status()
         except NoGuest:                                 # it was the last event of that one
             self.notices.end(guest, *GUEST_NOTICES)
-            kept: tuple[dict[str, Any], ...] = self.commands, self.offsets, self.corrections
+            kept: tuple[dict[str, Any], ...] = (
+                self.commands, self.offsets, self.corrections, self.leads)
             for known in kept:
                 known.pop(guest.id, None)
         except (GuestError, LibvirtError) as problem:   # when it is back, it gives this again
@@ -4279,7 +4277,6 @@ class Monitor:
         self.events: queue.SimpleQueue[GuestEvent | None] = queue.SimpleQueue()
         self._jobs: dict[str, ClockJob] = {}            # id -> the job that runs
         self._told: dict[str, set[str]] = {}            # id -> complaints since its start
-        self._leads: dict[tuple[str, str], int] = {}    # (id, cause) -> Correction.lead
         self._lock = threading.Lock()                   # guards _jobs, _told and corrections
         self._stopping = threading.Event()
         self._checks: queue.SimpleQueue[str] = queue.SimpleQueue()      # why to check all guests
@@ -4378,9 +4375,9 @@ class Monitor:
 
     def _run(self, job: ClockJob) -> None:
         guest = job.event.guest
-        learned = guest.id, job.event.kind      # a guest that is emulated sets it some ms late
+        learned = self.guests.leads.get(guest.id, {})   # one that is emulated sets it some ms late
         result = Correction(guest.name, job.event.kind, began=job.event.when, late=job.late,
-                            lead=self._leads.get(learned, 0))
+                            lead=learned.get(job.event.kind, 0))
         try:
             synchronise(guest, self.settings.config, result, job.nudge)
         except (WrongState, NoGuest, HostAway, OutOfStep) as problem:
@@ -4400,8 +4397,9 @@ class Monitor:
             return
         finally:
             job.late = result.late
-            if abs(result.missed) <= LEAD_MAX:
-                self._leads[learned] = max(0, min(result.lead - result.missed, LEAD_MAX))
+            if result.method and abs(result.missed) <= LEAD_MAX:
+                self.guests.leads[guest.id] = {**learned, job.event.kind: max(
+                    0, min(result.lead - result.missed, LEAD_MAX))}
         result.cause = job.event.kind
         with self._lock:
             if not job.past:
@@ -4520,6 +4518,20 @@ class GuestList:
                     'not known what was to be done' if self.away else 'nothing was to be done'),
                 failed and f'; failed: {failed}')
 
+    def _actions(self) -> Iterator[Step]:
+        """Yield the lines that do something to guests, each in its turn: the others have us wait,
+        and one of them may end the list."""
+        for step in self.steps:
+            if self.stopping.is_set():
+                return
+            self.guests.lists[self.what] = f'line {step.number}: {step}'
+            if step.verb == 'delay':
+                self.stopping.wait(step.seconds)
+            elif step.verb != 'wait':
+                yield step
+            elif not self._wait(step) and step.otherwise:
+                return
+
     def _wait(self, step: Step) -> bool:
         """Wait as long as a line says for its guest, port or path; tell whether it is there."""
         began, until = time.monotonic(), ' '.join(filter(None, [step.until, step.what]))
@@ -4561,17 +4573,9 @@ class Startup(GuestList):
         names = {step.name for step in self.steps if step.name}
         if not self.guests.ready(self.stopping, names, far=False):
             return
-        began, threads = time.monotonic(), []
-        for step in self.steps:
-            if self.stopping.is_set():
-                return
-            self.guests.lists[self.what] = f'line {step.number}: {step}'
-            if step.verb == 'start':
-                threads.append((step.name, spawn(f'start {step.name}', self._start, step.name)))
-            elif step.verb == 'delay':
-                self.stopping.wait(step.seconds)
-            elif not self._wait(step) and step.otherwise == 'stop':
-                break
+        began = time.monotonic()
+        threads = [(step.name, spawn(f'start {step.name}', self._start, step.name))
+                   for step in self._actions()]
         self.guests.lists[self.what] = 'waiting for the last guest'
         # Each start has a time limit; one whose host is away goes on in its thread.
         while any(thread.is_alive() and name not in self._waiting for name, thread in threads) \
@@ -4701,18 +4705,9 @@ class Shutdown(GuestList):
             f', waiting for {slowest[0]}: {time.monotonic() - slowest[1]:.0f} s' if slowest else '')
 
     def _work(self) -> None:
-        threads: list[threading.Thread] = []
-        for step in self.steps:
-            if self.stopping.is_set():
-                return
-            if step.verb == 'delay':
-                self.stopping.wait(step.seconds)
-            elif step.verb == 'wait':
-                if not self._wait(step) and step.otherwise:
-                    break
-            else:
-                threads.append(spawn(f'{step.verb} {step.name}', self._end_all, step))
-        for thread in threads:                      # run() has the limit
+        threads = [spawn(f'{step.verb} {step.name}', self._end_all, step)
+                   for step in self._actions()]
+        for thread in threads:
             thread.join(self.limit.left())
 
     def _there(self, step: Step) -> bool:
