@@ -4069,10 +4069,14 @@ class MonitorTest(Case):
         self.settle()
         self.assertEqual(len(logged.output), 1)
 
-    def test_a_check_for_which_there_was_no_thread_is_made_up_for(self) -> None:
-        with no_more_threads('checks', 2):
-            self.monitor.check('host slept')
-            soon(lambda: abs(self.guest.offset) < TOLERANCE, 6)
+    def test_what_there_was_no_thread_for_is_made_up_for(self) -> None:
+        for starter, trigger in (('checks', functools.partial(self.monitor.check, 'host slept')),
+                                 ('monitor', functools.partial(self.send, 'resumed'))):
+            self.guest.offset = -3 * vm.SECOND
+            with no_more_threads(starter, 2):
+                trigger()
+                soon(lambda: abs(self.guest.offset) < TOLERANCE, 6)
+            self.settle()
 
     def test_a_missed_check_of_all_is_made_up_for(self) -> None:
         problems, asked = [vm.HostAway('gone')] * 2, []

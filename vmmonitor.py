@@ -2265,6 +2265,8 @@ def reached(who: str, probe: Callable[[], bool], deadline: Deadline) -> bool:
         return in_thread(f'wait {who}', deadline.poll, ask).result(max(deadline.left(), MOMENT))
     except concurrent.futures.TimeoutError:
         return False
+    except Error:                       # there is no thread for it
+        return deadline.poll(ask)
 
 
 def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]],
@@ -3922,8 +3924,9 @@ class Notices:
         if not over:
             self._told.add(row)
         if not self.sending:
-            spawn('notify', self._send)                 # may fail: then the next word tries again
-        self.sending = True
+            with contextlib.suppress(Error):            # the next word tries again
+                spawn('notify', self._send)
+                self.sending = True
 
     def _send(self) -> None:
         while True:
@@ -4324,6 +4327,10 @@ class Monitor:
         for event in iter(self.events.get, None):
             try:
                 self._take(event)
+            except Error as problem:    # no more threads: it waits for one
+                self._complain(event.guest, 'thread', explain(problem))
+                self._stopping.wait(STATE_POLL)
+                self.events.put(event)
             except Exception:           # one event that can't be handled must not end the rest
                 log.exception('%s: unexpected error', event.kind)
 
@@ -4351,7 +4358,7 @@ class Monitor:
             job = self._jobs[key] = ClockJob(event)
         try:
             spawn(f'clock {event.guest.name}', self._work, job)
-        except Error:                           # no more threads: the next trigger tries again
+        except Error:
             with self._lock:
                 del self._jobs[key]
             raise
