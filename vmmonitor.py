@@ -4688,10 +4688,9 @@ class Shutdown(GuestList):
         names = self.guests.names(here, self.away)
         names.pop('all', None)                      # one that is named so is HOST/all in a list
         guests = {guest.id: guest for named in names.values() for guest in named}
-        called = {guest.id: guest.name for guest in guests.values()}
-        for name, (guest, *others) in names.items():
-            if not others and len(names.get(called[guest.id], ())) != 1:
-                called[guest.id] = name             # it alone has this one
+        called = {guest.id: next((name for name in (guest.name, guest.own, guest.full_name)
+                                  if len(names.get(name, ())) == 1), guest.name)
+                  for guest in guests.values()}     # what it alone is named
         full = {name: called[named[0].id] for name, named in names.items() if len(named) == 1}
         self.away += [Ambiguous(f'{step.name} can be ' + ' or '.join(
             called[guest.id] for guest in names[step.name]), 'say which')
