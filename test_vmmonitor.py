@@ -3828,12 +3828,17 @@ class HostsTest(ConfigCase):
                     guest.check_step(0)
         self.assertEqual(len(logged.records), 1, 'it is said once')
         alone = vm.Domain(vm.LibvirtHost(guest.host.uri), 'uuid', 'web1')
-        with self.assertLogs('vmmonitor'), self.assertRaises(vm.OutOfStep) as refused:
+        with self.assertLogs('vmmonitor'), self.assertRaises(vm.OutOfStep) as refused, \
+                mock.patch.object(vm, 'STEP_AGAIN', 0.0):
             alone.check_step(0)
         say = refused.exception.hint.partition('instead of libvirt.uri say ')[2]
         values, problems = vm.parse(f'{{{say}}}', 'config.json')
         self.assertEqual((values['hosts'], problems), (
             (vm.HostEntry('far', guest.host.uri, True),), []))
+        self.stepping(guest.host.uri, 'date +%s.%N')    # its NTP has put it right
+        alone.check_step(0)
+        with self.refused("s off this machine's", kind=vm.OutOfStep):   # asked a moment ago
+            guest.check_step(0)
 
     def test_a_host_of_which_a_boot_tells(self) -> None:
         for uri in ('qemu+tls://far/system', 'qemu+ssh://far/system', 'qemu+ext:///system'):

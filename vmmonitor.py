@@ -2685,6 +2685,7 @@ SPARE_TIME = 10.0              # s; connections that nobody needed so long are c
 QUERY_TIMEOUT = 25.0           # for a free line to libvirt; longer than its keepalive
 OPEN_TIMEOUT = 10.0            # for one attempt to connect; ssh over a slow line takes seconds
 STEP_LIMIT = 1.5               # seconds: two hosts are in step; what a boot tells is no finer
+STEP_AGAIN = 60.0              # until ssh is asked again of one that is not
 OPEN_GRACE = 1.0               # for an attempt to end when what it started was killed
 START_TIMEOUT = 300.0          # from the first call to "running"; one restore may take minutes
 START_ATTEMPTS = 3             # the same action on the same state, before giving up
@@ -3218,7 +3219,7 @@ class HostStep:
     time from here.
 
     What tells is ssh; or a guest that has just booted there, whose clock came from that host's, to
-    the second. It counts until the clock of this machine is set.
+    the second. That it is in step counts until the clock of this machine is set.
     """
 
     def __init__(self, host: LibvirtHost, trusted: bool) -> None:
@@ -3233,6 +3234,7 @@ class HostStep:
         self.by = ''                        # what tells that
         self.state = ''                     # what was said last: in step, out of step, not known
         self._unasked = bool(self.date)     # ssh was not asked since the host was connected
+        self._again = Deadline(0)           # when it is, if the host was not in step
         self._seen = HostClock.now()
         self._lock = threading.Lock()       # guards all this; ssh holds it for OPEN_TIMEOUT
 
@@ -3276,8 +3278,10 @@ class HostStep:
         seen, self._seen = self._seen, HostClock.now()
         if self._seen.jump_since(seen):
             self.off, self._unasked = None, bool(self.date)
-        if self._unasked:
-            self.off, self.by, self._unasked = self._ask(), 'ssh', False
+        if self._unasked or self.date and self.state != 'in step' and self._again.passed():
+            told, self._again = self._ask(), Deadline(STEP_AGAIN)
+            if self._unasked or told is not None:
+                self.off, self.by, self._unasked = told, 'ssh', False
         if guest.uuid in self.fresh and (self.off is None or self.by != 'ssh'):
             off = abs(offset) / SECOND
             if self.off is None or off < self.off:      # one of many may have a clock of its own
