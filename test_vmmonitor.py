@@ -4003,6 +4003,23 @@ class MonitorTest(Case):
         self.settle()
         self.assertEqual(self.monitor.guests.corrections, {})
 
+    def test_who_showed_that_its_host_is_in_step_is_counted(self) -> None:
+        host, news = self.monitor.guests.hosts[0], [1]
+        assert isinstance(host, vm.LibvirtHost)
+        self.addCleanup(host.stop)
+
+        def check_step(offset: int) -> None:
+            while news and news.pop():
+                host.tell_running()                 # its own job goes on meanwhile
+                soon(self.monitor.events.empty)
+                time.sleep(0.05)
+        self.guest.check_step = check_step          # type: ignore[method-assign]
+        with self.assertLogs('vmmonitor'):
+            host.watch(self.monitor.events.put)
+            self.send('resumed')
+            self.settle()
+        self.assertIn('corrections_total{cause="resumed"} 1', self.monitor.guests.figures.text({}))
+
     def test_a_stopped_guest_is_no_failure(self) -> None:
         def gone(*_: Any) -> Any:
             raise vm.WrongState('web1: domain is not running')
@@ -4476,7 +4493,7 @@ class CauseTest(GuestCase):
         other.start()
         program.wait_log(r'libvirt beta: its clock is that of this machine to [01]\.\d\d s, by '
                          'other, which has just booted there', 60)
-        program.wait_log('beta/mover: clock corrected, cause=found before=-(39|40|41)')
+        program.wait_log('beta/mover: clock corrected, cause=host in step before=-(39|40|41)')
         self.right(moved)
         found = self.answers(port, 'start&target=mover', 'start&target=alpha/mover', 'list')
         self.assertEqual(found['start&target=mover'], (200, 'beta/mover: already running'))

@@ -2287,8 +2287,8 @@ class GuestEvent(NamedTuple):
     """Something happened to a guest.
 
     `kind` is booted, started, resumed, restored, reverted, migrated, woken, "agent connected",
-    found or off (what it was when the host was reached), stopped, or stuck: its status says why,
-    or that it is gone.
+    found or off (what it was when the host was reached), stopped, stuck (its status says why, or
+    that it is gone), or what else had all guests looked at, in words.
     """
 
     guest: Guest
@@ -3311,7 +3311,7 @@ class LibvirtHost:
         self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
         self.agents = ConnectionPool(uri, AGENT_CALLS)      # guest agents that answer
         self.slow = ConnectionPool(uri, SLOW_CALLS)         # guest agents that did not
-        self.silent: dict[str, bool] = {}               # id -> True: its agent was silent
+        self.silent: set[str] = set()                   # ids of guests whose agent was silent
         # What was seen since the last event, while events come: that it is still so need not be
         # asked. A look that an event overtook is not kept.
         self._memory = threading.Lock()                 # guards these
@@ -3346,7 +3346,7 @@ class LibvirtHost:
         self.forget(uuid)
         self.step.note(uuid, kind)
         if kind in ('agent connected', 'stopped'):
-            self.silent.pop(guest.id, None)         # a new agent may be a better one
+            self.silent.discard(guest.id)           # a new agent may be a better one
         if kind in ('stopped', 'off'):
             self._on.discard(uuid)
         elif kind not in ('changed', 'stuck'):
@@ -3355,10 +3355,10 @@ class LibvirtHost:
             self._receive(GuestEvent(guest, kind, time.monotonic()))
 
     def tell_running(self) -> None:
-        """Give all running guests as 'found'."""
-        with contextlib.suppress(LibvirtError):     # away: when it is back, it does that anyway
+        """Have all running guests checked: the host is in step, since a moment ago."""
+        with contextlib.suppress(LibvirtError):     # away: when it is back, they are anyway
             for guest in self.all(running=True):
-                self._receive(GuestEvent(guest, 'found', time.monotonic()))
+                self._receive(GuestEvent(guest, 'host in step', time.monotonic()))
 
     def _link(self) -> None:
         pause, since = RECONNECT_FIRST, time.monotonic()
@@ -3620,7 +3620,7 @@ class Domain(Guest):
     def _shut_down_by_agent(self, mode: str = 'powerdown') -> bool:
         asked = super()._shut_down_by_agent(mode)
         if asked:
-            self.host.silent.pop(self.id, None)         # it was asked to go, it is not hung
+            self.host.silent.discard(self.id)         # it was asked to go, it is not hung
         return asked
 
     def power_button(self) -> None:
@@ -3708,19 +3708,19 @@ class Domain(Guest):
             with self._on(pool) as (connection, handle):
                 began, lent = time.monotonic(), True
                 yield connection, handle
-            self.host.silent.pop(self.id, None)
+            self.host.silent.discard(self.id)
         except Busy as problem:
             if lent:                    # another program's call to this agent hangs
-                self.host.silent[self.id] = True
+                self.host.silent.add(self.id)
             raise self.agent_error(f'state change lock: {problem.message}') from None
         except HostAway:
             raise
         except LibvirtError as problem:
             error = self.agent_error(problem.message)
             if error.trouble.transient and time.monotonic() - began > AGENT_SILENT:
-                self.host.silent[self.id] = True
+                self.host.silent.add(self.id)
             elif not error.trouble.transient:
-                self.host.silent.pop(self.id, None)     # a refusal is an answer
+                self.host.silent.discard(self.id)     # a refusal is an answer
             raise error from None
 
     def agent(self, command: str, arguments: Arguments = None,
