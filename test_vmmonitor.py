@@ -2825,6 +2825,13 @@ class ClockTest(Case):
         vm.synchronise(guest, vm.Config(), vm.Correction('web1'), threading.Event())
         self.assertLess(abs(guest.offset), TOLERANCE)
 
+    def test_agents_that_hang_are_not_blamed_on_another_guest(self) -> None:
+        host = vm.LibvirtHost('test:///x')
+        host.agents = vm.ConnectionPool(host.uri, 0)
+        with mock.patch.object(vm, 'BUSY_TIMEOUT', 0.1), \
+                self.refused('libvirt gave no answer to earlier calls', kind=vm.Busy):
+            vm.Domain(host, 'id', 'web1').get_time()
+
     def test_old_agents_call_a_command_disabled_when_frozen(self) -> None:
         for state, why in (('frozen', 'file systems are frozen'), ('thawed', 'has been disabled')):
             def call(_: str, _handle: Any, question: bytes, *_more: Any, now: str = state) -> str:

@@ -2784,8 +2784,8 @@ URI_HINTS = (
      'libvirtd-tcp.socket'),
     (r'qemu(\+unix)?:///session', '', 'a session belongs to one user: run this as that user, who '
      'sees it by "virsh -c qemu:///session list"; the host\'s guests are at qemu:///system'),
-    (r'(?!(qemu|test)(\+(unix|ext))?://)|.*', r'not recogni[sz]ed|unexpected .*path|no connection '
-     'driver', 'take a URI such as qemu:///system'),
+    ('', r'not recogni[sz]ed|unexpected .*path|no connection driver', 'take a URI such as '
+     'qemu:///system'),
     (r'(?!(qemu|test)(\+(unix|ext))?://)', '', 'take a URI such as qemu:///system'))
 
 STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING, 5: State.OFF,
@@ -3705,13 +3705,14 @@ class Domain(Guest):
         began, lent = time.monotonic(), False
         pool = self.host.slow if self.id in self.host.silent else self.host.agents
         try:
-            with self._on(pool) as (connection, handle):
+            with self._on(pool, BUSY_TIMEOUT) as (connection, handle):
                 began, lent = time.monotonic(), True
                 yield connection, handle
             self.host.silent.discard(self.id)
         except Busy as problem:
-            if lent:                    # another program's call to this agent hangs
-                self.host.silent.add(self.id)
+            if not lent:                # agents of other guests hang
+                raise
+            self.host.silent.add(self.id)           # another program's call to this one does
             raise self.agent_error(f'state change lock: {problem.message}') from None
         except HostAway:
             raise
