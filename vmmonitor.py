@@ -4058,7 +4058,7 @@ class Guests:
         answers = self.ask(lambda host: look(host, host.find), timeout, hosts,
                            named=len(meant) < len(self.hosts),
                            recall=lambda host, known: look(host, known.get))
-        found = [guest for _, guest in answers if isinstance(guest, Guest)]
+        found = [guest for _, guest in answers if guest and not isinstance(guest, Error)]
         found = [guest for guest in found if not guest.damage] or found     # which hides no other
         found = [guest for guest in found if guest.own == name] or found    # a "/" may be in it
         if len(found) > 1:
