@@ -3050,7 +3050,7 @@ class LibvirtTest(GuestCase):
                 with self.refused('no answer within 0.3 s', kind=vm.HostAway):
                     host.all()
             silent.accept()[0].close()      # the two were one
-        soon(lambda: not threads('libvirt-open'))
+        soon(lambda: 'libvirt-open' not in [thread.name for thread in threading.enumerate()])
         with self.refused('Connection refused', kind=vm.HostAway):
             host.all()
 
