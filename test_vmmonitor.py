@@ -6089,8 +6089,10 @@ class TestOwnership(NetCase):
         real = vm.carry_out
 
         def spy(ops: Any, *args: Any, **more: Any) -> Any:
-            seen.append({name: row['stage'] for name, row in json.loads(
-                vm.Registry().path.read_text())['things'].items()})
+            ops = list(ops)
+            if ops:
+                seen.append({name: row['stage'] for name, row in json.loads(
+                    vm.Registry().path.read_text())['things'].items()})
             return real(ops, *args, **more)
         with mock.patch.object(vm, 'carry_out', spy):
             vm.Switch('lan').delete()
