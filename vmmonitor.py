@@ -12278,15 +12278,19 @@ class Power(DevicesPart):
                 for device in self.spec.of_kind('nic'):
                     device.facts.mtu = told_mtu(self.devices.thing(device))
             self.devices.start_qemu()
+            goes_on = False
             try:
                 self.devices.after_start()
                 if self.spec.memory_at is MemoryAt.AWAITED:
                     return 'waiting for a migration'
                 says = self.memory.restore(saved) if saved else 'started'
                 self.file.move_memory(MemoryAt.HERE)    # it fits the disks until the guest runs
-                if not paused:
+                goes_on = not paused
+                if goes_on:
                     self.qemu.qmp('cont')
-            except BaseException:
+            except BaseException as problem:
+                if saved and goes_on and not isinstance(problem, QemuRefused):
+                    raise                       # it may run, and write to its disks
                 self.qemu.end()
                 if saved:
                     self.file.move_memory(MemoryAt.SAVED, saved)
