@@ -9818,6 +9818,7 @@ class TestNetwork(Live):
     def test_addresses_from_a_router(self) -> None:
         physical('eth1', 'server', '192.0.2.1/24')
         self.addCleanup(ip, 'netns del server')
+        self.addCleanup(ip, 'link del eth1')    # else the kernel removes it a moment later
         ip('address add 192.0.2.5/24 dev eth1')
         lan, router = vm.Switch('lan'), vm.Router('eth1', nat=True, dhcp=True,
                                                   hosts={'fixed': '10.77.0.10'})
@@ -11570,6 +11571,7 @@ class TestLab(Live):
             shutil.copyfile(path, name)
         physical('eth1', 'server', '192.0.2.1/24')
         self.addCleanup(ip, 'netns del server')
+        self.addCleanup(ip, 'link del eth1')    # else the kernel removes it a moment later
         ip('address add 192.0.2.5/24 dev eth1')
         worse = self.enter(netem_or_none())
         self.assertIn('web: made, started', self.verb('up', '--wait', 'agent'))
