@@ -2668,8 +2668,8 @@ class ClockSetTimer:
 
 
 # === libvirt ====================================================================================
-# Structures, then prototypes, then thin wrappers. But for ClockSetTimer, DirectoryChanges and one
-# call of malloc_trim(), nothing outside this section uses ctypes.
+# Structures, then prototypes, then thin wrappers. But for ClockSetTimer, DirectoryChanges and the
+# daemon's memory, nothing outside this section uses ctypes.
 
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
 SLOW_CALLS = 3                 # ... to those that were silent ...
@@ -14619,7 +14619,9 @@ class Daemon:
 
     def run(self) -> int:
         """Start the roles, serve until SIGTERM or SIGINT, and return the exit status."""
-        library = Library.get()
+        libc, library = ctypes.CDLL(None), Library.get()
+        with contextlib.suppress(AttributeError):       # not in every C library
+            libc.mallopt(-8, 1)     # M_ARENA_MAX: what a thread had would be for it alone
         self._bell.setblocking(False)
         self._ring.setblocking(False)
         signal.set_wakeup_fd(self._ring.fileno(), warn_on_full_buffer=False)
@@ -14639,7 +14641,7 @@ class Daemon:
         spawn('reload', self._hear_reloads)
         self._say('READY=1')
         with contextlib.suppress(AttributeError):       # not in every C library
-            ctypes.CDLL(None).malloc_trim(0)            # 30 MB, if this file had to be compiled
+            libc.malloc_trim(0)                         # 30 MB, if this file had to be compiled
         self._serve(library)
         notify_systemd('STOPPING=1', 'STATUS=stopping')
         log.info('stopping')
