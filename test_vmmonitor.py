@@ -3533,7 +3533,8 @@ class HostsTest(ConfigCase):
             'hosts': {'a': 'test:///default', 'b': f'test://{node}'}, 'listener': {
                 'enabled': False}, 'startup': {'vmStartupCommands': ['start test']},
             'shutdown': {'vmShutdownCommands': ['save test', 'off b/test', 'stop a/test']}})
-        with mock.patch.object(vm, 'is_local', side_effect=lambda uri: 'default' in uri):
+        here = property(lambda host: 'default' in host.uri, lambda host, value: None)
+        with mock.patch.object(vm.LibvirtHost, 'here', here, create=True):
             lines = [line.text for line in vm.checks(path, ['startup', 'shutdown'])]
         self.assertEqual([line for line in lines if ' line ' in line], [
             'startup.vmStartupCommands line 1: several hosts have a test; say HOST/NAME',
@@ -3791,6 +3792,23 @@ class HostsTest(ConfigCase):
                 self.assertLogs('vmmonitor') as logged:
             self.goes_down(['off all'])
         self.assertNotIn('unexpected error', '\n'.join(logged.output))
+
+    def test_lists_without_threads(self) -> None:
+        """They are carried out, if one after the other: the way down is not tried again."""
+        guests = [guest for guest in self.alpha.guests.values() if isinstance(guest, ScriptedGuest)]
+        off, start = self.switched(*guests), threading.Thread.start
+
+        def none(thread: threading.Thread) -> None:
+            if re.match('shutdown list|(start|off) ', thread.name):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        with mock.patch.object(threading.Thread, 'start', none), \
+                self.assertLogs('vmmonitor') as logged:
+            done = self.goes_down(['off all'])
+            vm.Startup(self.guests, vm.steps([f'start {guest.name}' for guest in guests])).run()
+        self.assertEqual((sorted(off), done.failed), (sorted(guest.name for guest in guests), {}))
+        self.assertEqual([guest.calls for guest in guests], [['start']] * len(guests))
+        self.assertIn('one after the other: ', logged.output[0])
 
     def test_a_guest_that_is_gone_when_it_is_off(self) -> None:
         """As a domain is that was never defined (virsh create)."""

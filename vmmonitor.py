@@ -4544,6 +4544,15 @@ class GuestList:
             elif not self._wait(step) and step.otherwise:
                 return
 
+    def _begin(self, name: str, work: Callable[..., object], *args: Any) -> threading.Thread | None:
+        """Do it in a thread of its own; here and now (None), when there is none to be had."""
+        try:
+            return spawn(name, work, *args)
+        except Error as problem:
+            log.warning('%s: one after the other: %s', self.what, explain(problem))
+            work(*args)
+            return None
+
     def _wait(self, step: Step) -> bool:
         """Wait as long as a line says for its guest, port or path; tell whether it is there."""
         began, until = time.monotonic(), ' '.join(filter(None, [step.until, step.what]))
@@ -4586,11 +4595,12 @@ class Startup(GuestList):
         if not self.guests.ready(self.stopping, names, far=False):
             return
         began = time.monotonic()
-        threads = [(step.name, spawn(f'start {step.name}', self._start, step.name))
+        threads = [(step.name, self._begin(f'start {step.name}', self._start, step.name))
                    for step in self._actions()]
         self.guests.lists[self.what] = 'waiting for the last guest'
         # Each start has a time limit; one whose host is away goes on in its thread.
-        while any(thread.is_alive() and name not in self._waiting for name, thread in threads) \
+        while any(thread and thread.is_alive() and name not in self._waiting
+                  for name, thread in threads) \
                 and not self.stopping.wait(STATE_POLL):
             pass
         del self.guests.lists[self.what]
@@ -4671,7 +4681,7 @@ class Shutdown(GuestList):
         """Go through the lines, wait for the last guest or for the limit, and sum up."""
         began = time.monotonic()
         self._find()
-        spawn('shutdown list', self._work).join(self.limit.left())
+        self._end_of(self._begin('shutdown list', self._work))
         self.stopping.set()
         for problem in self.away:
             log.error('shutdown: %s', explain(problem))
@@ -4716,9 +4726,12 @@ class Shutdown(GuestList):
             f', waiting for {slowest[0]}: {time.monotonic() - slowest[1]:.0f} s' if slowest else '')
 
     def _work(self) -> None:
-        threads = [spawn(f'{step.verb} {step.name}', self._end_all, step)
-                   for step in self._actions()]
-        for thread in threads:
+        self._end_of(*[self._begin(f'{step.verb} {step.name}', self._end_all, step)
+                       for step in self._actions()])
+
+    def _end_of(self, *threads: threading.Thread | None) -> None:
+        """Wait for these, as long as the whole way down may take."""
+        for thread in filter(None, threads):
             thread.join(self.limit.left())
 
     def _there(self, step: Step) -> bool:
@@ -4739,11 +4752,9 @@ class Shutdown(GuestList):
     def _end_all(self, step: Step) -> None:
         """End the guests of a line, group by group."""
         for names in self.named(step):
-            threads = [spawn(f'{step.verb} {name}', self._end, step, name, guest)
-                       for name, guest in [(name, self._on.get(name)) for name in names]
-                       if guest and not self.stopping.is_set()]     # another line may have ended it
-            for thread in threads:
-                thread.join(self.limit.left())
+            self._end_of(*[self._begin(f'{step.verb} {name}', self._end, step, name, guest)
+                           for name, guest in [(name, self._on.get(name)) for name in names]
+                           if guest and not self.stopping.is_set()])    # or another line ended it
 
     def _end(self, step: Step, name: str, guest: Guest) -> None:
         self._waits[name] = time.monotonic()
