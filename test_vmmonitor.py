@@ -2271,7 +2271,9 @@ class FuzzTest(ConfigCase):
         self.assertEqual(vm.MachineFile.read(str(path.parent)), spec)
         disk = kept['devices'][0]
         odd = [{**kept, 'devices': [{**disk, **change}]} for change in (
-            {'bus': ''}, {'bus': 'rp1'}, {'facts': {**disk['facts'], 'chain': [['/x']]}})]
+            {'bus': ''}, {'bus': 'rp1'}, {'facts': {**disk['facts'], 'chain': [['/x']]}},
+            {'facts': {**disk['facts'], 'model': []}},
+            {'kind': 'dimm', 'bus': '', 'facts': {'mib': 64, 'chain': 5}})]
         for data in (pair for pairs in zip(warps(*odd, kept), mutants(json.dumps(kept).encode()))
                      for pair in pairs):
             path.write_bytes(data)

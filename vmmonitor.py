@@ -9475,10 +9475,10 @@ class MachineSpec:
                 raise ValueError(f'"{key.rstrip("?")}" is '
                                  f'{clip(repr(known.get(key.rstrip("?"), "missing")), 80)}')
         for row in known['devices']:
-            facts, models = row['facts'], MODELS.get(row['kind'], {})
-            model = models.get(facts.get('model', ''))
-            if not model or not matches(facts, FACTS[row['kind']]) \
-                    or any(len(layer) != 2 for layer in facts.get('chain', ())) \
+            facts, kind = row['facts'], row['kind']
+            model = MODELS.get(kind, {}).get(str(facts.get('model', '')))
+            if not model or not matches(facts, FACTS[kind]) \
+                    or 'chain' in FACTS[kind] and any(len(layer) != 2 for layer in facts['chain']) \
                     or not re.fullmatch(f'{model.port}[0-9]{{1,3}}' if model.port else '',
                                         row.get('bus', '')):
                 raise ValueError(f'the device {row["id"]!r:.40} is {row!r:.80}')
