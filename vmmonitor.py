@@ -6107,7 +6107,8 @@ SCHEMAS.update({
         'flags?': Rows([str]), 'master?': str, 'link?': str, 'ifalias?': DATA, 'group?': str,
         'altnames?': Rows([str]),
         'linkinfo?': {'info_kind?': str, 'info_data?': dict, 'info_slave_data?': dict},
-        'addr_info?': Rows([{'family': str, 'local': str, 'prefixlen': int, 'scope': str}])}]),
+        'addr_info?': Rows([{'family': str, 'local': str, 'prefixlen': int, 'scope': str,
+                             'address?': str, 'broadcast?': str, 'label?': str}])}]),
     'ip route': Rows([{
         'dst': str, 'gateway?': str, 'via?': {'host': str}, 'dev?': str, 'metric?': int,
         'table?': str, 'protocol?': str, 'type?': str, 'scope?': str, 'flags?': Rows([str]),
