@@ -14435,9 +14435,11 @@ exec python3 -B test_vmmonitor.py """
         self.configure({'startup': {'enabled': True, 'vmStartupCommands': [
             'start down1', 'wait down1 agent 60', 'start down2']}, 'shutdown': {
                 'enabled': True, 'timeout': 90, 'vmShutdownCommands': ['save all']}})
+        since = self.cursor()
         self.sh('systemctl restart vmmonitor')
         for name in ('down1', 'down2'):
             soon(functools.partial(self._ping, name), 60, f'the agent of {name}', 0.5)
+        self.logged(since, 'startup: ended after', 60)      # else that is taken for the next one
         since = self.cursor()
         self.box.reboot()
         for line in ('startup: ended after', 'down1: clock corrected', 'down2: clock corrected'):
