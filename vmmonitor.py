@@ -12835,6 +12835,10 @@ class DamagedMachine(Guest):
     status = start = save = discard = agent = agent_state = power_button = _refuse
     _change = picture = _refuse
 
+    def is_alive(self) -> bool:
+        """Tell whether its QEMU runs, without asking it."""
+        return self._qemu.is_alive()
+
     def stop(self) -> str:
         """End its QEMU (quit, SIGTERM, SIGKILL), and say what did it."""
         return self._qemu.end()
@@ -12843,7 +12847,7 @@ class DamagedMachine(Guest):
 
     def delete(self, force: bool = True) -> None:
         """Forget it; disks stay, and nics until --clean. WrongState if it runs, without `force`."""
-        if self._qemu.is_alive() and not force:
+        if self.is_alive() and not force:
             raise WrongState(f'{self.name} is running', 'stop it first, or use force=True')
         with self._file.one_of('change', 1, Deadline(BUSY_TIMEOUT)):
             self._qemu.end()
@@ -12851,7 +12855,7 @@ class DamagedMachine(Guest):
 
 
 class DirectoryChanges:
-    """Tells when something changed in the directory of machines, a machine's, or its console
+    """Tells when something changed in the directory of machines, a machine's, or its files
     (inotify(7)). Where the kernel can't, it is time to look once in MACHINES_POLL."""
 
     # IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE; IN_MODIFY
@@ -12872,7 +12876,8 @@ class DirectoryChanges:
                 break
         for name in names_in(root):
             self._add(os.path.join(root, name), self.NAMES)
-            self._add(os.path.join(root, name, 'console.log'), self.WRITES)
+            for file in ('console.log', 'machine.json', 'process.json'):
+                self._add(os.path.join(root, name, file), self.WRITES)
 
     def _add(self, path: str, events: int) -> bool:
         return bool(self.libc.inotify_add_watch(self.fd, os.fsencode(path), events) >= 0)
@@ -12915,8 +12920,9 @@ class Machines:
         self.problem: Error | None = None
         self.stopping = threading.Event()
         self._changes: DirectoryChanges | None = None           # while they are watched
-        self._followed: dict[str, QMP | None] = {}  # name with a thread for its events -> session
-        self._warned: dict[str, str] = {}           # name -> what was said of it
+        # Name -> one with a thread for its events, and its session.
+        self._followed: dict[str, tuple[Machine, QMP | None]] = {}
+        self._warned: dict[str, str] = {}           # name -> what is wrong with it
 
     def find(self, name: str) -> Machine | DamagedMachine | None:
         try:
@@ -12927,12 +12933,18 @@ class Machines:
             return DamagedMachine(name, problem)
 
     def all(self, running: bool = False) -> list[Guest]:
-        """Return all machines, or those that run, by name; not those that hang."""
+        """Return all machines, or those that run, by name: also those that hang, as they may."""
         found: list[Guest] = [*filter(None, map(self.find, sorted(names_in(MACHINES_DIR))))]
         if not running:
             return found
-        states = ask_all(found, lambda guest: {'state': guest.state()})
-        return [guest for guest, known in zip(found, states) if known.get('state') is State.RUNNING]
+        # What became of its file since is nothing to one that is followed.
+        followed = {name: machine for name, (machine, _) in list(self._followed.items())}
+        found = [*{**{guest.name: guest for guest in found}, **followed}.values()]
+        answers = ask_all(found, lambda guest: {
+            'runs': guest.is_alive() if isinstance(guest, DamagedMachine)
+            else guest.state() is State.RUNNING})
+        return [guest for guest, known in zip(found, answers) if known.get(
+            'runs', guest.name in followed or not isinstance(known.get('problem'), NoGuest))]
 
     def known(self) -> Mapping[str, Guest] | None:
         """Return {} if there are none: what else there is, files must be read for."""
@@ -12953,6 +12965,8 @@ class Machines:
             for machine in self.all():
                 try:
                     self._look_at(machine, kind, receive)
+                    if self._warned.pop(machine.name, '') and machine.name in self._followed:
+                        receive(GuestEvent(machine, 'found', time.monotonic()))
                 except (Error, OSError) as problem:
                     why = explain(problem)
                     if self._warned.get(machine.name) != why:
@@ -12969,14 +12983,14 @@ class Machines:
         if isinstance(machine, Machine) and machine.is_alive():
             machine.qemu.trim_console()
             if machine.name not in self._followed:
-                self._followed[machine.name] = None
+                self._followed[machine.name] = machine, None
                 spawn(f'events {machine.name}', self._follow, machine, kind, receive)
 
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         why = ''
         try:
             with QMP(machine.qemu.socket('events')) as qmp:
-                self._followed[machine.name], said = qmp, dict[str, Deadline]()
+                self._followed[machine.name], said = (machine, qmp), dict[str, Deadline]()
                 why = FAILED                # if it does not say before that it ends
                 receive(GuestEvent(machine, kind, time.monotonic()))
                 while not self.stopping.is_set():
@@ -13015,7 +13029,7 @@ class Machines:
     def stop(self) -> None:
         self.stopping.set()
         self._ring()
-        for qmp in filter(None, list(self._followed.values())):
+        for qmp in [qmp for _, qmp in list(self._followed.values()) if qmp]:
             with contextlib.suppress(OSError):
                 qmp.wire.socket.shutdown(socket.SHUT_RDWR)
 
