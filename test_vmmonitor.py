@@ -11538,6 +11538,18 @@ class TestLab(Live):
         self.assertEqual([row.filename for row in cloud.harddrives[0].chain()],
                          [os.path.abspath('mcloud.qcow2'), os.path.abspath('a.raw')])
         self.assertIn(TestFromImage.KEY.encode(), Path(cloud.cd.filename).read_bytes())
+        other = self.bios('mother', harddrives=vm.Harddrive('top.qcow2', backing='b.qcow2'))
+        for damage in (False, True):            # which is not of the lab, and stopped
+            if damage:
+                Path(other.file.home, 'machine.json').write_text('{')
+            with self.refused('b.qcow2: machine mother has it, too', kind=vm.DiskError):
+                lab.down(disks=True)
+            base = vm.Harddrive('b.qcow2')
+            for change in (base.wipe, functools.partial(base.resize, 0.05, shrink=True)):
+                with self.refused('the disk of machine mother stands on it', kind=vm.WrongState):
+                    change()
+        vm.Machine.load('mother', repair=True).delete()
+        os.unlink('top.qcow2')
         lab.down(disks=True)
         self.assertEqual({*os.listdir('.')}, before)
         tree['machines']['mcloud'].update(usr='x', cpus='two')

@@ -8589,8 +8589,9 @@ USER_DATA = re.compile(r'\s*#|(?s:.{0,4096})mime-version:', re.IGNORECASE)     #
 SSH_KEY = re.compile(r'(ssh|ecdsa|sk)-[!-~]+ [A-Za-z0-9+/=]+( [ -~]*)?')
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
-# Who tells which machine is saved with an image, or '': *devices*, as no disk knows of machines.
-SAVED_WITH: list[Callable[[str], str]] = []
+# Who tells which machines have an image, whether they are saved, and how deep below their disk it
+# is: *devices*, as no disk knows of machines.
+MACHINES_WITH: list[Callable[[str], Iterable[tuple[str, bool, int]]]] = []
 
 SCHEMAS.update({
     'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
@@ -8869,9 +8870,18 @@ class Harddrive:
 
     def require_not_saved(self) -> None:
         """Raise WrongState when a machine's memory is saved, which goes with what is in it."""
-        for name in filter(None, (ask(self.filename) for ask in SAVED_WITH)):
-            raise WrongState(f'{self.filename}: {name} is saved, and its memory would not fit',
-                             'start it first, or delete_saved() its memory')
+        for name, saved, _ in MACHINES_WITH[0](self.filename):
+            if saved:
+                raise WrongState(f'{self.filename}: {name} is saved, and its memory would not fit',
+                                 'start it first, or delete_saved() its memory')
+
+    def _require_not_needed(self) -> None:
+        """Raise WrongState when a machine is saved with it, or has a disk that stands on it."""
+        self.require_not_saved()
+        for name, _, depth in MACHINES_WITH[0](self.filename):
+            if depth:
+                raise WrongState(f'{self.filename}: the disk of machine {name} stands on it',
+                                 'delete that machine first, or give it a disk of its own')
 
     def info(self) -> dict[str, Any]:
         """Return what qemu-img info says, also of a disk in use: virtual-size, actual-size ..."""
@@ -8942,7 +8952,7 @@ class Harddrive:
 
         Its size, version, cluster size, rights and the like stay. A new image takes the place of
         the old one in one step. DiskError while it is in use, WrongState while the machine that has
-        it is saved.
+        it is saved, or another one's disk stands on it.
         """
         check('snapshots_only', snapshots_only, a_bool, DiskError)
         self.check()
@@ -8950,7 +8960,7 @@ class Harddrive:
             for row in self.snapshots:
                 self._img('snapshot', '-q', '-d', row.tag, self._explicit())
             return
-        self.require_not_saved()
+        self._require_not_needed()
         if not os.path.isfile(self.filename):           # a device's node must stay one
             raise DiskError(f'{self.filename}: is no file', 'wipe a block device by blkdiscard')
         info = self.info()
@@ -8970,7 +8980,7 @@ class Harddrive:
             raise DiskError(f'{self.filename}: {wanted} bytes are less than its {now}',
                             'shrink=True cuts off what is behind; shrink the file system first')
         if wanted < now:
-            self.require_not_saved()
+            self._require_not_needed()
         live = self._live()
         if live:
             live.execute('block_resize', node_name=live.node, size=wanted)
@@ -10526,19 +10536,28 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
+def machines_with(path: str) -> Iterator[tuple[str, bool, int]]:
+    """Yield the machines that have an image, or one on it: name, whether it is saved, how deep the
+    image is. Of a damaged file its copy tells."""
+    for name in names_in(MACHINES_DIR):
+        home, devices = os.path.join(MACHINES_DIR, name), list[Device]()
+        with contextlib.suppress(Error, OSError, ValueError, RecursionError):   # no machine
+            try:
+                spec = MachineFile.read(home)
+            except DamagedFile:
+                spec = MachineSpec.read(Path(home, 'machine.json.copy').read_bytes(), name)
+            devices = spec.devices
+        for depth, layer in (pair for row in devices for pair in enumerate(row.facts.chain)):
+            if _is_file(layer[0], path):
+                yield name, spec.memory_at is MemoryAt.SAVED, depth
+
+
 def saved_with(path: str) -> str:
     """Return the machine that is saved, and goes on with that image, or with one on it; or ''."""
-    for name in names_in(MACHINES_DIR):
-        with contextlib.suppress(Error):        # no machine, or a damaged one
-            spec = MachineFile.read(os.path.join(MACHINES_DIR, name))
-            if spec.memory_at is MemoryAt.SAVED and any(
-                    _is_file(layer[0], path) for row in spec.of_kind('disk')
-                    for layer in row.facts.chain):
-                return spec.name
-    return ''
+    return next((name for name, saved, _ in machines_with(path) if saved), '')
 
 
-SAVED_WITH.append(saved_with)
+MACHINES_WITH.append(machines_with)
 
 
 class DriveSlot:
@@ -13659,6 +13678,9 @@ class Lab:
                         if bytes_locked(image.fileno(), *IMAGE_LOCKS):
                             raise DiskError(f'{path}: {holder_of(path) or "a machine"} has it open',
                                             'stop that first')
+                    for name, *_ in machines_with(path):
+                        raise DiskError(f'{path}: machine {name} has it, too',
+                                        'delete that machine first, or keep the disks')
                     os.unlink(path)
                     did.append(f'{path}: deleted')
                 self._note(lambda now, path=path: now['disks'].pop(path))   # type: ignore[misc]
