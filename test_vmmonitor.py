@@ -9944,7 +9944,12 @@ class TestNetwork(Live):
         self.assertIn('lan stays: machine used (', said.output[0])
         self.assertEqual(vm.Registry.read().records.keys(), before)
         machine.stop(force=True)
+        card = machine.nics[0].name                             # type: ignore[union-attr]
+        vm.clean([card])
+        ip(f'link add name {card} type bridge')                 # which is others' by now
         machine.delete()
+        self.assertTrue(vm.Interface(card).exists)
+        ip(f'link del dev {card}')
         vm.delete_all([lan, plain])
         self.assertFalse(vm.Registry.read().records.keys() & before)
 

@@ -10913,8 +10913,11 @@ class Devices(Part):
         thing = self._things.pop(device.id, None)
         if isinstance(thing, (Harddrive, CD)):
             thing.attached = None
-        if device.facts.own:
-            self._nic(device.facts).delete()
+        if device.facts.own:                    # and another one of that name is not ours
+            with contextlib.suppress(NoInterface):
+                nic = VirtualNic.known(device.facts.name)
+                if (nic.mac, nic.namespace) == (device.facts.mac, device.facts.namespace):
+                    nic.delete()
 
     def remove(self, kind: str, what: Any, timeout: float) -> str:
         with self.file.change():
