@@ -6799,7 +6799,8 @@ class TestSwitch(NetCase):
                  f'add chain bridge theirs pass {{ {base} 0; policy drop; }}',
                  *(f'add chain inet {table} last {{ {base} 10; }}' for table in ('wall', 'calm')),
                  *(f'add rule inet {table} last iifname x drop' for table in ('wall', 'calm')),
-                 'add rule inet wall last counter reject')
+                 'add rule inet wall last counter reject', 'add chain inet wall local '
+                 '{ type filter hook input priority 0; policy drop; }')
         subprocess.run(['nft', '-f', '-'], input='\n'.join(rules).encode(), check=True)
 
         def named() -> list[str]:
@@ -6812,6 +6813,11 @@ class TestSwitch(NetCase):
         vm.Router('eth1', nat=True)
         self.assertEqual([line.split(':')[0] for line in named()],
                          ['nft chain bridge theirs pass', 'nft chain inet wall last'])
+        vm.Router('eth1', name='other', nat=True, dhcp=True)
+        text = 'nft chain inet wall local: drops what it does not know, which other may need'
+        self.assertIn(text, '\n'.join(named()))
+        subprocess.run(['nft', 'add rule inet wall local iifname other accept'], check=True)
+        self.assertNotIn(text, '\n'.join(named()))
 
     def test_direct_link_passes_even_what_bridges_keep(self) -> None:
         a, b = vm.VirtualNic(namespace='web1'), vm.VirtualNic(namespace='web2')

@@ -8211,32 +8211,41 @@ def _check_passages() -> Iterator[Check]:
                             f'{op.tool} {op.line}; connect() or starting a machine on it puts '
                             'that back')
     routed = filtered('iptables') or any(row.facts.get('nat') for row in bridges.values())
-    for family, table, chain in dropping_chains() if bridges else ():
-        if routed or family == 'bridge':
+    serving = [name for name, row in bridges.items() if row.facts.get('dhcp')]
+    for family, table, chain, hook, rules in dropping_chains() if bridges else ():
+        needs = [*bridges] if routed or family == 'bridge' else []
+        if hook == 'input':                     # of what it lets in, its rules have the name
+            needs = [name for name in serving if family in ('ip', 'inet') and f'"{name}"' not in
+                     rules]
+        if needs:
             yield Check(False, f'nft chain {family} {table} {chain}: drops what it does not know, '
-                        f'which {", ".join(bridges)} may need; accept it there, too')
+                        f'which {", ".join(needs)} may need; accept it there, too')
 
 
-def dropping_chains() -> list[tuple[str, str, str]]:
-    """Return family, table and name of others' nft chains that drop what is forwarded."""
+def dropping_chains() -> list[tuple[str, ...]]:
+    """Return family, table, name, hook and rules of others' nft chains that drop what is forwarded,
+    or for this host (input), such as machines' DHCP."""
     if not which('nft'):
         return []
     tree = parse_json(run(['nft', '-j', 'list', 'ruleset'], IP_TIMEOUT).stdout)
     items = [(what, row) for item in checked('nft', tree, {'nftables': [{'*': object}]})['nftables']
              for what, row in item.items() if isinstance(row, dict)]
-    chains = {(row.get('family'), row.get('table'), row.get('name')): row.get('policy') == 'drop'
-              for what, row in items if what == 'chain' and row.get('hook') == 'forward'
+    hooked = {(row.get('family'), row.get('table'), row.get('name')): row for what, row in items
+              if what == 'chain' and row.get('hook') in ('forward', 'input')
               and row.get('type') == 'filter'}
+    chains = {place: row.get('policy') == 'drop' for place, row in hooked.items()}
+    rules = dict.fromkeys(hooked, '')
     for what, row in items:
         place = row.get('family'), row.get('table'), row.get('chain')
         if what == 'rule' and place in chains:
+            rules[place] += json.dumps(row)
             said = [one for one in row.get('expr') or () if isinstance(one, dict)]
             verdicts = [one.keys() for one in said if not one.keys() & {'counter', 'log'}]
             chains[place] |= verdicts in ([{'drop'}], [{'reject'}])
-    # iptables' own chain is where our rules stand before the others.
-    ours = ('ip', 'filter', 'FORWARD'), ('ip6', 'filter', 'FORWARD')
-    return [(str(family), str(table), str(name)) for (family, table, name), drops in chains.items()
-            if drops and (family, table, name) not in ours]
+    # iptables' own chains are where our rules stand before the others.
+    ours = [(family, 'filter', name) for family in ('ip', 'ip6') for name in ('FORWARD', 'INPUT')]
+    return [(*map(str, place), str(hooked[place]['hook']), rules[place])
+            for place, drops in chains.items() if drops and place not in ours]
 
 
 def clean(names: Sequence[str] = (), *, dry_run: bool = False, everything: bool = False,
