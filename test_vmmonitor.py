@@ -6235,6 +6235,20 @@ class TestOwnership(NetCase):
             self.assertEqual(vm.clean(['lan']), {})
         used.delete(force=True)
         dmz.delete()
+        spare, out = vm.Switch('spare'), vm.Switch('out')
+        ip('tuntap add dev vnet0 mode tap vnet_hdr')        # as libvirt has its own, on ours
+        ip('link set dev vnet0 master spare')
+        vm.Router('out', name='way', nat=True).connect(spare)
+        vnet = vm.tap_open('vnet0')
+        other = subprocess.Popen(['sh', '-c', 'read x', '-name', 'guest=theirs'], pass_fds=[vnet],
+                                 stdin=subprocess.PIPE)
+        self.addCleanup(other.communicate)
+        os.close(vnet)
+        with self.refused('spare: machine theirs (', 'out: machine theirs (', kind=vm.InUse):
+            vm.delete_all([spare, out])
+        with self.assertLogs('vmmonitor', 'WARNING'):
+            self.assertEqual(vm.clean(['way']), {})
+        vm.clean(['spare', 'out', 'way'], force=True)
         vm.clean(['lan', far.name], force=True)
         self.assertEqual(set(self.records()), {near.name, 'netns/web1'})
 

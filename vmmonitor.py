@@ -6946,7 +6946,11 @@ class Transaction:
         """Return what running machines use: nics, bridges that these reach, and cables -> whose."""
         links = self.network.links
         used = dict.fromkeys(self.registry.damaged.keys() & links.keys(), 'something unknown')
-        taps = open_taps() if any(row.kind == 'nic' for row in self.records.values()) else {}
+        taps = open_taps() if self.records else {}
+        for link in links.values():                 # of others, such as libvirt
+            who = taps.get(f'/dev/tap{link.index}' if link.kind == 'macvtap' else link.name)
+            if who:
+                used.update(dict.fromkeys({link.name, link.below[0] or ''} & links.keys(), who))
         for name, row in self.records.items():
             layout = row.facts.get('layout')
             tap = f'/dev/tap{row.facts.get("index")}' if layout == 'macvtap' else name
@@ -6955,11 +6959,14 @@ class Transaction:
         for nic, who in list(used.items()):
             master = links[nic].master if nic in links else ''
             used.update(dict.fromkeys(self.joined([master]) - used.keys(), who))
-        for name, row in self.records.items():      # cables, and what joins bridges
-            sides = row.parents if row.kind == 'cable' else \
-                [links[name].master] if row.facts.get('layout') == 'pair' and name in links else []
+        for name, row in self.records.items():      # cables, what joins bridges, and the ways out
+            joins = name in links and (row.facts.get('layout') == 'pair' or row.kind == 'bond')
+            sides = row.parents if row.kind == 'cable' else [links[name].master] if joins else []
             for side in used.keys() & set(sides):
                 used.setdefault(name, used[side])
+        for name, row in self.records.items():
+            if name in used and row.facts.get('trunk') in self.records:
+                used.setdefault(row.facts['trunk'], used[name])
         return used
 
     def require_unused(self, names: Iterable[str], force: bool = False) -> None:
