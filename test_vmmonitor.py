@@ -6968,6 +6968,18 @@ class TestRouter(NetCase):
             self.assertEqual(self.picture(), self.before)
             self.assertEqual((names(), self.records()), ({'eth1'}, {}))
 
+    def test_a_trunk_that_others_have_by_now(self) -> None:
+        router = vm.Router('eth1')
+        for line in ('link add name theirs type bridge', 'link set dev theirs up',
+                     'link set dev eth1 master theirs', 'addr add 192.0.2.5/24 dev theirs',
+                     'route replace default via 192.0.2.1 dev theirs table 55'):
+            ip(line)
+        with self.assertLogs('vmmonitor', 'WARNING') as said:
+            router.delete()
+        self.assertIn('eth1 is a port of theirs by now', said.output[0])
+        self.assertEqual(vm.interfaces['eth1'].master, 'theirs')
+        self.assertIn('dev theirs', ip('route show table 55'))
+
     def test_made_by_a_program_that_ended(self) -> None:
         python('vm.Router("eth1")')
         ip('link set dev eth1 nomaster')            # or unplugged, and there again
@@ -7047,6 +7059,12 @@ class TestRouter(NetCase):
                 self.assertNotIn('eth1 ', ip(f'{family} route show default'))
                 router.delete()
                 self.assertEqual(self.picture(), before)
+                for at_once in (True, False) if 'eth2' in hops else ():
+                    both = [vm.Router(one, force=True) for one in ('eth1', 'eth2')]
+                    for few in [both] if at_once else [[one] for one in both]:
+                        vm.delete_all(few)
+                        self.assertIn('default', ip(f'{family} route show default'))
+                    self.assertEqual(self.picture(), before)
                 ip(f'{family} route del default')
 
     def test_all_of_routes_and_addresses_comes_back(self) -> None:
@@ -7079,7 +7097,10 @@ class TestRouter(NetCase):
                 '239.0.0.0/8', 'neighbour show nud permanent', 'neighbour show proxy')
                 for row in ip(line).splitlines()}
         before, elsewhere = self.picture(), others()
+        eth1 = vm.interfaces['eth1']
+        order = eth1.addresses                  # the first ones are what it speaks as
         router = vm.Router('eth1')
+        self.assertEqual(router.addresses[:4], order[:4])
         self.assertEqual(others(), elsewhere)
         self.assertIn('192.0.2.1 lladdr', ip('neighbour show dev eth1-router nud permanent'))
         self.assertIn('local 198.51.101.0/24', ip('route show table local dev eth1-router'))
@@ -7092,6 +7113,7 @@ class TestRouter(NetCase):
         self.assertIn('deprecated', ip('addr show to 2001:db8:1::7 dev eth1-router'))
         router.delete()
         self.assertEqual((self.picture(), others()), (before, elsewhere))
+        self.assertEqual(eth1.addresses, order)
         self.assertRegex(ip('addr show dev eth1'), r'192.0.2.7/24 .*\n *valid_lft [45]\d+sec')
         self.assertRegex(ip('-6 route show 2001:db8:7::/48'), r'expires \d+sec')
 
@@ -7381,6 +7403,10 @@ class TestRouter(NetCase):
         with vm.Router("it's", nat=True):
             self.assertEqual(forwarding.read_text(), '1\n')
         self.assertEqual((forwarding.read_text(), self.records()), ('0\n', {}))
+        ip('link add name br#1 type bridge')              # of others, as another switch is
+        vm.Switch('lan').connect('br#1')
+        self.assertEqual({link.master for name, link in vm.read_network().links.items()
+                          if 'lan-br' in name or 'sink' in name}, {'lan', 'br#1'})
 
 
 # --- Debian's kernel, in a guest ---

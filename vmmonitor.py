@@ -6180,6 +6180,17 @@ class Op(NamedTuple):
     tool: str = 'ip'            # or tc; sysctl: path=value; end: what ends a server, and the files
     #                             that go with it; any other program: its arguments
 
+    def devices(self) -> set[str]:
+        """Return the interfaces that its line names after "dev"."""
+        return {shlex.split(word)[0] for word in re.findall(r'(?<= dev )\S+', self.line)}
+
+    def moved(self, onto: Mapping[str, str]) -> Op:
+        """Return it, if it is about a route, on the devices that `onto` has for others."""
+        if self.tool != 'ip' or not self.line.startswith('route '):
+            return self
+        return self._replace(line=re.sub(r'(?<= dev )\S+', lambda word: shlex.quote(onto.get(
+            shlex.split(word[0])[0], shlex.split(word[0])[0])), self.line))
+
 
 def ops_for(what: str, *lines: str, tool: str = 'ip') -> list[Op]:
     """Return the operations that do something together, on the host."""
@@ -6443,8 +6454,11 @@ class Link:
     def address_lines(self, back: bool) -> Iterator[str]:
         """Yield what follows `ip address replace` to have its addresses again (`back`), or
         elsewhere: there they live for ever, since a DHCP client can't renew them, have no label,
-        which begins with the interface's name, and link-local IPv6 stays."""
-        for raw in self.raw_addresses:
+        which begins with the interface's name, and link-local IPv6 stays. Of IPv6 the kernel has
+        the latest first, and prefers it."""
+        kinds = [[raw for raw in self.raw_addresses if (raw['family'] == 'inet6') is v6]
+                 for v6 in (False, True)]
+        for raw in kinds[0] + kinds[1][::-1]:
             v6 = raw['family'] == 'inet6'
             if raw.get('temporary') or (v6 and raw['scope'] == 'link' and not back):
                 continue
@@ -6590,6 +6604,11 @@ def short_name(long: str) -> str:
     return f'vm{digest[:7]}-{long.rpartition("-")[2][-5:]}'
 
 
+def plain(name: str) -> str:
+    """Return a name of others' as ours can begin."""
+    return re.sub(r'^\W|[^A-Za-z0-9_.-]', '_', name)
+
+
 def mark_of(group: int) -> str:
     """Return the alias that goes with an interface group of ours."""
     return f'vmmonitor:{group:08x}'
@@ -6663,6 +6682,11 @@ class Record:
         had = ', '.join(f'{key} {self.facts.get(key)}' for key, value in facts.items()
                         if value and self.facts.get(key) != value)
         return f'a {self.kind}{had and " with " + had}' if had or self.kind != kind else ''
+
+    def taken(self) -> list[str]:
+        """Return the interfaces that it took over."""
+        trunk = self.facts.get('trunk', '') if not self.facts.get('nat') else ''
+        return [*self.facts.get('interfaces', [trunk] * bool(trunk))]
 
     def row(self) -> dict[str, Any]:
         row = {**vars(self), 'undo': [*map(list, self.undo)]}
@@ -6994,8 +7018,10 @@ class Transaction:
         for row in going.values():
             row.stage = 'deleting'
         self.registry.save()
-        undo = [op for row in going.values() for op in row.undo
+        # The last first: what one took over may be on what another had made before.
+        undo = [op for row in [*going.values()][::-1] for op in row.undo
                 if op.tool != 'sysctl' or op not in needed]
+        undo = [*self.given_back(undo, going)]
         for problem in carry_out(undo, True, [self.lock]):
             log.log(logging.WARNING if ready else logging.DEBUG, '%s', explain(problem))
         mark = f'group {self.group} alias {mark_of(self.group)}'
@@ -7006,9 +7032,30 @@ class Transaction:
         removal += [Op(f'delete namespace {row.facts["space"]}', f'netns del {row.facts["space"]}')
                     for row in going.values() if row.kind == 'namespace' and same_namespace(row)]
         carry_out(removal, keep=[self.lock])
+        back = {name: row.taken()[0] for name, row in going.items() if row.taken()}
         for name in going:
             del self.records[name]
+        for row in self.records.values():       # whose routes were on what is gone
+            row.undo = [op.moved(back) for op in row.undo]
         self.registry.save()
+
+    def given_back(self, undo: Iterable[Op], going: Mapping[str, Record]) -> Iterator[Op]:
+        """Yield what undoes, as it is now: a route's other next hops may be on what stays, and what
+        others have made a port of theirs meanwhile is left to them."""
+        theirs, onto = dict[str, str](), dict[str, str]()
+        for link in self.network.links.values():
+            if link.master and link.master not in self.records:
+                theirs[link.name] = link.master
+            elif link.name in (self.records[link.master].taken() if link.master else ()) \
+                    and link.master not in going:
+                onto[link.name] = link.master
+        for op in undo:
+            gone = theirs.keys() & op.devices() if re.match('give .* back$', op.what) else ()
+            for name in gone:
+                log.warning('can\'t %s: %s is a port of %s by now (ip %s)', op.what, name,
+                            theirs[name], op.line)
+            if not gone:
+                yield op.moved(onto)
 
 
 @contextlib.contextmanager
@@ -7320,7 +7367,7 @@ def plan_join(plan: Transaction, one: Link, other: Link) -> None:
     for side in (one, other):
         if side.mtu != mtu:
             plan_mtu(plan, side.name, mtu)
-    plan_nic(plan, plan.free_name('-'.join(parents)), 'pair', mtu=mtu, master=one.name,
+    plan_nic(plan, plan.free_name(plain('-'.join(parents))), 'pair', mtu=mtu, master=one.name,
              inner=other.name, parents=parents)
 
 
@@ -7757,7 +7804,8 @@ def plan_nic(plan: Transaction, long: str, layout: str, sink: str = '', namespac
     if name != long:
         plan.ops.append(Op(f'call {name} {long}', f'link property add dev {name} altname {long}'))
     if inner:
-        plan.late += ops_for(f'connect {sink} to {inner}', f'link set dev {sink} master {inner} up')
+        plan.late += ops_for(f'connect {sink} to {inner}', f'link set dev {sink} master '
+                             f'{shlex.quote(inner)} up')
     return name
 
 
@@ -7826,7 +7874,7 @@ class VirtualNic(ManagedInterface):
 
     @staticmethod
     def _free(plan: Transaction, namespace: str) -> str:
-        return plan.free_name(re.sub('[:@+,]', '_', namespace or 'nic') + '-p')
+        return plan.free_name(plain(namespace or 'nic') + '-p')
 
     def _recall(self, name: str, row: Record) -> None:
         super().__init__(name)
@@ -7996,8 +8044,7 @@ class Router(Switch):
         fixed = valid_hosts(hosts or {})
         with transaction() as plan:
             self.trunk = plan.network.find(given).name
-            Interface.__init__(self, name or short_name(
-                re.sub(r'[^A-Za-z0-9_.-]', '_', self.trunk) + '-router'))
+            Interface.__init__(self, name or short_name(plain(self.trunk) + '-router'))
             row = plan.claim(self.name, 'router', trunk=self.trunk, nat=nat, subnet=subnet,
                              dhcp=dhcp, hosts=fixed)
             if row:
