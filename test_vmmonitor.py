@@ -3758,12 +3758,43 @@ class HostsTest(ConfigCase):
         off = self.switched(*self.alpha.guests.values())
         self.alpha.up.clear()
         with self.assertLogs('vmmonitor') as logged:
-            done = self.goes_down(['off db'])               # it was never there
+            done = self.goes_down(['wait db off 0 or stop', 'off db'])      # it was never there
         self.assertEqual((off, len(done.away)), ([], 1))
+        self.assertIn('db: not yet "off" after', ''.join(logged.output))
         self.assertIn('not known what was to be done', logged.output[-1])
         self.alpha.links = 1
         vm.spawn('restart', lambda: time.sleep(0.3) or self.alpha.up.set())     # type: ignore
         self.assertEqual((self.goes_down(['off db']).away, off), ([], ['alpha/db']))
+
+    def test_the_way_down_while_a_guest_is_started(self) -> None:
+        """It is off yet, and on a moment later; its line waits for that as long as for its end."""
+        guest, begun, release = self.alpha.guests['db'], threading.Event(), threading.Event()
+        assert isinstance(guest, ScriptedGuest)
+        off = self.switched(guest)
+        guest.condition = vm.State.OFF
+
+        def start() -> str:
+            begun.set()
+            release.wait(60)
+            guest.condition = vm.State.RUNNING
+            return 'started'
+        guest.start = start             # type: ignore[method-assign]
+        under_way = vm.in_thread('start', self.guests.act, 'start', guest)
+        begun.wait(60)
+        self.enter(mock.patch.object(vm, 'BUSY_TIMEOUT', 0.1))
+        vm.spawn('release', lambda: time.sleep(0.5) or release.set())       # type: ignore
+        done = self.goes_down(['stop db 2 or off'])
+        self.assertEqual((under_way.result(60), off, done.failed), ('started', ['alpha/db'], {}))
+        # A start whose turn comes when the way down has begun is none.
+        startup = vm.Startup(self.guests, vm.steps(['start alpha/db']))
+
+        def find(name: str) -> vm.Guest:
+            startup.stopping.set()
+            return self.alpha.guests[name]
+        begun.clear()
+        with mock.patch.object(self.alpha, 'find', find):
+            startup.run()
+        self.assertFalse(begun.is_set())
 
     def test_the_way_down_leaves_time_for_the_last_resort(self) -> None:
         """Of all groups, where none shuts down; who never has its turn is named."""

@@ -4236,6 +4236,11 @@ class Guests:
                 del self._busy[guest.id]
                 self._free.notify_all()
 
+    def busy(self, guest: Guest) -> bool:
+        """Tell whether a command of this program goes on for a guest."""
+        with self._free:
+            return guest.id in self._busy
+
     def end(self, timeout: float) -> None:
         """Let no command begin, and wait until none is under way: what goes on after `timeout` is
         named in the log."""
@@ -4634,6 +4639,8 @@ class Startup(GuestList):
             about: Guest | str = name
             try:
                 about = guest = self.guests.find(name)
+                if self.stopping.is_set():          # the way down has looked who is on
+                    return
                 says = self.guests.act('start', guest, tell=False)
             except Error as problem:
                 self.failed[name] = explain(problem)
@@ -4715,7 +4722,8 @@ class Shutdown(GuestList):
         self._found.update(called.values())
         for guest, known in zip(guests.values(), ask_all(
                 [*guests.values()], lambda guest: {'off': guest.is_off()}, ANSWER_TIMEOUT)):
-            if not known.get('off'):                # what can't be asked counts as on
+            # What can't be asked counts as on, and so does what is just being started.
+            if not known.get('off') or self.guests.busy(guest):
                 self._on[called[guest.id]] = guest
         self.total = len(self._on)
 
@@ -4736,7 +4744,7 @@ class Shutdown(GuestList):
 
     def _there(self, step: Step) -> bool:
         guest = self._on.get(step.name)             # no look-up: another host may hang
-        return guest is None or guest.is_off()
+        return guest.is_off() if guest else step.name in self._found or not self.away
 
     def named(self, step: Step) -> list[list[str]]:
         """Return the guests of a line that are on: groups one after another, those of one
@@ -4761,8 +4769,12 @@ class Shutdown(GuestList):
         for verb in filter(None, (step.verb, step.otherwise)):
             if self.stopping.is_set():
                 return
+            # What is under way, such as its start, has as long as its line: else it stays on.
+            left = self.limit.left() * (1 - REMEDY_SHARES.get(step.otherwise, 0))
+            busy = BUSY_TIMEOUT if verb != step.verb else left if verb == 'save' else \
+                max(step.seconds, BUSY_TIMEOUT)
             try:
-                says = self.guests.act(verb, guest, tell=False)
+                says = self.guests.act(verb, guest, min(busy, left), tell=False)
                 patience = min(step.seconds,
                                self.limit.left() * (1 - REMEDY_SHARES.get(step.otherwise, 0)))
                 if verb != 'stop' or reached(name, guest.is_off, Deadline(patience)):
@@ -12923,6 +12935,9 @@ class DamagedMachine(Guest):
     def is_alive(self) -> bool:
         """Tell whether its QEMU runs, without asking it."""
         return self._qemu.is_alive()
+
+    def is_off(self) -> bool:
+        return not self.is_alive()
 
     def stop(self) -> str:
         """End its QEMU (quit, SIGTERM, SIGKILL), and say what did it."""
