@@ -3650,6 +3650,12 @@ class HostsTest(ConfigCase):
         for word, names in (('web [old]', ['web [old]']), ('web [!l]', ['web o']),
                             ('*', ['web [old]', 'web o'])):
             self.assertEqual([guest.name for guest in vm.choose(guests, [word], [])], names)
+        self.beta.up.clear()            # which is none of those that HOST/ means
+        for word, silent in (('alpha/d*', 0), ('a*/d*', 0), ('d*', 1)):
+            away: list[vm.Error] = []
+            self.assertEqual([guest.name for guest in vm.choose(self.guests, [word], away)],
+                             ['alpha/db'])
+            self.assertEqual(len(away), silent, word)
 
     def asked(self, *targets: str) -> Callable[..., tuple[int, str]]:
         """Return what asks a dispatcher with a key for these targets."""
@@ -11938,6 +11944,50 @@ class CommandLineTest(ConfigCase):
         status, _, err = vmmonitor('console', 'test', '--config', config, env={'PATH': '/none'})
         self.assertEqual(status, 1)
         self.assertIn('console: there is no virsh; install libvirt-clients', err)
+
+    def test_one_that_is_damaged_or_away_hides_no_other(self) -> None:
+        machines = self.directory / 'machines'
+        (machines / 'damaged').mkdir(parents=True)
+        (machines / 'damaged' / 'machine.json').write_text('{"name": 5}')
+        self.enter(mock.patch.object(vm, 'MACHINES_DIR', str(machines)))
+
+        def said(uri: str, *words: str) -> tuple[int, str]:
+            path = self.write({'libvirt': {'uri': uri}, 'listener': {'enabled': False},
+                               'shutdown': {'vmShutdownCommands': ['off nope', 'off damaged']}})
+            with contextlib.redirect_stdout(io.StringIO()) as out, \
+                    mock.patch.object(vm, 'set_up_logging'):
+                return vm.main(['--config', path, *words]), out.getvalue()
+        found = vm.Shutdown(vm.Guests([vm.Machines()]), vm.Config(
+            shutdown_steps=vm.steps(['stop all'], vm.SHUTDOWN_FORMS)))
+        self.assertEqual([*found.plan()], ['stop all: off already'])
+        self.assertEqual(said('test:///default', 'off', 'damaged', '--wait', 'off'),
+                         (0, 'damaged: already off\n'))
+        self.assertEqual(said('test:///default', 'list', '--all', '--names'),
+                         (0, 'damaged\ntest\n'))
+        for uri in ('test:///default', 'qemu+unix:///system?socket=/nonexistent'):
+            with mock.patch.object(vm, 'enabled_roles', return_value=['monitor', 'shutdown']):
+                status, out = said(uri, 'check', '--json')
+            self.assertEqual(status, 1)
+            self.assertRegex(out, 'machine.json is damaged.* line 1: no guest is named nope on')
+        shutil.rmtree(machines)
+        status, out = said('qemu+unix:///system?socket=/nonexistent', 'list', '--json')
+        self.assertEqual((status, json.loads(out)['guests']), (1, []))
+        self.assertIn('systemctl start', json.loads(out)['away'][0]['hint'])
+
+    def test_waiting_for_what_cannot_come(self) -> None:
+        guest = ScriptedGuest()
+        guests = vm.Guests([ScriptedHost(guest)])
+        for condition, agent, words, says in (
+                (vm.State.RUNNING, 'absent', 'start web1 --wait agent', 'no guest agent channel'),
+                (vm.State.OFF, 'connected', 'start web1 --wait running', 'started, but not running')
+                ):
+            guest.condition = condition
+            with mock.patch.object(vm, 'all_guests', return_value=contextlib.nullcontext(guests)), \
+                    mock.patch.object(guest, 'agent_state', return_value=agent), \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(vm.command_act(vm.Config(), vm.verb_arguments().parse_args(
+                    words.split())), 1)
+            self.assertIn(says, err.getvalue())
 
     def test_progress_keeps_to_its_row(self) -> None:
         """However many guests it tells of: what is in a second one would stay."""

@@ -1334,6 +1334,12 @@ def matches_any(patterns: Iterable[str], own: str, full: str) -> bool:
                for name in ((own, full) if '/' in pattern else (own,)))
 
 
+def matches_host(patterns: Iterable[str], host: str) -> bool:
+    """Tell whether a name or shell pattern can be that of a guest of this HOST."""
+    return any('/' not in pattern or fnmatch.fnmatchcase(host, pattern.partition('/')[0])
+               for pattern in patterns)
+
+
 class Verb(NamedTuple):
     """A row of the table of what can be asked for, by the trigger and on the command line."""
 
@@ -1393,8 +1399,7 @@ class Key:
 
     def enters(self, host: str) -> bool:
         """Tell whether it may reach guests of this HOST."""
-        return any('/' not in pattern or fnmatch.fnmatchcase(host, pattern.partition('/')[0])
-                   for pattern in self.targets)
+        return matches_host(self.targets, host)
 
 
 KEY_MEMBERS: dict[str, tuple[Reader, Any]] = {      # of an entry -> its reader, its default
@@ -14948,7 +14953,7 @@ def checks(path: str, roles: Sequence[str]) -> Iterator[Check]:
         except LibvirtError as problem:
             yield Check(False, f'{host.name}: {explain(problem)}')
     away = [version.exception() for _, version in asked]
-    if not all(away):
+    if hosts:
         yield from _check_guests(config, roles, hosts, any(away))
 
 
@@ -15037,10 +15042,14 @@ def _check_guests(config: Config, roles: Sequence[str], hosts: list[GuestHost], 
     yield Check(True, f'guests: {len(found)} defined')
     if 'monitor' in roles:
         for guest in found:
-            with contextlib.suppress(NoGuest):          # undefined since it was listed
+            try:
                 if not config.excludes(guest.own, guest.full_name) \
                         and guest.agent_state() == 'absent':
-                    yield Check(False, explain(guest.agent_error('not configured')))
+                    raise guest.agent_error('not configured')
+            except NoGuest:                             # undefined since it was listed
+                pass
+            except Error as problem:
+                yield Check(False, explain(problem))
     if 'startup' in roles:
         yield from _check_list(Startup.key, config.steps, guests,
                                ' on the hosts that can be asked' if some_away or away else '')
@@ -15124,12 +15133,13 @@ def choose(guests: Guests, names: Sequence[str], away: list[Error],
            single: bool = False) -> list[Guest]:
     """Return the guests of these names or patterns; with `single`, refuse several."""
     found: dict[str, Guest] = {}
-    everybody: list[Guest] = []
+    patterns = [name for name in names if set(name) & set('*?[')]
+    asked = [host for host in guests.hosts if matches_host(patterns, host.label)]
+    everybody = guests.all(away=away, hosts=asked)
     for name in names:
-        if not set(name) & set('*?['):
+        if name not in patterns:
             fitting = [guests.find(name)]
         else:
-            everybody = everybody or guests.all(away=away)
             exact = [one for one in everybody
                      if name != '*' and name in (one.own, one.full_name)]
             fitting = exact or [
@@ -15163,7 +15173,7 @@ def ask_and_show(config: Config, options: argparse.Namespace,
         chosen = choose(guests, options.names, away, 'file' in options) if options.names else [
             guest for guest in guests.all(running, away)
             if not (running and config.excludes(guest.own, guest.full_name))]
-        if away and not chosen:
+        if away and not chosen and not options.json:
             raise away[0]
         with progress([guest.name for guest in chosen], done):
             answers = [{'name': known['name'], **told(known['problem'], known['name'])}
@@ -15365,8 +15375,10 @@ def verb_arguments() -> argparse.ArgumentParser:
                              'it is so for each machine')
         if verb == 'list':
             one.add_argument('--names', dest='only_names', action='store_true', help='no more')
-        if isinstance(row, Verb) and row.act:
+        acts = isinstance(row, Verb) and row.act
+        if acts or verb in ('list', 'status', 'sync'):
             one.add_argument('--all', action='store_true', help='all guests')
+        if acts:
             one.add_argument('--wait', choices=GUEST_ENDS, help='then wait until it is so')
         if verb not in ('console', 'completion', 'log', 'clean') and not task.words:
             one.add_argument('--json', action='store_true', help='answer in JSON')
@@ -15419,9 +15431,12 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
         return 'deleted'
 
     def act(guests: Guests, guest: Guest) -> str:
+        if options.wait == 'agent' and guest.agent_state() == 'absent':
+            raise guest.agent_error('not configured')
         says = guests.act(options.verb, guest)
-        if options.wait and not reached(
-                guest.name, lambda: GUEST_ENDS[options.wait](guest), Deadline(ACTION_TIMEOUT)):
+        if options.wait and (not reached(
+                guest.name, lambda: GUEST_ENDS[options.wait](guest) or guest.is_off(),
+                Deadline(ACTION_TIMEOUT)) or options.wait != 'off' and guest.is_off()):
             raise GuestError(f'{guest.name}: {says}, but not {options.wait}')
         return says
     if not options.names and not options.all:
@@ -15594,6 +15609,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in [word for word in words if word in AS_OPTIONS][:1]:
         words.remove(option)
         words.insert(0, option[2:])
+    place = 0
+    while words[place:] and words[place][:1] == '-':        # --config FILE VERB is fine, too
+        place += 1 + (words[place] == '--config')
+    if words[place:] and words[place] in VERBS_HERE:
+        words.insert(0, words.pop(place))
     by_verb = bool(words) and words[0][:1] != '-'
     try:
         options = (verb_arguments() if by_verb else arguments()).parse_args(words)
