@@ -11458,6 +11458,26 @@ class TestLab(Live):
               'machines.b.nics: n is the name of a:0, too; choose another ifname',
               f'machines.b.harddrives: {os.path.abspath("y.img")} is a disk of a already; give',
               'machines.c.nics: c-p0 is the name of c-p0, too']),
+            ({'routers': {'gw': {'trunk': '', 'subnet': '10.0.0.0/33', 'hosts': {'a': 5}}},
+              'bonds': {'b0': {'interfaces': [], 'mode': 'x', 'miimon': -1}}, 'machines': {
+                'a': {'harddrives': [{}, {'filename': 'x', 'size': 0, 'format': 'vmdk',
+                                          'backing': {'size': 1}}],
+                      'nics': [{'mac': 'x', 'ifname': '-x', 'sink': 'a b'}], 'namespace': '/',
+                      'accel': 'x', 'forwards': ['tcp:22']}}},
+             ['routers.gw.trunk: must be an interface', "routers.gw.subnet: '10.0.0.0/33' is no IP",
+              'routers.gw.hosts: 5 is no IP', 'bonds.b0.mode: must be one of balance-rr',
+              'bonds.b0.miimon: must be a whole number', 'machines.a.harddrives[0].filename: '
+              'missing', 'machines.a.harddrives[1].size: must be a number of GiB, more than 0',
+              'machines.a.harddrives[1].format: must be one of qcow2, raw',
+              'machines.a.harddrives[1].backing.filename: missing',
+              "machines.a.nics[0].mac: 'x' is no MAC", "machines.a.nics[0].ifname: '-x' can't be",
+              "machines.a.nics[0].sink: 'a b' can't be", "machines.a.namespace: '/' can't be",
+              'machines.a.accel: must be one of auto, kvm', "machines.a.forwards: forward 'tcp:22'"
+              ]),
+            ({'routers': {'gw': {'trunk': 'e', 'dhcp': True}}, 'machines': {
+                'a': {'cd': 'x', 'cds': ['y']}, 'b': {'forwards': ['tcp:0.0.0.0:2222:22']}}},
+             ['routers.gw: subnet= and dhcp=True need nat=True', 'machines.a: cd and cds: only one',
+              "machines.b: forwards: only for a nic of QEMU's own NAT"]),
             ({'machines': {'a': {}}, 'links': [['a', 'lan'], {'ends': ['a', 'a'], 'loss': 'x'}]},
              ["links[0].ends[1]: 'lan' is unknown; write it down in switches, routers, bonds, "
               'machines, too', 'links[1].loss: must be a number from 0 to 100 percent'])]
@@ -11473,6 +11493,17 @@ class TestLab(Live):
         with self.refused('absent.json: no such file', 'write one'):
             vm.Lab.load('absent.json')
         self.assertIn('machine: unknown', self.verb('up', self.write({'machine': {}}), status=2))
+        self.assertIn('lab.jsn: no such file', self.verb('down', 'lab.jsn', status=2))
+        card = {'ifname': '', 'namespace': ''}
+        lab = vm.Lab.load(self.write({'machines': {'a': {'kernel': '', 'nics': [card]}}}))
+        self.assertEqual((lab.file.nics['a'], lab.file.sections['machines']['a']['kernel']),
+                         ([{'ifname': 'a-p0', 'namespace': 'a'}], ''))
+        Path(self.home, 'a').mkdir(parents=True)
+        Path(self.home, 'a', 'machine.json').write_text('{')
+        lab = vm.Lab.load(self.write({'machines': {'a': {}, 'b': {}}}))
+        self.assertEqual(lab.plan(), ['refuse machine a, which is damaged', 'make machine b',
+                                      'start machine b'])
+        shutil.rmtree(Path(self.home, 'a'))
 
     def test_up_and_down(self) -> None:
         """What is declared is made once, what was made is taken away, disks stay."""

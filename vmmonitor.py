@@ -7293,6 +7293,7 @@ DHCP_PORTS = 'udp --dport 67', 'udp --dport 53', 'tcp --dport 53'
 IMPAIRMENTS = {                 # what makes a cable worse
     'delay': a_number(0, 3600, 'seconds'), 'jitter': a_number(0, 3600, 'seconds'),
     'loss': a_number(0, 100, 'percent'), 'rate': a_number(0, 10 ** 12, 'bits per second')}
+MIIMON = a_number(0, 60000, 'milliseconds', whole=True)
 SWITCH_OPTIONS = ('type bridge stp_state 0 forward_delay 0 group_fwd_mask 0xfff8 '
                   'nf_call_iptables 0 nf_call_ip6tables 0 nf_call_arptables 0')
 
@@ -7532,6 +7533,14 @@ def valid_hosts(hosts: Any) -> dict[str, str]:
         raise NetworkError(f'hosts: {hosts!r:.80}: each needs a name, and an address of its own',
                            "write {'web': '10.77.0.10'}")
     return found
+
+
+def require_nat(given: Mapping[str, Any]) -> None:
+    """Raise NetworkError for arguments of Router that count with others only."""
+    if (given['subnet'] or given['dhcp']) and not given['nat'] or \
+            given['hosts'] and not given['dhcp']:
+        raise NetworkError('subnet= and dhcp=True need nat=True, and hosts= needs dhcp=True',
+                           'on the network of its trunk another server hands out addresses')
 
 
 def require_dhcp(name: str, network: Any, hosts: Mapping[str, str]) -> None:
@@ -8055,9 +8064,7 @@ class Router(Switch):
         valid_name(name, empty=True)
         if subnet != '':
             subnet = valid_address(subnet, ipaddress.IPv4Network)
-        if (subnet or dhcp) and not nat or hosts and not dhcp:
-            raise NetworkError('subnet= and dhcp=True need nat=True, and hosts= needs dhcp=True',
-                               'on the network of its trunk another server hands out addresses')
+        require_nat(locals())
         fixed = valid_hosts(hosts or {})
         with transaction() as plan:
             self.trunk = plan.network.find(given).name
@@ -8168,7 +8175,7 @@ class Bond(ManagedInterface):
         several = list(interfaces) if isinstance(interfaces, (list, tuple)) else [interfaces]
         given = [check('interfaces', one, name_of, NetworkError) for one in several]
         check('mode', mode, one_of(*self.MODES), NetworkError)
-        check('miimon', miimon, a_number(0, 60000, 'milliseconds', whole=True), NetworkError)
+        check('miimon', miimon, MIIMON, NetworkError)
         check('force', force, a_bool, NetworkError)
         if not given:
             raise NetworkError(f'bond {name}: has no interfaces', 'name at least one')
@@ -12294,8 +12301,14 @@ def check_arguments(given: Mapping[str, Any]) -> None:
                                f'{what.format(name_limit(), MACHINES_DIR)}')
     valid_name(given['namespace'], 'namespace', empty=True)
     usable_accel(given['accel'])
+
+
+def require_fit(given: Mapping[str, Any]) -> list[str]:
+    """Raise MachineError for arguments of Machine that are not for each other; return forwards."""
     if given['cd'] and given['cds']:
-        raise MachineError(f'machine {given["name"]!r:.80}: cd and cds', 'name all CDs in cds')
+        raise MachineError('cd and cds: only one of them', 'name all CDs in cds')
+    nics = given['nics']
+    return checked_forwards(given['forwards'], nics == 'user' or None in _several(nics))
 
 
 def make_machines_dir() -> None:
@@ -12533,7 +12546,7 @@ class Machine(Guest):
         given = {**locals()}
         identity = Path('/proc/sys/kernel/random/uuid').read_text('utf-8').strip()
         check_arguments(given)
-        leads = checked_forwards(forwards, nics == 'user' or None in _several(nics))
+        leads = require_fit(given)
         uid = _uid(user, identity)
         kernel, initrd = (readable(path) if path else '' for path in (kernel, initrd))
         require_disks(name, [d for d in _several(harddrives) if not isinstance(d, Harddrive)])
@@ -13179,6 +13192,31 @@ def must_be(good: Callable[[Any], object], what: str) -> Reader:
     return read
 
 
+# Argument -> what returns a good value of it, or raises what is wrong with another.
+VALUES: dict[str, Callable[[Any], object]] = {
+    'ifname': functools.partial(valid_name, what='nic', empty=True),
+    'sink': functools.partial(valid_name, empty=True),
+    'namespace': functools.partial(valid_name, what='namespace', empty=True),
+    'mac': lambda mac: mac and valid_mac(mac), 'trunk': name_of,
+    'subnet': lambda subnet: subnet and valid_address(subnet, ipaddress.IPv4Network),
+    'hosts': lambda hosts: valid_hosts(hosts or {}),
+    'mode': one_of(*Bond.MODES), 'miimon': MIIMON, 'format': one_of('qcow2', 'raw'),
+    'routers': require_nat, 'machines': require_fit,    # of such a thing: all of them
+    'size': must_be(lambda gib: 0 < gib < 1 << 20, 'must be a number of GiB, more than 0'),
+    'accel': one_of('auto', 'kvm', 'tcg'), 'forwards': lambda all_: checked_forwards(all_, True)}
+
+
+def a_value(key: str, value: Any) -> Any:
+    """Return a value of an argument, if it is a good one by VALUES."""
+    try:
+        VALUES.get(key, bool)(value)
+    except InvalidValue:
+        raise
+    except Error as problem:
+        raise InvalidValue(problem.message, problem.hint) from None
+    return value
+
+
 def an_argument(annotation: str, place: str) -> Reader:
     """Return a reader of what an argument with that annotation takes; a path counts from `place`.
     An object becomes the arguments of the Harddrive, CD or VirtualNic that it stands for."""
@@ -13199,7 +13237,7 @@ def an_argument(annotation: str, place: str) -> Reader:
             lists = ['a list'] * ('Sequence' in kinds)
             raise InvalidValue('must be ' + ' or '.join(dict.fromkeys(
                 [*plain.values(), *['an object'] * bool(inside), *lists])))
-        if isinstance(value, str) and kinds.keys() & {'PathLike', 'DriveLike'} \
+        if value and isinstance(value, str) and kinds.keys() & {'PathLike', 'DriveLike'} \
                 and not SSH_KEY.fullmatch(value):
             return os.path.abspath(os.path.join(place, os.path.expanduser(a_text(value))))
         return value
@@ -13218,7 +13256,10 @@ def an_object(maker: Callable[..., Any], place: str, but: Iterable[str] = ('self
     def member(key: str) -> Reader:
         if key not in rows:
             return must_be(lambda _: False, unknown(key, rows))
-        read = an_argument(str(rows[key].annotation), place)
+        plain = an_argument(str(rows[key].annotation), place)
+
+        def read(value: Any) -> Any:
+            return a_value(key, plain(value))
         if rows[key] != inspect.signature(Machine).parameters.get(key) or key not in ARGUMENTS:
             return read
         good, what = ARGUMENTS[key]
@@ -13232,7 +13273,8 @@ def an_object(maker: Callable[..., Any], place: str, but: Iterable[str] = ('self
         return dict(zip(value, read_each([
             *((key, one, member(key)) for key, one in value.items()),
             *((name, None, must_be(bool, 'missing')) for name, row in rows.items()
-              if row.default is row.empty and name not in value)])))
+              if (row.default is row.empty or name == 'filename' and maker is Harddrive)
+              and name not in value)])))
     return read
 
 
@@ -13295,7 +13337,9 @@ class LabFile:
         """Read a section: names, each with arguments."""
         def arguments(given: Any) -> Any:
             image = section == 'machines' and isinstance(given, dict) and 'image' in given
-            return an_object(Machine.from_image if image else SECTIONS[section], place)(given)
+            found = an_object(Machine.from_image if image else SECTIONS[section], place)(given)
+            a_value(section, {**defaults_of(SECTIONS[section]), **found})
+            return found
         good, what = ARGUMENTS['name'] if section == 'machines' else (
             lambda name: len(name) <= NAME_LENGTH and NAME.fullmatch(name),
             f'use at most {NAME_LENGTH} letters, digits, ".", "_", "-"')
@@ -13357,7 +13401,8 @@ class LabFile:
                 problems.append((f'machines.{name}.nics', 'are too few for the links; leave it '
                                  f'out, or have {wanted}'))
             self.nics[name] = [card if card is None else {
-                'ifname': f'{name}-p{number}', 'namespace': given.get('namespace') or name, **card}
+                'ifname': f'{name}-p{number}', 'namespace': given.get('namespace') or name,
+                **{key: value for key, value in card.items() if value}}
                 for number, card in enumerate(cards)]
         ways = [{*cable.ends} for cable in self.cables]
         problems += [('links', f'{cable} is there twice; leave one out')
