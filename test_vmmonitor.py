@@ -11517,7 +11517,10 @@ class TestLab(Live):
         self.assertRegex(said, 'ma: made, started\n')
         lab = vm.Lab.load()
         first = {name: machine.pid() for name, machine in lab.machines.items()}
-        self.assertEqual((self.verb('up'), self.verb('plan')), ('nothing to do\n',) * 2)
+        os.symlink('.', 'way')                  # by whichever way it is named
+        self.assertEqual((self.verb('up', 'way/lab.json'), self.verb('plan')),
+                         ('nothing to do\n',) * 2)
+        os.unlink('way')
         self.assertEqual({name: machine.pid() for name, machine in lab.machines.items()}, first)
         self.assertEqual({(row['name'], row['state']) for row in lab.status()}, {
             ('lan', 'up'), ('ma', 'running'), ('mb', 'running'), ('ma:0 - lan', 'up'),

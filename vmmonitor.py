@@ -13298,11 +13298,17 @@ class Cable(NamedTuple):
         return ' - '.join(map(str, self.ends))
 
 
+def lab_path(path: str | os.PathLike[str]) -> str:
+    """Return what a lab's file is called, by whichever way to its directory it was named."""
+    place, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(place), name)
+
+
 class LabFile:
     """What a lab's file says; ConfigError has all that is wrong in it."""
 
     def __init__(self, path: str) -> None:
-        self.path = os.path.abspath(path)
+        self.path = lab_path(path)
         try:
             tree = parse_json(read_file(path, f'write one, or name another instead of {LAB_FILE}'),
                               unique=True)
@@ -13527,7 +13533,7 @@ class Lab:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+        self.path = lab_path(path)
         self._stopping = threading.Event()
         self._noting = threading.Lock()             # guards what is written down
         self._place = os.path.join(MACHINES_DIR, '.labs', hashlib.sha256(
@@ -15497,7 +15503,9 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
 def command_lab(options: argparse.Namespace) -> int:
     """up, down, plan, status LAB, graph, snapshot and load: do it, and print what was done."""
     down = options.verb == 'down' or options.verb == 'plan' and options.down
-    lab = Lab(options.lab) if down else Lab.load(options.lab)       # what was made counts for it
+    lab = Lab(options.lab)
+    if not down or not (os.path.exists(lab.path) or lab.made()):    # what was made counts for it
+        lab = Lab.load(options.lab)
     done = set[str]()
     does: dict[str, Callable[[], Iterable[str]]] = {
         'up': lambda: lab.up(done.add, options.wait),
