@@ -11636,7 +11636,12 @@ class TestLab(Live):
         vm.Machine.load('ma').delete(force=True)
         other = self.bios('ma')                 # is not of the lab
         self.assertIn('ma: is another machine by now, and stays', lab.down(force=True))
+        other.add_harddrive('ma.qcow2')
+        with self.refused('ma.qcow2: machine ma has it, too'):
+            lab.down(disks=True)
         self.assertEqual(vm.Machine.load('ma').id, other.id)
+        other.delete()
+        self.assertIn(f'{os.path.abspath("ma.qcow2")}: deleted', lab.down(disks=True))
 
     def test_hardware_and_images(self) -> None:
         """What constructors take is taken; a cloud image becomes a machine in a lab, too."""
@@ -11660,6 +11665,10 @@ class TestLab(Live):
         self.assertEqual([row.filename for row in cloud.harddrives[0].chain()],
                          [os.path.abspath('mcloud.qcow2'), os.path.abspath('a.raw')])
         self.assertIn(TestFromImage.KEY.encode(), Path(cloud.cd.filename).read_bytes())
+        Path('mcloud-tools.iso').write_bytes(bytes(2048))
+        cloud.insert('mcloud-tools.iso')        # which is nobody's to delete
+        before.add('mcloud-tools.iso')
+        lab.up()
         other = self.bios('mother', harddrives=vm.Harddrive('top.qcow2', backing='b.qcow2'))
         for damage in (False, True):            # which is not of the lab, and stopped
             if damage:
@@ -11674,7 +11683,13 @@ class TestLab(Live):
         os.unlink('top.qcow2')
         lab.down(disks=True)
         self.assertEqual({*os.listdir('.')}, before)
-        tree['machines']['mcloud'].update(usr='x', cpus='two')
+        given = tree['machines']['mcloud']
+        vm.Machine.from_image('mcloud', **given, disk=os.path.abspath('mcloud.qcow2'))
+        before = {*os.listdir('.')}             # a machine that was there, with its disk and seed
+        lab.up()
+        lab.down(disks=True)
+        self.assertEqual({*os.listdir('.')}, before)
+        given.update(usr='x', cpus='two')
         with self.refused('mcloud.usr: unknown; did you mean user?', 'mcloud.cpus: must be a whole',
                           kind=vm.ConfigError):
             vm.Lab.load(self.write(tree))
@@ -11693,8 +11708,10 @@ class TestLab(Live):
         lab = vm.Lab.load(path)
         states = {row['name']: row['state'] for row in lab.status() if row['kind'] == 'machine'}
         self.assertLessEqual({*states.values()}, {'off', 'absent'})     # made whole, not started
-        self.assertEqual({path.name for path in self.home.glob('m*')},
-                         {name for name, state in states.items() if state == 'off'})
+        there = {name for name, state in states.items() if state == 'off'}
+        self.assertEqual({path.name for path in self.home.glob('m*')}, there)
+        self.assertEqual((lab.made().get('machines', {}).keys(), {*lab.made().get('disks', ())}), (
+            there, {*map(os.path.abspath, Path().glob('*.qcow2'))}))    # no other is its own
         lab.down(disks=True)
         once = [2]
 

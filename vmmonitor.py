@@ -13486,6 +13486,14 @@ def drop_absent(made: dict[str, dict[str, str]], before: Mapping[str, Mapping[st
                  for kind, names in made.items()})
 
 
+def declared_chain(drive: Any) -> list[list[str]]:
+    """Return files and formats of a disk in a lab's file and what it stands on, as chain_of()."""
+    if not drive:
+        return []
+    row = drive if isinstance(drive, dict) else {'filename': drive}
+    return [[row['filename'], row.get('format', 'qcow2')], *declared_chain(row.get('backing'))]
+
+
 def about(name: str, problem: BaseException) -> BaseException:
     """Have an error say which of a lab's things it is about; return it."""
     if isinstance(problem, Error) and not re.match(rf"(machine )?'?{re.escape(name)}(?![\w.-])",
@@ -13618,7 +13626,7 @@ class Lab:
             try:
                 self._make_networks(did)
                 self._make_machines(did, done, wait)
-            except Error:                               # what could not be made is not ours
+            except BaseException:                       # what could not be made is not ours
                 self._note(lambda made: drop_absent(made, before))
                 raise
         return did
@@ -13747,8 +13755,8 @@ class Lab:
             return Machine(name, **given)
         disk = self._thin_copy(name)
         machine = Machine.from_image(name, **{**given, 'disk': disk})
-        seed = machine.cd.filename
-        self._note_new('disks', {seed: ''} if seed.startswith(os.path.splitext(disk)[0]) else {})
+        if name in self.made().get('machines', {}):
+            self._note_new('disks', {machine.spec.made['cd']: ''})      # its seed
         return machine
 
     def _thin_copy(self, name: str) -> str:
@@ -13768,7 +13776,7 @@ class Lab:
         given = self.file.sections['machines'][name]
         yield from [self._thin_copy(name)] * ('image' in given)
         for drive in _several(given.get('harddrives')):
-            yield from (path for path, _ in self._chain(drive))
+            yield from (path for path, _ in declared_chain(drive))
 
     def _drive(self, given: Any) -> Harddrive:
         """Make a disk, and what it stands on."""
@@ -13776,13 +13784,6 @@ class Lab:
         if isinstance(given.get('backing'), dict):
             given['backing'] = self._drive(given['backing'])
         return Harddrive(**given)
-
-    def _chain(self, drive: Any) -> list[list[str]]:
-        """Return the files and formats of a disk and what it stands on, as chain_of() does."""
-        if not drive:
-            return []
-        row = drive if isinstance(drive, dict) else {'filename': drive}
-        return [[row['filename'], row.get('format', 'qcow2')], *self._chain(row.get('backing'))]
 
     # down
 
@@ -13884,7 +13885,7 @@ class Lab:
         def medium(disc: Any) -> Any:
             return disc.get('filename') if isinstance(disc, dict) else disc
         given = {**defaults_of(Machine), **self.file.sections['machines'][name]}
-        given['harddrives'] = [*map(self._chain, _several(given['harddrives']))]
+        given['harddrives'] = [*map(declared_chain, _several(given['harddrives']))]
         for key in {'cd', 'cds'} & given.keys():
             given[key] = [*map(medium, given[key])] if isinstance(given[key], (list, tuple)) else \
                 medium(given[key])
