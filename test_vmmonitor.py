@@ -11529,6 +11529,13 @@ class TestLab(Live):
         self.assertRegex(self.verb('status', status=1), 'NAME +STATE .*\nma +running')  # no libvirt
         self.assertEqual(json.loads(self.verb('status', 'lab.json', '--json'))['lab'],
                          lab.status())
+        self.write({**tree, 'switches': {'lan': {}, 'dmz': {}}, 'links': [
+            ['ma', 'dmz'], ['mb', 'lan'], ['ma', 'dmz'], ['mb', 'dmz']]})
+        self.assertEqual(self.verb('plan').splitlines(), [
+            'make switch dmz', 'refuse ma:0 - dmz: ma-p0 is connected to lan',
+            'refuse ma:1 - dmz: ma-p1 is connected to mb-p1',
+            'refuse mb:1 - dmz: mb-p1 is connected to ma-p1'])
+        self.write(tree)
         vm.VirtualNic.known('ma-p0').disconnect()       # others change something, or it crashes
         self.end(lab.machines['mb'])
         self.assertEqual(self.verb('plan'), 'start machine mb\nconnect ma:0 - lan\n')
@@ -11652,7 +11659,7 @@ class TestLab(Live):
             'mcloud': {'image': 'a.raw', 'user': 'me', 'ssh_key': TestFromImage.KEY, 'memory': 64,
                        'size': 0.1, 'nics': 'user',
                        'forwards': [f'tcp:127.0.0.1:{free_port()}:22']},
-            'mhard': {'memory': 32, 'cds': ['x.iso', 'x.iso'], 'disk_bus': 'sata',
+            'mhard': {'memory': 32, 'cds': ['x.iso', 'x.iso', {}], 'disk_bus': 'sata',
                       'video': 'cirrus', 'nic_model': 'e1000', 'harddrives': [
                           {'filename': 'c.qcow2', 'backing': {'filename': 'b.qcow2',
                                                               'size': 0.1}}]}}}
@@ -11661,7 +11668,7 @@ class TestLab(Live):
         self.assertEqual((lab.up(), lab.plan()), ([], []))
         hard, cloud = lab.machines['mhard'], lab.machines['mcloud']
         self.assertEqual(([disc.filename for disc in hard.cds], hard.spec.nic_model),
-                         ([os.path.abspath('x.iso')] * 2, 'e1000'))
+                         ([*[os.path.abspath('x.iso')] * 2, ''], 'e1000'))
         self.assertEqual([row.filename for row in cloud.harddrives[0].chain()],
                          [os.path.abspath('mcloud.qcow2'), os.path.abspath('a.raw')])
         self.assertIn(TestFromImage.KEY.encode(), Path(cloud.cd.filename).read_bytes())
@@ -11861,6 +11868,16 @@ class TestLab(Live):
         self.assertEqual(lab.plan(), ['no longer impair a - b'])
         self.assertEqual((lab.up(), lab.plan(), lab.status()[-1].get('delay')),
                          (['a - b: no longer impaired'], [], None))
+        lab.down()
+        ip('link add va type veth peer name vb')
+        self.addCleanup(ip, 'link del va')
+        for trunk in ('va', 'vb'):
+            lab = vm.Lab.load(self.write({'routers': {'gw': {'trunk': trunk, 'nat': True}}}))
+            if trunk == 'va':
+                lab.up()
+        self.assertEqual(lab.plan(), ['refuse router gw, which exists as a router with trunk va'])
+        with self.refused('gw: exists already, as a router with trunk va'):
+            lab.up()
         lab.down()
 
     def test_graph(self) -> None:

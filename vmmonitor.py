@@ -13439,16 +13439,20 @@ class LabFile:
         """Tell whether there is more than machines, or they have more than QEMU's own NAT."""
         return any(map(any, self.nics.values())) or bool({*self.kinds.values()} - {'machines'})
 
-    def facts(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Return what shall be made of networks, by the names in the Registry: kind and facts."""
+    def facts(self, names: Mapping[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return what shall be made of networks, by the names in the Registry: kind and facts;
+        `names` has interfaces by all that they are called."""
         found = {name: (KIND_NAMES[kind], {'mode': given.get('mode')}) for kind, rows in
                  self.sections.items() if kind != 'machines' for name, given in rows.items()}
         for name, given in self.sections['routers'].items():
             subnet = given.get('subnet')
             found[name][1].update(
                 {key: given.get(key) for key in ('nat', 'dhcp')},
+                trunk=names.get(given['trunk'], given['trunk']),
                 hosts=valid_hosts(given.get('hosts') or {}),
                 subnet=subnet and valid_address(subnet, ipaddress.IPv4Network))
+        for name, given in self.sections['bonds'].items():
+            found[name][1]['interfaces'] = [names.get(one, one) for one in given['interfaces']]
         for end, card in self.cards().items():
             found[self.port(end)] = 'nic', {'mac': card.get('mac', '').lower(),
                                             'sink': card.get('sink')}
@@ -13458,6 +13462,16 @@ class LabFile:
         """Return the nics that are made for machines, with their arguments."""
         return {End(name, number): card for name, rows in self.nics.items()
                 for number, card in enumerate(rows) if card}
+
+    def joining(self, cable: Cable, records: Mapping[str, Record], network: NetworkState) -> str:
+        """Return what up() would do of a link that is not there, in words."""
+        for port in [self.port(end) for end in cable.ends if end.nic >= 0]:
+            others = {network.links[port].master if port in network.links else '', *(
+                end for row in records.values() if row.kind == 'cable' and port in row.parents
+                for end in row.parents)} - {'', port}
+            if others:
+                return f'refuse {cable}: {port} is connected to {", ".join(others)}'
+        return f'connect {cable}'
 
     def port(self, end: End) -> str:
         """Return the interface of this host that an end is."""
@@ -13853,16 +13867,21 @@ class Lab:
                 state = rows[name]['state']
                 if state == 'absent':
                     lines.append(f'make {KIND_NAMES[kind]} {name}')
+                elif state == 'damaged':
+                    lines.append(f'refuse machine {name}, which is damaged')
+                    continue
                 elif kind == 'machines':
                     made_of = MachineFile.open(name).spec.made
                     other = differences(made_of, self._kept(name, made_of))
                     lines += [f'refuse machine {name}, made with {"; ".join(other)}'] * bool(other)
                 if kind == 'machines' and state != 'running':
                     lines.append(f'start machine {name}')
-        lines += self._refused()
+        records, network = self._seen()
+        lines += self._refused(records, network)
         for cable in self.file.cables:
             row = rows[str(cable)]
-            lines += [f'connect {cable}'] * (row['state'] == 'absent')
+            if row['state'] == 'absent':
+                lines.append(self.file.joining(cable, records, network))
             now = {key: row[key] for key in IMPAIRMENTS if key in row}
             if now != cable.worse or cable.worse and row['state'] == 'absent':
                 lines.append(f'{"impair" if cable.worse else "no longer impair"} {cable}')
@@ -13870,10 +13889,10 @@ class Lab:
                         'removes it' for kind in SECTIONS for name in made.get(kind, ())
                         if self.file.kinds.get(name) != kind]
 
-    def _refused(self) -> Iterator[str]:
+    def _refused(self, records: Mapping[str, Record], network: NetworkState) -> Iterator[str]:
         """Yield what up() would refuse of networks, as it stands with other arguments."""
-        records, network = self._seen()
-        for name, (kind, facts) in self.file.facts().items():
+        names = {name: link.name for link in network.links.values() for name in link.names}
+        for name, (kind, facts) in self.file.facts(names).items():
             if name in network.links and name in records and records[name].stage == 'ready':
                 other = records[name].other(kind, facts)
                 if other:
@@ -13887,8 +13906,8 @@ class Lab:
         given = {**defaults_of(Machine), **self.file.sections['machines'][name]}
         given['harddrives'] = [*map(declared_chain, _several(given['harddrives']))]
         for key in {'cd', 'cds'} & given.keys():
-            given[key] = [*map(medium, given[key])] if isinstance(given[key], (list, tuple)) else \
-                medium(given[key])
+            given[key] = [medium(one) or '' for one in given[key]] if isinstance(
+                given[key], (list, tuple)) else medium(given[key]) or None
         if self.file.nics[name]:
             given['nics'] = [card and self.file.port(End(name, number))
                              for number, card in enumerate(self.file.nics[name])]
