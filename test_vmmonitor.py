@@ -11817,6 +11817,17 @@ class TestLab(Live):
             return {name: machine.state() for name, machine in lab.machines.items()}
         self.assertEqual(states(), running)     # none has it, and all go on
         self.assertEqual([machine.snapshots for machine in lab.machines.values()], [[], []])
+        failed: list[str] = []
+
+        def trace(step: str) -> None:
+            if re.search('send snapshot-save to .*/ma/', step):
+                failed.append(step)
+                raise vm.MachineError('no space')
+            if failed and re.search('query-named-block-nodes to .*/ma/|info .*/ma.qcow2', step):
+                raise vm.DiskError('no answer')
+        with mock.patch.object(vm, 'TRACE', trace), self.refused('no space'):
+            lab.snapshot('one')                 # one that can't be asked keeps no other from it
+        self.assertEqual([machine.snapshots for machine in lab.machines.values()], [[], []])
         with at_step('send stop to .*/mb/', vm.MachineError('no answer')), \
                 self.refused('no answer'):
             lab.snapshot('one')

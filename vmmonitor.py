@@ -14006,8 +14006,11 @@ class Lab:
                     at_once('snapshot', all_, lambda name: all_[name].snapshot(tag))
                 except BaseException:
                     for machine in all_.values():
-                        if tag in [row.tag for row in machine.snapshots]:
-                            machine.delete_snapshot(tag)
+                        try:
+                            if tag in [row.tag for row in machine.snapshots]:
+                                machine.delete_snapshot(tag)
+                        except Error as problem:        # is in no other's way
+                            log.warning('%s', explain(about(machine.name, problem)))
                     raise
         return f'snapshot {tag} of {", ".join(all_)}'
 
