@@ -7826,6 +7826,14 @@ class QmpTest(Case):
             with self.assertRaisesRegex(vm.PeerSilent, 'takes no connections'):
                 vm.QMP(f'{directory}/full', timeout=0.2)
 
+    def test_a_long_line_in_small_pieces(self) -> None:
+        """Each would cost as much as all that came before it, in which no other thread runs."""
+        pieces = iter([b'{"a": "', *[b'x' * 128] * (64 << 10), b'"}\n{}\n'])
+        trickle: Any = argparse.Namespace(settimeout=id, recv=lambda _: next(pieces))
+        wire = vm.LineSocket('web', trickle)
+        self.assertEqual(len(wire.receive(vm.Deadline(5))['a']), 8 << 20)
+        self.assertEqual(wire.receive(vm.Deadline(5)), {})
+
     def test_events(self) -> None:
         events = b''.join(b'{"event": "E%d", "n": %d}\r\n' % (n % 3, n) for n in range(9))
         with vm.QMP(Peer(self, answering(events + b'{"return": 1, "id": ID}\r\n')).path) as qmp:

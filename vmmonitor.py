@@ -8399,7 +8399,7 @@ class LineSocket(contextlib.AbstractContextManager['LineSocket']):
 
     def __init__(self, path: str, connected: socket.socket) -> None:
         self.path = path                        # of the socket, or who is at the other end
-        self.buffer = b''                       # received, not yet a whole line
+        self.buffer = bytearray()               # received, not yet a whole line
         self.socket = connected
 
     @classmethod
@@ -8459,19 +8459,23 @@ class LineSocket(contextlib.AbstractContextManager['LineSocket']):
 
     def line(self, deadline: Deadline) -> bytes:
         """Return the next line, without its end."""
-        while b'\n' not in self.buffer:
-            if len(self.buffer) > JSON_BYTES:
+        seen, end = 0, self.buffer.find(b'\n')
+        while end < 0:                  # each byte is looked at once, in however small pieces
+            seen = len(self.buffer)
+            if seen > JSON_BYTES:
                 raise ProtocolError(f'{self.path}: a line longer than {JSON_BYTES} bytes')
             self._more(deadline)
-        line, _, self.buffer = self.buffer.partition(b'\n')
+            end = self.buffer.find(b'\n', seen)
+        line = bytes(self.buffer[:end])
+        del self.buffer[:end + 1]
         return line
 
     def skip(self, mark: bytes, deadline: Deadline) -> None:
         """Drop all that comes before a byte, however much that is, and the byte."""
         while mark not in self.buffer:
-            self.buffer = b''
+            self.buffer.clear()
             self._more(deadline)
-        self.buffer = self.buffer.partition(mark)[2]
+        del self.buffer[:self.buffer.index(mark) + 1]
 
     def receive(self, deadline: Deadline) -> dict[str, Any]:
         line = self.line(deadline).strip()
