@@ -9395,7 +9395,9 @@ class TestAttacks(Live):
         self.assertLessEqual(len(m.console().read()), vm.CONSOLE_BYTES)
         self.assertLess(len(m.qemu.last_words()), 3 * vm.LAST_WORDS + 20)
         m.qemu.trim_console()
-        self.assertEqual(os.stat(m.file.path('console.log')).st_size, 0)
+        for name in ('console.log', 'qemu.log'):
+            self.assertEqual((os.stat(m.file.path(name)).st_size,
+                              os.stat(m.file.path(f'{name}.1')).st_size), (0, vm.CONSOLE_BYTES))
         m.delete(force=True)
 
 

@@ -9758,7 +9758,7 @@ class MachineFile:
 
 
 HOME_DIRECTORIES = ('sockets', 'ports', 'vnc', 'tpm')
-HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.log|'
+HOME_FILES = re.compile(r'machine\.json(\.copy|\.damaged)?|process\.json|qemu\.log(\.1)?|'
                         r'console\.log(\.1)?|(change|qmp|agent|console|capture)\d+\.lock|memory|'
                         r'efi-vars\.qcow2|screen-[0-9a-f]+|\.vmmonitor-.*')
 
@@ -9777,6 +9777,7 @@ SESSIONS = 4                    # operations at once; the daemon's events and a 
 QMP_SOCKETS = (*(f'qmp{number}' for number in range(SESSIONS)), 'events', 'tool')
 QEMU_START_TIMEOUT = 30.0       # until QEMU's greeting; 40 ms is usual
 CONSOLE_BYTES = 16 * MIB        # of a console's log; the daemon begins a longer one anew
+ITS_LOGS = 'console.log', 'qemu.log'    # that grow as long as QEMU runs
 LAST_WORDS = 4096               # bytes at the end of qemu.log that are looked at
 SANDBOX = 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'
 # Of root's environment, in which there may be secrets, what another user gets
@@ -10510,13 +10511,14 @@ class Qemu:
         Deadline(AWAKE_TIMEOUT).poll(lambda: self.state() is not State.ASLEEP)
 
     def trim_console(self) -> None:
-        """Begin a log of CONSOLE_BYTES anew, and keep those: a guest may write for ever."""
-        path = self.file.path('console.log')
-        with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as text:
-            if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
-                text.seek(-CONSOLE_BYTES, os.SEEK_END)
-                write_whole(f'{path}.1', text.read(CONSOLE_BYTES), replace=True)
-                text.truncate(0)
+        """Begin a log of CONSOLE_BYTES anew, and keep those: a guest may write for ever, and have
+        QEMU warn for ever."""
+        for path in map(self.file.path, ITS_LOGS):
+            with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as text:
+                if text.seek(0, os.SEEK_END) >= CONSOLE_BYTES:
+                    text.seek(-CONSOLE_BYTES, os.SEEK_END)
+                    write_whole(f'{path}.1', text.read(CONSOLE_BYTES), replace=True)
+                    text.truncate(0)
 
 
 class Part:
@@ -12998,7 +13000,7 @@ class DirectoryChanges:
                 break
         for name in names_in(root):
             self._add(os.path.join(root, name), self.NAMES)
-            for file in ('console.log', 'machine.json', 'process.json'):
+            for file in (*ITS_LOGS, 'machine.json', 'process.json'):
                 self._add(os.path.join(root, name, file), self.WRITES)
 
     def _add(self, path: str, events: int) -> bool:
