@@ -9399,6 +9399,32 @@ class TestAttacks(Live):
             self.assertEqual((os.stat(m.file.path(name)).st_size,
                               os.stat(m.file.path(f'{name}.1')).st_size), (0, vm.CONSOLE_BYTES))
         m.delete(force=True)
+        self.assertFalse(os.path.exists(m.home))
+
+    def test_what_somebody_else_wrote(self) -> None:
+        """As the owner of that directory can: it would name any file of the host as a disk, and
+        any process as the QEMU that is to be ended."""
+        m = vm.Machine('planted', memory=32)
+        spec, record = (Path(m.file.path(name)) for name in ('machine.json', 'process.json'))
+        with subprocess.Popen(['sleep', '60']) as other:
+            record.write_text(json.dumps({
+                'machine': 'planted', 'uuid': m.id, 'boot': vm.boot_id(), 'pid': other.pid,
+                'started': vm.process_start(other.pid)}))
+            os.chown(record, 65534, 65534)
+            self.assertEqual((m.is_alive(), m.stop(force=True)), (False, 'already off'))
+            self.assertIsNone(other.poll())
+            other.kill()
+        os.chown(spec, 65534, 65534)
+        with self.refused('planted/machine.json', 'is of the user 65534', "yours or root's"):
+            vm.Machine.load('planted')
+        spec.rename(f'{spec}.old')
+        os.mkfifo(spec)                                 # nor is it waited for
+        with self.refused('planted/machine.json', 'is no file'):
+            vm.Machine.load('planted')
+        spec.unlink()
+        Path(f'{spec}.old').rename(spec)
+        os.chown(spec, 0, 0)
+        m.delete()
 
 
 # === devices ====================================================================================
@@ -11279,7 +11305,7 @@ class TestAsGuests(Live):
         self.assertEqual([guest.name for guest in vm.Machines().all()], ['mended', 'whole'])
         found: Any = vm.Machines().find('mended')
         for call in (found.state, found.stop, found.delete):
-            with self.refused('json: can\'t be read: ', 'Is a directory', 'see that it is a file'):
+            with self.refused('json: can\'t be read: is no file', 'see that it is a file'):
                 call()
         path.rmdir()
         path.write_text(json.dumps({**good, 'version': 99}))

@@ -856,6 +856,23 @@ def open_file(path: str, mode: int = os.O_RDONLY) -> int:
     return fd
 
 
+def read_own(path: str) -> bytes:
+    """Return a file, JSON_BYTES of it, that is this user's or root's: whoever has it can have
+    written anything into it. OSError if it is not, or no file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would hold us
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(errno.EINVAL, 'is no file')
+        if info.st_uid not in (0, os.geteuid()):
+            raise PermissionError(errno.EPERM, f'is of the user {info.st_uid}, who can have '
+                                  'written anything into it')
+        with open(fd, 'rb', closefd=False) as file:
+            return file.read(JSON_BYTES + 1)
+    finally:
+        os.close(fd)
+
+
 def lock_one(files: Sequence[int], deadline: Deadline) -> int:
     """Lock one of these open files against all other openings, of this program, too (flock);
     return its place, or -1 when others had them all until the deadline."""
@@ -9628,14 +9645,14 @@ class MachineFile:
     def read(home: str) -> MachineSpec:
         path, name = os.path.join(home, 'machine.json'), os.path.basename(home)
         try:
-            with open(path, 'rb') as file:
-                data = file.read(JSON_BYTES + 1)
+            data = read_own(path)
         except (FileNotFoundError, NotADirectoryError):
             raise NoGuest(f'{path}: no such machine',
                           'list shows them; "up" makes those of a lab') from None
         except OSError as problem:
             raise MachineError(f'{path}: can\'t be read: {explain(problem)}',
-                               'see that it is a file, and that you may read it') from None
+                               'see that it is a file, yours or root\'s, and that you may read it'
+                               ) from None
         try:
             return MachineSpec.read(data, name)
         except (ValueError, RecursionError) as problem:
@@ -9732,7 +9749,7 @@ class MachineFile:
         home = os.path.join(MACHINES_DIR, name)
         path = os.path.join(home, 'machine.json')
         try:
-            spec = MachineSpec.read(Path(f'{path}.copy').read_bytes(), name)
+            spec = MachineSpec.read(read_own(f'{path}.copy'), name)
         except (OSError, ValueError) as problem:
             raise MachineError(
                 f'{path}: there is no copy to put back: {explain(problem)}',
@@ -10087,7 +10104,7 @@ class Qemu:
         known = nothing = {'pid': 0, 'started': ''}
         try:
             known = dict(checked('process.json', parse_json(
-                Path(self.file.path('process.json')).read_bytes())))
+                read_own(self.file.path('process.json')))))
             if known['machine'] != self.name or known['boot'] != boot_id():
                 return nothing                  # of the machine that this one was copied from
             if known['uuid'] != self.file.uuid:
@@ -10102,7 +10119,7 @@ class Qemu:
     def _search(self) -> int:
         """Return the pid of a QEMU with this machine's uuid, that runs as its user; 0 if none."""
         for pid in filter(str.isdecimal, os.listdir('/proc')):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, IndexError):
                 argv = Path('/proc', pid, 'cmdline').read_bytes().decode().split('\0')
                 if argv[argv.index('-uuid') + 1] == self.file.uuid \
                         and argv[argv.index('-name') + 1] == f'guest={self.name}' \
@@ -13587,7 +13604,7 @@ class Lab:
     def made(self) -> dict[str, dict[str, str]]:
         """Return what this lab has made and not taken away: machines, nics, switches ..., disks."""
         try:
-            known = checked('lab', parse_json(Path(self._place).read_bytes()))
+            known = checked('lab', parse_json(read_own(self._place)))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as problem:
@@ -13832,7 +13849,7 @@ class Lab:
                 self._note(lambda now: [now.pop(kind, None) for kind in (*kinds, 'worse')])
             for path in made.get('disks', {}) if disks else ():
                 if os.path.exists(path):
-                    with open(path, 'rb') as image:
+                    with open(open_file(path), 'rb') as image:
                         if bytes_locked(image.fileno(), *IMAGE_LOCKS):
                             raise DiskError(f'{path}: {holder_of(path) or "a machine"} has it open',
                                             'stop that first')
