@@ -5314,6 +5314,12 @@ class ListenerTest(ListenerCase):
         self.assertNotIn('gr\u00f6\u00dfe', self.curl(*self.WEB_BEARER, url=url)[1])
         del self.host.guests['web1']
         self.assertNotIn('guest="web1"', self.curl(*self.BEARER, url=url)[1])
+        self.changes['listener']['keys'] += [{
+            'name': 'far', 'key': 'far' * 12, 'targets': ['elsewhere/*']}]
+        self.settings.config = vm.load(self.write(self.changes))
+        text = self.ask(f'cmd=metrics&key={"far" * 12}')[1]
+        self.assertIn('vmmonitor_build_info', text)
+        self.assertNotIn('host=', text)
         readme = (HERE / 'README.md').read_text()
         for name, row in vm.FIGURES.items():
             labels = ', '.join(f'`{label}`' for label in row.labels)

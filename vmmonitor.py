@@ -5733,7 +5733,7 @@ class Dispatcher:
         """Return the figures; those of guests are of the ones that the key reaches."""
         now: Samples = {('guests', (state.value,)): 0 for state in State}
         now['build_info', (__version__, '.'.join(map(str, sys.version_info[:3])))] = 1
-        for host in self.guests.hosts:
+        for host in self._hosts(key):
             now['host_up', (host.label,)] = host.up.is_set()
             now['host_reconnects_total', (host.label,)] = max(0, host.links - 1)
         for known in self._describe_all(key, deadline, []):
