@@ -5164,6 +5164,13 @@ class ListenerTest(ListenerCase):
             self.listener.close()
         self.assertRegex(logged.output[0], 'handshakes that failed: 21, the last of 127.0.0.1: ')
         self.assertEqual(len(logged.output), 1)
+        failures = vm.Failures(threading.Event())
+        failures.closing.set()
+        with no_more_threads('MainThread', 1):
+            failures.add('192.0.2.1', 'nobody to tell of it')
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            failures.add('192.0.2.2', 'heard')
+            soon(lambda: logged.output)
 
     def test_refusals(self) -> None:
         good = f'key={KEY}&cmd=start&target=web1'
@@ -11191,7 +11198,7 @@ class TestAsGuests(Live):
             vm.spawn('flood', flood)
             machines, heard = vm.Machines(), list[str]()
             self.addCleanup(machines.stop)
-            with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            with self.assertLogs('vmmonitor', 'WARNING') as logged, no_more_threads('machines', 1):
                 machines.watch(lambda event: heard.append(event.kind))
                 soon(lambda: heard.count('stuck') == 3000, 20)
             told.set()

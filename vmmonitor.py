@@ -5805,7 +5805,10 @@ class Failures:
         with self.lock:
             self.count, self.last = self.count + 1, f'{address}: {reason}'
             if self.count == 1:
-                spawn('handshakes', self._tell)
+                try:
+                    spawn('handshakes', self._tell)
+                except Error:                           # the next one tries again
+                    self.count = 0
 
     def _tell(self) -> None:
         self.closing.wait(HANDSHAKES_WINDOW)
@@ -13125,7 +13128,12 @@ class Machines:
             machine.qemu.trim_console()
             if machine.name not in self._followed:
                 self._followed[machine.name] = machine, None
-                spawn(f'events {machine.name}', self._follow, machine, kind, receive)
+                try:
+                    spawn(f'events {machine.name}', self._follow, machine, kind, receive)
+                except Error:                           # no more threads
+                    del self._followed[machine.name]
+                    self._ring()
+                    raise
 
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         why = ''
