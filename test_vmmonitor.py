@@ -4798,6 +4798,12 @@ class StartupTest(Case):
             self.assertTrue(vm.BootMark('startup').is_set())
             os.environ['VMMONITOR_BOOT'] = '2'
             self.assertFalse(vm.BootMark('startup').is_set())
+            mark = Path(place, 'vmmonitor-startup')     # is the service's, whoever has taken that
+            os.truncate(mark, 1 << 40)
+            self.assertFalse(vm.BootMark('startup').is_set())
+            mark.unlink()
+            os.mkfifo(mark)
+            self.assertFalse(vm.BootMark('startup').is_set())
 
     def test_wait(self) -> None:
         late, dead, there = ScriptedGuest('late'), ScriptedGuest('dead'), ScriptedGuest('there')
@@ -12835,6 +12841,15 @@ class OneShotTest(GuestCase):
                                    '/usr/bin/python3', '-I', '-c', ask], timeout=30, cwd='/',
                                   check=True, capture_output=True)
             self.assertEqual((done.stdout, program.log()), (b"b''\n", before))     # not for others
+            with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as asker:
+                asker.settimeout(20)                # while it has too many files open
+                soft, hard = resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE)
+                resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (3, hard))
+                one.connect(f'\0vmmonitor reload {process}')        # for which it had one ready
+                asker.connect(f'\0vmmonitor reload {process}')
+                time.sleep(0.2)
+                resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+                self.assertIn(b'monitor.toleranceMs', asker.recv(4096))
         status, _, err = vmmonitor('--reload', process)
         self.assertEqual(status, 1)
         self.assertIn(f'process {process} does not answer: Connection refused; see that it is', err)
@@ -13220,6 +13235,9 @@ m.stop(force=True)"""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.bind(path)
             systemd.settimeout(10)
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):       # with a guest's name in it
+                vm.notify_systemd('STATUS=waiting for a\nMAINPID=1', 'WATCHDOG=1')
+            self.assertEqual(systemd.recv(99), b'STATUS=waiting for a\\nMAINPID=1\nWATCHDOG=1')
             read, write = os.pipe()
             info = os.fstat(write)
             os.close(read)

@@ -4491,6 +4491,7 @@ START_RETRIES = 3              # further tries of a guest that failed to start .
 START_RETRY_PAUSE = 5.0        # ... this long apart
 BACK_WAIT = 5.0                # on the way down, for a host that was there before
 UNIT_RUN = '/run/vmmonitor-service'     # RuntimeDirectory= of the unit
+MARK_BYTES = 64                # more than the number of a boot has
 REMEDY_SHARES = {'save': 0.25, 'off': 0.1}      # of what is left of shutdown.timeout, for "or save"
 
 
@@ -4517,8 +4518,9 @@ class BootMark:
 
     def is_set(self) -> bool:
         for path in self.paths:
-            with contextlib.suppress(OSError):
-                if Path(path).read_bytes() == self._boot():
+            # That of the service is in a directory of its user, and may be anything.
+            with contextlib.suppress(OSError, FileError), open(open_file(path), 'rb') as mark:
+                if mark.read(MARK_BYTES) == self._boot():
                     return True
         return False
 
@@ -14811,7 +14813,7 @@ def notify_systemd(*lines: str) -> None:
         return
     address = '\0' + address[1:] if address[0] == '@' else address      # an abstract socket
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-        notifier.sendto('\n'.join(lines).encode(), address)
+        notifier.sendto('\n'.join(map(printable, lines)).encode(), address)
 
 
 def libvirt_hosts(config: Config) -> list[LibvirtHost]:
@@ -14983,7 +14985,11 @@ class Daemon:
             except OSError as problem:                  # somebody has taken the name
                 raise Error(f'--reload would get no answer: {explain(problem)}') from None
             while True:
-                asker, _ = server.accept()
+                try:
+                    asker, _ = server.accept()
+                except OSError:                         # such as too many open files
+                    time.sleep(STATE_POLL)
+                    continue
                 if peer_of(asker)[1] in (0, os.geteuid()):
                     self._askers.append(asker)
                     self._wake()
