@@ -12889,6 +12889,11 @@ class OneShotTest(GuestCase):
             path.chmod(0o755)
         self.assertEqual(checked(place), f'install.sh: {found}: nobody could change what root '
                          f'runs; do: chown root:root {found}, or run it elsewhere\n')
+        (place / 'python3').symlink_to('/usr/bin/env')          # as what the unit would run
+        self.assertFalse(vm.is_roots(str(place / 'python3')))
+        for path in (place, way):
+            os.chown(path, 0, -1)
+        self.assertTrue(vm.is_roots(str(place / 'python3')))
         (place / '.installed').write_text(json.dumps({'joined': False, 'places': [], 'files': {
             '/etc/shadow': '', '../config.json': '', 'key.pem': ''}}))
         self.assertEqual([*vm.SetupRecord(str(place)).files], ['key.pem'])      # to be removed

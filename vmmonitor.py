@@ -14166,6 +14166,12 @@ def as_user(account: str, *argv: str) -> bool:
     return not attempt('runuser', '-u', account, '--', *argv).returncode
 
 
+def is_roots(path: str) -> bool:
+    """Tell whether a program is root's, and none but root can put another one in its place."""
+    names = Path(path), Path(os.path.realpath(path))
+    return all(place.stat().st_uid == 0 for name in names for place in (name, *name.parents))
+
+
 class Changes:
     """What is changed on this host, and how that is taken back: all of it is done, or nothing."""
 
@@ -14366,8 +14372,8 @@ class Setup:
                             ['gpasswd', '-d', name, 'libvirt'],
                             f'the user {name} could not be put into the group libvirt')
             self.record.joined = True
-        if not as_user(self.account, self.python, '-c', ''):
-            self.python = '/usr/bin/python3'            # this one is in root's home
+        if not (is_roots(self.python) and as_user(self.account, self.python, '-c', '')):
+            self.python = '/usr/bin/python3'            # this one is in somebody's home
         if not as_user(self.account, self.python, '-c', ''):
             raise Error(f'the user {name} can\'t run {self.python}; install python3 in /usr/bin')
         return known.pw_gid
