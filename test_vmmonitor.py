@@ -4024,6 +4024,19 @@ class MonitorTest(Case):
                 self.settle()
             self.assertIn('clock not corrected after "restored"', logged.output[0])
             self.assertIn('clock corrected, cause=restored', logged.output[1])
+        for problem in (vm.ClockError('still off: the host is overloaded'), 'out of memory'):
+            self.guest.troubles, self.guest.offset = [problem], -3 * vm.SECOND
+            with mock.patch.object(vm, 'UNSET_PAUSE', 0.1), \
+                    mock.patch.object(vm, 'CLOCK_RETRIES', 1):
+                self.send('restored')
+                self.settle()
+            self.assertLess(abs(self.guest.offset), TOLERANCE)
+        # So many connections that libvirt takes no more, while that for events stands.
+        self.guest.troubles, self.guest.offset = [vm.HostAway('too many')] * 9, -3 * vm.SECOND
+        with mock.patch.object(vm, 'UNTOLD_PAUSE', 0.1):
+            self.send('restored')
+            self.settle()
+        self.assertLess(abs(self.guest.offset), TOLERANCE)
         self.guest.troubles = ['the agent is in frozen state'] * 1000
         with mock.patch.object(vm, 'UNTOLD_PAUSE', 0.1):
             self.send('restored')

@@ -2366,7 +2366,8 @@ LEAD_MAX = 10 * MS             # what a guest's agent may need to set a clock, b
 TURN_TIMEOUT = 15.0            # for another program that is at the same clock
 HOST_CLOCK_JUMP = 0.01         # NTP slews the boot clock with the real one: this is a step
 AWAY_PAUSE = 0.5               # before guests that could not be asked are asked once more
-UNTOLD_PAUSE = 60.0            # after monitor.agentWait, before an agent is tried again that hangs
+UNTOLD_PAUSE = 60.0            # after monitor.agentWait, before an agent is tried again that hangs;
+UNSET_PAUSE = 600.0            # ... before a clock is set again that was not to be put right
 
 
 class Reading(NamedTuple):
@@ -4420,19 +4421,23 @@ class Monitor:
         try:
             synchronise(guest, self.settings.config, result, job.nudge)
         except (WrongState, NoGuest, HostAway, OutOfStep) as problem:
-            # It was stopped or paused meanwhile, or libvirt is: an event will bring us back.
+            # It was stopped or paused meanwhile, or libvirt is: an event will bring us back, but
+            # for a libvirt that has no room for one more while it stays connected.
             log.debug('%s: clock left alone: %s', guest.name, explain(problem))
+            if isinstance(problem, HostAway):
+                self._run_again(job, UNTOLD_PAUSE)
             return
         except Error as problem:
             kind = self.guests.uncorrected(guest, job.event.kind, problem)
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(problem)}')
             # No event tells when the agent comes back and takes a late setting, nor when it answers
-            # again, its file systems are thawed, or agents that hang leave a line to libvirt.
+            # again, its file systems are thawed, agents that hang leave a line to libvirt, or a
+            # guest that was too busy, or had no memory left, no longer is.
             if result.late or kind in self.UNTOLD or isinstance(problem, Busy):
-                job.nudge.wait(0 if result.late else UNTOLD_PAUSE)
-                with self._lock:
-                    job.again = job.again or job.event
+                self._run_again(job, 0 if result.late else UNTOLD_PAUSE)
+            elif kind in ('clock', 'refused'):
+                self._run_again(job, UNSET_PAUSE)
             return
         finally:
             job.late = result.late
@@ -4446,6 +4451,12 @@ class Monitor:
         log.log(logging.INFO if result.method else logging.DEBUG, '%s', result)
         if result.warning:
             self._complain(guest, 'warning', f'the clock is right, but: {result.warning}')
+
+    def _run_again(self, job: ClockJob, pause: float) -> None:
+        """Have a job run once more after a pause, or as soon as something happens to its guest."""
+        job.nudge.wait(pause)
+        with self._lock:
+            job.again = job.again or job.event
 
     def _complain(self, guest: Guest, kind: str, text: str) -> None:
         """Log a warning, each kind once per start of the guest."""
