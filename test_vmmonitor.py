@@ -3904,6 +3904,24 @@ class HostsTest(ConfigCase):
         with self.refused("s off this machine's", kind=vm.OutOfStep):   # asked a moment ago
             guest.check_step(0)
 
+    def test_a_host_whose_clock_is_put_right(self) -> None:
+        """As by NTP a while after it booted, of which no event tells."""
+        guest = self.stepping('qemu+ssh://far/system', 'echo $(($(date +%s) + 3650)).5')
+        guest.host.up.set()
+        self.addCleanup(guest.host.stopping.set)
+        looked = threading.Event()
+        with mock.patch.object(guest.host, 'tell_running', looked.set), \
+                mock.patch.object(vm, 'STEP_AGAIN', 0.2), self.assertLogs('vmmonitor'):
+            for _ in range(2):
+                with self.refused('by ssh', kind=vm.OutOfStep):
+                    guest.check_step(0)
+            self.assertEqual(len(threads('step')), 1)
+            self.assertFalse(looked.wait(0.5))
+            self.stepping(guest.host.uri, 'date +%s.%N')
+            self.assertTrue(looked.wait(10))
+            guest.check_step(0)
+            soon(lambda: not threads('step'))
+
     def test_a_host_of_which_a_boot_tells(self) -> None:
         for uri in ('qemu+tls://far/system', 'qemu+ssh://far/system', 'qemu+ext:///system'):
             guest = self.stepping(uri)

@@ -3260,6 +3260,7 @@ class HostStep:
         self._again = Deadline(0)           # when it is, if the host was not in step
         self._seen = HostClock.now()
         self._lock = threading.Lock()       # guards all this; ssh holds it for OPEN_TIMEOUT
+        self._waits: threading.Thread | None = None     # until the host is in step
 
     def connected(self) -> None:
         """Have ssh asked again: the host may have booted."""
@@ -3285,6 +3286,8 @@ class HostStep:
                     log.info('%s: its clock is that of this machine to %.2f s, by %s',
                              self.host.name, self.off, self.by)
                 return bool(was) and self.state != was
+            if self.by == 'ssh' and self.off and not (self._waits and self._waits.is_alive()):
+                self._waits = spawn(f'step {self.host.name}', self._await)
         why = 'nothing tells yet whether its clock is that of this machine, as a guest that ' \
             'boots there would' if self.off is None else \
             f"its clock may be {self.off:.1f} s off this machine's, by {self.by}"
@@ -3310,6 +3313,17 @@ class HostStep:
             if self.off is None or off < self.off:      # one of many may have a clock of its own
                 self.off, self.by = off, f'{guest.own}, which has just booted there'
         self.fresh.discard(guest.uuid)
+
+    def _await(self) -> None:
+        """Have its guests checked when ssh tells that it is in step: no event tells that its NTP
+        has set its clock. When its connection is back, they are anyway."""
+        while self.host.up.is_set() and not self.host.stopping.wait(STEP_AGAIN):
+            with self._lock:
+                told = self._ask()
+                self.off = self.off if told is None else told
+            if told is not None and told <= STEP_LIMIT:
+                self.host.tell_running()
+                break
 
     def _ask(self) -> float | None:
         """Return how far the host's clock may be off, by ssh; None if that tells nothing."""
