@@ -1133,7 +1133,8 @@ class ScriptedGuest(vm.Guest):
             time.sleep(self.delay)
             return now // self.grain * self.grain
         if command == 'guest-exec':
-            error, when = self.date, int(arguments['arg'][-1][1:]) * vm.SECOND
+            told = re.findall('@([0-9]+)', arguments['arg'][-1])
+            error, when = self.date, int(told[0]) * vm.SECOND
         elif command == 'guest-set-time':
             error = self.explicit if arguments else self.hardware
             when = arguments.get('time', time.time_ns() - vm.SECOND // 2)
@@ -2771,6 +2772,20 @@ class ClockTest(Case):
         result = vm.correct(guest, TOLERANCE, True)
         self.assertEqual(result.method, 'guest-exec-date')
         self.assertLess(abs(guest.offset), TOLERANCE)
+
+    def test_the_date_of_a_bsd(self) -> None:
+        guest, path = ScriptedGuest(), Path(self.path('date'))
+        guest.explicit = guest.hardware = NO_HWCLOCK
+        path.write_text('#!/bin/sh\n[ "$1 $2 $3" = "-u -f %s" ] && echo "$4" > "$0-set"\n')
+        path.chmod(0o755)
+
+        def execute(argv: Sequence[str], **_: Any) -> vm.ExecResult:
+            done = subprocess.run(argv, timeout=30, env={'PATH': f'{path.parent}:/bin:/usr/bin'})
+            guest.offset = int(Path(f'{path}-set').read_text()) * vm.SECOND - time.time_ns()
+            return vm.ExecResult(done.returncode, b'', b'')
+        guest.exec = execute                # type: ignore[method-assign, assignment]
+        result = vm.correct(guest, 500 * vm.MS, True)
+        self.assertEqual(result.method, 'guest-exec-date')
 
     def test_hardware_clock_where_the_time_can_not_be_given(self) -> None:
         guest = ScriptedGuest()

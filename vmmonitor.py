@@ -1881,7 +1881,7 @@ AGENT_TROUBLES = (
         'no hwclock', r'not currently supported|hwclock',
         'the guest agent can\'t set the time: {text}',
         'install hwclock in the guest: util-linux-extra on Debian 12 and later, util-linux '
-        'elsewhere', False),
+        'elsewhere; on BSD, which has none, only monitor.allowExec helps', False),
     AgentTrouble(
         'no w32time', r'w32tm|Windows Time', 'the guest can\'t fetch the time: {text}',
         'start the Windows Time service in the guest', False),
@@ -2485,7 +2485,8 @@ def _set_by_date(guest: Guest, ahead: int) -> None:
     """Run `date` in the guest, timed for a whole second: not every date takes fractions."""
     second = (time.time_ns() + ahead) // SECOND + 1
     time.sleep(max(0, second * SECOND - ahead - time.time_ns()) / SECOND)
-    done = guest.exec(['date', '-u', '-s', f'@{second}'], timeout=AGENT_SET_TIMEOUT)
+    done = guest.exec(['sh', '-c', f'date -u -s @{second} || date -u -f %s {second}'],  # Linux; BSD
+                      timeout=AGENT_SET_TIMEOUT)
     if done.status:
         raise guest.agent_error(f'date did not set the time: {done!r:.80}')
 
