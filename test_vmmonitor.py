@@ -11308,8 +11308,10 @@ class TestAsGuests(Live):
         self.assertEqual(guests.act('start anew', guests.find('daemon')),
                          'saved state discarded, started')
         m.wait('agent', BOOT)
-        for verb, says in (('pause', 'paused'), ('pause', 'already paused'), ('resume', 'resumed'),
-                           ('resume', 'already running'), ('reset', 'reset')):
+        for verb, says in (('pause', 'paused'), ('pause', 'already paused'),
+                           ('resume', 'resumed, clock set'), ('resume', 'already running'),
+                           ('pause', 'paused'), ('reset', 'reset, and still paused'),
+                           ('resume', 'resumed')):
             self.assertEqual(guests.act(verb, guests.find('daemon')), says)
         m.wait('agent', BOOT)
         sh(m, 'touch /before')
@@ -12357,6 +12359,19 @@ class AnswersTest(GuestCase):
                 guest.change('resume')
             self.assertEqual(caught.exception.message, says)
             self.assertIn(hint, caught.exception.hint)
+
+    def test_a_reset_of_one_that_has_stopped(self) -> None:
+        for state, reason, says, calls in (
+                (vm.State.PAUSED, vm.WATCHDOG, 'reset', ['reset', 'resume']),
+                (vm.State.CRASHED, vm.PANICKED, 'reset', ['reset', 'resume']),
+                (vm.State.PAUSED, '', 'reset, and still paused', ['reset'])):
+            guest = ScriptedGuest('a')
+            looks = itertools.chain([vm.Status(state, reason)], itertools.repeat(
+                vm.Status(vm.State.RUNNING)))
+            with mock.patch.object(guest, 'status', side_effect=looks), \
+                    mock.patch.object(vm, 'TROUBLED_MOMENT', 0.1):
+                self.assertEqual(guest.change('reset'), says)
+            self.assertEqual(guest.calls, calls)
 
     def test_libvirt_was_never_there(self) -> None:
         own, port = {'VMMONITOR_MACHINES': str(self.directory / 'machines')}, free_port()

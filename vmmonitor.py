@@ -2052,10 +2052,14 @@ class Guest:
             return f'already {there.value}'
         if before.state not in states:
             raise WrongState(f'{self.name} is {before}: it can\'t {verb}', 'use start')
-        self._change(verb)
-        return self._settled(says, before) if verb == 'resume' else says
+        says = self._change(verb) or says
+        if verb == 'reset' and before.state is not State.RUNNING:
+            if before.reason not in TROUBLES:
+                return f'{says}, and still {before.state.value}'
+            self._change('resume')                      # that alone makes it boot
+        return self._settled(says, before) if before.state is not State.RUNNING else says
 
-    def _change(self, verb: str) -> None:
+    def _change(self, verb: str) -> str | None:
         raise NotImplementedError
 
     def picture(self) -> bytes:
@@ -12922,13 +12926,14 @@ class Machine(Guest):
         self._power.unfreeze(force)
         return 'resumed' + self._clock_set('resumed', clock)
 
-    def _change(self, verb: str) -> None:
-        does: dict[str, Callable[[], object]] = {
+    def _change(self, verb: str) -> str | None:
+        does: dict[str, Callable[[], str | None]] = {
             'pause': self.freeze, 'resume': self.unfreeze, 'reset': self.reset}
         if verb in does:
-            does[verb]()
-        elif not self._shut_down_by_agent('reboot'):
+            return does[verb]()
+        if not self._shut_down_by_agent('reboot'):
             self.send_key('ctrl-alt-del')           # there is no ACPI button for it
+        return None
 
     def reset(self) -> None:
         """Press the reset button, which also ends unplugging (system_reset)."""
