@@ -8991,11 +8991,20 @@ class TestGuest(Running):
             self.assertIs(m.state(), vm.State.PAUSED)
         with self.refused('drop its input', kind=vm.WrongState):
             m.send_key('a')
-        with self.refused('does not answer', 'is paused: unfreeze', kind=vm.AgentError):
+        with self.refused('is paused', 'start it', kind=vm.WrongState):
             m.agent('guest-ping', timeout=1)
-        for _ in range(2):
-            m.unfreeze()
-            self.assertIs(m.state(), vm.State.RUNNING)
+        self.assertEqual(m.change('resume'), 'resumed, clock set')
+        m.unfreeze()
+        self.assertIs(m.state(), vm.State.RUNNING)
+
+    def test_old_agents_call_a_command_disabled_when_frozen(self) -> None:
+        for state, why in (('frozen', 'file systems are frozen'), ('thawed', 'has been disabled')):
+            def agent(_: vm.Qemu, command: str, *_more: Any, now: str = state) -> str:
+                if command == 'guest-fsfreeze-status':
+                    return now
+                raise vm.agent_error('m', 'The command guest-get-time has been disabled')
+            with mock.patch.object(vm.Qemu, 'agent', agent), self.refused(why, kind=vm.AgentError):
+                self.machine.get_time()
 
     def test_the_clock_is_right_after_a_pause(self) -> None:
         m = self.machine

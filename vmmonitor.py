@@ -2111,6 +2111,16 @@ class Guest:
         error.hint = self.remedies().get(error.trouble.name, error.hint)
         return error
 
+    def _raise_if_frozen(self, command: str, problem: AgentError) -> None:
+        """Raise the right error of an old agent, which calls a command disabled when the guest's
+        file systems are frozen."""
+        answer = None
+        if problem.trouble.name == 'blocked' and command != 'guest-fsfreeze-status':
+            with contextlib.suppress(GuestError):
+                answer = self.agent('guest-fsfreeze-status')
+        if answer == 'frozen':
+            raise self.agent_error('the agent is in frozen state') from None
+
     def remedies(self) -> Mapping[str, str]:
         """Return what to do for this kind of guest, by the name in AGENT_TROUBLES."""
         return {}
@@ -3776,22 +3786,13 @@ class Domain(Guest):
                 text = connection.library.take_string(connection.call(
                     'virDomainQemuAgentCommand', handle, question.encode(), timeout, 0))
         except AgentError as problem:
-            if problem.trouble.name == 'blocked' and command != 'guest-fsfreeze-status':
-                self._raise_if_frozen()
+            self._raise_if_frozen(command, problem)
             raise
         try:
             reply = parse_answer(text)
         except ValueError as problem:
             raise self.agent_error(f'no answer: {problem}: {text!r:.80}') from None
         return agent_answer(self.name, command, reply)
-
-    def _raise_if_frozen(self) -> None:
-        """Old agents call a command disabled when the file systems are frozen."""
-        answer = None
-        with contextlib.suppress(AgentError):
-            answer = self.agent('guest-fsfreeze-status')
-        if answer == 'frozen':
-            raise self.agent_error('the agent is in frozen state')
 
     def agent_state(self) -> str:
         """Return absent, disconnected, connected or silent: by its XML, and its last call."""
@@ -10519,8 +10520,10 @@ class Qemu:
                 opened = problem.trouble.name != 'silent' or self._agent_open(1.0)
                 if opened is False:
                     raise agent_error(self.name, 'not connected') from None
-                if opened and problem.trouble.name == 'silent' and self.state() is State.PAUSED:
-                    problem.hint = 'the machine is paused: unfreeze or start it'
+                now = self.status() if opened and problem.trouble.name == 'silent' else None
+                if now and now.state is not State.RUNNING:
+                    raise WrongState(f'{self.name} is {now}', TROUBLES.get(
+                        now.reason, 'start it')) from None
                 raise
 
     def agent_state(self) -> str:
@@ -12802,7 +12805,11 @@ class Machine(Guest):
     def agent(self, command: str, arguments: Arguments = None,
               timeout: float = AGENT_TIMEOUT) -> Any:
         """Return what the guest agent answers, over a socket of its own."""
-        return self.qemu.agent(command, arguments, timeout)
+        try:
+            return self.qemu.agent(command, arguments, timeout)
+        except AgentError as problem:
+            self._raise_if_frozen(command, problem)
+            raise
 
     def save(self, file: str = '') -> str:
         """Save its memory to a file (or a place of its own) and end it; start goes on from there.
