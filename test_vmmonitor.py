@@ -9510,8 +9510,10 @@ class TestParts(Running):
         m, seen = self.machine, []
         secret = os.urandom(8).hex()
         m.write_file('/tmp/secret', (f'<<{secret}>>' * 1000).encode())
+        sh(m, 'date -s @1000000000')                    # as a guest that stood still for long
         path = m.dump_memory(self.path('core'), progress=lambda *row: seen.append(row))
         self.assertIs(m.state(), vm.State.RUNNING)
+        self.assertLess(off_by(m), 0.5e9)
         data = Path(path).read_bytes()
         self.assertEqual(data[:4], b'\x7fELF')
         self.assertIn(f'<<{secret}>><<'.encode(), data)
@@ -9683,8 +9685,10 @@ class TestParts(Running):
         m = self.machine
         m.add_harddrive(self.raw)
         self.addCleanup(m.del_harddrive, self.raw)
+        sh(m, 'date -s @1000000000')
         with mock.patch.object(vm.log, 'warning') as warned:
             taken = m.snapshot('s1')
+        self.assertLess(off_by(m), 0.5e9)
         self.assertEqual((taken.tag, taken.ram, taken.disks, taken.uncovered), (
             's1', True, (self.disk.filename,), (self.raw.filename,)))
         self.assertIn(self.raw.filename, str(warned.call_args))

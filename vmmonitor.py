@@ -11532,8 +11532,6 @@ class MemoryStream(Part):
 
     def dump(self, filename: str | os.PathLike[str], format: str = 'elf',
              progress: Callable[[int, int], object] | None = None) -> str:
-        """Write the guest's memory to a new file, as elf or kdump-zlib; it stands still meanwhile
-        (dump-guest-memory). `progress` gets bytes done and in all."""
         path = image_path(filename)
         with self.file.change(), whole_file(path) as file, self.qemu.session() as qmp:
             qmp.execute('dump-guest-memory', paging=False, detach=True, format=format,
@@ -11595,11 +11593,6 @@ class Snapshots(DevicesPart):
         raise MachineError(f'{self.name}: has no snapshot {tag}', '.snapshots lists them')
 
     def take(self, tag: str = '') -> MachineSnapshot:
-        """Snapshot memory and disks, or of a machine that is off the disks alone.
-
-        It goes on as before. The answer's `uncovered` names the disks, raw ones, that are not in
-        it. Raises MachineError with the job's own error (snapshot-save).
-        """
         with self.file.change():
             taken = [row.tag for row in self.all]
             tag = checked_tag(tag or free_tag(taken))
@@ -12786,8 +12779,6 @@ class Machine(Guest):
     increase_ram = handed('_ram', Ram.increase_ram)
     balloon = handed('_ram', Ram.balloon)
     delete_saved = handed('_memory', MemoryStream.delete_saved)
-    dump_memory = handed('_memory', MemoryStream.dump)
-    snapshot = handed('_snapshots', Snapshots.take)
     delete_snapshot = handed('_snapshots', Snapshots.delete)
     cancel_migration = handed('_migration', Migration.cancel)
     send_key = handed('_input', Input.send_key)
@@ -12819,7 +12810,27 @@ class Machine(Guest):
         if self.state() is State.ASLEEP:
             self.qemu.wake_up()
             self._await_waking(whole=True)
-        return self._memory.save(file)
+        with self._clock_kept():
+            return self._memory.save(file)
+
+    def dump_memory(self, filename: str | os.PathLike[str], format: str = 'elf',
+                    progress: Callable[[int, int], object] | None = None, clock: bool = True
+                    ) -> str:
+        """Write the guest's memory to a new file, as elf or kdump-zlib; it stands still meanwhile
+        (dump-guest-memory). `progress` gets bytes done and in all. Then the clock is set, as by
+        snapshot()."""
+        with self._clock_kept(clock):
+            return self._memory.dump(filename, format, progress)
+
+    def snapshot(self, tag: str = '', clock: bool = True) -> MachineSnapshot:
+        """Snapshot memory and disks, or of a machine that is off the disks alone.
+
+        It goes on as before: its clock, which stood still, is set, where an agent answers, unless
+        `clock` is false. The answer's `uncovered` names the disks, raw ones, that are not in it.
+        Raises MachineError with the job's own error (snapshot-save).
+        """
+        with self._clock_kept(clock):
+            return self._snapshots.take(tag)
 
     def load_snapshot(self, tag: str, disks_only: bool = False, clock: bool = True) -> str:
         """Put memory and disks back to a snapshot, starting the machine if it is off; with
@@ -12845,9 +12856,10 @@ class Machine(Guest):
         goes on here, and MachineError has the destination's own words; only when contact is lost at
         the very last step it stays paused, and the error says what to do (getfd, migrate).
         """
-        if not isinstance(to, Machine):
-            return self._migration.migrate(str(to), progress, timeout)
-        says = self._migration.migrate(to._migration, progress, timeout)
+        with self._clock_kept(clock):
+            if not isinstance(to, Machine):
+                return self._migration.migrate(str(to), progress, timeout)
+            says = self._migration.migrate(to._migration, progress, timeout)
         return says + to._clock_set('migrated', clock)
 
     def receive(self, port: int, timeout: float = 60.0, address: str = '', clock: bool = True
@@ -12948,6 +12960,15 @@ class Machine(Guest):
         self.file.refresh()
         for device in [row for row in self.spec.devices if row.pending]:
             self.devices.remove(device.kind, device.id, UNPLUG_TIMEOUT)
+
+    @contextlib.contextmanager
+    def _clock_kept(self, wanted: bool = True) -> Iterator[None]:
+        """Set the clock of a guest that runs after it has stood still meanwhile."""
+        try:
+            yield
+        finally:
+            with contextlib.suppress(GuestError):       # the outcome of what was done counts
+                self._clock_set('resumed', wanted and self.is_alive())
 
     def _clock_set(self, cause: str, wanted: bool = True) -> str:
         """Set the clock of a guest that has stood still, if it can be; return ', ' and how."""
