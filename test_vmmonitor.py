@@ -2866,6 +2866,13 @@ class ClockTest(Case):
                                lambda *_: contextlib.nullcontext(connection)):
             yield vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
 
+    def test_why_a_guest_is_paused(self) -> None:
+        def call(name: str, _handle: Any, state: Any, reason: Any, *_: Any) -> int:
+            state._obj.value, reason._obj.value = 3, 11
+            return 0
+        with self.calling(call) as domain:
+            self.assertEqual(str(domain.status()), 'paused (starting)')
+
     def test_a_start_that_libvirt_refuses_is_not_tried_for_ever(self) -> None:
         act = mock.Mock(side_effect=vm.LibvirtError("network 'default' is not active",
                                                     vm.ERR_INVALID))

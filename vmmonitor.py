@@ -2830,7 +2830,9 @@ STATES = {1: State.RUNNING, 2: State.RUNNING, 3: State.PAUSED, 4: State.STOPPING
           6: State.CRASHED, 7: State.ASLEEP}            # virDomainState; 2 is "blocked on I/O"
 # (virDomainState, its reason) -> Status.reason
 REASONS = {(1, 1): 'booted', (1, 3): 'restored', (3, 5): IO_ERROR, (3, 6): WATCHDOG,
-           (3, 10): PANICKED, (3, 14): FAILED, (5, 3): FAILED, (5, 6): FAILED, (6, 1): PANICKED}
+           (3, 10): PANICKED, (3, 14): FAILED, (3, 2): 'migrating', (3, 3): 'being saved',
+           (3, 4): 'being dumped', (3, 9): 'snapshot', (3, 11): 'starting', (3, 12): 'migrating',
+           (5, 3): FAILED, (5, 6): FAILED, (6, 1): PANICKED}
 # (virDomainEventType, detail) -> kind of GuestEvent. A restore ends in RESUMED/FROM_SNAPSHOT.
 STARTED, RESUMED, STOPPED = 2, 4, 5
 LIFECYCLE_KINDS = {
