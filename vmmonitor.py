@@ -3920,9 +3920,9 @@ class Notices:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._lock = threading.RLock()                  # guards these, and their order
-        # (kind, a guest's id or what else it is about) -> what that is called, what is wrong: a
-        # guest may be renamed, and a machine have the name of a guest of libvirt
-        self._now: dict[tuple[str, str], tuple[str, Error]] = {}
+        # (kind, a guest's id or what else it is about) -> what that is, what is wrong: a guest may
+        # be renamed, and a machine have the name of a guest of libvirt
+        self._now: dict[tuple[str, str], tuple[Guest | str, Error]] = {}
         self._told: set[tuple[str, str]] = set()        # those of which word was sent
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
         self.sending = False                            # a thread is at it
@@ -3933,35 +3933,56 @@ class Notices:
                  for key in (guest.id, guest.name))
         return [explain(known[1]) for known in found if known]
 
+    def troubled(self, kinds: Iterable[str] = GUEST_NOTICES) -> list[Guest]:
+        """Return the guests with which something is wrong, of these kinds."""
+        with self._lock:
+            return [about for (kind, _), (about, _) in self._now.items()
+                    if kind in kinds and isinstance(about, Guest)]
+
+    @staticmethod
+    def _keys(about: Guest | str) -> Sequence[str]:
+        """Return what something may have been begun as: a list has a guest by any of its names."""
+        return (about,) if isinstance(about, str) else (
+            about.id, about.name, about.own, about.full_name)
+
+    def concerns(self, guest: Guest) -> bool:
+        """Tell whether something is wrong with a guest, or with one of its names."""
+        return bool(self._now) and any(
+            row in self._now for row in itertools.product(GUEST_NOTICES, self._keys(guest)))
+
     def begin(self, kind: str, about: Guest | str, problem: Error) -> bool:
         """Tell of a problem, of a kind in NOTICES, with a guest, or with what is called so; tell
         whether it is news."""
-        key, name = (about, about) if isinstance(about, str) else (about.id, about.name)
+        row = kind, self._keys(about)[0]
         with self._lock:
-            news = (kind, key) not in self._now
-            self._now[kind, key] = name, problem
+            news = row not in self._now
+            self._now[row] = about, problem
             if news:
-                self._tell((kind, key), False, name, problem)
+                self._tell(row, False, about, problem)
         return news
 
     def end(self, about: Guest | str, *kinds: str) -> None:
         """Tell that it is over, if it was begun; also of a name that no guest had then."""
-        keys = (about,) if isinstance(about, str) else (about.id, about.name)
-        for row in itertools.product(kinds, keys) if self._now else ():
+        for row in itertools.product(kinds, self._keys(about)) if self._now else ():
             with self._lock:
                 known = self._now.pop(row, None)
                 if known:
                     self._tell(row, True, *known)
 
     def catch_up(self) -> None:
-        """Tell of what was wrong before notify.command, or its kind, was there to be told."""
+        """Tell of what was wrong before notify.command, or its kind, was there to be told; a clock
+        that shall be left alone now is no trouble any more."""
+        for guest in self.troubled(('clock',)):
+            if self.settings.config.excludes(guest.own, guest.full_name):
+                self.end(guest, 'clock')
         with self._lock:
             for row, known in self._now.items():
                 if row not in self._told:
                     self._tell(row, False, *known)
 
-    def _tell(self, row: tuple[str, str], over: bool, name: str, problem: Error) -> None:
+    def _tell(self, row: tuple[str, str], over: bool, about: Guest | str, problem: Error) -> None:
         config, unheard = self.settings.config, over and row not in self._told
+        name = about if isinstance(about, str) else about.name
         kind, known = row[0], told(problem)
         self._told.discard(row)
         if unheard or not config.notify_command or kind not in config.notify_kinds:
@@ -3996,6 +4017,7 @@ class Notices:
 
 RECENT = 100                   # commands and corrections that are remembered ...
 OFFSETS = 60                   # ... and offsets of a guest's clock
+LOOKS, LOOK_PAUSE = 6, 10.0    # at a guest in trouble that can't be asked, and s between them
 OTHERS_WAIT = 2.0              # for a host that is silent, when another one has told something ...
 NAMED_WAIT = 0.2               # ... when that one is the HOST of HOST/NAME
 
@@ -4032,8 +4054,9 @@ class Guests:
         self.offsets: dict[str, collections.deque[tuple[int, float]]] = {}  # id -> of its clock,
         #                                             the last ones found: seconds since 1970, ms
         self.leads: dict[str, dict[str, int]] = {}  # id -> cause -> Correction.lead
-        # id of a guest -> why, and when, it will be looked at: by one thread, however often
-        self._looks: dict[str, tuple[GuestEvent, Deadline]] = {}
+        # id of a guest -> why, and when, it will be looked at, by one thread, however often; and
+        # how many more times if it can't be asked
+        self._looks: dict[str, tuple[GuestEvent, Deadline, int]] = {}
         self._looking = threading.Lock()            # guards _looks
         # id of a guest -> the command that it carries out, its name
         self._busy: dict[str, tuple[str, str]] = {}
@@ -4143,33 +4166,53 @@ class Guests:
         if event.kind in self.ENDS:
             self.corrections.pop(event.guest.id, None)
         stuck = event.kind in ('stopped', 'stuck')
-        if stuck or self.notices.of(event.guest):       # with a full disk it soon stops again
+        if stuck or self.notices.concerns(event.guest): # with a full disk it soon stops again
             with self._looking:
                 if event.guest.id not in self._looks:
                     spawn(f'look {event.guest.name}', self._keep_looking, event.guest.id)
-                self._looks[event.guest.id] = event, Deadline(0 if stuck else 2 * TROUBLED_MOMENT)
+                elif event.kind == 'again':
+                    return                              # what is to come tells more
+                self._looks[event.guest.id] = event, Deadline(
+                    0 if stuck else 2 * TROUBLED_MOMENT), LOOKS
+
+    def look_again(self, host: GuestHost) -> None:
+        """Have the guests in trouble of a host that is back looked at: they may be gone."""
+        for guest in self.notices.troubled():
+            if guest.full_name.startswith(f'{host.label}/'):
+                self._look_again(guest)
+
+    def _look_again(self, guest: Guest) -> None:
+        with contextlib.suppress(Error):            # no thread for it
+            self.heard(GuestEvent(guest, 'again', time.monotonic()))
+
+    def _trouble(self, kind: str, guest: Guest, problem: Error) -> None:
+        """Send word, and look at the guest: the event that ends this may have come before."""
+        if self.notices.begin(kind, guest, problem):
+            self._look_again(guest)
 
     def _keep_looking(self, id: str) -> None:
         """Look at a guest until that was done after its last event: it may have any number."""
         over = False
         while not over:
             with self._looking:
-                event, when = wanted = self._looks[id]
+                event, when, left = wanted = self._looks[id]
             if not when.passed():
                 time.sleep(min(STATE_POLL, when.left()))        # something else may happen
                 continue
-            over = True
+            over, seen = True, False
             try:
-                self._look_at(event)
-                over = False
+                seen, over = self._look_at(event), False
             finally:
                 with self._looking:
+                    if self._looks[id] is wanted and not (over or seen) and left:
+                        self._looks[id] = event, Deadline(LOOK_PAUSE), left - 1
                     over = over or self._looks[id] is wanted
                     if over:
                         del self._looks[id]
             time.sleep(0 if over else STATE_POLL)
 
-    def _look_at(self, event: GuestEvent) -> None:
+    def _look_at(self, event: GuestEvent) -> bool:
+        """See what is wrong with a guest, and what is over; tell whether it could be asked."""
         guest = event.guest
         try:
             status = guest.status()
@@ -4179,20 +4222,22 @@ class Guests:
                 self.commands, self.offsets, self.corrections, self.leads)
             for known in kept:
                 known.pop(guest.id, None)
-        except (GuestError, LibvirtError) as problem:   # when it is back, it gives this again
+        except (GuestError, LibvirtError) as problem:   # it may hang, and its host be there
             log.debug('%s: %s', guest.name, explain(problem))
+            return False
         else:
             if status.state is State.OFF:
                 status = status._replace(reason=status.reason or event.reason)
             kind = '' if status.reason not in TROUBLES else \
                 'io-error' if status.reason == IO_ERROR else 'crashed'
             if status.state is State.RUNNING and event.kind in ('stopped', 'stuck'):
-                return                                  # again: its event has it looked at, too
+                return True                             # again: its event has it looked at, too
             self.notices.end(guest, *(
                 cured for cured in self.CURES.get(status.state, ()) if cured != kind))
-            if kind and event.kind != 'off':            # then it is none of now
+            if kind and event.kind not in ('off', 'again'):     # then it is none of now
                 self.notices.begin(kind, guest, WrongState(
                     f'{guest.name} is {status}', TROUBLES[status.reason]))
+        return True
 
     def act(self, action: str, guest: Guest, patience: float = BUSY_TIMEOUT,
             tell: bool = True) -> str:
@@ -4212,7 +4257,7 @@ class Guests:
                 self.commands[guest.id] = {**known, **told(error)}
                 self.figures.count('commands_total', action, type(problem).__name__)
                 if kind and tell:
-                    self.notices.begin(kind, guest, error)
+                    self._trouble(kind, guest, error)
                 self.note(guest, f'{action} {guest.name}: {explain(problem)}', failed=True)
                 raise
             self.commands[guest.id] = {**known, 'result': says}
@@ -4235,7 +4280,7 @@ class Guests:
         """Count a clock that could not be corrected, and send word; return what the trouble is."""
         trouble = problem.trouble.name if isinstance(problem, AgentError) else 'clock'
         self.figures.count('correction_failures_total', cause, trouble)
-        self.notices.begin('clock', guest, problem)
+        self._trouble('clock', guest, problem)
         return trouble
 
     def corrected(self, guest: Guest, result: Correction) -> None:
@@ -4427,9 +4472,11 @@ class Monitor:
                 self._run(job)
             except Exception:           # a bug in one job must not end the clock of this guest
                 log.exception('%s: unexpected error', guest.name)
+            alone = self.settings.config.excludes(guest.own, guest.full_name)
+            if alone:                       # since a reload: what was found is no trouble then
+                self.guests.notices.end(guest, 'clock')
             with self._lock:
-                if not job.again or self._stopping.is_set() \
-                        or self.settings.config.excludes(guest.own, guest.full_name):
+                if not job.again or self._stopping.is_set() or alone:
                     del self._jobs[key]
                     return
                 job.event, job.again, job.past = job.again, None, False
@@ -13204,7 +13251,8 @@ class Machines:
             with QMP(machine.qemu.socket('events')) as qmp:
                 self._followed[machine.name], said = (machine, qmp), dict[str, Deadline]()
                 why = FAILED                # if it does not say before that it ends
-                receive(GuestEvent(machine, kind, time.monotonic()))
+                for known in ('stuck', kind):           # the first, if it was before we came
+                    receive(GuestEvent(machine, known, time.monotonic()))
                 while not self.stopping.is_set():
                     with contextlib.suppress(PeerSilent):
                         event = qmp.event((*self.EVENTS, 'BLOCK_IO_ERROR', 'SHUTDOWN'), DAY)
@@ -14916,6 +14964,7 @@ class Daemon:
         self.startup = Startup(self.guests, config.steps, BootMark('startup') if once else None)
         self.listener = Listener(self.guests, self.settings)
         self.away: dict[str, float] = {}            # name of a host -> since when (monotonic)
+        self._links: dict[str, int] = {}            # ... -> how often it was back, when last seen
         self.certificate = Deadline(0)              # when to look at its end
         self._ending = ''                           # the one of which word was sent last ...
         self._looking = threading.Lock()            # ... which this guards
@@ -14976,6 +15025,9 @@ class Daemon:
             if host.up.is_set():
                 del self.away[host.name]
                 notices.end(host.name, 'host')
+                if self._links.get(host.name) != host.links:
+                    self._links[host.name] = host.links
+                    self.guests.look_again(host)
             elif left > 0:
                 pauses.append(left)
             else:
@@ -14984,7 +15036,8 @@ class Daemon:
         if 'listen' in self.roles:
             if self.certificate.passed():
                 self.certificate = Deadline(CERTIFICATE_PAUSE)
-                spawn('certificate', self._look_at_certificate)
+                with contextlib.suppress(Error):        # no thread for it is no end of the service
+                    spawn('certificate', self._look_at_certificate)
             pauses.append(self.certificate.left())
         return min(pauses)
 
