@@ -5414,6 +5414,11 @@ class ListenerTest(ListenerCase):
         self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b''))
         # Figures of guests are of those that there are, and that the key reaches.
         self.assertNotIn('gr\u00f6\u00dfe', self.curl(*self.WEB_BEARER, url=url)[1])
+        gone = mock.Mock(side_effect=vm.HostAway('away'))
+        with mock.patch.object(self.guest, 'status', gone):         # nobody knows of its agent
+            text = self.curl(*self.BEARER, url=url)[1]
+            self.assertIn('guests{state="unknown"} 1', text)
+            self.assertNotIn('agent_up{guest="web1"', text)
         del self.host.guests['web1']
         self.assertNotIn('guest="web1"', self.curl(*self.BEARER, url=url)[1])
         self.changes['listener']['keys'] += [{
@@ -5699,6 +5704,15 @@ class WireTest(ListenerCase):
             connection.sendall(request)
             sizes.append(connection.recv(65536).count(b'started\n'))
         self.assertEqual(sizes, [1, 1, 1], 'an answer came in more than one record')
+
+    def test_who_reads_slowly_gets_all(self) -> None:
+        """A time limit is for a piece of an answer, as sendall() has one for all it is given."""
+        connection = mock.Mock()
+        vm.ClientConnection(connection, '::1', self.listener).respond(
+            vm.Reply(200, '', content=('image/png', bytes(100_000))))
+        sent = [call.args[0] for call in connection.sendall.call_args_list]
+        self.assertEqual(max(map(len, sent)), vm.SEND_PIECE)
+        self.assertTrue(b''.join(sent).endswith(b'\r\n\r\n' + bytes(100_000)))
 
     def test_garbage(self) -> None:
         coded = b'POST / HTTP/1.1\r\nTransfer-Encoding: %s\r\n'

@@ -5294,7 +5294,8 @@ def page() -> tuple[str, bytes]:
 HANDSHAKE_TIMEOUT = 5.0        # for the whole TLS handshake
 REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
 IDLE_TIMEOUT = 15.0            # between two requests of one connection
-SEND_TIMEOUT = 10.0            # for the next piece of a response
+SEND_TIMEOUT = 10.0            # for the next piece of a response ...
+SEND_PIECE = 1 << 14           # ... of so many bytes, a record of TLS: a phone may be slow
 LINGER_TIMEOUT = 1.0           # for what a client sends on after it was refused, and for ...
 LINGER_BYTES = 1 << 20         # ... so many of it: a connection reset would take our answer away
 CONNECTIONS_MAX = 256          # threads that serve clients
@@ -5656,16 +5657,18 @@ class Dispatcher:
     def _wrong(self, who: str, audit: Audit) -> Refusal:
         """Count a wrong key and return what it is answered."""
         refusal = self.throttle.wrong(who)
-        if self.throttle.locked(who) and self.guests.notices.begin('keys', 'listener', Error(
-                f'{audit.peer} sends wrong keys, or targets that its key does not reach, and is '
-                'locked out for a while', 'see the log for its requests')):
-            spawn('locked out', self._await_unlocking)
+        if self.throttle.locked(who):
+            with contextlib.suppress(Error):        # the next who is locked out tries again
+                spawn('locked out', self._tell_of_lock, Error(
+                    f'{audit.peer} sends wrong keys, or targets that its key does not reach, and '
+                    'is locked out for a while', 'see the log for its requests'))
         return refusal
 
-    def _await_unlocking(self) -> None:
-        while self.throttle.locked():
-            time.sleep(WRONG_KEYS_WINDOW / 10)
-        self.guests.notices.end('listener', 'keys')
+    def _tell_of_lock(self, problem: Error) -> None:
+        if self.guests.notices.begin('keys', 'listener', problem):
+            while self.throttle.locked():
+                time.sleep(WRONG_KEYS_WINDOW / 10)
+            self.guests.notices.end('listener', 'keys')
 
     def _may_reach(self, key: Key, name: str) -> bool:
         """Tell whether the key reaches a guest that NAME or HOST/NAME can mean."""
@@ -5821,7 +5824,8 @@ class Dispatcher:
         for known in self._describe_all(key, deadline, []):
             row, name = ('guests', (known.get('state', 'unknown'),)), known['name']
             now[row] = now.get(row, 0) + 1
-            now['guest_agent_up', (name,)] = known.get('agent') == 'connected'
+            if 'agent' in known:                        # else nobody knows
+                now['guest_agent_up', (name,)] = known['agent'] == 'connected'
             for when in ('before', 'after') if known.get('clock') else ():
                 now['clock_offset_seconds', (name, when)] = known['clock'][f'{when}Ms'] / 1000
         return Reply(200, '', content=(METRICS_FORM, self.guests.figures.text(now).encode(
@@ -6075,7 +6079,7 @@ class ClientConnection:
         return True
 
     def respond(self, reply: Reply) -> None:
-        """Send an answer in one write."""
+        """Send an answer, one of a few KiB in one write."""
         from http import HTTPStatus
         form, body = reply.rendered(self.accept)
         lines = [f'HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}', 'Server: vmmonitor',
@@ -6087,8 +6091,10 @@ class ClientConnection:
                  f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
         if self.command == 'HEAD':
             body = b''
-        self.connection.settimeout(SEND_TIMEOUT)
-        self.connection.sendall('\r\n'.join(lines).encode('latin-1') + body)
+        answer = '\r\n'.join(lines).encode('latin-1') + body
+        self.connection.settimeout(SEND_TIMEOUT)            # which is for all of a sendall()
+        for place in range(0, len(answer), SEND_PIECE):
+            self.connection.sendall(answer[place:place + SEND_PIECE])
 
 
 class Listener:
