@@ -13598,6 +13598,14 @@ class RequestsTest(GuestCase):
         soon(lambda: browser.run('return document.querySelector(arguments[0]).naturalWidth > 0',
                                  f'{item("seen")} img'), 30, 'its picture')
         self.look_at(browser)
+        # A picture that can't be had now: no old one is shown, and it is asked for again.
+        browser.run('const old = fetch; fetch = (...what) => /=screenshot/.test(what[0]) ? (fetch '
+                    '= old, Promise.resolve(new Response("", { status: 503 }))) : old(...what)')
+        soon(lambda: browser.run('return document.querySelector(arguments[0]).alt === ""',
+                                 f'{item("seen")} img'), 30, 'no picture')
+        browser.run('const now = Date.now; Date.now = () => now() + 60000')
+        soon(lambda: browser.run('return document.querySelector(arguments[0]).naturalWidth > 0',
+                                 f'{item("seen")} img'), 30, 'its picture again')
         # What is done by a button, and what is done elsewhere; who uses keys stays where he is.
         browser.type(f'{item("web1")} button[aria-label="save web1"]', '\n')
         says(f'{item("web1")} .state', 'saved')

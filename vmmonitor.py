@@ -5065,7 +5065,7 @@ function build(name) {
 function fill(row, guest) {
   const text = JSON.stringify([guest, row.pending, known.commands]);
   if (text === row.shown) return;
-  Object.assign(row, { shown: text, blind: false });
+  Object.assign(row, { shown: text, blind: 0 });
   const state = guest.state || 'unknown', clock = guest.clock;
   row.facts.replaceChildren(
     make('span', { className: 'state ' + state },
@@ -5088,11 +5088,14 @@ function fill(row, guest) {
       return button;
     }));
   if (held) ([...row.buttons.children].find(one => one.textContent === held) || row.item).focus();
-  if (!['running', 'paused'].includes(state)) {
-    row.picture.removeAttribute('src');
-    Object.assign(row, { tag: '' }).picture.alt = '';
-    row.picture.classList.add('none');
-  }
+  if (!['running', 'paused'].includes(state)) unpaint(row);
+}
+
+function unpaint(row) {
+  URL.revokeObjectURL(row.picture.src);
+  row.picture.removeAttribute('src');
+  Object.assign(row, { tag: '' }).picture.alt = '';
+  row.picture.classList.add('none');
 }
 
 function show() {
@@ -5189,7 +5192,7 @@ async function paint() {
   for (const [, row] of rows) {
     const guest = known.guests.find(one => one.name === row.item.dataset.name);
     if (!guest || guest.state !== 'running' || !inView.has(guest.name) || document.hidden
-        || row.blind || !(known.commands || []).includes('screenshot')) continue;
+        || row.blind > Date.now() || !(known.commands || []).includes('screenshot')) continue;
     try {
       const answer = await ask({ cmd: 'screenshot', target: guest.name },
         { 'If-None-Match': row.tag });
@@ -5201,7 +5204,8 @@ async function paint() {
         row.picture.classList.remove('none');
         if (old) URL.revokeObjectURL(old);
       } else if (answer.status !== 304) {
-        row.blind = true;               // until something about it changes
+        unpaint(row);                   // what it showed is old, and ...
+        row.blind = Date.now() + 60000; // ... it is asked again soon, or when something changes
       }
     } catch (problem) { break; }
   }
