@@ -2711,8 +2711,9 @@ class ClockSetTimer:
 
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
 SLOW_CALLS = 3                 # ... to those that were silent ...
-ACTION_CALLS = 6               # ... starts, saves, stops ...
-QUERY_CALLS = 2                # ... look-ups: together 19 of libvirtd's 20 workers
+ACTION_CALLS = 5               # ... starts, saves, stops ...
+PICTURE_CALLS = 2              # ... pictures, of which a QEMU that hangs has none, for ever ...
+QUERY_CALLS = 2                # ... look-ups: together libvirtd's 20 workers
 KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed after about
 KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
@@ -3363,6 +3364,7 @@ class LibvirtHost:
         # State, look-ups, XML: quick ones, or libvirt does not answer at all.
         self.queries = ConnectionPool(uri, QUERY_CALLS, HostAway)
         self.actions = ConnectionPool(uri, ACTION_CALLS)    # start, save, stop: up to minutes
+        self.pictures = ConnectionPool(uri, PICTURE_CALLS)
         self.agents = ConnectionPool(uri, AGENT_CALLS)      # guest agents that answer
         self.slow = ConnectionPool(uri, SLOW_CALLS)         # guest agents that did not
         self.silent: set[str] = set()                   # ids of guests whose agent was silent
@@ -3456,7 +3458,7 @@ class LibvirtHost:
                 for uuid, name in off:
                     self._notify(uuid, name, 'stopped' if uuid in self._on else 'off')
             while not subscription.lost.wait(SPARE_TIME) and connection.alive():
-                for pool in (self.queries, self.actions, self.slow, self.agents):
+                for pool in self._pools():
                     pool.trim(pool is self.agents)      # the next resume shall not wait for one
             if not self.stopping.is_set():
                 log.warning('%s: connection lost (%s); trying again', self.name,
@@ -3476,8 +3478,11 @@ class LibvirtHost:
         spawn('libvirt-close', self._close).join(STOP_TIMEOUT / 4)
 
     def _close(self) -> None:
-        for pool in (self.queries, self.actions, self.agents, self.slow):
+        for pool in self._pools():
             pool.close()
+
+    def _pools(self) -> Sequence[ConnectionPool]:
+        return self.queries, self.actions, self.pictures, self.slow, self.agents
 
     # Domains
 
@@ -3694,7 +3699,7 @@ class Domain(Guest):
         """Return a PNG of what its screen shows (virDomainScreenshot)."""
         if self.is_off():
             raise WrongState(f'{self.name} is off: it shows nothing', 'start it first')
-        with self._on(self.host.actions) as (connection, handle):
+        with self._on(self.host.pictures) as (connection, handle):
             try:
                 return png(connection.screenshot(handle), self.name)
             except LibvirtError as problem:
@@ -3744,8 +3749,9 @@ class Domain(Guest):
         return ElementTree.fromstring(text)         # nosec B314
 
     def _qmp(self, command: str) -> str:
-        """Return QEMU's own answer to a command (virDomainQemuMonitorCommand), JSON."""
-        with self._on(self.host.queries) as (connection, handle):
+        """Return QEMU's own answer to a command (virDomainQemuMonitorCommand), JSON; one that hangs
+        has none, and shall hold up no look-up."""
+        with self._on(self.host.agents) as (connection, handle):
             answer = _PTR()
             connection.call('virDomainQemuMonitorCommand', handle,
                             json.dumps({'execute': command}).encode(), ctypes.byref(answer), 0)
