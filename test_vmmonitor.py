@@ -10332,7 +10332,7 @@ class TestSaving(Live):
                     call()
             with self.refused('sleeper is asleep', 'start() wakes', kind=vm.WrongState):
                 m.unfreeze()
-            self.assertIn(wake(), ('put back to', 'woken'))
+            self.assertIn(wake(), ('put back to', 'woken, clock set'))
             m.wait('agent', BOOT)
             self.assertIs(m.state(), vm.State.RUNNING)      # as the snapshot's guest was
             self.assertEqual(m.read_file('/tmp/then'), b'then')

@@ -12329,6 +12329,7 @@ class Console(contextlib.AbstractContextManager['Console']):
 FIRST_UID = 0x766d0000          # machines' own users: above all that login.defs, subuid and
 #                                 systemd give out, below 2^31
 DISKS_TOLD = 8                  # disks of a machine that the log says have failed, in a second
+REOPENED = 1.0                  # s until a guest that wakes up has its agent's port open again
 MACHINES_POLL = 1.0             # s between two looks for machines that others started
 CPU = re.compile(r'(?!help\b)[A-Za-z0-9][ -~]{0,250}')
 
@@ -12979,7 +12980,9 @@ class Machine(Guest):
             says = self.start_vm(clock=clock)
         else:
             says = self._power.resume(before.state)
-            says += self._clock_set('resumed', clock and says == 'resumed')
+            if clock and says == 'woken':               # the guest closed its agent's port to sleep
+                Deadline(REOPENED).poll(lambda: self.agent_state() == 'connected')
+            says += self._clock_set(says, clock and says in ('resumed', 'woken'))
         waits = self.spec.memory_at is MemoryAt.AWAITED or before.state is State.RUNNING
         return says if waits else self._settled(says, before)
 
