@@ -3896,7 +3896,7 @@ class HostsTest(ConfigCase):
         off, start = self.switched(*guests), threading.Thread.start
 
         def none(thread: threading.Thread) -> None:
-            if re.match('shutdown list|(start|off) ', thread.name):
+            if re.match('shutdown|(start|off) ', thread.name):
                 raise RuntimeError("can't start new thread")
             start(thread)
         with mock.patch.object(threading.Thread, 'start', none), \
@@ -3906,6 +3906,29 @@ class HostsTest(ConfigCase):
         self.assertEqual((sorted(off), done.failed), (sorted(guest.name for guest in guests), {}))
         self.assertEqual([guest.calls for guest in guests], [['start']] * len(guests))
         self.assertIn('one after the other: ', logged.output[0])
+        self.assertIn('powered off', self.ended_by_service(none))
+
+    def ended_by_service(self, start: Callable[[threading.Thread], None]) -> str:
+        """Have a service end a guest when its host goes down; return its log."""
+        node = self.write_text('<node><domain type="test"><name>test</name><memory>9000</memory>'
+                               '<uuid>6695eb01-f6a4-8304-79aa-97f2502e193f</uuid>'
+                               '<os><type>hvm</type></os></domain></node>', 'node.xml')
+        self.enter(mock.patch.object(vm, 'MACHINES_DIR', self.path('machines')))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        self.addCleanup(signal.set_wakeup_fd, -1)
+        ended: list[str] = []
+
+        def notify(*lines: str) -> None:
+            if not ended and 'libvirt connected' in str(lines):
+                ended.extend(lines)
+                os.kill(os.getpid(), signal.SIGTERM)
+        with mock.patch.multiple(vm, notify_systemd=notify, host_goes_down=lambda: True), \
+                mock.patch.object(threading.Thread, 'start', start), \
+                self.assertLogs('vmmonitor') as logged:
+            vm.Daemon(vm.Config(libvirt_uri=f'test://{node}', shutdown_steps=vm.steps(
+                ['off all'], vm.SHUTDOWN_FORMS)), ['shutdown']).run()
+        return '\n'.join(logged.output)
 
     def test_a_guest_that_is_gone_when_it_is_off(self) -> None:
         """As a domain is that was never defined (virsh create)."""
@@ -13367,6 +13390,11 @@ m.stop(force=True)"""
                                'libvirt': {'uri': 'test:///x'}})
         program.process.send_signal(signal.SIGHUP)
         program.wait_log('counts after a restart: libvirt.uri, listener.port')
+        program.process.send_signal(signal.SIGHUP)          # it still does
+        program.wait_log('counts after a restart: libvirt.uri, listener.port', count=2)
+        self.config(listener, {'listener': {'key': OTHER_KEY}})             # taken back
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_log('configuration read again\n')
         self.assertEqual(ask(OTHER_KEY), 200)
         self.assertNotIn(OTHER_KEY, program.log())
 

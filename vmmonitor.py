@@ -4659,7 +4659,7 @@ class GuestList:
             elif not self._wait(step) and step.otherwise:
                 return
 
-    def _begin(self, name: str, work: Callable[..., object], *args: Any) -> threading.Thread | None:
+    def begin(self, name: str, work: Callable[..., object], *args: Any) -> threading.Thread | None:
         """Do it in a thread of its own; here and now (None), when there is none to be had."""
         try:
             return spawn(name, work, *args)
@@ -4710,7 +4710,7 @@ class Startup(GuestList):
         if not self.guests.ready(self.stopping, names, far=False):
             return
         began = time.monotonic()
-        threads = [(step.name, self._begin(f'start {step.name}', self._start, step.name))
+        threads = [(step.name, self.begin(f'start {step.name}', self._start, step.name))
                    for step in self._actions()]
         self.guests.lists[self.what] = 'waiting for the last guest'
         # Each start has a time limit; one whose host is away goes on in its thread.
@@ -4798,7 +4798,7 @@ class Shutdown(GuestList):
         """Go through the lines, wait for the last guest or for the limit, and sum up."""
         began = time.monotonic()
         self._find()
-        self._end_of(self._begin('shutdown list', self._work))
+        self._end_of(self.begin('shutdown list', self._work))
         self.stopping.set()
         for problem in self.away:
             log.error('shutdown: %s', explain(problem))
@@ -4844,7 +4844,7 @@ class Shutdown(GuestList):
             f', waiting for {slowest[0]}: {time.monotonic() - slowest[1]:.0f} s' if slowest else '')
 
     def _work(self) -> None:
-        self._end_of(*[self._begin(f'{step.verb} {step.name}', self._end_all, step)
+        self._end_of(*[self.begin(f'{step.verb} {step.name}', self._end_all, step)
                        for step in self._actions()])
 
     def _end_of(self, *threads: threading.Thread | None) -> None:
@@ -4870,7 +4870,7 @@ class Shutdown(GuestList):
     def _end_all(self, step: Step) -> None:
         """End the guests of a line, group by group."""
         for names in self.named(step):
-            self._end_of(*[self._begin(f'{step.verb} {name}', self._end, step, name, guest)
+            self._end_of(*[self.begin(f'{step.verb} {name}', self._end, step, name, guest)
                            for name, guest in [(name, self._on.get(name)) for name in names]
                            if guest and not self.stopping.is_set()])    # or another line ended it
 
@@ -14976,6 +14976,7 @@ class Daemon:
 
     def __init__(self, config: Config, roles: Sequence[str], once: bool = False) -> None:
         self.settings = Settings(config)
+        self.first = config                         # of it, some count until a restart
         self.roles = list(roles)
         self.guests = Guests([Machines(), *libvirt_hosts(config)], self.settings)
         self.monitor = Monitor(self.guests, self.settings)
@@ -15076,8 +15077,8 @@ class Daemon:
         if self.startup.mark:                           # systemd's soft-reboot leaves it, and the
             self.startup.mark.clear()                   # number of the boot
         shutdown = Shutdown(self.guests, self.settings.config)
-        work = spawn('shutdown', shutdown.run)
-        while work.is_alive():
+        work = shutdown.begin('shutdown', shutdown.run)
+        while work and work.is_alive():
             self.guests.lists['shutdown'] = shutdown.progress()
             notify_systemd(f'STATUS={shutdown.progress()}', 'WATCHDOG=1', MORE_TIME)
             work.join(1.0)
@@ -15160,7 +15161,7 @@ class Daemon:
         self.guests.notices.catch_up()
         self.certificate = Deadline(0)
         later = [row.key for attribute, row in OPTIONS.values()
-                 if row.restart and getattr(old, attribute) != getattr(new, attribute)]
+                 if row.restart and getattr(self.first, attribute) != getattr(new, attribute)]
         log.info('configuration read again%s', later and
                  f'; counts after a restart: {", ".join(later)}' or '')
         if 'listen' in self.roles and handed_over(new):
