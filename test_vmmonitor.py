@@ -10437,12 +10437,14 @@ class TestSaving(Live):
             m.wait('paused', 30)
             soon(lambda: 'disk0-node failed: No space left on device; it is paused'
                  in str(logged.output))
-        later = vm.Guests([vm.Machines()])          # of a service that is started only now
-        self.addCleanup(later.hosts[0].stop)
-        later.hosts[0].watch(later.heard)
-        for known in (guests, later):
-            soon(lambda: known.notices.of(m) == [                           # noqa: B023
-                "full2 is paused (I/O error); is the host's disk full?"])
+        full = ["full2 is paused (I/O error); is the host's disk full?"]
+        soon(lambda: guests.notices.of(m) == full)
+        machines.stop()
+        soon(lambda: not threads('events'))
+        guests = vm.Guests([vm.Machines()])         # of a service that is started only now
+        self.addCleanup(guests.hosts[0].stop)
+        guests.hosts[0].watch(guests.heard)
+        soon(lambda: guests.notices.of(m) == full)
         with self.refused('full2: paused again: I/O error', "is the host's disk full?"):
             m.start()
         with self.refused('paused (I/O error)'):
