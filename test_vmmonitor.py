@@ -3993,6 +3993,8 @@ class HostsTest(ConfigCase):
         looked = threading.Event()
         with mock.patch.object(guest.host, 'tell_running', looked.set), \
                 mock.patch.object(vm, 'STEP_AGAIN', 0.2), self.assertLogs('vmmonitor'):
+            with no_more_threads('MainThread', 1), self.refused('by ssh', kind=vm.OutOfStep):
+                guest.check_step(0)
             for _ in range(2):
                 with self.refused('by ssh', kind=vm.OutOfStep):
                     guest.check_step(0)
@@ -4142,6 +4144,27 @@ class MonitorTest(Case):
             soon(lambda: len(self.guest.troubles) < 990)
             self.settings.config = vm.Config(exclude=('*',), agent_wait=0.1)
             self.settle()                   # it is left alone from now on
+
+    def test_what_an_event_ends_waits_no_longer(self) -> None:
+        with mock.patch.object(vm, 'CLOCK_RETRIES', 1):
+            self.guest.troubles = [vm.ClockError('still off: the host is overloaded')]
+            self.send('restored')
+            soon(lambda: not self.guest.troubles)
+            self.guest.troubles = [vm.WrongState('it is off')]
+            self.send('stopped')
+            self.settle()
+            # An event that comes while the agent is awaited, and a clock that still is not right.
+            self.settings.config = vm.Config(agent_wait=60)
+            self.guest.troubles, self.guest.offset = ['frozen'] * 1000, -3 * vm.SECOND
+            self.send('restored')
+            soon(lambda: len(self.guest.troubles) < 998)
+            self.send('resumed')
+            soon(self.monitor.events.empty)
+            left = len(self.guest.troubles)
+            soon(lambda: len(self.guest.troubles) < left - 1)
+            self.guest.troubles = [vm.ClockError('still off: the host is overloaded')]
+            self.settle()
+        self.assertLess(abs(self.guest.offset), TOLERANCE)
 
     def test_a_failure_is_shown_until_it_is_over(self) -> None:
         guests = self.monitor.guests

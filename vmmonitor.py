@@ -3305,7 +3305,8 @@ class HostStep:
                              self.host.name, self.off, self.by)
                 return bool(was) and self.state != was
             if self.by == 'ssh' and self.off and not (self._waits and self._waits.is_alive()):
-                self._waits = spawn(f'step {self.host.name}', self._await)
+                with contextlib.suppress(Error):        # no thread: the next one left alone tries
+                    self._waits = spawn(f'step {self.host.name}', self._await)
         why = 'nothing tells yet whether its clock is that of this machine, as a guest that ' \
             'boots there would' if self.off is None else \
             f"its clock may be {self.off:.1f} s off this machine's, by {self.by}"
@@ -4369,7 +4370,7 @@ class ClockJob:
     def __init__(self, event: GuestEvent) -> None:
         self.event = event                              # what it is about
         self.again: GuestEvent | None = None         # came meanwhile: run once more
-        self.nudge = threading.Event()                  # set with `again`
+        self.nudge = threading.Event()                  # set with `again`, and `past`
         self.late = False                               # see Correction.late
         self.past = False                               # it began in a life before of the guest
 
@@ -4452,6 +4453,7 @@ class Monitor:
                 self.guests.corrections.pop(key, None)      # again: the job may have found one
                 if job and event.kind != 'booted':      # which comes after the "resumed" of a boot
                     job.past = True
+                    job.nudge.set()                     # it finds that it is off, and ends
             if job and event.kind == 'booted':
                 job.event = job.event._replace(kind='booted')
             if event.kind in self.NO_TRIGGERS or config.excludes(
@@ -4529,7 +4531,8 @@ class Monitor:
 
     def _run_again(self, job: ClockJob, pause: float) -> None:
         """Have a job run once more after a pause, or as soon as something happens to its guest."""
-        job.nudge.wait(pause)
+        if not job.again:                   # of which synchronise() may have taken the nudge
+            job.nudge.wait(pause)
         with self._lock:
             job.again = job.again or job.event
 
@@ -15686,7 +15689,7 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
             raise guest.agent_error('not configured')
         says = guests.act(options.verb, guest)
         if options.wait and (not reached(
-                guest.name, lambda: GUEST_ENDS[options.wait](guest) or guest.is_off(),
+                guest.name, lambda: guest.is_off() or GUEST_ENDS[options.wait](guest),
                 Deadline(ACTION_TIMEOUT)) or options.wait != 'off' and guest.is_off()):
             raise GuestError(f'{guest.name}: {says}, but not {options.wait}')
         return says
