@@ -8801,9 +8801,9 @@ USER_DATA = re.compile(r'\s*#|(?s:.{0,4096})mime-version:', re.IGNORECASE)     #
 SSH_KEY = re.compile(r'(ssh|ecdsa|sk)-[!-~]+ [A-Za-z0-9+/=]+( [ -~]*)?')
 ISO_MAKERS = (('xorriso', '-as', 'mkisofs'), ('genisoimage',), ('mkisofs',))
 
-# Who tells which machines have an image, whether they are saved, and how deep below their disk it
-# is: *devices*, as no disk knows of machines.
-MACHINES_WITH: list[Callable[[str], Iterable[tuple[str, bool, int]]]] = []
+# Who tells which machines, or only those that are saved, have an image, and how deep below their
+# disk it is: *devices*, as no disk knows of machines.
+MACHINES_WITH: list[Callable[[str, bool], Iterable[tuple[str, int]]]] = []
 
 SCHEMAS.update({
     'query-block': [{'qdev?': str, 'locked': bool, 'tray_open?': bool}],
@@ -9082,15 +9082,14 @@ class Harddrive:
 
     def require_not_saved(self) -> None:
         """Raise WrongState when a machine's memory is saved, which goes with what is in it."""
-        for name, saved, _ in MACHINES_WITH[0](self.filename):
-            if saved:
-                raise WrongState(f'{self.filename}: {name} is saved, and its memory would not fit',
-                                 'start it first, or delete_saved() its memory')
+        for name, _ in MACHINES_WITH[0](self.filename, True):
+            raise WrongState(f'{self.filename}: {name} is saved, and its memory would not fit',
+                             'start it first, or delete_saved() its memory')
 
     def _require_not_needed(self) -> None:
         """Raise WrongState when a machine is saved with it, or has a disk that stands on it."""
         self.require_not_saved()
-        for name, _, depth in MACHINES_WITH[0](self.filename):
+        for name, depth in MACHINES_WITH[0](self.filename, False):
             if depth:
                 raise WrongState(f'{self.filename}: the disk of machine {name} stands on it',
                                  'delete that machine first, or give it a disk of its own')
@@ -10752,25 +10751,21 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def machines_with(path: str) -> Iterator[tuple[str, bool, int]]:
-    """Yield the machines that have an image, or one on it: name, whether it is saved, how deep the
-    image is. Of a damaged file its copy tells."""
+def machines_with(path: str, saved: bool = False) -> Iterator[tuple[str, int]]:
+    """Yield the machines, or only those that are `saved`, that have an image, or one on it: name
+    and how deep the image is. Of a damaged file its copy tells."""
     for name in names_in(MACHINES_DIR):
         home, devices = os.path.join(MACHINES_DIR, name), list[Device]()
         with contextlib.suppress(Error, OSError, ValueError, RecursionError):   # no machine
             try:
                 spec = MachineFile.read(home)
             except DamagedFile:
-                spec = MachineSpec.read(Path(home, 'machine.json.copy').read_bytes(), name)
-            devices = spec.devices
+                spec = MachineSpec.read(read_own(f'{home}/machine.json.copy'), name)
+            if not saved or spec.memory_at is MemoryAt.SAVED:   # others' disks may hang (NFS)
+                devices = spec.devices
         for depth, layer in (pair for row in devices for pair in enumerate(row.facts.chain)):
             if _is_file(layer[0], path):
-                yield name, spec.memory_at is MemoryAt.SAVED, depth
-
-
-def saved_with(path: str) -> str:
-    """Return the machine that is saved, and goes on with that image, or with one on it; or ''."""
-    return next((name for name, saved, _ in machines_with(path) if saved), '')
+                yield name, depth
 
 
 MACHINES_WITH.append(machines_with)
@@ -10978,8 +10973,7 @@ class Devices(Part):
         # One that was just shut down is away for us some ms before it lets its disks go.
         if not Deadline(1.0).poll(lambda: not drive.in_use(), 0.01):
             raise DiskError(f'{self.name}: {drive.taken()}', 'stop that one first')
-        other = saved_with(drive.filename)
-        if other not in ('', self.name):
+        for other in {name for name, _ in machines_with(drive.filename, True)} - {self.name}:
             raise DiskError(f'{self.name}: {drive.filename}: {other} is saved, and its memory '
                             'would not fit', 'start and stop that one, or say its delete_saved()')
 
@@ -13994,7 +13988,7 @@ class Lab:
                         if bytes_locked(image.fileno(), *IMAGE_LOCKS):
                             raise DiskError(f'{path}: {holder_of(path) or "a machine"} has it open',
                                             'stop that first')
-                    for name, *_ in machines_with(path):
+                    for name, _ in machines_with(path):
                         raise DiskError(f'{path}: machine {name} has it, too',
                                         'delete that machine first, or keep the disks')
                     os.unlink(path)
