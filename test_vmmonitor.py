@@ -9096,6 +9096,10 @@ class TestGuest(Running):
             m.send_key('a')
         with self.refused('is paused', 'start it', kind=vm.WrongState):
             m.agent('guest-ping', timeout=1)
+        paused = vm.WrongState('paused again meanwhile')
+        with mock.patch.object(vm.Qemu, 'agent', side_effect=paused):
+            self.assertEqual(m.change('resume'), 'resumed, but its clock is wrong')
+        m.freeze()
         self.assertEqual(m.change('resume'), 'resumed, clock set')
         m.unfreeze()
         self.assertIs(m.state(), vm.State.RUNNING)

@@ -13041,7 +13041,7 @@ class Machine(Guest):
             return ''
         try:
             self._sync(cause)
-        except (AgentError, ClockError, Busy) as problem:
+        except (AgentError, ClockError, Busy, WrongState) as problem:
             log.warning('%s: its clock is wrong: %s', self.name, explain(problem))
             return ', but its clock is wrong'
         return ', clock set'
