@@ -8423,27 +8423,31 @@ def _check_passages() -> Iterator[Check]:
 
 def dropping_chains() -> list[tuple[str, ...]]:
     """Return family, table, name, hook and rules of others' nft chains that drop what is forwarded,
-    or for this host (input), such as machines' DHCP."""
+    or for this host (input), such as machines' DHCP. Their rules may be in chains of that table
+    that they jump to, as firewalld's."""
     if not which('nft'):
         return []
     tree = parse_json(run(['nft', '-j', 'list', 'ruleset'], IP_TIMEOUT).stdout)
     items = [(what, row) for item in checked('nft', tree, {'nftables': [{'*': object}]})['nftables']
              for what, row in item.items() if isinstance(row, dict)]
-    hooked = {(row.get('family'), row.get('table'), row.get('name')): row for what, row in items
-              if what == 'chain' and row.get('hook') in ('forward', 'input')
-              and row.get('type') == 'filter'}
+    based = {(row.get('family'), row.get('table'), row.get('name')): row for what, row in items
+             if what == 'chain' and row.get('hook')}
+    hooked = {place: row for place, row in based.items()
+              if row['hook'] in ('forward', 'input') and row.get('type') == 'filter'}
     chains = {place: row.get('policy') == 'drop' for place, row in hooked.items()}
-    rules = dict.fromkeys(hooked, '')
+    rules: dict[Any, list[str]] = {place: [] for place in hooked}
     for what, row in items:
         place = row.get('family'), row.get('table'), row.get('chain')
+        for one in hooked if what == 'rule' else ():
+            if one == place or one[:2] == place[:2] and place not in based:
+                rules[one].append(json.dumps(row))
         if what == 'rule' and place in chains:
-            rules[place] += json.dumps(row)
             said = [one for one in row.get('expr') or () if isinstance(one, dict)]
             verdicts = [one.keys() for one in said if not one.keys() & {'counter', 'log'}]
             chains[place] |= verdicts in ([{'drop'}], [{'reject'}])
     # iptables' own chains are where our rules stand before the others.
     ours = [(family, 'filter', name) for family in ('ip', 'ip6') for name in ('FORWARD', 'INPUT')]
-    return [(*map(str, place), str(hooked[place]['hook']), rules[place])
+    return [(*map(str, place), str(hooked[place]['hook']), ''.join(rules[place]))
             for place, drops in chains.items() if drops and place not in ours]
 
 
