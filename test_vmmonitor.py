@@ -4146,6 +4146,12 @@ class MonitorTest(Case):
             self.settle()                   # it is left alone from now on
 
     def test_what_an_event_ends_waits_no_longer(self) -> None:
+        self.settings.config = vm.Config(agent_wait=0.1)
+        host, self.guest.troubles = self.monitor.guests.hosts[0], [vm.HostAway('stopped')] * 1000
+        host.up.clear()                     # its guests are checked when it is back
+        self.send('restored')
+        self.settle()
+        host.up.set()
         with mock.patch.object(vm, 'CLOCK_RETRIES', 1):
             self.guest.troubles = [vm.ClockError('still off: the host is overloaded')]
             self.send('restored')

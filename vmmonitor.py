@@ -4188,6 +4188,11 @@ class Guests:
             if guest.full_name.startswith(f'{host.label}/'):
                 self._look_again(guest)
 
+    def connected(self, guest: Guest) -> bool:
+        """Tell whether the host of a guest is there."""
+        return any(host.up.is_set() and guest.full_name.startswith(f'{host.label}/')
+                   for host in self.hosts)
+
     def _look_again(self, guest: Guest) -> None:
         with contextlib.suppress(Error):            # no thread for it
             self.heard(GuestEvent(guest, 'again', time.monotonic()))
@@ -4501,7 +4506,7 @@ class Monitor:
             # It was stopped or paused meanwhile, or libvirt is: an event will bring us back, but
             # for a libvirt that has no room for one more while it stays connected.
             log.debug('%s: clock left alone: %s', guest.name, explain(problem))
-            if isinstance(problem, HostAway):
+            if isinstance(problem, HostAway) and self.guests.connected(guest):
                 self._run_again(job, UNTOLD_PAUSE)
             return
         except Error as problem:
