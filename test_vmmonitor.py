@@ -9610,6 +9610,7 @@ class TestAttacks(Live):
         os.mkfifo(spec)                                 # nor is it waited for
         with self.refused('planted/machine.json', 'is no file'):
             vm.Machine.load('planted')
+        self.assertIn('is no file', ''.join(one.damage for one in vm.Machines().all()))
         spec.unlink()
         spec.write_text('{')
         copy = Path(f'{spec}.copy')

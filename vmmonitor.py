@@ -13088,8 +13088,8 @@ class DamagedMachine(Guest):
         known: dict[str, str] = {}              # what can still be read of it
         for file in ('machine.json', 'process.json'):
             with contextlib.suppress(OSError):
-                known.update(re.findall(r'"(uuid|uid)": "?([0-9a-f-]{1,36})\b',
-                                        Path(home, file).read_text(errors='replace')))
+                text = read_own(os.path.join(home, file)).decode('utf-8', 'replace')
+                known.update(re.findall(r'"(uuid|uid)": "?([0-9a-f-]{1,36})\b', text))
         self._file = MachineFile(home, MachineSpec(
             name, known.get('uuid', ''), '', 0, 0, 0, '', '', '', '', '', '', '', None,
             int(known['uid']) if known.get('uid', '').isdecimal() else 0, 0))
