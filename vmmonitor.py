@@ -7114,9 +7114,10 @@ class Transaction:
         links = self.network.links
         used = dict.fromkeys(self.registry.damaged.keys() & links.keys(), 'something unknown')
         taps = open_taps() if self.records else {}
+        trunks = {name for row in self.records.values() for name in row.taken()}
         for link in links.values():                 # of others, such as libvirt
             who = taps.get(f'/dev/tap{link.index}' if link.kind == 'macvtap' else link.name)
-            if who:
+            if who and link.name not in trunks:     # as a VPN's is, which gets it back
                 used.update(dict.fromkeys({link.name, link.below[0] or ''} & links.keys(), who))
         for name, row in self.records.items():
             layout = row.facts.get('layout')
