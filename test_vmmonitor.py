@@ -3846,8 +3846,11 @@ class HostsTest(ConfigCase):
         under_way = vm.in_thread('start', self.guests.act, 'start', guest)
         begun.wait(60)
         self.enter(mock.patch.object(vm, 'BUSY_TIMEOUT', 0.1))
-        vm.spawn('release', lambda: time.sleep(0.5) or release.set())       # type: ignore
-        done = self.goes_down(['stop db 2 or off'])
+        with self.assertLogs('vmmonitor') as logged:
+            vm.spawn('release', lambda: soon(lambda: 'line 1' in ''.join(logged.output)) and (
+                time.sleep(0.3) or release.set()))          # type: ignore[func-returns-value]
+            done = self.goes_down(['wait db off 0', 'stop db 2 or off'])
+        self.assertIn('alpha/db: not yet "off"', logged.output[0])
         self.assertEqual((under_way.result(60), off, done.failed), ('started', ['alpha/db'], {}))
         # A start whose turn comes when the way down has begun is none.
         startup = vm.Startup(self.guests, vm.steps(['start alpha/db']))

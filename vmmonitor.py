@@ -4862,7 +4862,8 @@ class Shutdown(GuestList):
 
     def _there(self, step: Step) -> bool:
         guest = self._on.get(step.name)             # no look-up: another host may hang
-        return guest.is_off() if guest else step.name in self._found or not self.away
+        return not self.guests.busy(guest) and guest.is_off() if guest else \
+            step.name in self._found or not self.away
 
     def named(self, step: Step) -> list[list[str]]:
         """Return the guests of a line that are on: groups one after another, those of one
