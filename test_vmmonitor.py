@@ -12307,7 +12307,8 @@ class CommandLineTest(ConfigCase):
         guest = ScriptedGuest()
         guests = vm.Guests([ScriptedHost(guest)])
         for condition, agent, words, says in (
-                (vm.State.RUNNING, 'absent', 'start web1 --wait agent', 'no guest agent channel'),
+                (vm.State.RUNNING, 'absent', 'start web1 --wait agent',
+                 'started, but web1: no guest agent channel'),
                 (vm.State.OFF, 'connected', 'start web1 --wait running', 'started, but not running')
                 ):
             guest.condition = condition
@@ -13102,6 +13103,9 @@ class OneShotTest(GuestCase):
         for path in (place, way):
             os.chown(path, 0, -1)
         self.assertTrue(vm.is_roots(str(place / 'python3')))
+        place.chmod(0o775)                                      # root's, but others may write
+        self.assertFalse(vm.is_roots(str(place / 'python3')))
+        place.chmod(0o755)
         (place / '.installed').write_text(json.dumps({'joined': False, 'places': [], 'files': {
             '/etc/shadow': '', '../config.json': '', 'key.pem': ''}}))
         self.assertEqual([*vm.SetupRecord(str(place)).files], ['key.pem'])      # to be removed

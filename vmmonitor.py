@@ -2711,9 +2711,9 @@ class ClockSetTimer:
 
 AGENT_CALLS = 8                # at once, each on a connection of its own; to guest agents ...
 SLOW_CALLS = 3                 # ... to those that were silent ...
-ACTION_CALLS = 5               # ... starts, saves, stops ...
+ACTION_CALLS = 4               # ... starts, saves, stops ...
 PICTURE_CALLS = 2              # ... pictures, of which a QEMU that hangs has none, for ever ...
-QUERY_CALLS = 2                # ... look-ups: together libvirtd's 20 workers
+QUERY_CALLS = 2                # ... look-ups: together 19 of libvirtd's 20 workers
 KEEPALIVE_INTERVAL = 5         # a libvirtd that is stopped or gone is noticed after about
 KEEPALIVE_COUNT = 3            # INTERVAL * (COUNT + 1)
 RECONNECT_FIRST = 0.1          # pause before the second attempt to reach libvirt; it doubles
@@ -14305,7 +14305,9 @@ def as_user(account: str, *argv: str) -> bool:
 def is_roots(path: str) -> bool:
     """Tell whether a program is root's, and none but root can put another one in its place."""
     names = Path(path), Path(os.path.realpath(path))
-    return all(place.stat().st_uid == 0 for name in names for place in (name, *name.parents))
+    infos = [place.stat() for name in names for place in (name, *name.parents)]
+    return all(info.st_uid == 0 and (not info.st_mode & 0o022 or info.st_mode & stat.S_ISVTX)
+               for info in infos)
 
 
 class Changes:
@@ -15690,9 +15692,9 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
         return 'deleted'
 
     def act(guests: Guests, guest: Guest) -> str:
-        if options.wait == 'agent' and guest.agent_state() == 'absent':
-            raise guest.agent_error('not configured')
         says = guests.act(options.verb, guest)
+        if options.wait == 'agent' and guest.agent_state() == 'absent':
+            raise GuestError(f'{guest.name}: {says}, but {guest.agent_error("not configured")}')
         if options.wait and (not reached(
                 guest.name, lambda: guest.is_off() or GUEST_ENDS[options.wait](guest),
                 Deadline(ACTION_TIMEOUT)) or options.wait != 'off' and guest.is_off()):
