@@ -11970,6 +11970,10 @@ class TestLab(Live):
         self.assertEqual((lab.made().get('machines', {}).keys(), {*lab.made().get('disks', ())}), (
             there, {*map(os.path.abspath, Path().glob('*.qcow2'))}))    # no other is its own
         lab.down(disks=True)
+        with mock.patch.object(vm, 'at_once', side_effect=KeyboardInterrupt), \
+                self.assertRaises(KeyboardInterrupt):
+            lab.up()
+        self.assertEqual({kind for kind, made in lab.made().items() if made}, {'switches', 'nics'})
         once = [2]
 
         def interrupt(step: str) -> None:
