@@ -11302,6 +11302,11 @@ class TestConsole(Running):
         os.write(terminal, b'\x1d')
         self.assertEqual(verb.wait(20), 0)
         self.assertEqual(termios.tcgetattr(terminal), before)
+        verb, terminal, before, says = self.on_terminal('console', m.name)
+        soon(lambda: termios.tcgetattr(terminal) != before, 20)
+        verb.terminate()
+        self.assertEqual(verb.wait(20), vm.EXIT_INTERRUPTED)
+        self.assertEqual(termios.tcgetattr(terminal), before)
         with subprocess.Popen([sys.executable, HERE / 'vmmonitor.py', 'console', m.name],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               env={**os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR}) as piped:

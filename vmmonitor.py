@@ -15792,6 +15792,7 @@ def command_console(config: Config, options: argparse.Namespace) -> int:
         try:
             if before:
                 from tty import setraw
+                signal.signal(signal.SIGTERM, signal.default_int_handler)   # puts it back, too
                 setraw(0)
             ends = False
             while not ends and guest.is_alive():
