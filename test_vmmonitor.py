@@ -7603,7 +7603,9 @@ class TestRouter(NetCase):
             renew()
             self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
             self.assertNotIn('took away', str([*vm.check_networks()]))
+        Path('/proc/sys/net/ipv4/ip_forward').write_text('1')       # as Docker does, once
         vm.delete_all([router, lan, nic])
+        self.assertEqual(Path('/proc/sys/net/ipv4/conf/eth1/forwarding').read_text(), '1\n')
         self.assertNotIn('10.77', subprocess.run(['iptables-save'], capture_output=True,
                                                  text=True).stdout)
 

@@ -6336,6 +6336,9 @@ class Op(NamedTuple):
             shlex.split(word[0])[0], shlex.split(word[0])[0])), self.line))
 
 
+FORWARD_ALL = Op('forward', 'net/ipv4/ip_forward=1', tool='sysctl')     # between all interfaces
+
+
 def ops_for(what: str, *lines: str, tool: str = 'ip') -> list[Op]:
     """Return the operations that do something together, on the host."""
     return [Op(what, line, tool=tool) for line in lines]
@@ -7186,8 +7189,10 @@ class Transaction:
 
     def given_back(self, undo: Iterable[Op], going: Mapping[str, Record]) -> Iterator[Op]:
         """Yield what undoes, as it is now: a route's other next hops may be on what stays, and what
-        others have made a port of theirs meanwhile is left to them."""
+        others have made a port of theirs meanwhile is left to them, and so is forwarding that
+        others, such as Docker, have switched on for all meanwhile: they never look again."""
         theirs, onto = dict[str, str](), dict[str, str]()
+        shared = in_force(FORWARD_ALL)
         for link in self.network.links.values():
             if link.master and link.master not in self.records:
                 theirs[link.name] = link.master
@@ -7199,7 +7204,7 @@ class Transaction:
             for name in gone:
                 log.warning('can\'t %s: %s is a port of %s by now (ip %s)', op.what, name,
                             theirs[name], op.line)
-            if not gone:
+            if not gone and not (shared and op.what == 'stop forwarding'):
                 yield op.moved(onto)
 
 
@@ -8216,7 +8221,8 @@ class Router(Switch):
             if row.facts['subnet'].endswith('/32'):
                 raise NetworkError(f'{self.name}: subnet {row.facts["subnet"]} is one address',
                                    'give a network such as 10.77.0.0/24')
-            back = Op('stop forwarding', f'net/ipv4/conf/{self.trunk}/forwarding=0', tool='sysctl')
+            back = Op('forbid forwarding' if in_force(FORWARD_ALL) else 'stop forwarding',
+                      f'net/ipv4/conf/{self.trunk}/forwarding=0', tool='sysctl')
             if not in_force(back._replace(line=back.line[:-1] + '1')) or any(
                     back in other.undo for other in plan.records.values()):
                 row.undo.append(back)
