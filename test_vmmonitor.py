@@ -8080,7 +8080,8 @@ def user_of(path: str) -> Iterator[int]:
     process = subprocess.Popen(
         ['nice', '-n', '19', QEMU, '-M', 'q35', '-accel', 'tcg', '-nodefaults', '-display', 'none',
          '-S', '-qmp', 'stdio', '-blockdev', json.dumps({
-             'driver': 'qcow2', 'node-name': 'd', 'file': {'driver': 'file', 'filename': path}}),
+             'driver': 'qcow2', 'node-name': 'd',
+             'file': {'driver': vm.file_driver(path), 'filename': path}}),
          '-device', 'virtio-blk-pci,drive=d'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         process.stdout.readline()       # type: ignore[union-attr]
@@ -8437,6 +8438,38 @@ class TestHarddrive(Case):
         Path(real).write_bytes(b'QFI\xfb')
         with self.refused('a broken header'):
             vm.Harddrive(link)
+
+    def test_block_device(self) -> None:
+        """Such as a volume of LVM; QEMU has another driver for it. What is on it stays, when this
+        host or a QEMU has it: libvirt's have a node of their own, and locks on that."""
+        path, node = self.path('volume'), self.path('of-libvirt')
+        subprocess.run(['truncate', '-s', '8M', path], check=True)
+        drive = vm.Harddrive(path, format='raw')
+        with mock.patch.object(Path, 'is_block_device', return_value=True):
+            self.assertIn('"driver": "host_device"', drive.qemu_string)
+            self.assertIn('"driver": "host_device"', vm.CD(path).qemu_string)
+        self.assertIn('"driver": "file"', drive.qemu_string)
+        made = subprocess.run(['losetup', '-f', '--show', path], capture_output=True, text=True)
+        if made.returncode:                             # a container's host has none for it
+            return
+        device = made.stdout.strip()
+        self.addCleanup(subprocess.run, ['losetup', '-d', device], check=True)
+        subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', device, '4M'], check=True)
+        drive = vm.Harddrive(device)
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(device).st_rdev)
+        self.assertEqual((drive.snapshot('one'), drive.in_use()), ('one', False))
+        with user_of(node) as user:
+            self.assertTrue(drive.in_use())
+            for change in (lambda: drive.snapshot('two'), lambda: drive.load_snapshot('one')):
+                with self.refused(f'process {user}'):
+                    change()
+        self.assertFalse(drive.in_use())
+        holder = os.open(device, os.O_RDONLY | os.O_EXCL)       # as a mounted file system does
+        self.addCleanup(os.close, holder)
+        self.assertTrue(drive.in_use())
+        with self.refused('this host (a file system'):
+            drive.load_snapshot('one')
+        self.assertEqual([row.tag for row in drive.snapshots], ['one'])
 
     def test_qemu_string(self) -> None:
         drive = vm.Harddrive(self.path('q.qcow2'), 0.01)

@@ -8906,6 +8906,11 @@ def foreign(path: str) -> tuple[str, str]:
     return '', ''
 
 
+def file_driver(path: str) -> str:
+    """Return QEMU's driver for a file, or for a block device, such as a volume of LVM."""
+    return 'host_device' if Path(path).is_block_device() else 'file'
+
+
 def warn_of_foreign(path: str, use: str) -> None:
     """Only log what a raw disk or a CD looks like: a guest may have written that."""
     what, remedy = foreign(path)
@@ -8918,7 +8923,14 @@ def warn_of_foreign(path: str, use: str) -> None:
 
 def holder_of(path: str, but: int = 0) -> str:
     """Return who has locked a file, by its machine, program and process, or '' where this process
-    may not see it (/proc/PID/fdinfo); other than this process and the one `but`."""
+    may not see it (/proc/PID/fdinfo); other than this process and the one `but`. Of a device, that
+    may be the host itself."""
+    if Path(path).is_block_device():
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as problem:
+            if problem.errno == errno.EBUSY:
+                return 'this host (a file system, swap, LVM or the like that is on it)'
     for process in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(OSError):
             mine = [fd.name for fd in (process / 'fd').iterdir() if _is_file(str(fd), path)]
@@ -8929,8 +8941,11 @@ def holder_of(path: str, but: int = 0) -> str:
 
 
 def _is_file(one: str, other: str) -> bool:
+    """Tell whether both are one file, or one device: libvirt's QEMUs have nodes of their own."""
     with contextlib.suppress(OSError):
-        return os.path.samefile(one, other)
+        mine, theirs = os.stat(one), os.stat(other)
+        return os.path.samestat(mine, theirs) or stat.S_ISBLK(mine.st_mode) and stat.S_ISBLK(
+            theirs.st_mode) and mine.st_rdev == theirs.st_rdev
     return False
 
 
@@ -9021,6 +9036,8 @@ class Harddrive:
 
     def _img(self, *arguments: str, keep: Sequence[int] = ()) -> bytes:
         """Run qemu-img; DiskError with its words."""
+        if '-U' not in arguments and self._is_device_in_use():
+            raise self.taken()
         try:
             return run(['qemu-img', *arguments], IMAGE_TIMEOUT, keep=keep).stdout
         except CommandError as problem:
@@ -9079,12 +9096,18 @@ class Harddrive:
                 raise DiskError(f'{self.filename}: {why}', remedy)
 
     def in_use(self) -> bool:
-        """Tell by its locks whether a QEMU has the image open, or writes to its base."""
+        """Tell by its locks whether a QEMU has the image open, or writes to its base, and of a
+        device whether the host itself uses it."""
+        if self._is_device_in_use():
+            return True
         for layer in self.chain():
             with open(open_file(layer.filename), 'rb') as image:
                 if bytes_locked(image.fileno(), *(IMAGE_LOCKS if layer is self else WRITER_LOCK)):
                     return True
         return False
+
+    def _is_device_in_use(self) -> bool:        # a QEMU's locks are on its node of the device
+        return Path(self.filename).is_block_device() and bool(holder_of(self.filename))
 
     @contextlib.contextmanager
     def _kept_free(self) -> Iterator[None]:
@@ -9224,8 +9247,8 @@ class Harddrive:
         """Return its BlockdevOptions; `name` gives QEMU's path for (path, is written to)."""
         told: dict[str, Any] = {
             'node-name': node, 'driver': self.format, 'read-only': not top,
-            'file': {'node-name': f'{node}-file', 'driver': 'file', 'read-only': not top,
-                     'filename': name(self.filename, top)}}
+            'file': {'node-name': f'{node}-file', 'driver': file_driver(self.filename),
+                     'read-only': not top, 'filename': name(self.filename, top)}}
         if top:
             told.update({'discard': 'unmap'})
         if self.format == 'qcow2':
@@ -9458,7 +9481,7 @@ class CD:
     def qemu_string(self) -> str:
         """The options for QEMU's command line that give a machine this CD."""
         medium = {'node-name': 'cd0-node', 'driver': 'raw', 'read-only': True,
-                  'file': {'driver': 'file', 'filename': self.filename}}
+                  'file': {'driver': file_driver(self.filename), 'filename': self.filename}}
         return shlex.join([
             *(('-blockdev', json.dumps(medium)) if self.filename else ()),
             '-device', 'virtio-scsi-pci,id=scsi0', '-device',
