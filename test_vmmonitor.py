@@ -2906,6 +2906,24 @@ class ClockTest(Case):
                 self.assertEqual(error.trouble.name, trouble)
                 self.assertTrue(error.hint)
 
+    def test_texts_of_agents_in_the_language_of_the_host(self) -> None:
+        for code, text, channel, trouble in (
+                (86, 'Gast-Agent antwortet nicht: Gast-Agent derzeit nicht verf\xfcgbar',
+                 'connected', 'silent'),
+                (86, "L'agent invit\xe9 ne r\xe9pond pas", 'disconnected', 'not connected'),
+                (74, 'QEMU Gast-Agent ist nicht konfiguriert', '', 'no channel'),
+                (1, "interner Fehler: QEMU-Agent-Befehl 'guest-x': strange", 'connected',
+                 'refused')):
+            def call(name: str, *_: Any, state: str = channel, why: Any = (text, code)) -> str:
+                if name == 'virDomainGetXMLDesc':
+                    return '<domain><devices>' + f'''<channel><target name="org.qemu.guest_agent.0"
+                        state="{state}"/></channel>''' * bool(state) + '</devices></domain>'
+                raise vm.LibvirtError(*why)
+            with self.subTest(text), self.calling(call) as domain, \
+                    self.assertRaises(vm.AgentError) as caught:
+                domain.get_time()
+            self.assertEqual(caught.exception.trouble.name, trouble)
+
     def test_waits_for_the_agent(self) -> None:
         guest = ScriptedGuest()
         guest.troubles = ['Guest agent is not responding: QEMU guest agent is not connected'] * 5
@@ -12305,6 +12323,7 @@ class CommandLineTest(ConfigCase):
                 (('--status', '--sync'), 'unrecognized arguments: --sync'),
                 (('--fly',), 'unrecognized arguments: --fly'),
                 (('strat', 'web1'), "argument VERB: invalid choice: 'strat'"),
+                (('off',), 'off: no guest is named; name some, or say --all'),
                 (('metrics',), "argument VERB: invalid choice: 'metrics'")):
             with self.subTest(arguments=arguments):
                 status, out, err = vmmonitor(*arguments)
@@ -12317,6 +12336,14 @@ class CommandLineTest(ConfigCase):
         status, _, err = vmmonitor('console', 'test', '--config', config, env={'PATH': '/none'})
         self.assertEqual(status, 1)
         self.assertIn('console: there is no virsh; install libvirt-clients', err)
+
+    def test_letters_that_a_terminal_does_not_have(self) -> None:
+        node = self.write_text('<node><domain type="test"><name>b\xfccher \u65e5</name><memory>9000'
+                               '</memory><os><type>hvm</type></os></domain></node>', 'node.xml')
+        config = self.write({'libvirt': {'uri': f'test://{node}'}, 'listener': {'enabled': False}})
+        status, out, err = vmmonitor('list', '--names', '--config', config, env={
+            'PYTHONIOENCODING': 'ascii'})
+        self.assertEqual((status, out, err), (0, 'b\\xfccher \\u65e5\n', ''))
 
     def test_one_that_is_damaged_or_away_hides_no_other(self) -> None:
         machines = self.directory / 'machines'
@@ -13020,7 +13047,6 @@ class OneShotTest(GuestCase):
         self.assertEqual(verb('delete', 'damaged'), (0, 'damaged: deleted\n', ''))
         self.assertFalse(damaged.exists())
         for words, text in ((('delete', 'web2'), 'web2 is no machine of this program; virsh -c '),
-                            (('off',), 'off: no guest is named; name some, or say --all'),
                             (('start', 'db*'), 'no guest fits db*; list shows them'),
                             (('start', 'nope'), 'no guest is named nope'),
                             (('start', 'n\udcff'), 'no guest is named n')):

@@ -469,7 +469,10 @@ def under_journal() -> bool:
 
 
 def set_up_logging(verbose: bool = False) -> None:
-    """Send the log to stderr; `verbose` shows what was looked at and found in order, too."""
+    """Send the log to stderr; `verbose` shows what was looked at and found in order, too. Both it
+    and stdout escape what the terminal's encoding lacks."""
+    with contextlib.suppress(AttributeError):   # it is closed, or no file
+        sys.stdout.reconfigure(errors='backslashreplace')               # type: ignore
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat(under_journal()))
     log.handlers[:] = [handler]
@@ -2800,6 +2803,9 @@ QEMU_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 # virErrorNumber
 ERR_SYSTEM, ERR_NO_DOMAIN, ERR_INVALID, ERR_TIMEOUT = 38, 42, 55, 68
 ERR_RIGHTS = 45, 79, 88, 94         # AUTH_FAILED, AUTH_CANCELLED, ACCESS_DENIED, AUTH_UNAVAILABLE
+# What a failed agent call means, by its code where its text does not tell: libvirtd has the
+# language of its host. ARGUMENT_UNSUPPORTED, AGENT_UNRESPONSIVE
+AGENT_CODES = {74: 'not configured', 86: 'not responding'}
 FROM_RPC = 7                                            # virErrorDomain of a lost connection
 LIST_RUNNING, LIST_STUCK, LIST_OFF = 1 << 4, 1 << 5 | 1 << 7, 1 << 6    # virConnectList...Flags
 SAVE_RUNNING = 1 << 1                                   # virDomainSaveRestoreFlags
@@ -3779,6 +3785,9 @@ class Domain(Guest):
             raise
         except LibvirtError as problem:
             error = self.agent_error(problem.message)
+            if error.trouble is AGENT_TROUBLES[-1] and problem.code in AGENT_CODES:
+                off = self.channel_state() == 'disconnected'
+                error = self.agent_error('not connected' if off else AGENT_CODES[problem.code])
             if error.trouble.transient and time.monotonic() - began > AGENT_SILENT:
                 self.host.silent.add(self.id)
             elif not error.trouble.transient:
@@ -15730,7 +15739,7 @@ def command_act(config: Config, options: argparse.Namespace) -> int:
             raise GuestError(f'{guest.name}: {says}, but not {options.wait}')
         return says
     if not options.names and not options.all:
-        raise Error(f'{options.verb}: no guest is named', 'name some, or say --all')
+        raise ConfigError(options.verb, ['no guest is named; name some, or say --all'])
     options.names = options.names or ['*']
     do = {'screenshot': screenshot, 'delete': delete}.get(options.verb, act)
     return ask_and_show(
