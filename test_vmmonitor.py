@@ -10629,8 +10629,14 @@ class TestSaving(Live):
         # A job that nobody dismissed.
         m.qmp('snapshot-delete', job_id='vmmonitor-left', tag='none', devices=['disk0-node'])
         soon(lambda: [row['status'] for row in m.qmp('query-jobs')] == ['concluded'])
-        self.assertTrue(m.snapshot('s').ram)
-        self.assertEqual(m.qmp('query-jobs'), [])
+
+        def stopped() -> None:
+            with mock.patch.object(vm, 'BUSY_TIMEOUT', 0.1), self.refused(
+                    '"change" is in use by another program', kind=vm.Busy):
+                vm.Machine.load('ctrlc').stop(timeout=0.1)
+        with at_step('send query-jobs', stopped):
+            self.assertTrue(m.snapshot('s').ram)
+        self.assertEqual((m.state(), m.qmp('query-jobs')), (vm.State.RUNNING, []))
         killed_at('send snapshot-save', "vm.Machine.load('ctrlc').snapshot('killed')")
         # What it is of is known.
         self.assertEqual(list(m.file.now().snapshots), ['s', 'killed'])

@@ -12626,19 +12626,32 @@ class Power(DevicesPart):
 
         The power button (system_powerdown, for `timeout` seconds), the agent (guest-shutdown),
         quit, SIGTERM, SIGKILL; with `force`, or when no guest is there to hear it, from quit on.
-        The disks' caches are written by all but the last.
+        The disks' caches are written by all but the last. Busy, without `force`, while another
+        program or thread saves it, say.
         """
-        if check('force', force, a_bool, MachineError) or not self.qemu.has_live_guest():
+        if check('force', force, a_bool, MachineError) or not self._hears():
             return self.qemu.end()
         return self.qemu.end(('power button', timeout, self._press_power),
-                             ('guest agent', STOP_STEPS[1][1], self._ask_agent))
+                             ('guest agent', STOP_STEPS[1][1], self._ask_agent),
+                             ('guest agent', 0, self._hears))       # before it is cut off
+
+    def _hears(self) -> bool:
+        """Tell whether a guest is there to hear us. One that is being saved or snapshotted seems to
+        hang, and must not be lost."""
+        with contextlib.suppress(NoGuest), self.file.one_of('change', 1, Deadline(BUSY_TIMEOUT)):
+            return self.qemu.has_live_guest()
+        return False
 
     def _press_power(self) -> bool:
-        with contextlib.suppress(GuestError):       # it may end before it answers
+        try:
             if self.qemu.is_alive():
                 self.resume(self.qemu.state())      # else it would not hear the button
                 self.qemu.qmp('system_powerdown')
                 return True
+        except Busy:
+            raise
+        except GuestError:                          # it may end before it answers
+            pass
         return False
 
     def _ask_agent(self) -> bool:
