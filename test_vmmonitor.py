@@ -10588,7 +10588,8 @@ class TestSaving(Live):
         with mock.patch('os.fsync', sync), \
                 at_step('send query-status', lambda: vm.Machine.load('killed').save(f'{path}2')):
             self.assertIs(m.state(), vm.State.SAVED)    # while it looks, another one saves it
-        self.assertIn(os.stat(f'{path}2').st_ino, synced)       # it outlasts a power failure
+        for file in (f'{path}2', os.path.dirname(path), f'{m.home}/machine.json', m.home):
+            self.assertIn(os.stat(file).st_ino, synced)         # it outlasts a power failure
         self.assertEqual((m.start(), m.save()), ('restored', 'saved'))
         killed_at('send migrate-incoming', 'vm.Machine.load("killed").start_vm()')
         with self.refused('killed is saved', 'start it first'):
@@ -10609,6 +10610,13 @@ class TestSaving(Live):
         os.kill(m.pid(), signal.SIGCONT)
         self.assertIn(m.start(), ('resumed', 'already running'))    # it may have heard it, or not
         self.assertEqual((m.state(), m.save(), m.start()), (vm.State.RUNNING, 'saved', 'restored'))
+        full = vm.FileError('disk full')
+        with at_step('write .*/killed/machine.json$', full), self.refused('disk full'):
+            m.save(f'{path}3')
+        self.assertEqual((m.state(), os.path.exists(f'{path}3')), (vm.State.RUNNING, False))
+        with at_step('write .*/machine.json.copy', full), self.assertLogs('vmmonitor', 'WARNING'):
+            self.assertEqual(m.save(), 'saved')
+        self.assertEqual((m.start(), m.state()), ('restored', vm.State.RUNNING))
 
     def test_interrupted_snapshot(self) -> None:
         m = self.bios('ctrlc', harddrives=self.path('c.qcow2'))

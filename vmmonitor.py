@@ -743,8 +743,9 @@ def write_error(path: str, problem: OSError) -> FileError:
 
 
 @contextlib.contextmanager
-def whole_file(path: str, replace: bool = False) -> Iterator[int]:
-    """Lend the descriptor of a new file, which becomes `path` when the block ends well.
+def whole_file(path: str, replace: bool = False, lasting: bool = False) -> Iterator[int]:
+    """Lend the descriptor of a new file, which becomes `path` when the block ends well; if it is
+    `lasting`, it then stays so after a power failure, too, and what it replaced does not come back.
 
     Until then it has no name, so that nothing stays when this program is killed, where the file
     system can do that (NFS can't). A program that inherits it finds it at fd_path(). Without
@@ -770,13 +771,18 @@ def whole_file(path: str, replace: bool = False) -> Iterator[int]:
         yield file
         TRACE(f'write {path}')
         try:
+            if lasting:
+                os.fsync(file)
             if replace or not _linked(file, name, home):
                 with RENAMING:
                     if not os.fstat(file).st_nlink:
                         os.link(fd_path(file), draft, dst_dir_fd=home)
                     os.replace(draft, name, src_dir_fd=home, dst_dir_fd=home)
-        except OSError as problem:
+        except OSError as problem:                  # nothing has changed then
             raise write_error(path, problem) from None
+        if lasting:
+            with contextlib.suppress(OSError):      # not every file system can
+                os.fsync(home)
 
 
 def made_once(path: str, make: Callable[..., object], *arguments: Any) -> bool:
@@ -823,13 +829,11 @@ def write_whole(path: str, data: bytes, replace: bool = False,
                 dress: Callable[[int], object] = os.fstat, lasting: bool = True) -> None:
     """Write a file so that it is there whole, or not at all, after a power failure, too, if it is
     `lasting`; `dress` gives the open file its owner and mode."""
-    with whole_file(path, replace) as file:
+    with whole_file(path, replace, lasting) as file:
         try:
             with open(file, 'wb', closefd=False) as stream:
                 stream.write(data)
             dress(file)
-            if lasting:
-                os.fsync(file)
         except OSError as problem:                  # such as a full disk
             raise write_error(path, problem) from None
 
@@ -9295,11 +9299,10 @@ def base_image(filename: str | os.PathLike[str]) -> Harddrive:
 
 def _unpack(packed: str, path: str) -> None:
     import lzma
-    with whole_file(path) as file:
+    with whole_file(path, lasting=True) as file:        # it counts for ever, once it has its name
         try:
             with lzma.open(packed) as source, open(file, 'wb', closefd=False) as target:
                 shutil.copyfileobj(source, target, MIB)
-            os.fsync(file)                      # it counts for ever, once it has its name
         except (lzma.LZMAError, EOFError) as problem:
             raise DiskError(f'{packed}: {problem}', 'download it again') from None
         except OSError as problem:
@@ -9842,8 +9845,14 @@ class MachineFile:
             with contextlib.suppress(OSError):
                 if Path(path).read_bytes() == data:
                     continue
-            # The copy counts only where the first was damaged later.
-            write_whole(path, data, replace=True, lasting=not path.endswith('.copy'))
+            first = not path.endswith('.copy')
+            try:
+                write_whole(path, data, replace=True, lasting=first)
+            except FileError as problem:        # such as a full disk: nothing has changed ...
+                if first:
+                    raise
+                # ... or all that counts has: the copy does where the first was damaged later.
+                log.warning('%s', explain(problem))
 
     def move_memory(self, at: MemoryAt, place: str = '') -> None:
         """Write down where the guest is from now on."""
@@ -11543,17 +11552,21 @@ class MemoryStream(Part):
                 remove_file(path)
             if os.path.exists(path):
                 raise DiskError(f'{path} exists', 'name another file, or remove this one')
-            with self.run_state_kept(), whole_file(path) as memory, self.qemu.session() as qmp:
+            with self.run_state_kept() as ran, whole_file(path, lasting=True) as memory, \
+                    self.qemu.session() as qmp:
                 qmp.execute('stop', JOB_TIMEOUT)        # it writes the disks' caches first
                 try:
                     self.send(qmp, os.dup(memory), None, JOB_TIMEOUT)
-                    os.fsync(memory)            # it counts for ever, once it has its name
                 except MachineError as problem:
                     raise MachineError(f'{problem}; to {path}',
                                        f'it may take {self.spec.ram()} MiB there') from None
-                except OSError as problem:
-                    raise write_error(path, problem) from None
-            self.file.move_memory(MemoryAt.SAVED, path)
+            try:
+                self.file.move_memory(MemoryAt.SAVED, path)
+            except FileError:
+                remove_file(path)
+                if ran:
+                    self._go_on()
+                raise
             self.qemu.end()
         return 'saved'
 
