@@ -5629,6 +5629,8 @@ class ListenerTest(ListenerCase):
             busy = (409, 'web1 is busy: "start" has not ended; try again later')
             self.assertEqual(self.ask('cmd=stop&target=web1&wait=0', *self.BEARER), busy)
             self.assertEqual(self.ask('cmd=stop&target=web1&wait=0.2', *self.BEARER)[0], 202)
+            with mock.patch.object(vm, 'WAITING_MAX', 1):       # or its client takes all threads
+                self.assertEqual(self.ask('cmd=stop&target=web1&wait=0.2', *self.BEARER), busy)
             self.assertFalse(release.is_set())
             threading.Timer(0.5, release.set).start()
             self.assertEqual(self.ask('cmd=stop&target=web1', *self.BEARER),

@@ -4080,7 +4080,8 @@ class Guests:
         self._looking = threading.Lock()            # guards _looks
         # id of a guest -> the command that it carries out, its name
         self._busy: dict[str, tuple[str, str]] = {}
-        self._free = threading.Condition()          # guards _busy, _ended; notified when one ends
+        self._waiting: list[str] = []               # id of the guest of each command that waits
+        self._free = threading.Condition()          # guards these and _ended; notified when one ends
         self._ended = False                         # no command begins any more
 
     def ask(self, question: Callable[[GuestHost], Result], timeout: float = ANSWER_TIMEOUT,
@@ -4338,7 +4339,9 @@ class Guests:
                 if deadline.passed():
                     raise Busy(f'{guest.name} is busy: "{self._busy[guest.id][0]}" has not ended',
                                'try again later')
+                self._waiting.append(guest.id)
                 self._free.wait(deadline.left())
+                self._waiting.remove(guest.id)
             self._busy[guest.id] = action, guest.name
         try:
             with guest_turn('guest', guest, deadline) as holder:
@@ -4350,6 +4353,11 @@ class Guests:
             with self._free:
                 del self._busy[guest.id]
                 self._free.notify_all()
+
+    def waiting(self, guest: Guest) -> int:
+        """Return how many commands for a guest wait for the one that goes on."""
+        with self._free:
+            return self._waiting.count(guest.id)
 
     def busy(self, guest: Guest) -> bool:
         """Tell whether a command of this program goes on for a guest."""
@@ -5339,6 +5347,8 @@ COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unles
 LIST_TIMEOUT = 18.0            # for the names of all guests; ANSWER_TIMEOUT is for the rest, too
 STATE_TIMEOUT = 2.0            # for the state that is told with an answer
 REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
+WAITING_MAX = 8                # requests that wait for another command on a guest: each is a thread,
+#                                also when its client has long had its 202
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
 WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
@@ -5744,8 +5754,9 @@ class Dispatcher:
     def _act(self, order: Order, guest: Guest) -> Reply:
         """Carry out a command in a thread of its own; 202 if it takes longer than `wait`."""
         command, deadline = order.command, Deadline(order.wait)
+        patient = order.wait and self.guests.waiting(guest) < WAITING_MAX
         outcome = in_thread(f'{command} {guest.name}', self.guests.act, order.action, guest,
-                            BUSY_TIMEOUT if order.wait else 0)
+                            BUSY_TIMEOUT if patient else 0)
         known = {'target': guest.name, 'cmd': command}
         try:
             result = outcome.result(max(order.wait, REFUSAL_TIMEOUT))
