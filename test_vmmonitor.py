@@ -8458,6 +8458,11 @@ class TestHarddrive(Case):
         Path(real).write_bytes(b'QFI\xfb')
         with self.refused('a broken header'):
             vm.Harddrive(link)
+        os.symlink(self.path('nologin'), theirs := self.path('theirs.qcow2'))
+        os.chown(theirs, 65534, 65534, follow_symlinks=False)
+        with self.refused('theirs.qcow2 exists'):       # root would make any file for them
+            vm.Harddrive(theirs)
+        self.assertFalse(os.path.exists(self.path('nologin')))
 
     def test_block_device(self) -> None:
         """Such as a volume of LVM; QEMU has another driver for it. What is on it stays, when this
@@ -9600,6 +9605,8 @@ class TestAttacks(Live):
             os.close(end)
         self.assertEqual((m.pid(), m.stop(force=True)), (pid, 'stopped by quit'))
         m.start_vm()
+        self.as_user(m.spec.uid, sys.executable, '-c', 'import os, sys; os.chdir(sys.argv[1])\n'
+                     'for _ in range(2000): os.mkdir("d"); os.chdir("d")', f'{m.home}/vnc')
         m.delete(force=True)
         self.assertFalse(os.path.exists(f'/proc/{pid}'))
         self.assertEqual(victim.read_text(), 'mine')

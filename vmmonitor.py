@@ -4081,7 +4081,7 @@ class Guests:
         # id of a guest -> the command that it carries out, its name
         self._busy: dict[str, tuple[str, str]] = {}
         self._waiting: list[str] = []               # id of the guest of each command that waits
-        self._free = threading.Condition()          # guards these and _ended; notified when one ends
+        self._free = threading.Condition()          # guards these, _ended; notified when one ends
         self._ended = False                         # no command begins any more
 
     def ask(self, question: Callable[[GuestHost], Result], timeout: float = ANSWER_TIMEOUT,
@@ -5347,8 +5347,8 @@ COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unles
 LIST_TIMEOUT = 18.0            # for the names of all guests; ANSWER_TIMEOUT is for the rest, too
 STATE_TIMEOUT = 2.0            # for the state that is told with an answer
 REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
-WAITING_MAX = 8                # requests that wait for another command on a guest: each is a thread,
-#                                also when its client has long had its 202
+WAITING_MAX = 8                # requests that wait for another command on a guest: each is a
+#                                thread, also when its client has long had its 202
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
 WRONG_KEYS_PEERS = 4096        # addresses remembered; beyond it the oldest is forgotten
@@ -8964,6 +8964,14 @@ def holder_of(path: str, but: int = 0) -> str:
     return ''
 
 
+def own_link(path: str) -> bool:
+    """Tell whether there is a link, of root or this user: it may stand in /tmp."""
+    with contextlib.suppress(OSError):
+        info = os.lstat(path)
+        return stat.S_ISLNK(info.st_mode) and info.st_uid in (0, os.geteuid())
+    return False
+
+
 def _is_file(one: str, other: str) -> bool:
     """Tell whether both are one file, or one device: libvirt's QEMUs have nodes of their own."""
     with contextlib.suppress(OSError):
@@ -9047,7 +9055,9 @@ class Harddrive:
         header = qcow2_header(self.filename) if base and replace else None
         if header:                              # the name in it may be relative
             base[1:2] = [header.backing, '-u']
-        with whole_file(os.path.realpath(self.filename), replace) as file:
+        path = os.path.realpath(self.filename) if replace or own_link(self.filename) \
+            else self.filename                  # what another user's link names, is not made
+        with whole_file(path, replace) as file:
             self._img('create', '-q', '-f', self.format, *kind, *base, fd_path(file), str(size),
                       keep=[file])
             if replace:
@@ -9936,7 +9946,8 @@ class MachineFile:
         left = False
         for entry in os.scandir(self.home):
             if entry.name in HOME_DIRECTORIES and entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
+                # QEMU's user can have made it deeper than Python's rmtree() goes down.
+                run(['rm', '-rf', '--', entry.path], IMAGE_TIMEOUT)
             elif HOME_FILES.fullmatch(entry.name):
                 os.unlink(entry.path)
             else:
