@@ -2866,6 +2866,19 @@ class ClockTest(Case):
                                lambda *_: contextlib.nullcontext(connection)):
             yield vm.Domain(vm.LibvirtHost('test:///x'), 'id', 'web1')
 
+    def test_a_time_is_a_number_or_what_tells_it(self) -> None:
+        asked: list[Any] = []
+
+        def call(name: str, _handle: Any, question: Any, *_: Any) -> str:
+            if name == 'virDomainGetXMLDesc':
+                return '<domain/>'
+            asked.append(json.loads(question)['arguments'])
+            return '{"return": {}}'
+        with self.calling(call) as domain:
+            for when in (10 ** 18, lambda: 6, None):
+                domain.set_time(when)
+        self.assertEqual(asked, [{'time': 10 ** 18}, {'time': 6}, {}])
+
     def test_why_a_guest_is_paused(self) -> None:
         def call(name: str, _handle: Any, state: Any, reason: Any, *_: Any) -> int:
             state._obj.value, reason._obj.value = 3, 11

@@ -2183,10 +2183,11 @@ class Guest:
         """Return the guest's clock, in nanoseconds since 1970 (guest-get-time)."""
         return int(self.agent('guest-get-time'))
 
-    def set_time(self, when: Callable[[], int] | None) -> None:
-        """Set the guest's clock: to nanoseconds since 1970, asked for when the call goes out, or
-        with None from its hardware clock (guest-set-time)."""
-        self.agent('guest-set-time', (lambda: {'time': when()}) if when else {}, AGENT_SET_TIMEOUT)
+    def set_time(self, when: Callable[[], int] | int | None) -> None:
+        """Set the guest's clock: to nanoseconds since 1970, or to what a function says when the
+        call goes out, or with None from its hardware clock (guest-set-time)."""
+        self.agent('guest-set-time', {} if when is None else lambda: {
+            'time': when() if callable(when) else when}, AGENT_SET_TIMEOUT)
 
     def exec(self, argv: Sequence[str], stdin: bytes | str = b'', timeout: float = 30.0
              ) -> ExecResult:
@@ -3843,8 +3844,8 @@ class Domain(Guest):
         if self.host.step.check(self, offset):
             spawn(f'check {self.host.name}', self.host.tell_running)
 
-    def set_time(self, when: Callable[[], int] | None) -> None:
-        """Set its clock (guest-set-time).
+    def set_time(self, when: Callable[[], int] | int | None) -> None:
+        """Set its clock, as Guest.set_time().
 
         A guest with tickpolicy="catchup" is also told to forget the ticks that it missed (QMP
         rtc-reset-reinjection): it would add them to the time that was just set.
@@ -13142,11 +13143,6 @@ class Machine(Guest):
             log.warning('%s: its clock is wrong: %s', self.name, explain(problem))
             return ', but its clock is wrong'
         return ', clock set'
-
-    def set_time(self, when: Callable[[], int] | int | None) -> None:
-        """Set the guest's clock: to nanoseconds since 1970, or to what a function says when the
-        call goes out, or with None from its hardware clock (guest-set-time)."""
-        super().set_time(when if when is None or callable(when) else lambda: when)
 
     def sync_time(self, tolerance: float = 0.005, timeout: float = AGENT_TIMEOUT) -> Correction:
         """Set the guest's clock if it is off by more than `tolerance` seconds, and prove it."""
