@@ -7618,12 +7618,13 @@ class TestRouter(NetCase):
         ip('-n web1 route add default via 10.77.0.1')
         self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')
         subprocess.run('iptables -t nat -F; iptables -F', shell=True, check=True)
+        ip('addr flush dev eth1-router')    # as systemd-networkd does, where it matches a .network
         Path('/proc/sys/net/ipv4/ip_forward').write_text('1')
         Path('/proc/sys/net/ipv4/ip_forward').write_text('0')       # of all interfaces
         self.assertEqual(reaches('web1', 'server', '192.0.2.1', 0.5), '')
         lost = '\n'.join(one.text for one in vm.check_networks() if not one.good)
         for what in ('masquerade 10.77.0.0/24', 'net/ipv4/conf/eth1/forwarding=1',
-                     'net/ipv4/conf/eth1-router/forwarding=1'):
+                     'net/ipv4/conf/eth1-router/forwarding=1', 'be a gateway: ip address'):
             self.assertIn(what, lost)
         nic.connect(lan)                    # which is joined to the router
         self.assertEqual(reaches('web1', 'server', '192.0.2.1'), '192.0.2.5')

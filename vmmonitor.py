@@ -7757,13 +7757,16 @@ def passage_ops(name: str, row: Record, records: Mapping[str, Record]
     """Return all else that frames need to pass a switch or router, and the way back."""
     facts = row.facts
     if facts.get('nat'):
+        network = ipaddress.ip_network(facts['subnet'])
+        own = ops_for('be a gateway', f'address replace {next(network.hosts())}/'
+                      f'{network.prefixlen} dev {name}')    # systemd-networkd may take it away
         # Forwarding for these two only: ip_forward would make a router of all interfaces.
         forward = ops_for('forward', *(f'net/ipv4/conf/{one}/forwarding=1'
                                        for one in (name, facts['trunk'])), tool='sysctl')
         dhcp = facts.get('dhcp', False)
         rules, undo = masquerade(name, facts['trunk'], facts['subnet'], dhcp)
         serves, ends = dhcp_server(name, row, records) if dhcp else ([], [])
-        return [*forward, *rules, *serves], [*undo, *ends]
+        return [*own, *forward, *rules, *serves], [*undo, *ends]
     # With net.bridge.bridge-nf-call-iptables=1, as Docker sets it, nf_call_iptables 0 of a bridge
     # counts for nothing (the kernel takes the one *or* the other): a policy of DROP would stop
     # what only crosses the bridge, and what is known from there would not be masqueraded any more.
@@ -7785,6 +7788,10 @@ def in_force(op: Op) -> bool:
         return False
     if op.tool == 'dnsmasq':
         return bool(server_of(op))
+    if op.tool == 'ip':                                 # an address
+        _, _, address, _, name = op.line.split()
+        links = read_network().links
+        return name in links and address in links[name].addresses
     rule = shlex.split(re.sub('-[AI] ', '-C ', op.line))
     return not run([op.tool, *rule], IP_TIMEOUT, check=False).returncode
 
@@ -8254,12 +8261,8 @@ class Router(Switch):
         # With NAT it is IPv4 alone, and dnsmasq would wait until an address of IPv6 may be used.
         plan.late += ops_for(f'bring up {self.name}', f'link set dev {self.name} '
                              f'{"" if nat else "addrgenmode eui64 "}up')
-        if nat:
-            network = ipaddress.ip_network(row.facts['subnet'])
-            plan.late += ops_for(f'give {self.name} its address', f'address replace '
-                                 f'{next(network.hosts())}/{network.prefixlen} dev {self.name}')
-            if row.facts['dhcp']:
-                require_dhcp(self.name, network, row.facts['hosts'])
+        if row.facts['dhcp']:
+            require_dhcp(self.name, ipaddress.ip_network(row.facts['subnet']), row.facts['hosts'])
         self._plan(plan, row, plan.free_mac(HOST_MAC, self.name) if nat else link.mac,
                    mtu)
         self._plan_lan(plan, 'p0', mtu)
