@@ -4817,6 +4817,13 @@ class TroubleTest(GuestCase):
         guest, program = self.vm('deaf', channel=False), self.monitor()
         self.complaint(program, guest, 'deaf: no guest agent channel; add a <channel> for '
                        'org.qemu.guest_agent.0 and install qemu-guest-agent')
+        second = Vm(self.host, 'second')            # another channel is none to libvirt
+        path = self.host.dir / 'second.xml'
+        path.write_text(second.xml().replace('guest_agent.0', 'guest_agent.1'))
+        self.host.virsh('define', str(path))
+        self.addCleanup(self.host.virsh, 'undefine', 'second')
+        seen = vm.LibvirtHost(self.host.uri).find('second')
+        self.assertEqual(seen and seen.agent_state(), 'absent')
 
     def test_no_agent(self) -> None:
         self.only('noagent')

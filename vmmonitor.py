@@ -3827,7 +3827,7 @@ class Domain(Guest):
     def channel_state(self) -> str:
         """Return absent, disconnected or connected: what the domain's XML says."""
         for channel in self._xml().iterfind('devices/channel/target'):
-            if channel.get('name', '').startswith('org.qemu.guest_agent.'):
+            if channel.get('name') == 'org.qemu.guest_agent.0':     # libvirt speaks to no other
                 return channel.get('state', 'disconnected')
         return 'absent'
 
