@@ -12212,6 +12212,18 @@ class TestLab(Live):
         with self.refused('ma: has no snapshot three'):
             lab.load_snapshot('three')
 
+    def test_another_of_that_name(self) -> None:
+        """What others have made since, after a reboot of the host, say, stays."""
+        lab = vm.Lab.load(self.write({'switches': {'a': {}, 'b': {}, 'c': {}}}))
+        lab.up()
+        vm.Switch('a').delete()
+        vm.Switch('a')
+        ip('link del dev b')                    # it makes that one anew itself
+        lab.up()
+        self.assertEqual(lab.down(), ['a: is another one by now, and stays', 'b: deleted',
+                                      'c: deleted'])
+        self.assertEqual((names() & {'a', 'b', 'c'}, lab.made()), ({'a'}, {}))
+
     def test_impaired(self) -> None:
         """A link is said to be as bad as it is by now, not as bad as the file wants it."""
         tree = {'switches': {'a': {}, 'b': {}}, 'links': [{'ends': ['a', 'b'], 'delay': 0.02}]}

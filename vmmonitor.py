@@ -13431,6 +13431,7 @@ PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
     'float': ((int, float), 'a number'), 'PathLike': ((str,), 'a path'),
     'DriveLike': ((str,), 'a path'), 'str': ((str,), 'a string'),
     'Mapping': ((dict,), 'an object'), 'None': ((type(None),), 'null')}
+NETWORK_SECTIONS = 'switches', 'routers', 'bonds'
 KIND_NAMES = {'switches': 'switch', 'routers': 'router', 'bonds': 'bond', 'machines': 'machine',
               'nics': 'nic'}
 LAB_VERSION = 1                 # of the file in which a lab writes down what it has made
@@ -13754,6 +13755,28 @@ def drop_absent(made: dict[str, dict[str, str]], before: Mapping[str, Mapping[st
                  for kind, names in made.items()})
 
 
+def note_groups(made: Mapping[str, dict[str, str]], before: Mapping[str, Record]) -> None:
+    """Add to what a lab has made the groups of networks that were not there `before`: they tell
+    them from later ones of their names."""
+    now = Registry.read().records
+    for names in (names for kind, names in made.items() if kind in NETWORK_SECTIONS):
+        for name in names.keys() & now.keys():
+            stood = name in before and before[name].group == now[name].group
+            names[name] = stood and names[name] or str(now[name].group)
+
+
+def delete_networks(made: Mapping[str, Mapping[str, str]], force: bool) -> list[str]:
+    """Delete the networks that a lab has made, and say so; another one of their names stays."""
+    now, said, names = Registry.read().records, list[str](), list[str]()
+    for name, group in (row for kind in ('nics', *NETWORK_SECTIONS)
+                        for row in made.get(kind, {}).items()):
+        if group and name in now and group != str(now[name].group):
+            said.append(f'{name}: is another one by now, and stays')
+        else:
+            names.append(name)
+    return said + [f'{name}: deleted' for name in delete_names(names, force)]
+
+
 def declared_chain(drive: Any) -> list[list[str]]:
     """Return files and formats of a disk in a lab's file and what it stands on, as chain_of()."""
     if not drive:
@@ -13925,7 +13948,7 @@ class Lab:
         if not file.networks():
             return
         known = Registry.read().records
-        for kind in ('switches', 'routers', 'bonds'):
+        for kind in NETWORK_SECTIONS:
             self._note_new(kind, {name: '' for name in file.sections[kind] if name not in known})
             for name, given in file.sections[kind].items():
                 try:
@@ -13933,6 +13956,7 @@ class Lab:
                 except Error as problem:
                     raise about(name, problem) from None
                 did += [f'{name}: made'] * (name not in known)
+        self._note(lambda made: note_groups(made, known))
         self._make_cards(known)
         seen = self._seen()
         for cable in file.cables:
@@ -14073,11 +14097,10 @@ class Lab:
                 done(name)
             at_once('down', made.get('machines', {}), end)
             self._note(lambda now: now.pop('machines', None))
-            kinds = ('nics', 'routers', 'switches', 'bonds')
-            networks = [name for kind in kinds for name in made.get(kind, {})]
-            if networks:
-                did += [f'{name}: deleted' for name in delete_names(networks, force)]
-                self._note(lambda now: [now.pop(kind, None) for kind in (*kinds, 'worse')])
+            if made.keys() & {'nics', *NETWORK_SECTIONS}:
+                did += delete_networks(made, force)
+                self._note(lambda now: [now.pop(kind, None)
+                                        for kind in ('nics', *NETWORK_SECTIONS, 'worse')])
             for path in made.get('disks', {}) if disks else ():
                 if os.path.exists(path):
                     with open(open_file(path), 'rb') as image:
