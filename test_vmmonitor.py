@@ -2392,7 +2392,7 @@ class ConfigTest(ConfigCase):
         ({'listener': {'keyFile': 'x'}}, 'listener.keyFile: there is a listener.key too'),
         ({'listener': {'key': '', 'keyFile': 'nokey'}}, 'nokey: no such file; make it, and put'),
         ({'listener': {'keys': [{'name': 'a', 'key': OTHER_KEY, 'tragets': []}]}},
-         'listener.keys: [0]: unknown key \'tragets\''),
+         'listener.keys: [0].tragets: unknown; did you mean targets?'),
         ({'listener': {'keys': [{'name': 'a'}]}}, '[0]: (a) needs one of "key" and "keyFile"'),
         ({'listener': {'keys': [{'name': 'a', 'key': KEY, 'keyFile': 'x'}]}}, '(a) needs one of'),
         ({'listener': {'keys': [{'key': OTHER_KEY}]}}, '[0]: needs a "name"'),
@@ -2641,7 +2641,9 @@ except vm.ConfigError as problem:
                                         'metrics'})
         for value, why in (([], 'must be an object such as {"start": true'),
                            ({'start': 1}, 'start: must be true or false'),
-                           ({'strat': True}, "unknown key 'strat'; there are start, stop")):
+                           ({'xyz': True}, 'xyz: unknown; there are start, stop'),
+                           ({'strat': True, 'wkae': 1, 'off': 2}, 'strat: unknown; did you mean '
+                            'start?; wkae: unknown; did you mean wake?; off: must be true or')):
             _, problems = vm.parse(json.dumps({'listener': {'commandsEnabled': value}}), 'x')
             self.assertIn(f'listener.commandsEnabled: {why}', problems[0])
 
@@ -3659,7 +3661,7 @@ class HostsTest(ConfigCase):
                 ('qemu:///system', 'hosts: must be an object such as {"alpha"'),
                 ({'a/b': 'x:///'}, "hosts: 'a/b': call it by up to 40 letters"),
                 ({'machines': 'x:///'}, '"machines" are those of this program'),
-                ({'a': {'url': 'x:///'}}, "'a': unknown key 'url'; there are uri, trustClock"),
+                ({'a': {'url': 'x:///'}}, "'a'.url: unknown; did you mean uri?"),
                 ({'a': {'uri': 'x:///', 'trustClock': 1}}, "'a'.trustClock: must be true or false"),
                 ({'a': ''}, 'hosts: \'a\': needs a URI such as "qemu+tls://a/system"'),
                 ({'a': 5, 'b': {}}, "hosts: 'a'.uri: must be a string without control"),

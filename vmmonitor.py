@@ -1179,11 +1179,12 @@ texts = a_list(a_text)
 
 def read_members(item: Mapping[str, Any], members: Mapping[str, tuple[Reader, Any]]) -> list[Any]:
     """Read an object with these members, each with its reader and default; return the values."""
-    strange = sorted(item.keys() - members.keys())
-    if strange:
-        raise InvalidValue(f'unknown key {strange[0]!r:.80}; there are {", ".join(members)}')
-    return read_each((member, item.get(member, default), read)
-                     for member, (read, default) in members.items())
+    def strange(key: str) -> NoReturn:
+        raise InvalidValue(unknown(key, members, f'there are {", ".join(members)}'))
+    return read_each([
+        *((f'{key:.80}', key, strange) for key in sorted(item.keys() - members.keys())),
+        *((member, item.get(member, default), read) for member, (read, default)
+          in members.items())])
 
 
 def an_address(value: Any) -> str:
