@@ -5609,6 +5609,21 @@ class ListenerTest(ListenerCase):
             self.assertEqual(self.ask('cmd=list', *self.BEARER, '-H', f'If-None-Match: {tag}', '-H',
                                       f'Accept: {accept}')[0], status)
 
+    def test_slow_readers_of_pictures(self) -> None:
+        """What waits for them in memory has an end: the service may have 512 MiB."""
+        self.changes['listener']['commandsEnabled'] = {'screenshot': True}
+        self.settings.config = vm.load(self.write(self.changes))
+        picture = bytes(8 << 20)                        # more than the kernel takes for a client
+        self.guest.picture = lambda: picture            # type: ignore[method-assign]
+        query = ('cmd=screenshot&target=web1', '-o', '/dev/null', *self.BEARER)
+        with mock.patch.object(vm, 'SENDING_MAX', 12 << 20):
+            slow = self.connect(f'GET /?{query[0]}&key={KEY} HTTP/1.1\r\n\r\n'.encode())
+            self.assertIn(b'200 OK', slow.recv(100))
+            self.assertEqual(self.ask(*query)[0], 503)
+            self.assertEqual(self.ask('cmd=list', *self.BEARER)[0], 200)
+            slow.close()
+            soon(lambda: self.ask(*query)[0] == 200, 10)
+
     def test_while_the_host_goes_down(self) -> None:
         self.guests.lists['shutdown'] = '1 of 2 off'
         self.assertEqual(self.ask('cmd=start&target=web1', *self.BEARER),

@@ -5338,6 +5338,8 @@ REQUEST_TIMEOUT = 10.0         # from the first byte of a request to its last
 IDLE_TIMEOUT = 15.0            # between two requests of one connection
 SEND_TIMEOUT = 10.0            # for the next piece of a response ...
 SEND_PIECE = 1 << 14           # ... of so many bytes, a record of TLS: a phone may be slow
+SENDING_MAX = PICTURE_BYTES    # bytes of large answers at once, or one that is larger: each is kept
+SENDING_LARGE = 1 << 20        # ... until its client has read it, as slowly as it likes
 LINGER_TIMEOUT = 1.0           # for what a client sends on after it was refused, and for ...
 LINGER_BYTES = 1 << 20         # ... so many of it: a connection reset would take our answer away
 CONNECTIONS_MAX = 256          # threads that serve clients
@@ -5483,6 +5485,12 @@ class Reply(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     content: tuple[str, bytes] | None = None    # type and bytes of what is neither
 
+    @property
+    def weight(self) -> int:
+        """How many bytes count for SENDING_MAX."""
+        size = len(self.content[1]) if self.content else 0
+        return size if size > SENDING_LARGE else 0
+
     def rendered(self, accept: str) -> tuple[str, bytes]:
         """Return its type and bytes: JSON for those who accept that."""
         if self.content:
@@ -5617,7 +5625,8 @@ class Dispatcher:
         self.throttle = Throttle()
         # id of a guest -> its last picture, and until when that is new enough
         self.pictures: dict[str, tuple[Deadline, concurrent.futures.Future[bytes]]] = {}
-        self._painting = threading.Lock()               # guards pictures
+        self.sending = 0                                # weight of the answers on their way
+        self._painting = threading.Lock()               # guards pictures and sending
 
     def answer(self, request: Request) -> Reply:
         """Return the answer to any request, and write its audit line."""
@@ -5636,10 +5645,25 @@ class Dispatcher:
             reply = Reply(500, 'an error in vmmonitor; its log has more')
         if reply.status == 200 and not VERBS[audit.command].act:
             reply = unless_known(request, reply)
+        if not self._room(reply.weight):
+            reply = self._failure(HostAway('as many pictures as may are on their way to clients',
+                                           hint='try again in a moment'), audit.target)
         self.guests.figures.observe('request_seconds', time.monotonic() - audit.began)
         if reply.status != 304:         # a page that looks every second would fill the log
             audit.write(reply.status)
         return reply
+
+    def _room(self, weight: int) -> bool:
+        """Count an answer as one on its way, if there is room for it."""
+        with self._painting:
+            free = not (weight and self.sending) or self.sending + weight <= SENDING_MAX
+            self.sending += weight * free
+        return free
+
+    def sent(self, reply: Reply) -> None:
+        """Count an answer as one that has arrived, or never will."""
+        with self._painting:
+            self.sending -= reply.weight
 
     def _failure(self, problem: Error, target: str) -> Reply:
         """Return the answer for a command that failed, which names its guest."""
@@ -6026,8 +6050,12 @@ class ClientConnection:
             self.refuse(refusal.status, str(refusal))
             return
         self.idle = False
-        self.respond(self.server.router.answer(Request(
-            self.address, self.command, self.path, self.headers, body)))
+        reply = self.server.router.answer(Request(
+            self.address, self.command, self.path, self.headers, body))
+        try:
+            self.respond(reply)
+        finally:
+            self.server.router.sent(reply)
         self.idle = True
 
     def _head(self) -> bool:
@@ -6136,10 +6164,12 @@ class ClientConnection:
                  f'Connection: {"close" if self.close_connection else "keep-alive"}', '', '']
         if self.command == 'HEAD':
             body = b''
-        answer = '\r\n'.join(lines).encode('latin-1') + body
+        head = '\r\n'.join(lines).encode('latin-1')
+        first = max(0, SEND_PIECE - len(head))              # a whole copy could be large
         self.connection.settimeout(SEND_TIMEOUT)            # which is for all of a sendall()
-        for place in range(0, len(answer), SEND_PIECE):
-            self.connection.sendall(answer[place:place + SEND_PIECE])
+        self.connection.sendall(head + body[:first])
+        for place in range(first, len(body), SEND_PIECE):
+            self.connection.sendall(body[place:place + SEND_PIECE])
 
 
 class Listener:
