@@ -12373,7 +12373,8 @@ class Console(contextlib.AbstractContextManager['Console']):
         return b''
 
     def expect(self, pattern: str | bytes, timeout: float = 30) -> str:
-        """Read until the regular expression matches; return all up to the match's end.
+        """Read until the regular expression matches; return all up to the match's end, of the last
+        CONSOLE_BYTES.
 
         MachineError when it does not within `timeout` seconds; the next one reads that again.
         """
@@ -12384,7 +12385,7 @@ class Console(contextlib.AbstractContextManager['Console']):
             raise MachineError(f'{self.name}: {pattern!r:.80} is no pattern: {problem}',
                                'give a regular expression') from None
         while True:
-            seen += self.read()
+            seen = (seen + self.read())[-CONSOLE_BYTES:]    # a guest may write for ever
             found = compiled.search(seen)
             if found:
                 self.position -= len(seen) - found.end()
