@@ -10244,11 +10244,15 @@ class TestNetwork(Live):
         card = m.nics[0]
         assert isinstance(card, vm.VirtualNic)
         switch.connect(card)
-        subprocess.run('ip address add 10.9.7.1/24 dev lan', shell=True, check=True)
+        subprocess.run('ip address add 10.9.7.1/24 dev lan; ip address add 10.9.8.1/24 dev lan',
+                       shell=True, check=True)
+        own = socket.create_server(('10.9.8.1', 5432))      # of this host, and not of the guest
+        self.addCleanup(own.close)
         m.start()
         m.wait('agent', BOOT)
         sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; done; '
-           'ip link set eth0 up; ip address add 10.9.7.2/24 dev eth0')
+           'ip link set eth0 up; ip address add 10.9.8.1/32 dev lo; '
+           'ip address add 10.9.7.2/24 dev eth0')
         startup = vm.Startup(vm.Guests([vm.Machines()]), vm.steps([
             'wait served port 5432 1', 'wait served port 5432 30 or stop', 'start served']))
         with self.assertLogs('vmmonitor', 'INFO') as logged:

@@ -2165,8 +2165,10 @@ class Guest:
         """Tell whether it takes connections on a TCP port."""
         for address in self.addresses():
             with contextlib.suppress(OSError), \
-                    socket.create_connection((address, port), CONNECT_TIMEOUT):
-                return True
+                    socket.create_connection((address, port), CONNECT_TIMEOUT) as connection:
+                # Guests may have addresses that this host has itself, as Docker's 172.17.0.1.
+                if connection.getsockname()[0] != connection.getpeername()[0]:
+                    return True
         return False
 
     def remembered(self) -> tuple[Status, str] | None:
