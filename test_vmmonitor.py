@@ -11651,8 +11651,13 @@ class TestAsGuests(Live):
         with self.assertLogs('vmmonitor', 'WARNING') as logged, \
                 mock.patch.object(vm, 'MACHINES_POLL', 0.01):
             machines.watch(lambda event: None)
-            fine.start_vm()
-            soon(lambda: 'whole' in threads('events'))
+
+            def full(step: str) -> None:
+                if 'console.log.1' in step:
+                    raise vm.FileError('disk full')
+            with mock.patch.object(vm, 'CONSOLE_BYTES', 0), mock.patch.object(vm, 'TRACE', full):
+                fine.start_vm()                 # of which no log can be kept
+                soon(lambda: 'whole' in threads('events'))
         self.assertEqual(str(logged.output).count('mended/machine.json is damaged'), 1)
         guests = vm.Guests([machines])
         self.assertEqual([guest.name for guest in guests.all()], ['mended', 'whole'])
@@ -11660,6 +11665,14 @@ class TestAsGuests(Live):
         for call in (damaged.state, damaged.start, damaged.save, damaged.agent_state):
             with self.refused('version 99'):
                 call()
+        subprocess.run(['unshare', '-Ur', 'sh', '-c', 'echo 1 > /proc/sys/user/max_inotify_watches'
+                        ' && exec "$0" -c "$1"', sys.executable, textwrap.dedent("""
+            import vmmonitor as vm
+            changes = vm.DirectoryChanges()
+            changes.follow(vm.MACHINES_DIR)
+            changes.wait()                      # not for ever: not all can be told
+            """)], check=True, timeout=20, cwd=HERE, env={
+                **os.environ, 'VMMONITOR_MACHINES': vm.MACHINES_DIR})
         host = mock.Mock(**{'find.return_value': mock.Mock(damage=''), 'known.return_value': None})
         self.assertIs(vm.Guests([machines, host]).find('mended'), host.find.return_value)
         m = vm.Machine.load('mended', repair=True)

@@ -13256,7 +13256,8 @@ class DamagedMachine(Guest):
 
 class DirectoryChanges:
     """Tells when something changed in the directory of machines, a machine's, or its files
-    (inotify(7)). Where the kernel can't, it is time to look once in MACHINES_POLL."""
+    (inotify(7)). Where the kernel can't, or has no room for more (fs.inotify.max_user_watches), it
+    is time to look once in MACHINES_POLL."""
 
     # IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE; IN_MODIFY
     NAMES, WRITES = 0x4 | 0x40 | 0x80 | 0x100 | 0x200, 0x2
@@ -13266,9 +13267,11 @@ class DirectoryChanges:
         self.bell, self.other = socket.socketpair()     # of ring()
         self.bell.setblocking(False)
         self.fd = -1
+        self.blind = False                              # not all that was to be told will be
 
     def follow(self, root: str) -> None:
         """Have changes of `root` told, or of what is there of the way to it."""
+        self.blind = False
         if self.fd < 0:
             self.fd = self.libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         for path in (root, *map(str, Path(root).parents)):
@@ -13280,12 +13283,15 @@ class DirectoryChanges:
                 self._add(os.path.join(root, name, file), self.WRITES)
 
     def _add(self, path: str, events: int) -> bool:
-        return bool(self.libc.inotify_add_watch(self.fd, os.fsencode(path), events) >= 0)
+        added = self.libc.inotify_add_watch(self.fd, os.fsencode(path), events) >= 0
+        self.blind |= not added and ctypes.get_errno() in (
+            errno.EBADF, errno.ENOMEM, errno.ENOSPC)
+        return bool(added)
 
     def wait(self) -> None:
         """Wait for a change or for ring()."""
         told = [self.bell.fileno(), self.fd]
-        select.select(told[:1 + (self.fd >= 0)], [], [], None if self.fd >= 0 else MACHINES_POLL)
+        select.select(told[:1 + (self.fd >= 0)], [], [], MACHINES_POLL if self.blind else None)
         with contextlib.suppress(OSError):
             self.bell.recv(4096)
         with contextlib.suppress(OSError):
@@ -13381,7 +13387,6 @@ class Machines:
         if isinstance(machine, DamagedMachine):
             raise machine.problem
         if isinstance(machine, Machine) and machine.is_alive():
-            machine.qemu.trim_console()
             if machine.name not in self._followed:
                 self._followed[machine.name] = machine, None
                 try:
@@ -13390,6 +13395,7 @@ class Machines:
                     del self._followed[machine.name]
                     self._ring()
                     raise
+            machine.qemu.trim_console()                 # which a full disk may not let us
 
     def _follow(self, machine: Machine, kind: str, receive: Callable[[GuestEvent], None]) -> None:
         why = ''
