@@ -17252,6 +17252,17 @@ def side_by_side(groups: Sequence[str], strict: bool) -> int:
     return 0 if all(passed for passed, _, _ in results) else 1
 
 
+def setUpModule() -> None:
+    """Have no test see this host's own machines, such as one that stops all."""
+    place = tempfile.mkdtemp(prefix=OURS)
+    os.chmod(place, 0o755)
+    unittest.addModuleCleanup(shutil.rmtree, place)
+    for patch in (mock.patch.object(vm, 'MACHINES_DIR', f'{place}/machines'),
+                  mock.patch.dict(os.environ, VMMONITOR_MACHINES=f'{place}/machines')):
+        patch.start()
+        unittest.addModuleCleanup(patch.stop)
+
+
 def left_behind(run: int = os.getpid()) -> set[str]:
     """Return what a run has left: its files, and the processes of its guests."""
     ours = f'vmmonitor-{run}-'
