@@ -12418,12 +12418,21 @@ class CommandLineTest(ConfigCase):
                 (('--fly',), 'unrecognized arguments: --fly'),
                 (('strat', 'web1'), "argument VERB: invalid choice: 'strat'"),
                 (('off',), 'off: no guest is named; name some, or say --all'),
+                (('status', 'lab.json'), 'lab.json: no such file; write one'),
                 (('metrics',), "argument VERB: invalid choice: 'metrics'")):
             with self.subTest(arguments=arguments):
                 status, out, err = vmmonitor(*arguments)
                 self.assertEqual((status, out), (2, ''), err)
                 self.assertIn(text, err)
                 self.assertNotIn('Traceback', err)
+
+    def test_an_old_python(self) -> None:
+        old = ('import runpy, sys; sys.version_info = (3, 8, 18)\n'
+               f'runpy.run_path({str(HERE / "vmmonitor.py")!r})')
+        done = subprocess.run([sys.executable, '-c', old], stderr=subprocess.PIPE, timeout=60,
+                              check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, b'^vmmonitor needs Python 3.9 or later, and this is .*\n$')
 
     def test_console_without_virsh(self) -> None:
         config = self.write({'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False}})
@@ -12438,6 +12447,12 @@ class CommandLineTest(ConfigCase):
         status, out, err = vmmonitor('list', '--names', '--config', config, env={
             'PYTHONIOENCODING': 'ascii'})
         self.assertEqual((status, out, err), (0, 'b\\xfccher \\u65e5\n', ''))
+
+    def test_a_lab_among_guests(self) -> None:
+        config = self.write({'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False}})
+        status, out, err = vmmonitor('status', 'test', 'lab.json', '--config', config)
+        self.assertEqual((status, out), (1, ''))
+        self.assertIn('no guest is named lab.json', err)
 
     def test_one_that_is_damaged_or_away_hides_no_other(self) -> None:
         machines = self.directory / 'machines'

@@ -103,6 +103,8 @@ from __future__ import annotations
 
 import sys
 
+if sys.version_info < (3, 9):             # noqa: UP036  # else it would be a traceback
+    sys.exit('vmmonitor needs Python 3.9 or later, and this is ' + sys.version.split()[0])
 if __name__ == '__main__' and not getattr(sys.flags, 'safe_path', sys.flags.isolated):
     del sys.path[0]     # the directory of this file: what else lies there is no module of it
 
@@ -15815,7 +15817,7 @@ def dispatch_verb(options: argparse.Namespace) -> int:
         return command_log(''.join(options.names or ()))
     if options.verb == 'capture':
         return command_capture(options)
-    if options.verb == 'status' and ''.join(options.names).endswith('.json'):
+    if options.verb == 'status' and [name[-5:] for name in options.names] == ['.json']:
         options.lab = options.names.pop()       # no guest's name, but a lab's file
     if 'lab' in options:
         return command_lab(options)
