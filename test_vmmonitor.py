@@ -8511,8 +8511,18 @@ class TestHarddrive(Case):
         with mock.patch.object(Path, 'is_block_device', return_value=True):
             self.assertIn('"driver": "host_device"', drive.qemu_string)
             self.assertIn('"driver": "host_device"', vm.CD(path).qemu_string)
+            refusal = OSError(errno.EPERM, os.strerror(errno.EPERM), path)      # by the unit
+            with mock.patch.object(os, 'open', side_effect=refusal), \
+                    self.refused('not permitted', f'DeviceAllow={path} rw'):
+                vm.readable(path)
         self.assertIn('"driver": "file"', drive.qemu_string)
-        made = subprocess.run(['losetup', '-f', '--show', path], capture_output=True, text=True)
+        os.symlink('/dev/vmm-none', node)               # a volume that is not active
+        for absent in (node, '/dev/vmm-none'):
+            with self.refused('no such device', 'activate it'):
+                vm.Harddrive(absent, format='raw', size=0.001)
+        os.unlink(node)
+        made = subprocess.run(f'losetup -f --show {path}', shell=True, capture_output=True,
+                              text=True)
         if made.returncode:                             # a container's host has none for it
             return
         device = made.stdout.strip()

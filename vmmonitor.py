@@ -858,7 +858,9 @@ def open_file(path: str, mode: int = os.O_RDONLY) -> int:
     try:
         fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)     # a FIFO would hold us
     except OSError as problem:
-        raise FileError(explain(problem), 'put it back, or name another') from None
+        kept = problem.errno == errno.EPERM and Path(path).is_block_device()
+        raise FileError(explain(problem), 'systemctl edit vmmonitor: [Service] and DeviceAllow='
+                        f'{path} rw' if kept else 'put it back, or name another') from None
     if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
         os.close(fd)
         raise FileError(f'{path}: is no file', 'name a file or a block device')
@@ -9083,6 +9085,9 @@ class Harddrive:
         """Create the image, of `size` GiB, if it is absent (qemu-img create), and check it."""
         wanted = self._bytes(size)
         if not os.path.exists(self.filename):
+            if re.match('/dev/(?!shm/)', os.path.realpath(self.filename)):  # a file would be in RAM
+                raise DiskError(f'{self.filename}: no such device',
+                                'activate it first, as by lvchange -ay, or name a file elsewhere')
             base = self.backing.info()['virtual-size'] if self.backing else 0
             made_once(self.filename, self._write, max(wanted, base))
         elif self.format == 'raw':
