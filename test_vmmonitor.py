@@ -8993,10 +8993,17 @@ class TestFromImage(Live):
                 m.start()
                 m.delete(force=True)
                 self.assertTrue(os.path.exists(drive.filename))
-        make = functools.partial(vm.Machine.from_image, 'of-two', self.path('b.qcow2'), 'me',
-                                 self.KEY, size=0.01, memory=64)
+        def make(image: str = self.path('b.qcow2')) -> vm.Machine:
+            return vm.Machine.from_image('of-two', image, 'me', self.KEY, size=0.01, memory=64)
         with at_step('write .*of-two-seed', make):      # by two programs at once
             self.assertEqual(make().id, vm.Machine.load('of-two').id)
+        disc = vm.Machine.load('of-two').cd.filename
+        for path in (disc, self.path('of-two.qcow2'), self.path('b.qcow2')):
+            os.chown(path, 65534, 65534)                # as another user has put it there, in /tmp
+            with self.subTest(path), self.refused(path, 'is of the user 65534'):
+                make(self.path('b.qcow2.xz'))
+            os.chown(path, 0, 0)
+        self.assertEqual(make().id, vm.Machine.load('of-two').id)
         os.unlink(raw)
         unpack = functools.partial(vm.base_image, f'{raw}.xz')
         with at_step(f'write {raw}', unpack):

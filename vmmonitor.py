@@ -9005,12 +9005,11 @@ def holder_of(path: str, but: int = 0) -> str:
     return ''
 
 
-def own_link(path: str) -> bool:
-    """Tell whether there is a link, of root or this user: it may stand in /tmp."""
-    with contextlib.suppress(OSError):
-        info = os.lstat(path)
-        return stat.S_ISLNK(info.st_mode) and info.st_uid in (0, os.geteuid())
-    return False
+def is_planted(path: str, image: str = '/') -> bool:
+    """Tell whether a file, or a link itself, is neither ours, nor root's, nor of who has its
+    directory, or the image that it goes with: in /tmp, others foresee its name."""
+    return os.lstat(path).st_uid not in (0, os.geteuid(), *(
+        os.stat(place).st_uid for place in (os.path.dirname(path), image)))
 
 
 def _is_file(one: str, other: str) -> bool:
@@ -9099,8 +9098,8 @@ class Harddrive:
         header = qcow2_header(self.filename) if base and replace else None
         if header:                              # the name in it may be relative
             base[1:2] = [header.backing, '-u']
-        path = os.path.realpath(self.filename) if replace or own_link(self.filename) \
-            else self.filename                  # what another user's link names, is not made
+        link = os.path.islink(self.filename) and not is_planted(self.filename)
+        path = os.path.realpath(self.filename) if replace or link else self.filename
         with whole_file(path, replace) as file:
             self._img('create', '-q', '-f', self.format, *kind, *base, fd_path(file), str(size),
                       keep=[file])
@@ -9355,11 +9354,20 @@ def base_image(filename: str | os.PathLike[str]) -> Harddrive:
         elif os.stat(packed).st_mtime > os.stat(path).st_mtime:
             log.warning('%s is older than %s, and used as it is; remove it to have that unpacked',
                         path, packed)
+        require_not_planted(path, packed)
     form = 'qcow2' if qcow2_header(path) else 'raw'
     what, remedy = foreign(path) if form == 'raw' else ('', '')
     if what:
         raise DiskError(f'{path}: not a disk image, but {what}', remedy)
     return Harddrive(path, format=form)
+
+
+def require_not_planted(path: str, image: str) -> None:
+    """Raise DiskError for what goes with an image, and was not named, if it is_planted()."""
+    if is_planted(path, image):
+        raise DiskError(f'{path}: is of the user {os.lstat(path).st_uid}, who can have written '
+                        'anything into it', 'remove it, and put the image where nobody else may '
+                        'write')
 
 
 def _unpack(packed: str, path: str) -> None:
@@ -12918,7 +12926,8 @@ class Machine(Guest):
 
         Its disk, of at least `size` GiB, is a thin copy beside the image, or `disk`; cloud-init
         gets a CD beside that: a `user` with the public `ssh_key` (text, or a file), or your own
-        `user_data`, and `network_config`. `options` are Machine's. What is there already stays.
+        `user_data`, and `network_config`. `options` are Machine's. What is there already stays,
+        and is refused if another user has put it there, as in /tmp.
         """
         if bool(ssh_key) == bool(user_data) or user and user_data:
             raise MachineError(f'machine {name!r:.80}: nobody could log in, or not only as told',
@@ -12934,11 +12943,14 @@ class Machine(Guest):
                                'name the machine otherwise, or another file as disk=')
         require_disks(name, [path])
         drive = Harddrive(path, size, backing=base)
+        if not disk:
+            require_not_planted(path, image_path(image))
         # cloud-init looks at all of it anew when the name of the instance is another one.
         digest = hashlib.sha256(f'{name}\0{data}\0{network_config}'.encode()).hexdigest()[:8]
         seed = f'{os.path.splitext(path)[0]}-seed-{digest}.iso'
         new = not os.path.exists(seed) and made_once(seed, CD.seed, data, json.dumps({
             'instance-id': f'{name}-{digest}', 'local-hostname': name}), seed, network_config)
+        require_not_planted(seed, image_path(image))
         more = _several(options.pop('harddrives', None))
         try:
             return cls(name, harddrives=[drive, *more], cd=seed, **options)
