@@ -8505,7 +8505,8 @@ class TestHarddrive(Case):
     def test_block_device(self) -> None:
         """Such as a volume of LVM; QEMU has another driver for it. What is on it stays, when this
         host or a QEMU has it: libvirt's have a node of their own, and locks on that."""
-        path, node = self.path('volume'), self.path('of-libvirt')
+        path, node = self.path('volume'), f'/dev/vmm-test-{os.getpid()}'
+        self.addCleanup(vm.remove_file, node)
         subprocess.run(['truncate', '-s', '8M', path], check=True)
         drive = vm.Harddrive(path, format='raw')
         with mock.patch.object(Path, 'is_block_device', return_value=True):
@@ -8516,11 +8517,10 @@ class TestHarddrive(Case):
                     self.refused('not permitted', f'DeviceAllow={path} rw'):
                 vm.readable(path)
         self.assertIn('"driver": "file"', drive.qemu_string)
-        os.symlink('/dev/vmm-none', node)               # a volume that is not active
-        for absent in (node, '/dev/vmm-none'):
+        os.symlink(node, self.path('link'))             # of a volume that is not active
+        for absent in (node, self.path('link')):
             with self.refused('no such device', 'activate it'):
                 vm.Harddrive(absent, format='raw', size=0.001)
-        os.unlink(node)
         made = subprocess.run(f'losetup -f --show {path}', shell=True, capture_output=True,
                               text=True)
         if made.returncode:                             # a container's host has none for it

@@ -8990,15 +8990,21 @@ def holder_of(path: str, but: int = 0) -> str:
     """Return who has locked a file, by its machine, program and process, or '' where this process
     may not see it (/proc/PID/fdinfo); other than this process and the one `but`. Of a device, that
     may be the host itself."""
-    if Path(path).is_block_device():
+    device = Path(path).is_block_device()
+    if device:
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
         except OSError as problem:
             if problem.errno == errno.EBUSY:
                 return 'this host (a file system, swap, LVM or the like that is on it)'
+
+    def is_it(fd: str) -> bool:     # whatever else is open may be on a file server that hangs
+        with contextlib.suppress(OSError):
+            return (not device or os.readlink(fd).startswith('/dev/')) and _is_file(fd, path)
+        return False
     for process in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(OSError):
-            mine = [fd.name for fd in (process / 'fd').iterdir() if _is_file(str(fd), path)]
+            mine = [fd.name for fd in (process / 'fd').iterdir() if is_it(str(fd))]
             if int(process.name) not in (os.getpid(), but) and any(
                     'lock:' in (process / 'fdinfo' / fd).read_text() for fd in mine):
                 return process_name(process.name)
