@@ -11694,6 +11694,9 @@ class TestAsGuests(Live):
         vm.in_thread('waits', changes.wait).result(10)      # not for ever: not all can be told
         host = mock.Mock(**{'find.return_value': mock.Mock(damage=''), 'known.return_value': None})
         self.assertIs(vm.Guests([machines, host]).find('mended'), host.find.return_value)
+        with at_step('write .*/mended/machine.json', vm.FileError('disk full')), \
+                self.refused('disk full'):
+            vm.Machine.load('mended', repair=True)
         m = vm.Machine.load('mended', repair=True)
         self.assertEqual([m.harddrives[0].filename, m.start()], [disk.filename, 'started'])
         self.assertEqual(json.loads(Path(f'{path}.damaged').read_text())['version'], 99)

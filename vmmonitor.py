@@ -9995,8 +9995,9 @@ class MachineFile:
                 f'{path}: there is no copy to put back: {explain(problem)}',
                 'make the machine anew of its disks, which stay where they are, when '
                 f'machines.find({name!r}).delete() has forgotten this one') from None
-        os.replace(path, f'{path}.damaged')
-        write_whole(path, spec.json())
+        remove_file(f'{path}.damaged')
+        os.link(path, f'{path}.damaged')
+        write_whole(path, spec.json(), replace=True)    # without one, nobody knows of the machine
         return cls(home, spec)
 
     def forget(self) -> None:
