@@ -1100,7 +1100,7 @@ class ScriptedGuest(vm.Guest):
         self.delay = 0.0                                    # seconds one way ...
         self.delays: list[float] = []                       # ... of the next agent calls
         self.grain = 1                                      # ns of the tick of its clock
-        self.troubles: list[str | vm.Error] = []            # of the next agent calls
+        self.troubles: list[str | Exception] = []            # of the next agent calls
         self.condition = vm.State.RUNNING
 
     def status(self) -> vm.Status:
@@ -4153,7 +4153,8 @@ class MonitorTest(Case):
         of these that there is no line to libvirt for another one."""
         self.settings.config = vm.Config(agent_wait=0.1)
         for trouble in ('the agent is in frozen state', 'guest agent is not responding',
-                        vm.Busy('libvirt gave no answer to earlier calls')):
+                        vm.Busy('libvirt gave no answer to earlier calls'),
+                        OSError(errno.EMFILE, 'Too many open files')):
             self.guest.troubles, self.guest.offset = [trouble] * 9, -3 * vm.SECOND
             with mock.patch.object(vm, 'UNTOLD_PAUSE', 0.1), \
                     self.assertLogs('vmmonitor', 'INFO') as logged:
@@ -4184,6 +4185,8 @@ class MonitorTest(Case):
     def test_what_an_event_ends_waits_no_longer(self) -> None:
         self.settings.config = vm.Config(agent_wait=0.1)
         host, self.guest.troubles = self.monitor.guests.hosts[0], [vm.HostAway('stopped')] * 1000
+        with mock.patch.object(host, 'all', side_effect=OSError(errno.EMFILE, 'too many files')):
+            self.assertEqual(self.monitor.trigger_all('host slept', [host]), [host])
         host.up.clear()                     # its guests are checked when it is back
         self.send('restored')
         self.settle()

@@ -4126,8 +4126,9 @@ class Guests:
             except concurrent.futures.TimeoutError:
                 answers[host] = HostAway(f'{host.name} does not answer',
                                          hint='try again in a moment')
-            except Error as problem:
-                answers[host] = problem
+            except (Error, OSError) as failed:          # such as too many open files here
+                answers[host] = problem = failed if isinstance(failed, Error) else HostAway(
+                    f'{host.name}: {explain(failed)}', hint='see what this host is short of')
                 if host.prefix and host.name not in problem.message:
                     problem.message = f'{host.name}: {problem.message}'
         return [(host, answers[host]) for host in hosts]
@@ -4538,14 +4539,16 @@ class Monitor:
             if isinstance(problem, HostAway) and self.guests.connected(guest):
                 self._run_again(job, UNTOLD_PAUSE)
             return
-        except Error as problem:
-            kind = self.guests.uncorrected(guest, job.event.kind, problem)
+        except (Error, OSError) as failed:      # such as too many open files, which ends, too
+            trouble = failed if isinstance(failed, Error) else Busy(
+                f'{guest.name}: {explain(failed)}', 'see what this host is short of')
+            kind = self.guests.uncorrected(guest, job.event.kind, trouble)
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
-                           f'{explain(problem)}')
+                           f'{explain(trouble)}')
             # No event tells when the agent comes back and takes a late setting, nor when it answers
             # again, its file systems are thawed, agents that hang leave a line to libvirt, or a
             # guest that was too busy, or had no memory left, no longer is.
-            if result.late or kind in self.UNTOLD or isinstance(problem, Busy):
+            if result.late or kind in self.UNTOLD or isinstance(trouble, Busy):
                 self._run_again(job, 0 if result.late else UNTOLD_PAUSE)
             elif kind in ('clock', 'refused'):
                 self._run_again(job, UNSET_PAUSE)
