@@ -5360,7 +5360,7 @@ COMMAND_TIMEOUT = 300.0        # how long a request waits for its command, unles
 LIST_TIMEOUT = 18.0            # for the names of all guests; ANSWER_TIMEOUT is for the rest, too
 STATE_TIMEOUT = 2.0            # for the state that is told with an answer
 REFUSAL_TIMEOUT = 0.05         # with wait=0: long enough to hear that it was refused at once
-WAITING_MAX = 8                # requests that wait for another command on a guest: each is a
+WAITING_MAX = 32               # requests that wait for another command on a guest: each is a
 #                                thread, also when its client has long had its 202
 WRONG_KEYS = 10                # wrong keys from one address within ...
 WRONG_KEYS_WINDOW = 60.0       # ... this time; then 429 until the window is over
