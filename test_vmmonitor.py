@@ -3862,6 +3862,12 @@ class HostsTest(ConfigCase):
         self.alpha.links = 1
         vm.spawn('restart', lambda: time.sleep(0.3) or self.alpha.up.set())     # type: ignore
         self.assertEqual((self.goes_down(['off db']).away, off), ([], ['alpha/db']))
+        guest = self.alpha.guests['db']
+        assert isinstance(guest, ScriptedGuest)
+        guest.condition = vm.State.RUNNING
+        with mock.patch.object(guest, 'shut_down', side_effect=OSError(errno.EMFILE, 'no more')):
+            self.assertEqual((self.goes_down(['stop db 2 or off']).failed, off),
+                             ({}, ['alpha/db'] * 2))
 
     def test_the_way_down_while_a_guest_is_started(self) -> None:
         """It is off yet, and on a moment later; its line waits for that as long as for its end."""
@@ -4930,7 +4936,8 @@ class StartupTest(Case):
         def fail() -> str:
             moments.append(time.monotonic())
             if len(moments) < 3:
-                raise vm.LibvirtError('no memory')
+                raise (OSError(errno.EMFILE, 'no more files'), vm.LibvirtError('no memory')
+                       )[len(moments) - 1]
             return 'started'
         broken.start = fail             # type: ignore[method-assign]
         with mock.patch.object(vm, 'START_RETRY_PAUSE', 0.2), \

@@ -395,6 +395,12 @@ def explain(problem: BaseException) -> str:
     return f'{type(problem).__name__}: {problem}'
 
 
+def as_error(problem: Exception, kind: type[Error] = Error) -> Error:
+    """Return what went wrong as an Error, of that kind if it is none yet: for where an OSError of
+    this host, such as too many open files, must not end what goes on."""
+    return problem if isinstance(problem, Error) else kind(explain(problem))
+
+
 def told(problem: Error, guest: str = '') -> dict[str, str]:
     """Return an error for programs, which must not take a sentence apart to know the guest; the
     sentence names it, too."""
@@ -4126,9 +4132,8 @@ class Guests:
             except concurrent.futures.TimeoutError:
                 answers[host] = HostAway(f'{host.name} does not answer',
                                          hint='try again in a moment')
-            except (Error, OSError) as failed:          # such as too many open files here
-                answers[host] = problem = failed if isinstance(failed, Error) else HostAway(
-                    f'{host.name}: {explain(failed)}', hint='see what this host is short of')
+            except (Error, OSError) as failed:
+                answers[host] = problem = as_error(failed, HostAway)
                 if host.prefix and host.name not in problem.message:
                     problem.message = f'{host.name}: {problem.message}'
         return [(host, answers[host]) for host in hosts]
@@ -4288,7 +4293,7 @@ class Guests:
             try:
                 says = self._sync(guest) if action == 'sync' else self.ACTIONS[action](guest)
             except Exception as problem:
-                error = problem if isinstance(problem, Error) else Error(explain(problem))
+                error = as_error(problem)
                 self.commands[guest.id] = {**known, **told(error)}
                 self.figures.count('commands_total', action, type(problem).__name__)
                 if kind and tell:
@@ -4539,9 +4544,8 @@ class Monitor:
             if isinstance(problem, HostAway) and self.guests.connected(guest):
                 self._run_again(job, UNTOLD_PAUSE)
             return
-        except (Error, OSError) as failed:      # such as too many open files, which ends, too
-            trouble = failed if isinstance(failed, Error) else Busy(
-                f'{guest.name}: {explain(failed)}', 'see what this host is short of')
+        except (Error, OSError) as failed:
+            trouble = as_error(failed, Busy)
             kind = self.guests.uncorrected(guest, job.event.kind, trouble)
             self._complain(guest, kind, f'clock not corrected after "{job.event.kind}": '
                            f'{explain(trouble)}')
@@ -4792,11 +4796,11 @@ class Startup(GuestList):
                 if self.stopping.is_set():          # the way down has looked who is on
                     return
                 says = self.guests.act('start', guest, tell=False)
-            except Error as problem:
+            except (Error, OSError) as problem:
                 self.failed[name] = explain(problem)
                 left = START_RETRIES - attempt
                 if not left:
-                    self.guests.notices.begin('start', about, problem)
+                    self.guests.notices.begin('start', about, as_error(problem))
                 log.log(logging.WARNING if left else logging.ERROR,
                         'startup: start %s failed: %s; %s', name, explain(problem),
                         f'{left} more tries' if left else 'given up')
@@ -4934,7 +4938,7 @@ class Shutdown(GuestList):
                     self._on.pop(name, None)
                     break
                 self.failed[name] = f'did not shut down within {round(patience, 1):g} s'
-            except Error as problem:
+            except (Error, OSError) as problem:
                 self.failed[name] = explain(problem)
             log.warning('shutdown: %s %s: %s', verb, name, self.failed[name])
         self._waits.pop(name, None)
