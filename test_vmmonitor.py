@@ -6530,6 +6530,12 @@ class TestOwnership(NetCase):
         with self.assertLogs('vmmonitor', 'WARNING'):
             self.assertEqual(vm.clean(['way']), {})
         vm.clean(['spare', 'out', 'way'], force=True)
+        spare = vm.Switch('spare')
+        ip('link add link spare name on-it type macvtap')   # of others, as a VLAN would be
+        with self.refused('spare: on-it uses it', kind=vm.InUse):
+            spare.delete()
+        ip('link del on-it')
+        spare.delete()
         vm.Router('vnet0').delete()                         # a VPN's, which goes on when it is back
         vm.clean(['lan', far.name], force=True)
         self.assertEqual(set(self.records()), {near.name, 'netns/web1'})

@@ -7192,6 +7192,8 @@ class Transaction:
             who = taps.get(f'/dev/tap{link.index}' if link.kind == 'macvtap' else link.name)
             if who and link.name not in trunks:     # as a VPN's is, which gets it back
                 used.update(dict.fromkeys({link.name, link.below[0] or ''} & links.keys(), who))
+            elif link.kind != 'veth' and not link.ours():   # a VLAN's and the like would go with it
+                used.update((name, link.name) for name in self.records if name in link.below)
         for name, row in self.records.items():
             layout = row.facts.get('layout')
             tap = f'/dev/tap{row.facts.get("index")}' if layout == 'macvtap' else name
