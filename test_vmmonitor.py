@@ -3493,7 +3493,8 @@ class NoticesTest(ConfigCase):
         self.enter(mock.patch.multiple(vm, TROUBLED_MOMENT=0.05, LOOK_PAUSE=0.05))
         # Its host answers for a moment only: it is looked at again.
         guest.status = mock.Mock(side_effect=[              # type: ignore[method-assign]
-            vm.HostAway('busy'), vm.HostAway('busy'), vm.Status(vm.State.OFF, vm.FAILED)])
+            vm.HostAway('busy'), OSError(errno.EMFILE, 'no more files'),
+            vm.Status(vm.State.OFF, vm.FAILED)])
         guests.heard(vm.GuestEvent(guest, 'stopped', 0.0))
         soon(lambda: guests.notices.troubled() == [guest], 5, 'that it crashed')
         soon(lambda: not threads('look'), 5)

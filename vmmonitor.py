@@ -4262,7 +4262,7 @@ class Guests:
                 self.commands, self.offsets, self.corrections, self.leads)
             for known in kept:
                 known.pop(guest.id, None)
-        except (GuestError, LibvirtError) as problem:   # it may hang, and its host be there
+        except (GuestError, LibvirtError, OSError) as problem:  # it may hang, its host be there
             log.debug('%s: %s', guest.name, explain(problem))
             return False
         else:
