@@ -9363,6 +9363,8 @@ class TestLife(Live):
         m = vm.Machine.load('orphan')
         self.assertEqual((m.state(), m.pid()), (vm.State.RUNNING, int(done.stdout)))
         self.assertEqual(m.start_vm(), 'already running')
+        m.freeze()
+        self.assertEqual(m.start_vm(), 'already paused')
         self.assertEqual(m.harddrives[0].filename, self.path('o.qcow2'))
         m.stop(force=True)
 
@@ -9703,7 +9705,7 @@ class TestAttacks(Live):
         known = json.loads(record.read_text())
         record.write_text(json.dumps({**known, 'pid': 0, 'started': ''}))
         self.assertEqual(m.pid(), known['pid'])
-        self.assertEqual(m.start_vm(), 'already running')
+        self.assertEqual(m.start_vm(), 'already paused')        # start() lets it go on
         m.delete(force=True)
 
     def test_killed_before_its_cd_was_in(self) -> None:

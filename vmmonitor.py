@@ -12661,7 +12661,7 @@ class Power(DevicesPart):
         with self.file.change():
             if self.qemu.is_alive():
                 if self.spec.memory_at is not MemoryAt.SAVED:
-                    return 'already running'
+                    return f'already {self.qemu.state().value}'
                 self.qemu.end()                 # of a save or restore that was killed midway
             for device in [row for row in self.spec.devices if row.pending]:
                 self.devices.drop(device)
