@@ -6499,6 +6499,12 @@ class TestOwnership(NetCase):
         self.addCleanup(qemu.communicate)
         for fd in fds:
             os.close(fd)
+        namesake = subprocess.Popen(                # a tap of that name in another namespace
+            ['unshare', '-n', sys.executable, '-c', 'import vmmonitor\n'
+             f'tap = vmmonitor.tap_open({plain.name!r})\nprint(tap, flush=True)\ninput()'],
+            cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(namesake.communicate, b'\n')
+        self.assertTrue(namesake.stdout and namesake.stdout.readline())
         before = self.records().keys()
         for thing in (used, lan, dmz, far, near, vm.Namespace('web1')):
             with self.subTest(thing), self.refused(': machine web (', 'uses it', 'stop that first',

@@ -7188,6 +7188,9 @@ class Transaction:
         used = dict.fromkeys(self.registry.damaged.keys() & links.keys(), 'something unknown')
         taps = open_taps() if self.records else {}
         trunks = {name for row in self.records.values() for name in row.taken()}
+        for link in links.values():                 # it is not open: another namespace's one is
+            if link.admin == 'up' and 'LOWER_UP' not in link.flags:     # as soon as one is open
+                taps.pop(link.name, None)
         for link in links.values():                 # of others, such as libvirt
             who = taps.get(f'/dev/tap{link.index}' if link.kind == 'macvtap' else link.name)
             if who and link.name not in trunks:     # as a VPN's is, which gets it back
