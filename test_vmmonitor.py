@@ -11708,15 +11708,17 @@ class TestAsGuests(Live):
             with self.refused('version 99'):
                 call()
 
-        def no_room(*_: Any) -> int:            # fs.inotify.max_user_watches
-            ctypes.set_errno(errno.ENOSPC)
-            return -1
-        changes = vm.DirectoryChanges()
-        self.addCleanup(changes.close)
-        changes.libc = mock.Mock(inotify_add_watch=no_room,
-                                 inotify_init1=changes.libc.inotify_init1)
-        changes.follow(vm.MACHINES_DIR)
-        vm.in_thread('waits', changes.wait).result(10)      # not for ever: not all can be told
+        for code in errno.ENOSPC, errno.ENOSYS:  # fs.inotify.max_user_watches; no inotify
+            def refuse(*_: Any, code: int = code) -> int:
+                ctypes.set_errno(code)
+                return -1
+            changes = vm.DirectoryChanges()
+            self.addCleanup(changes.close)
+            changes.libc = mock.Mock(
+                inotify_add_watch=refuse, inotify_init1=refuse if code == errno.ENOSYS
+                else changes.libc.inotify_init1)
+            changes.follow(vm.MACHINES_DIR)
+            vm.in_thread('waits', changes.wait).result(10)  # not for ever: not all can be told
         host = mock.Mock(**{'find.return_value': mock.Mock(damage=''), 'known.return_value': None})
         self.assertIs(vm.Guests([machines, host]).find('mended'), host.find.return_value)
         with at_step('write .*/mended/machine.json', vm.FileError('disk full')), \

@@ -13309,9 +13309,9 @@ class DirectoryChanges:
 
     def follow(self, root: str) -> None:
         """Have changes of `root` told, or of what is there of the way to it."""
-        self.blind = False
         if self.fd < 0:
             self.fd = self.libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.blind = self.fd < 0
         for path in (root, *map(str, Path(root).parents)):
             if self._add(path, self.NAMES):
                 break
@@ -13322,8 +13322,7 @@ class DirectoryChanges:
 
     def _add(self, path: str, events: int) -> bool:
         added = self.libc.inotify_add_watch(self.fd, os.fsencode(path), events) >= 0
-        self.blind |= not added and ctypes.get_errno() in (
-            errno.EBADF, errno.ENOMEM, errno.ENOSPC)
+        self.blind |= not added and ctypes.get_errno() in (errno.ENOMEM, errno.ENOSPC)
         return bool(added)
 
     def wait(self) -> None:
