@@ -8532,14 +8532,21 @@ class TestHarddrive(Case):
         self.addCleanup(vm.remove_file, node)
         subprocess.run(['truncate', '-s', '8M', path], check=True)
         drive = vm.Harddrive(path, format='raw')
-        with mock.patch.object(Path, 'is_block_device', return_value=True):
+        with mock.patch.object(vm, 'is_device', return_value=True):
             self.assertIn('"driver": "host_device"', drive.qemu_string)
             self.assertIn('"driver": "host_device"', vm.CD(path).qemu_string)
             refusal = OSError(errno.EPERM, os.strerror(errno.EPERM), path)      # by the unit
             with mock.patch.object(os, 'open', side_effect=refusal), \
                     self.refused('not permitted', f'DeviceAllow={path} rw'):
                 vm.readable(path)
-        self.assertIn('"driver": "file"', drive.qemu_string)
+        os.chmod(os.path.dirname(path), 0o700)
+        os.seteuid(65534)                               # who can't look whether it is one
+        try:
+            self.assertIn('"driver": "file"', drive.qemu_string)
+            with self.refused(path, 'Permission denied'):
+                drive.in_use()
+        finally:
+            os.seteuid(0)
         os.symlink(node, self.path('link'))             # of a volume that is not active
         for absent in (node, self.path('link')):
             with self.refused('no such device', 'activate it'):

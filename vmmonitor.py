@@ -859,12 +859,19 @@ def fd_path(fd: int) -> str:
     return f'/proc/self/fd/{fd}'
 
 
+def is_device(path: str) -> bool:
+    """Tell whether it is a block device; not, where this user may not look (pathlib raises)."""
+    with contextlib.suppress(OSError):
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    return False
+
+
 def open_file(path: str, mode: int = os.O_RDONLY) -> int:
     """Return a descriptor of a file or block device, to read it; FileError if it can't be had."""
     try:
         fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)     # a FIFO would hold us
     except OSError as problem:
-        kept = problem.errno == errno.EPERM and Path(path).is_block_device()
+        kept = problem.errno == errno.EPERM and is_device(path)
         raise FileError(explain(problem), 'systemctl edit vmmonitor: [Service] and DeviceAllow='
                         f'{path} rw' if kept else 'put it back, or name another') from None
     if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
@@ -8985,7 +8992,7 @@ def foreign(path: str) -> tuple[str, str]:
 
 def file_driver(path: str) -> str:
     """Return QEMU's driver for a file, or for a block device, such as a volume of LVM."""
-    return 'host_device' if Path(path).is_block_device() else 'file'
+    return 'host_device' if is_device(path) else 'file'
 
 
 def warn_of_foreign(path: str, use: str) -> None:
@@ -9002,7 +9009,7 @@ def holder_of(path: str, but: int = 0) -> str:
     """Return who has locked a file, by its machine, program and process, or '' where this process
     may not see it (/proc/PID/fdinfo); other than this process and the one `but`. Of a device, that
     may be the host itself."""
-    device = Path(path).is_block_device()
+    device = is_device(path)
     if device:
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
@@ -9202,7 +9209,7 @@ class Harddrive:
         return False
 
     def _is_device_in_use(self) -> bool:        # a QEMU's locks are on its node of the device
-        return Path(self.filename).is_block_device() and bool(holder_of(self.filename))
+        return is_device(self.filename) and bool(holder_of(self.filename))
 
     @contextlib.contextmanager
     def _kept_free(self) -> Iterator[None]:
