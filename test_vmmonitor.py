@@ -9736,8 +9736,10 @@ class TestAttacks(Live):
             os.truncate(m.file.path(name), 1 << 40)     # as it can, by the descriptor it has
         self.assertLessEqual(len(m.console().read()), vm.CONSOLE_BYTES)
         self.assertLess(len(m.qemu.last_words()), 3 * vm.LAST_WORDS + 20)
-        with mock.patch.object(vm, 'CONSOLE_BYTES', 1000), self.refused('on the console within'):
-            m.console().expect('\0{1001}', 0.1)
+        with mock.patch.object(vm, 'CONSOLE_BYTES', 1000):
+            self.assertEqual(len(m.console().expect('\0{1001}', 1)), 1001)      # of two reads
+            with self.refused('on the console within'):
+                m.console().expect('\0{2001}', 0.1)
         m.qemu.trim_console()
         for name in ('console.log', 'qemu.log'):
             self.assertEqual((os.stat(m.file.path(name)).st_size,

@@ -12417,7 +12417,7 @@ class Console(contextlib.AbstractContextManager['Console']):
 
     def expect(self, pattern: str | bytes, timeout: float = 30) -> str:
         """Read until the regular expression matches; return all up to the match's end, of the last
-        CONSOLE_BYTES.
+        2 * CONSOLE_BYTES.
 
         MachineError when it does not within `timeout` seconds; the next one reads that again.
         """
@@ -12428,7 +12428,7 @@ class Console(contextlib.AbstractContextManager['Console']):
             raise MachineError(f'{self.name}: {pattern!r:.80} is no pattern: {problem}',
                                'give a regular expression') from None
         while True:
-            seen = (seen + self.read())[-CONSOLE_BYTES:]    # a guest may write for ever
+            seen = seen[-CONSOLE_BYTES:] + self.read()      # a guest may write for ever
             found = compiled.search(seen)
             if found:
                 self.position -= len(seen) - found.end()
