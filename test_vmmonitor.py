@@ -4122,7 +4122,12 @@ class MonitorTest(Case):
 
     def settle(self) -> None:
         """Wait until all events are taken and all jobs have ended."""
-        soon(lambda: self.monitor.events.empty() and not threads('clock'))
+        for _ in range(2):                      # one that found no thread is behind the first
+            taken, mark = threading.Event(), mock.MagicMock()
+            type(mark).id = mock.PropertyMock(side_effect=taken.set)
+            self.monitor.events.put(vm.GuestEvent(mark, 'stopped', 0.0))
+            self.assertTrue(taken.wait(10))     # and then all before it have their jobs
+            soon(lambda: self.monitor.events.empty() and not threads('clock'))
         time.sleep(0.05)
 
     def test_one_job_at_a_time_and_once_more(self) -> None:
@@ -4279,7 +4284,7 @@ class MonitorTest(Case):
             self.send('resumed')
             self.settle()
         self.assertEqual([line for line in logged.output if 'WARN' in line or 'ERROR' in line], [])
-        self.assertIn('clock left alone', logged.output[-1])
+        self.assertIn('clock left alone', str(logged.output))
 
     def test_a_bug_ends_one_job_only(self) -> None:
         self.guest.agent = lambda *_: 1 // 0        # type: ignore[method-assign]
@@ -5063,7 +5068,8 @@ def nginx_program() -> str:
 
 def promtool() -> str:
     """Return what checks figures as Prometheus reads them."""
-    return unpacked('prometheus', 'usr/bin/promtool')
+    own = run('apt-cache', 'search', '--names-only', '^promtool$', timeout=60)  # from Debian 13 on
+    return unpacked('promtool' if own else 'prometheus', 'usr/bin/promtool')
 
 
 NGINX_HEAD = """daemon off; master_process off; pid PLACE/nginx.pid; error_log PLACE/error.log;
@@ -13139,8 +13145,9 @@ class OneShotTest(GuestCase):
         self.assertEqual(next(vm.checks('', [])).text,
                          'config none that this user can read, defaults: monitor')
         status, out, _ = vmmonitor('--config', self.config({'monitor': {'exclude': ['*']}}),
-                                   '--check', '--json')
-        self.assertEqual((status, json.loads(out)['ok']), (0, True))
+                                   '--check', '--json', env={           # not this host's networks
+                                       'VMMONITOR_STATE': str(self.directory / 'state')})
+        self.assertEqual((status, json.loads(out)['ok']), (0, True), out)
         path = self.write({'libvirt': {'uri': 'qemu+unix:///system?socket=/nonexistent'},
                            'listener': {'enabled': False}})
         status, out, _ = vmmonitor('--config', path, '--check')
