@@ -15834,12 +15834,16 @@ class Soak:
     # What befalls the host, as the summary counts it.
 
     def kill_libvirtd(self) -> None:
-        lost = self.daemon.log().count('connection lost')
+        lost, back = (self.daemon.log().count(text) for text in ('connection lost',
+                                                                 'connected after'))
         with self.upset.lasts():
             self.host.kill9()
             self.until(lambda: self.daemon.log().count('connection lost') > lost, 'it is noticed')
             self.pause(self.rng.uniform(0, 2))
             self.host.start()
+            # A libvirtd that starts a guest, or finds its QEMU again, lists none meanwhile.
+            self.until(lambda: self.daemon.log().count('connected after') > back,
+                       'it is connected again', 30)
         self.landed['libvirtd killed'] += 1
 
     def kill_daemon(self) -> None:
