@@ -8929,6 +8929,8 @@ class TestMaking(Live):
         with self.refused('did not start', self.path('kernel'), 'No such file', 'qemu.log'):
             m.start_vm()
         self.assertFalse(m.is_alive())
+        Path(m.file.path('qemu.log')).write_text('qemu: no room\nqemu: -mon x: warning: is old\n')
+        self.assertEqual(m.qemu.last_words(), ': qemu: no room')
         with self.refused('is off', kind=vm.WrongState):
             m.qmp('query-status')
         with mock.patch.object(vm, 'QEMU', 'no-such-qemu'), self.refused('no-such-qemu'):

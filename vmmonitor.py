@@ -10471,7 +10471,8 @@ class Qemu:
         """Return ': ' and what QEMU wrote last, or ''."""
         with contextlib.suppress(OSError), open(self.file.path('qemu.log'), 'rb') as log_:
             log_.seek(max(0, log_.seek(0, os.SEEK_END) - LAST_WORDS))
-            lines = log_.read(LAST_WORDS).decode(errors='replace').strip().splitlines()
+            lines = [line for line in log_.read(LAST_WORDS).decode(errors='replace').splitlines()
+                     if line.strip() and ': warning: ' not in line]     # which ends no QEMU
             return ''.join(f': {clip(line)}'.replace(f'{QEMU}: ', '') for line in lines[-3:])
         return ''
 
