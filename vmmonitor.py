@@ -554,6 +554,14 @@ class Deadline:
         return True
 
 
+def ended(work: concurrent.futures.Future[Any], deadline: Deadline) -> bool:
+    """Wait until something in a thread has its outcome (True) or time is up (False). The main
+    thread looks up now and then: a Ctrl-C that the kernel gave to another one does not wake it."""
+    main = threading.current_thread() is threading.main_thread()
+    return deadline.poll(lambda: not concurrent.futures.wait(
+        [work], min(deadline.left(), STATE_POLL if main else math.inf)).not_done, 0)
+
+
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
     """Let the first Ctrl-C count only when the block has ended: it must not be left halfway."""
@@ -2301,10 +2309,9 @@ def within(deadline: Deadline, who: str, ask: Callable[..., Result], *args: Any)
 
 def outcome(deadline: Deadline, who: str, under_way: concurrent.futures.Future[Result]) -> Result:
     """Return what something that goes on returns; HostAway if it goes on at the deadline."""
-    try:
-        return under_way.result(deadline.left())
-    except concurrent.futures.TimeoutError:
-        raise HostAway(f'{who} does not answer', hint='try again in a moment') from None
+    if not ended(under_way, deadline):
+        raise HostAway(f'{who} does not answer', hint='try again in a moment')
+    return under_way.result()
 
 
 def is_elsewhere(text: str) -> bool:
@@ -2325,10 +2332,9 @@ def reached(who: str, probe: Callable[[], bool], deadline: Deadline) -> bool:
         with contextlib.suppress(Error, OSError):
             return probe()
         return False
+    asked = in_thread(f'wait {who}', deadline.poll, ask)
     try:
-        return in_thread(f'wait {who}', deadline.poll, ask).result(max(deadline.left(), MOMENT))
-    except concurrent.futures.TimeoutError:
-        return False
+        return ended(asked, Deadline(max(deadline.left(), MOMENT))) and asked.result()
     except Error:                       # there is no thread for it
         return deadline.poll(ask)
 
@@ -2342,8 +2348,8 @@ def ask_all(guests: Sequence[Guest], ask: Callable[[Guest], dict[str, Any]],
         try:
             answer = outcome(deadline, name, future)
             answers.append({'name': name, **answer})
-        except Error as problem:
-            answers.append({'name': name, 'problem': problem})
+        except (Error, OSError) as problem:
+            answers.append({'name': name, 'problem': as_error(problem)})
     return answers
 
 
@@ -13888,7 +13894,9 @@ def at_once(what: str, names: Iterable[str], work: Callable[[str], Result],
     try:
         with unbroken():                        # each that runs is known, and waited for
             futures.update({name: in_thread(f'{what} {name}', work, name) for name in names})
-        concurrent.futures.wait(futures.values(), LAB_TIMEOUT)
+        deadline = Deadline(LAB_TIMEOUT)
+        for future in futures.values():
+            ended(future, deadline)
     except KeyboardInterrupt:
         if stopping:
             stopping.set()
