@@ -5492,6 +5492,9 @@ class ListenerTest(ListenerCase):
     def test_metrics(self) -> None:
         odd = 'web"\\1\n'
         self.host.guests[odd] = ScriptedGuest(odd)
+        self.host.guests['twin'] = twin = ScriptedGuest('web1')     # a machine of that name
+        twin.label, twin.id = vm.MACHINES_LABEL, 'twin'
+        self.guests.corrections['twin'] = vm.Correction('web1', 'resumed')
         self.changes['listener']['keys'][0]['commands'] = ['start', 'metrics']
         self.changes['listener']['commandsEnabled'] = {'sync': True}
         self.settings.config = vm.load(self.write(self.changes))
@@ -5509,8 +5512,11 @@ class ListenerTest(ListenerCase):
         status, text = self.curl('-i', *self.BEARER, url=url)
         self.assertIn('Content-Type: text/plain; version=0.0.4', text)
         text = text.partition('\r\n\r\n')[2]
-        for line in (r'guests\{state="running"\} 3', r'guests\{state="off"\} 0',
+        for line in (r'guests\{state="running"\} 4', r'guests\{state="off"\} 0',
                      r'guest_agent_up\{guest="web\\"\\\\1\\n"\} 1',
+                     r'guest_agent_up\{guest="web1"\} 1',
+                     r'guest_agent_up\{guest="machines/web1"\} 1',
+                     r'clock_offset_seconds\{guest="machines/web1",when="before"\} 0',
                      r'clock_offset_seconds\{guest="web1",when="before"\} -(3|2\.99|3\.00)\d*',
                      r'corrections_total\{cause="sync"\} 1', 'right_seconds_count 1',
                      r'correction_failures_total\{cause="sync",trouble="[\w ]+"\} 1',

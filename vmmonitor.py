@@ -5877,9 +5877,9 @@ class Dispatcher:
             if 'error' in last else '')
 
     def _describe_all(self, key: Key, deadline: Deadline, away: list[Error]
-                      ) -> list[dict[str, Any]]:
-        """Return what is known of the guests that the key reaches, and add to `away` which hosts
-        can't be asked."""
+                      ) -> list[tuple[Guest, dict[str, Any]]]:
+        """Return the guests that the key reaches, each with what is known of it, and add to `away`
+        which hosts can't be asked."""
         guests = [guest for guest in self.guests.all(away=away, timeout=LIST_TIMEOUT,
                                                      hosts=self._hosts(key))
                   if key.covers(guest.own, guest.full_name)]
@@ -5888,14 +5888,14 @@ class Dispatcher:
         unknown = [guest for guest in guests if guest.id not in found]
         found.update(zip((guest.id for guest in unknown),
                          ask_all(unknown, self._describe, deadline.left())))
-        answers = (found[guest.id] for guest in guests)
-        return [{'name': answer['name'], **told(answer['problem'])} if 'problem' in answer
-                else answer for answer in answers
+        answers = ((guest, found[guest.id]) for guest in guests)
+        return [(guest, {'name': answer['name'], **told(answer['problem'])}
+                 if 'problem' in answer else answer) for guest, answer in answers
                 if not isinstance(answer.get('problem'), NoGuest)]      # undefined meanwhile
 
     def _list(self, key: Key, deadline: Deadline) -> Reply:
         away: list[Error] = []
-        known = self._describe_all(key, deadline, away)
+        known = [answer for _, answer in self._describe_all(key, deadline, away)]
         if away and not known:
             raise away[0]
         lines = [*map(self._line, known), *map(explain, away)]
@@ -5916,9 +5916,11 @@ class Dispatcher:
         for host in self._hosts(key):
             now['host_up', (host.label,)] = host.up.is_set()
             now['host_reconnects_total', (host.label,)] = max(0, host.links - 1)
-        for known in self._describe_all(key, deadline, []):
-            row, name = ('guests', (known.get('state', 'unknown'),)), known['name']
+        for guest, known in self._describe_all(key, deadline, []):
+            row = 'guests', (known.get('state', 'unknown'),)
             now[row] = now.get(row, 0) + 1
+            # A guest of libvirt may have the name of a machine, and two samples alike are an error.
+            name = guest.full_name if guest.label == MACHINES_LABEL else guest.name
             if 'agent' in known:                        # else nobody knows
                 now['guest_agent_up', (name,)] = known['agent'] == 'connected'
             for when in ('before', 'after') if known.get('clock') else ():
