@@ -7333,6 +7333,36 @@ class TestRouter(NetCase):
         router.delete()
         self.assertEqual(self.picture(), before)
 
+    def test_what_others_enter_in_a_route_s_place_stays(self) -> None:
+        physical('eth2', 'other', '198.51.100.1/24', '2001:db8:2::1/64')
+        ip('addr add 198.51.100.5/24 dev eth2')
+        ip('addr add 2001:db8:2::5/64 dev eth2 nodad')
+        ours = {'-4': 'default via 192.0.2.1 dev eth1', '-6': 'default via 2001:db8::1 dev eth1'}
+        theirs = {'-4': 'default via 198.51.100.1 dev eth2',
+                  '-6': 'default via 2001:db8:2::1 dev eth2'}
+
+        def there(family: str) -> list[str]:
+            return [re.sub(' (metric|pref) .*| *$', '', row) for row in ip(
+                f'{family} route show default').splitlines()]
+        for family in '-4', '-6':
+            ip(f'{family} route add {ours[family]}')
+        router = vm.Router('eth1', force=True)
+        for family in '-4', '-6':
+            ip(f'{family} route replace {theirs[family]}')
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            router.delete()
+        self.assertEqual((there('-4'), there('-6')), ([theirs['-4'], ours['-4']], [theirs['-6']]))
+        self.assertRegex(str(logged.output), "can't give routes back: others have entered another "
+                         r'.*\(ip route replace unicast ::/0 via 2001:db8::1 dev eth1')
+        ip(f'-6 route replace {ours["-6"]}')
+        router = vm.Router('eth1', force=True)
+        self.assertEqual(there('-4'), [theirs['-4'], 'default via 192.0.2.1 dev eth1-router'])
+        ip(f'-6 route append {theirs["-6"]}')
+        router.delete()
+        self.assertEqual(there('-4'), [theirs['-4'], ours['-4']])
+        self.assertCountEqual(re.findall('via .* dev eth[12]', ip('-6 route show default')),
+                              [ours['-6'][8:], theirs['-6'][8:]])
+
     def test_default_routes_with_several_next_hops(self) -> None:
         physical('eth2', 'other', '198.51.100.1/24', '2001:db8:2::1/64')
         ip('addr add 198.51.100.5/24 dev eth2')

@@ -6622,6 +6622,11 @@ class Route:
                 'nexthop', *hop.words(onto, self.v6), 'weight', f'{hop.weight}'))])
 
 
+def place_of(line: str) -> tuple[str, ...]:
+    """Return the place of a Route's line(), where `ip route replace` puts it in another's stead."""
+    return line.split()[1], *re.findall(r' (?:table|metric|tos) \S+', line)
+
+
 # The members of an address of `ip -json address` that `ip address replace` has a flag for, and
 # the other ones that are known.
 ADDRESS_FLAGS = ('home', 'mngtmpaddr', 'noprefixroute', 'autojoin')
@@ -7279,9 +7284,13 @@ class Transaction:
     def given_back(self, undo: Iterable[Op], going: Mapping[str, Record]) -> Iterator[Op]:
         """Yield what undoes, as it is now: a route's other next hops may be on what stays, and what
         others have made a port of theirs meanwhile is left to them, and so is forwarding that
-        others, such as Docker, have switched on for all meanwhile: they never look again."""
+        others, such as Docker, have switched on for all meanwhile: they never look again. A route
+        comes after one that others have entered in its place, or not at all: of IPv6 the two would
+        share what is sent."""
         theirs, onto = dict[str, str](), dict[str, str]()
         shared = in_force(FORWARD_ALL)
+        routes_ = [(place_of(route.line({})), {hop.device for hop in route.hops})
+                   for route in self.network.routes]
         for link in self.network.links.values():
             if link.master and link.master not in self.records:
                 theirs[link.name] = link.master
@@ -7293,8 +7302,18 @@ class Transaction:
             for name in gone:
                 log.warning('can\'t %s: %s is a port of %s by now (ip %s)', op.what, name,
                             theirs[name], op.line)
-            if not gone and not (shared and op.what == 'stop forwarding'):
-                yield op.moved(onto)
+            if gone or shared and op.what == 'stop forwarding':
+                continue
+            op = op.moved(onto)
+            _, _, line = op.line.partition('route replace ')
+            there = [devices for place, devices in routes_ if line and place == place_of(line)]
+            if not any(devices - going.keys() - op.devices() for devices in there):
+                yield op
+            elif ':' not in line.split()[1] or any(devices & going.keys() for devices in there):
+                yield op._replace(line=f'route append {line}')
+            else:
+                log.warning('can\'t %s: others have entered another in its place, which stays '
+                            '(ip %s)', op.what, op.line)
 
 
 @contextlib.contextmanager
@@ -7664,13 +7683,14 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
                     and (route.protocol != 'kernel' or route.to not in own)),
                    key=lambda route: any(hop.gateway for hop in route.hops))
     refuse_strange(links, moved)
+    others = {place_of(route.line({})) for route in plan.network.routes if route not in moved}
 
     def ways(onto: Mapping[str, str]) -> Iterator[str]:
-        seen = set()                        # what `replace` would take away again
+        seen = {*others}                    # what `replace` would take away
         for route in moved:
-            key = route.v6, route.table, route.to, route.metric, route.raw.get('tos')
-            yield f'route {"append" if key in seen else "replace"} {route.line(onto)}'
-            seen.add(key)
+            line = route.line(onto)
+            yield f'route {"append" if place_of(line) in seen else "replace"} {line}'
+            seen.add(place_of(line))
     known = {device: [*neighbour_lines(device)] for device in devices}
     # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
     bond = owner.kind == 'bond'
