@@ -3288,21 +3288,33 @@ class LibvirtTest(GuestCase):
         return False
 
     def test_a_missing_library_or_symbol_is_told(self) -> None:
-        for change, text in (
-                ('wanted = ("libvirt.so.0",)', 'libvirt.so.0 can\'t be loaded: gone; install '
+        """Not to who has machines alone, on a host that never had a libvirt."""
+        (self.directory / 'one').mkdir()
+        (self.directory / 'one' / 'machine.json').write_text('{')
+        gone = 'wanted = ("libvirt.so.0",)'
+        never = f'{gone}\nvm.LIBVIRT_RUN, vm.LIBVIRT_DAEMONS = "/nonexistent", '
+        for words, change, status, text in (
+                ('--monitor', gone, 1, 'libvirt.so.0 can\'t be loaded: gone; install '
                  'libvirt: apt install libvirt-daemon-system'),
-                ('wanted = ("libvirt-qemu.so.0",)', 'libvirt-qemu.so.0 can\'t be loaded: gone; '
-                 'install libvirt: apt install libvirt-daemon-system (it is in libvirt0)'),
-                ('vm.PROTOTYPES["virNew"] = (None, ())', 'libvirt.so.0 has no virNew; update')):
+                ('--monitor', 'wanted = ("libvirt-qemu.so.0",)', 1, 'libvirt-qemu.so.0 can\'t be '
+                 'loaded: gone; install libvirt: apt install libvirt-daemon-system (it is in '
+                 'libvirt0)'),
+                ('--monitor', 'vm.PROTOTYPES["virNew"] = (None, ())', 1,
+                 'libvirt.so.0 has no virNew; update'),
+                ('list --names', f'{never}("sh",)', 1, 'libvirt.so.0 can\'t be loaded'),
+                ('list --names', f'{never}("nothing",)', 0, '')):
             code = ('import sys, vmmonitor as vm\nload, wanted = vm.ctypes.CDLL, ()\n'
                     'def fail(name):\n    if name in wanted:\n        raise OSError("gone")\n'
                     '    return load(name)\nvm.ctypes.CDLL = fail\n'
                     f'{change}\nvm.exit_now(vm.main(sys.argv[1:]))')
-            done = subprocess.run([sys.executable, '-c', code, '--monitor'], cwd=HERE, timeout=60,
-                                  stderr=subprocess.PIPE, check=False)
-            self.assertEqual(done.returncode, 1)
-            self.assertIn(text, done.stderr.decode())
-            self.assertNotIn('Traceback', done.stderr.decode())
+            done = subprocess.run([sys.executable, '-c', code, *words.split()], cwd=HERE,
+                                  timeout=60, capture_output=True, check=False, env={
+                                      **os.environ, 'VMMONITOR_MACHINES': str(self.directory)})
+            said = done.stderr.decode()
+            self.assertEqual((done.returncode, bool(said)), (status, bool(text)), said)
+            self.assertIn(text, said)
+            self.assertNotIn('Traceback', said)
+            self.assertEqual(b'one\n' in done.stdout, 'list' in words)
 
 
 # === figures ====================================================================================

@@ -15131,6 +15131,8 @@ SIGHUP has the daemon read config, keys and certificate again. Exit status: 0 do
 RELOAD_ADDRESS = '\0vmmonitor reload {}'         # an abstract socket, of the daemon's process
 RELOAD_TIMEOUT = 30.0                           # seconds, for a reload and its answer
 RELOADED = 'ok'                                 # the answer when it was not refused
+LIBVIRT_DAEMONS = 'libvirtd', 'virtqemud'       # one of these, or what they make, is where ...
+LIBVIRT_RUN = '/run/libvirt'                    # ... libvirt was installed, whether it runs or not
 
 
 def command_reload(process: int) -> int:
@@ -15189,8 +15191,12 @@ def libvirt_hosts(config: Config) -> list[LibvirtHost]:
 
 @contextlib.contextmanager
 def all_guests(config: Config) -> Iterator[Guests]:
-    """Lend the guests of all hosts, to a command that soon ends."""
-    guests = Guests([Machines(), *libvirt_hosts(config)])
+    """Lend the guests of all hosts, to a command that soon ends. Who has machines, and no libvirt
+    on this host, misses none, unless the configuration names one."""
+    machines = Machines()
+    alone = machines.known() is None and config.libvirts() == Config().libvirts() and not (
+        os.path.isdir(LIBVIRT_RUN) or any(map(which, LIBVIRT_DAEMONS)))
+    guests = Guests([machines, *([] if alone else libvirt_hosts(config))])
     try:
         yield guests
     finally:
