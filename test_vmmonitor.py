@@ -11961,6 +11961,10 @@ class TestLab(Live):
               'machines.b.nics: n is the name of a:0, too; choose another ifname',
               f'machines.b.harddrives: {os.path.abspath("y.img")} is a disk of a already; give',
               'machines.c.nics: c-p0 is the name of c-p0, too']),
+            ({'switches': {'a': {}, 'b': {}, 'c': {}}, 'routers': {'gw': {'trunk': 'e'}},
+              'machines': {'m': {}}, 'links': [
+                ['a', 'b'], ['c', 'gw'], ['m', 'a'], ['m', 'b'], ['gw', 'b'], ['c', 'a']]},
+             ['links: c - a closes a ring, in which frames would go round for ever; leave one of']),
             ({'routers': {'gw': {'trunk': '', 'subnet': '10.0.0.0/33', 'hosts': {'a': 5}}},
               'bonds': {'b0': {'interfaces': [], 'mode': 'x', 'miimon': -1}}, 'machines': {
                 'a': {'harddrives': [{}, {'filename': 'x', 'size': 0, 'format': 'vmdk',

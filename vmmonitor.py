@@ -13778,13 +13778,25 @@ class LabFile:
                 'ifname': f'{name}-p{number}', 'namespace': given.get('namespace') or name,
                 **{key: value for key, value in card.items() if value}}
                 for number, card in enumerate(cards)]
-        ways = [{*cable.ends} for cable in self.cables]
-        problems += [('links', f'{cable} is there twice; leave one out')
-                     for number, cable in enumerate(self.cables)
-                     if ways[number] in ways[:number] and not ways[number] & taken]
-        problems += self._twice()
+        problems += [*self._rings(), *self._twice()]
         if problems:
             raise InvalidValue('', places=problems)
+
+    def _rings(self) -> Iterator[tuple[str, str]]:
+        """Yield the places of links that are there twice, or close a ring of networks."""
+        ways: list[set[str]] = []
+        joined = {name: {name} for name, kind in self.kinds.items() if kind != 'machines'}
+        for cable in self.cables:
+            way = {end.name for end in cable.ends}
+            if way <= joined.keys():
+                groups = [joined[name] for name in way]
+                if way in ways:
+                    yield 'links', f'{cable} is there twice; leave one out'
+                elif groups[0] is groups[1]:
+                    yield ('links', f'{cable} closes a ring, in which frames would go round for '
+                           'ever; leave one of its links out')
+                joined.update(dict.fromkeys(set.union(*groups), set.union(*groups)))
+                ways.append(way)
 
     def _twice(self) -> Iterator[tuple[str, str]]:
         """Yield the places of nics whose name is another thing's, too, and of such disks."""
