@@ -7494,11 +7494,15 @@ class TestRouter(NetCase):
         """Connect a namespace to the switch lan, and return what DHCP gives it."""
         vm.VirtualNic(f'{name}0', sink=f'{name}s', mac=mac).connect('lan')
         machine(name, f'{name}s')
+        return self.lease(name, name)
+
+    def lease(self, name: str, says: str) -> dict[str, str]:
+        """Have a client ask for an address as `says`, and return what it gets."""
         script = Path(self.directory, 'lease')
         script.write_text(LEASE)
         script.chmod(0o755)
         said = ip(f'netns exec {name} busybox udhcpc -fqn -i {name}s -s {script} '
-                  f'-x hostname:{name}')
+                  f'-x hostname:{says}')
         return dict(re.findall(r"^(\w+)='(.*)'$", said, re.MULTILINE))
 
     def test_addresses_and_names(self) -> None:
@@ -7530,7 +7534,14 @@ class TestRouter(NetCase):
         card.connect(lan)
         (later, told), = dnsmasqs().items()
         self.assertNotEqual(later, pid)
-        self.assertEqual(set(told) - set(argv), {f'--dhcp-host={card.mac},late-1.internal'})
+        self.assertEqual(set(told) - set(argv), {f'--dhcp-host={card.mac},late-1.internal',
+                                                 '--dhcp-name-match=set:taken,late-1',
+                                                 '--dhcp-name-match=set:taken,late-1.*'})
+        host = vm.host_name(os.uname().nodename.partition('.')[0])
+        for says in 'Late-1', 'late-1.x', 'eth1-router', host:      # which are ours
+            self.assertEqual(self.lease('ignore', says)['ip'], other)
+            self.assertEqual(sorted(row.split()[3] for row in next(Path(vm.STATE_DIR).glob(
+                '*.leases')).read_text().splitlines()), ['ignore', 'seven', 'web-1'])
         vm.VirtualNic(namespace='zwei', mac='52:54:00:00:00:0a').connect(lan)
         vm.VirtualNic(namespace='zwei', mac='52:54:00:00:00:0b').connect(lan)
         (_, told), = dnsmasqs().items()             # the last row with a MAC is the one that counts

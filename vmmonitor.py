@@ -7830,6 +7830,11 @@ def dhcp_server(name: str, row: Record, records: Mapping[str, Record]) -> tuple[
         f'--dhcp-range={network[network.num_addresses // 2]},{network[-2]},'
         f'{network.netmask},{LEASE} --dhcp-authoritative --no-ping',
         f'--domain={DOMAIN} --local=/{DOMAIN}/ --domain-needed --bogus-priv',
+        # What a guest calls itself counts, but for the names of ours, also of those that are off.
+        '--dhcp-ignore-names=tag:taken', *(
+            f'--dhcp-name-match=set:taken,{host}{rest}' for host in sorted(
+                {*known, host_name(name), host_name(os.uname().nodename.partition('.')[0])} - {''})
+            for rest in ('', '.*')),                # with any domain, which would be taken off
         # With its domain, as a name such as "45" or "ignore" would be read as something else.
         *(f'--dhcp-host={",".join([*words, host if ":" in host else f"{host}.{DOMAIN}"])}'
           for host, words in sorted(rows))]), tool='dnsmasq'),
@@ -8296,8 +8301,8 @@ class Router(Switch):
     bridge has `subnet` (by default a free /24) and its first address, forwarding between the two,
     and masquerading by iptables. With `dhcp`, too, dnsmasq hands out addresses from the upper half
     of the subnet, and tells machines each other's names (web, or web.internal); a machine's is that
-    of its namespace, of another guest what it calls itself. `hosts` fixes addresses, by name or
-    MAC: {'web': '10.77.0.10'}.
+    of its namespace, of another guest what it calls itself, unless that is one of those, or the
+    router's or this host's. `hosts` fixes addresses, by name or MAC: {'web': '10.77.0.10'}.
 
     Raises InUse for the interface of the default route, and one with a tunnel or the like on it,
     unless `force`, as the host is cut off if it goes wrong, for what is a port of something else,
