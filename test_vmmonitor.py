@@ -5017,6 +5017,26 @@ class StartupTest(Case):
             os.mkfifo(mark)
             self.assertFalse(vm.BootMark('startup').is_set())
 
+    def test_what_waits_for_its_host_outlives_a_restart(self) -> None:
+        """And nothing else is started again: it may have been switched off meanwhile."""
+        with tempfile.TemporaryDirectory(prefix=OURS) as place, \
+                mock.patch.dict(os.environ, VMMONITOR_BOOT='1', RUNTIME_DIRECTORY=place):
+            guests = ScriptedGuest('a'), ScriptedGuest('b')
+            here = ScriptedHost(guests[0], label='here', uri='qemu:///system')
+            far = ScriptedHost(guests[1], label='far', uri='qemu+tls://far/system')
+            far.up.clear()
+            for number, calls in enumerate(((1, 0), (1, 0), (1, 1), (1, 1))):
+                startup = vm.Startup(vm.Guests([here, far]), vm.steps(
+                    ['start a', 'start far/b', 'start far/nope']), vm.BootMark('startup'))
+                with mock.patch.object(vm, 'START_RETRY_PAUSE', 0):
+                    startup.run()
+                    if number == 2:
+                        far.up.set()
+                        soon(lambda: not threads('start'))
+                startup.stopping.set()
+                soon(lambda: not threads('start'))
+                self.assertEqual(tuple(len(guest.calls) for guest in guests), calls)
+
     def test_wait(self) -> None:
         late, dead, there = ScriptedGuest('late'), ScriptedGuest('dead'), ScriptedGuest('there')
         late.troubles, there.delay = ['not connected'] * 3, 0.01

@@ -4634,13 +4634,13 @@ START_RETRIES = 3              # further tries of a guest that failed to start .
 START_RETRY_PAUSE = 5.0        # ... this long apart
 BACK_WAIT = 5.0                # on the way down, for a host that was there before
 UNIT_RUN = '/run/vmmonitor-service'     # RuntimeDirectory= of the unit
-MARK_BYTES = 64                # more than the number of a boot has
+MARK_BYTES = 1 << 16           # more than the number of a boot, and names that are left, have
 REMEDY_SHARES = {'save': 0.25, 'off': 0.1}      # of what is left of shutdown.timeout, for "or save"
 
 
 class BootMark:
     """Says whether something was done since the host booted: a file that the host forgets when it
-    boots, with the number of the boot in case it does not.
+    boots, with the number of the boot in case it does not, and lines with what is left to be done.
 
     It lies where the unit's RuntimeDirectory= is, in /run for root, else in the user's own place.
     """
@@ -4659,22 +4659,30 @@ class BootMark:
         return os.environ.get('VMMONITOR_BOOT', '').encode() or Path(
             '/proc/sys/kernel/random/boot_id').read_bytes().strip().replace(b'-', b'')
 
+    def _lines(self, path: str) -> list[str]:
+        # That of the service is in a directory of its user, and may be anything.
+        with contextlib.suppress(OSError, FileError), open(open_file(path), 'rb') as mark:
+            lines = mark.read(MARK_BYTES).split(b'\n')
+            if lines[0] == self._boot():
+                return [line.decode(errors='replace') for line in lines]
+        return []
+
     def is_set(self) -> bool:
-        for path in self.paths:
-            # That of the service is in a directory of its user, and may be anything.
-            with contextlib.suppress(OSError, FileError), open(open_file(path), 'rb') as mark:
-                if mark.read(MARK_BYTES) == self._boot():
-                    return True
-        return False
+        return any(map(self._lines, self.paths))
+
+    def left(self) -> list[str]:
+        """Return what was left to be done when it was set."""
+        return self._lines(self.path)[1:]
 
     def clear(self) -> None:
         """Have it done again at the next start of the program."""
         with contextlib.suppress(OSError):
             remove_file(self.path)
 
-    def set(self) -> None:
+    def set(self, left: Iterable[str] = ()) -> None:
         try:
-            write_whole(self.path, self._boot(), replace=True)
+            write_whole(self.path, b'\n'.join([self._boot(), *(
+                name.encode(errors='replace') for name in left)]), replace=True)
         except (Error, OSError) as problem:
             log.warning('%s can\'t be written, so that it will be done again when the program '
                         'starts: %s', self.path, explain(problem))
@@ -4757,12 +4765,19 @@ class Startup(GuestList):
     def __init__(self, guests: Guests, lines: Sequence[Step], mark: BootMark | None = None) -> None:
         super().__init__(guests, lines)
         self.mark = mark
+        self._marking = threading.Lock()            # guards these
+        self._left: set[str] = set()                # starts that have begun, and not ended
+        self._through = False                       # no line is to come
 
     def run(self) -> None:
         """Wait for the guests' hosts, go through the lines, wait for the last start, and sum up."""
         if self.mark and self.mark.is_set():
-            log.info('startup: was done since this host booted; --startup does it again')
-            return
+            left = self.mark.left()                 # for hosts that were away
+            self.steps = [step for step in self.steps if step.verb == 'start' and step.name in left]
+            log.info('startup: was done since this host booted%s; --startup does it again',
+                     ''.join(f', but for {step.name}' for step in self.steps))
+            if not self.steps:
+                return
         names = {step.name for step in self.steps if step.name}
         if not self.guests.ready(self.stopping, names, far=False):
             return
@@ -4778,9 +4793,16 @@ class Startup(GuestList):
         del self.guests.lists[self.what]
         if self.stopping.is_set():
             return
-        if self.mark:
-            self.mark.set()
+        self._note()
         self._sum_up(began)
+
+    def _note(self, ended: str = '') -> None:
+        """Have the mark tell which starts are left, when no line is to come."""
+        with self._marking:
+            self._left.discard(ended)
+            self._through = self._through or not ended
+            if self.mark and self._through and not self.stopping.is_set():
+                self.mark.set(self._left)
 
     def _ready(self, name: str) -> bool:
         """Wait until a guest's host is there; False if we are stopping."""
@@ -4798,6 +4820,7 @@ class Startup(GuestList):
         return ready
 
     def _start(self, name: str) -> None:
+        self._left.add(name)
         for attempt in range(1 + START_RETRIES):
             if attempt:
                 self.stopping.wait(START_RETRY_PAUSE)
@@ -4821,7 +4844,8 @@ class Startup(GuestList):
                 self.failed.pop(name, None)
                 self._results[name] = says
                 log.info('startup: %s %s', name, says)
-                return
+                break
+        self._note(ended=name)
 
     def plan(self) -> Iterator[str]:
         for step in self.steps:
