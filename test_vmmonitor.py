@@ -3411,6 +3411,7 @@ class NoticesTest(ConfigCase):
         self.assertEqual([(row['name'], row['over']) for row in self.told()][-1], ('a', True))
 
     def test_a_command_that_hangs_or_is_missing(self) -> None:
+        self.enter(mock.patch.object(vm, 'NOTIFY_PAUSES', ()))
         self.settings.config = vm.Config(notify_command=('sleep', '600'))
         with mock.patch.multiple(vm, NOTIFY_TIMEOUT=0.5, NOTICES_WAITING=3), \
                 self.assertLogs('vmmonitor', 'WARNING') as logged:
@@ -3431,6 +3432,23 @@ class NoticesTest(ConfigCase):
                 {'libvirt': {'uri': 'test:///default'}, 'listener': {'enabled': False},
                  'notify': {'command': [path]}}))
             self.assertIn(f"FAIL  notify.command: {path} can't be run", out)
+
+    def test_a_command_that_fails_is_run_again(self) -> None:
+        """As one that needs the network, when the host has just booted."""
+        self.enter(mock.patch.object(vm, 'NOTIFY_PAUSES', (0.1, 0.1)))
+        tries = Path(self.path('tries'))
+        self.settings.config = vm.Config(notify_command=self.command(
+            f'echo >> {tries}\n[ $(wc -l < {tries}) -gt 2 ] || exit 1\n'))
+        with self.assertLogs('vmmonitor', 'WARNING') as logged:
+            for name in 'ab':
+                self.notices.begin('host', name, vm.Error('away'))
+            self.assertEqual([row['name'] for row in self.told()], ['a', 'b'])
+        self.assertEqual(['; run again in 0.1 s' in line for line in logged.output], [True] * 2)
+        tries.unlink()
+        self.settings.config = vm.Config(notify_command=self.command(f'echo >> {tries}; exit 1\n'))
+        for name in 'cd':
+            self.notices.begin('host', name, vm.Error('away'))
+        self.assertEqual((len(self.told()), tries.read_text()), (2, 4 * '\n'))
 
     def test_a_path_counts_from_the_configuration(self) -> None:
         program, heard = self.command()
@@ -3545,6 +3563,11 @@ class NoticesTest(ConfigCase):
         row = json.loads(self.heard.read_text())
         self.assertEqual((row['kind'], row['name'], row['error']), (
             'stop', 'web1', 'web1: did not shut down within 0.1 s'))
+        self.settings.config = dataclasses.replace(self.settings.config, notify_command=('false',))
+        guests = vm.Guests([ScriptedHost(ScriptedGuest())], self.settings)
+        with self.assertLogs('vmmonitor', 'WARNING'):       # but not until it might be heard
+            vm.Shutdown(guests, self.settings.config).run()
+        self.assertFalse(guests.notices.sending)
 
     def test_what_the_service_does(self) -> None:
         """A host that is away, a refused reload, wrong keys, a certificate that ends soon."""

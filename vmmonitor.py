@@ -3887,7 +3887,8 @@ class Domain(Guest):
 
 # === figures ====================================================================================
 
-NOTIFY_TIMEOUT = 30.0          # for notify.command
+NOTIFY_TIMEOUT = 30.0          # for notify.command ...
+NOTIFY_PAUSES = 5, 15, 45, 120  # ... and s until one that failed is run again: no network yet?
 NOTICES_WAITING = 100          # for it; what is more is lost
 BUCKETS = {f'{limit:g}': limit for limit in (       # of histograms, in seconds
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)}
@@ -3973,6 +3974,7 @@ class Notices:
         self._told: set[tuple[str, str]] = set()        # those of which word was sent
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
         self.sending = False                            # a thread is at it
+        self.ending = threading.Event()                 # the host goes down: without pauses
 
     def of(self, guest: Guest) -> list[str]:
         """Return what is wrong with a guest, in words."""
@@ -4047,6 +4049,7 @@ class Notices:
                 self.sending = True
 
     def _send(self) -> None:
+        pauses = iter(NOTIFY_PAUSES)                    # for all words, until one gets through
         while True:
             with self._lock:
                 self.sending = bool(self._waiting)
@@ -4056,8 +4059,14 @@ class Notices:
             try:
                 if config.notify_command:               # a reload may have taken it away
                     run(notifier(config), NOTIFY_TIMEOUT, json.dumps(notice).encode() + b'\n')
+                pauses = iter(NOTIFY_PAUSES)
             except (Error, OSError) as problem:
-                log.warning('notify.command: %s', explain(problem))
+                pause = 0 if self.ending.is_set() else next(pauses, 0)
+                log.warning('notify.command: %s%s', explain(problem),
+                            f'; run again in {pause} s' if pause else '')
+                if pause:
+                    self._waiting.appendleft(notice)
+                    self.ending.wait(pause)
 
 
 # === guests =====================================================================================
@@ -4891,6 +4900,7 @@ class Shutdown(GuestList):
         for name, why in [*self.failed.items()]:        # threads may still be at it
             self.guests.notices.begin('stop', self._on.get(name, name), Error(f'{name}: {why}'))
         self._sum_up(began)
+        self.guests.notices.ending.set()
         Deadline(NOTIFY_TIMEOUT).poll(lambda: not self.guests.notices.sending)
 
     def _find(self) -> None:
