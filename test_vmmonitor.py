@@ -144,11 +144,19 @@ def random_uuid() -> str:
     return Path('/proc/sys/kernel/random/uuid').read_text().strip()
 
 
+PORTS: set[int] = set()                 # what free_port() has given
+
+
 def free_port() -> int:
-    """Return a TCP port that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nobody uses at the moment, never one twice: who was given it may begin
+    to listen much later."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = int(probe.getsockname()[1])
+        if port not in PORTS:
+            PORTS.add(port)
+            return port
 
 
 # === Debian packages ============================================================================
@@ -1312,7 +1320,7 @@ def physical(name: str, namespace: str, address: str = '', six: str = '') -> Non
     machine(namespace, 'w0', address, six)
 
 
-def reaches(source: str, target: str, address: str, timeout: float = 2.0) -> str:
+def reaches(source: str, target: str, address: str, timeout: float = 10.0) -> str:
     """Send datagrams from one namespace to an address of another; return the sender's address as
     the target saw it, '' if none arrived and was answered."""
     family = socket.AF_INET6 if ':' in address else socket.AF_INET
@@ -8032,7 +8040,7 @@ def python_files() -> set[Path]:
                   'for m in list(sys.modules.values()):\n'
                   '    f = getattr(m, "__file__", None)\n'
                   '    if f and f[0] == "/" and "vmmonitor" not in f: print(f)',
-                  cwd=HERE, timeout=20).split()
+                  cwd=HERE, timeout=120).split()
     compiled = (importlib.util.cache_from_source(path) for path in listing if path[-3:] == '.py')
     return {Path(path) for path in ('/usr/bin/python3', *listing, *compiled)
             if os.path.exists(path)}
@@ -13511,8 +13519,12 @@ class Browser:
             'goog:chromeOptions': {'args': [
                 '--headless=new', '--no-sandbox', '--disable-gpu', '--window-size=1100,1000',
                 '--disable-dev-shm-usage', f'--user-data-dir={home}']}}}
-        session = self.call('POST', 'session', capabilities=capabilities)
-        self.place += f'/session/{session["sessionId"]}'
+
+        def session() -> str:
+            with contextlib.suppress(OSError):          # Chromium does not start at times
+                return str(self.call('POST', 'session', capabilities=capabilities)['sessionId'])
+            return ''
+        self.place += f'/session/{soon(session, 120, "chromium", 1)}'
         case.addCleanup(self.call, 'DELETE', '')
 
     def _ready(self) -> bool:
