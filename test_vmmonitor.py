@@ -14628,7 +14628,7 @@ class FreshMachine(unittest.TestCase):
 
     def answers(self, options: str = '', within: str = '') -> None:
         """The service must answer; it says 503 until libvirt has."""
-        soon(lambda: self.ask('list', options, within)[0] != 503)
+        soon(lambda: self.ask('list', options, within)[0] != 503, 60)
         self.assertEqual(self.ask('list', options, within)[0], 200)
 
     def journal(self, since: str) -> str:
@@ -14639,7 +14639,7 @@ class FreshMachine(unittest.TestCase):
         """Return the end of the log."""
         return self.sh('journalctl -n 0 --show-cursor | sed -n "s/^-- cursor: //p"')
 
-    def logged(self, since: str, pattern: str, timeout: float = 20) -> None:
+    def logged(self, since: str, pattern: str, timeout: float = 60) -> None:
         """The service must log that."""
         soon(lambda: re.search(pattern, self.journal(since)), timeout, pattern, 0.2)
 
@@ -15053,8 +15053,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         self.assertEqual(self.ask('start&target=m1'), (200, 'm1: started'))
         self.assertIn('m1', self.sh('ip netns'))
         emulator = self.sh('ip netns pids m1')
-        since = self.cursor()
-        self.logged(since, 'm1: clock', 60)
+        self.logged(since, 'm1: clock')
         self.sh('systemctl restart vmmonitor')
         self.assertIn('m1 running', self.ask('list')[1])
         self.assertEqual((emulator, self.sh('ip netns pids m1')), (emulator, emulator))
@@ -15069,6 +15068,7 @@ os.mknod(f'/dev/tap{nic.index}', 0o20600, os.makedev(*map(int, shown.split(':'))
         self.assertIn('note: the service does not see machines of root, m1; ', said)
         self.assertNotIn('\nUid:\t0\t', self._process())
         self.exposure()
+        since = self.cursor()
 
     @step
     def uninstalls(self) -> None:
@@ -15318,10 +15318,10 @@ exec python3 -B test_vmmonitor.py """
         since = self.cursor()
         self.sh('systemctl restart vmmonitor')
         self.logged(since, 'far: .*WARNING: REMOTE HOST .*verification failed.*; the key that it '
-                    'shows is not known to be its own: put the right one', 15)
+                    'shows is not known to be its own: put the right one')
         self.assertNotIn('far: connected', self.journal(since))
         self.sh(known % '/etc/ssh/ssh_host_ed25519_key')
-        self.logged(since, 'far: connected', 60)
+        self.logged(since, 'far: connected')
         self.assertEqual(self.ask('save&target=far/web1'), (200, 'far/web1: saved'))
         self.assertEqual(self.ask('start&target=here/web1'), (200, 'here/web1: restored'))
         self.assertIn('running', self.sh('vmmonitor list far/web1'))     # root may use the key, too
@@ -15344,7 +15344,7 @@ exec python3 -B test_vmmonitor.py """
         self.sh('systemctl restart vmmonitor')
         for name in ('down1', 'down2'):
             soon(functools.partial(self._ping, name), 60, f'the agent of {name}', 0.5)
-        self.logged(since, 'startup: ended after', 60)      # else that is taken for the next one
+        self.logged(since, 'startup: ended after')          # else that is taken for the next one
         since = self.cursor()
         self.box.reboot()
         for line in ('startup: ended after', 'down1: clock corrected', 'down2: clock corrected'):
