@@ -3089,7 +3089,7 @@ class LibvirtTest(GuestCase):
         program.wait_log(f'libvirt {says}; trying again', 5)
         self.assertIn('BatchMode=yes', asked.read_text())
         program.stop()
-        self.assertEqual(subprocess.run(['pgrep', '-f', '^sleep 631']).returncode, 1)
+        soon(lambda: subprocess.run(['pgrep', '-f', '^sleep 631']).returncode == 1)
 
     def test_a_libvirtd_that_hangs_while_we_connect(self) -> None:
         assert self.host.process
@@ -3184,9 +3184,12 @@ class LibvirtTest(GuestCase):
             states = {row['name']: row['state'] for row in ask('list')['guests']}
             self.assertEqual((len(states), set(states.values())), (200, {'running'}))
             with calls_of_libvirt() as calls:
-                ask('list')
-                self.assertEqual(ask('status&target=guest7')['state'], 'running')
-                self.assertEqual(calls, [])
+                def quiet() -> bool:
+                    calls.clear()
+                    ask('list')
+                    self.assertEqual(ask('status&target=guest7')['state'], 'running')
+                    return not calls
+                soon(quiet)         # what follows on the connecting may not have ended yet
                 uuid = next(uuid for uuid, name in connection.domains() if name == 'guest7')
                 connection.call('virDomainSuspend', connection.domain(uuid))
                 soon(lambda: ask('status&target=guest7')['state'] == 'paused', 5)
@@ -3263,7 +3266,8 @@ class LibvirtTest(GuestCase):
             program.wait_log('connected after', count=number)
             time.sleep(0.3)
             counts.append(descriptors())
-        self.assertLessEqual(counts[-1], max(counts[:2]), counts)
+        # A connection more or less is open while the guests that are found are looked at.
+        self.assertLessEqual(counts[-1], max(counts[:2]) + 2, counts)
         self.assertNotIn('still has', program.log())
 
     def test_more_calls_than_a_connection_takes(self) -> None:
@@ -6969,7 +6973,7 @@ class TestNic(NetCase):
     def test_unplugged_is_seen_by_the_machine(self) -> None:
         nic, switch = vm.VirtualNic(namespace='web1'), vm.Switch('lan')
         tap = vm.Interface(nic.tap_interface, 'web1')
-        self.assertEqual(tap.state, 'lowerlayerdown')
+        soon(lambda: tap.state == 'lowerlayerdown')
         for _ in range(2):
             nic.connect(switch)
         soon(lambda: tap.state == 'up')
@@ -12843,7 +12847,7 @@ class AnswersTest(GuestCase):
         for command in ('start', 'wake'):
             self.assertEqual(ask(f'{command}&target=full'), (
                 409, "full: paused again: I/O error; is the host's disk full?"))
-        self.assertEqual(self.told(), [('io-error', False), ('start', False)])
+        soon(lambda: self.told() == [('io-error', False), ('start', False)], 20)
         self.assertRegex(ask('status&target=full')[1], r'^full paused \(I/O error\) agent=')
         self.assertRegex(ask('list')[1], r'(?m)^full paused \(I/O error\) agent=')
         status, out, _ = vmmonitor('--config', self.config(), '--status', 'full')
@@ -12925,8 +12929,7 @@ class AnswersTest(GuestCase):
         self.only('web1')
         guest, ask = self.vm('web1'), self.daemon()
         os.kill(guest.pid(), signal.SIGKILL)
-        guest.wait_state('shut off')
-        self.assertRegex(ask('status&target=web1')[1], r'^web1 off \(QEMU failed\) agent=')
+        soon(lambda: re.match(r'web1 off \(QEMU failed\) agent=', ask('status&target=web1')[1]), 20)
         self.assertEqual(ask('start&target=web1'), (200, 'web1: started'))
         self.assertRegex(ask('status&target=web1')[1], r'^web1 running agent=')
 
@@ -13884,6 +13887,7 @@ m.stop(force=True)"""
         soon(lambda: guest.state() == 'shut off' or not found.shut_down(), 60, 'noagent off', 1)
         host.stop()
 
+        program.wait_log('result=200', count=len(names))    # the last one is written afterwards
 
 class RequestsTest(GuestCase):
     """What is asked of it by curl and by a browser, with real guests."""
