@@ -9967,6 +9967,14 @@ class TestParts(Running):
         with self.refused('No such file'):
             m.insert(self.path('absent.iso'))
         self.assertEqual(m.cd.filename, two.filename)
+        made = subprocess.run(f'losetup -f --show {one.filename}', shell=True, capture_output=True,
+                              text=True)
+        if made.returncode == 0:                        # a container's host may have none for it
+            device = made.stdout.strip()                # such as a volume of LVM
+            self.addCleanup(subprocess.run, ['losetup', '-d', device], check=True)
+            m.insert(device)
+            self.assertIn('#disc 1', sh(m, "tr -dc ' -~' < /dev/sr0"))
+            m.insert(two)
         sh(m, 'mkdir -p /mnt; mount -t iso9660 -o ro /dev/sr0 /mnt; '
               'echo 1 > /proc/sys/dev/cdrom/lock; umount /mnt; mount -t iso9660 /dev/sr0 /mnt')
         self.assertTrue(m.cd.tray.locked)

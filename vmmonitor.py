@@ -10882,6 +10882,7 @@ class Part:
 MAC = re.compile(r'[0-9a-f][02468ace](:[0-9a-f]{2}){5}')    # unicast
 PORTS = 16                      # for disks and nics: root ports
 SPARE_PORTS = 8                 # ... and at least this many are free at first
+CD_DRIVES = 11                  # the host's: SCSI_CDROM_MAJOR of linux/major.h
 ETH_P_ALL = 3                   # all frames (packet(7))
 SOL_PACKET, PACKET_AUXDATA, TP_STATUS_VLAN_VALID = 263, 8, 0x10
 CAPTURES = 8                    # of one machine at once
@@ -11018,7 +11019,10 @@ class DriveSlot:
     def execute(self, command: str, medium: str = '', **arguments: Any) -> Any:
         with self.qemu.session() as session:
             if medium:
-                arguments['filename'] = session.fdset(open_file(medium))
+                named = session.fdset(open_file(medium))
+                # QEMU sees what a descriptor is of a file or a CD drive, not of another device.
+                other = is_device(medium) and os.major(os.stat(medium).st_rdev) != CD_DRIVES
+                arguments['filename'] = f'host_device:{named}' if other else named
             return session.execute(command, **arguments)
 
 
