@@ -12151,6 +12151,25 @@ class TestLab(Live):
         with lab.alone(), \
                 mock.patch.object(vm, 'BUSY_TIMEOUT', 0.2), self.refused('is at work on this lab'):
             lab.down()
+        alien, disk = vm.VirtualNic(), os.path.abspath('mb.qcow2')
+        alien.connect('lan')
+        os.close(alien.open())                  # nobody else uses what it makes
+        plan = ['delete machine ma', 'delete machine mb', *(
+            f'delete nic {name}-p{number}' for name in ('ma', 'mb') for number in (0, 1)),
+            'delete switch lan', f'delete disk {disk}']
+        self.assertEqual(lab.plan(True, True), plan)
+        with open(alien.open()):                # and now somebody does, so that nothing goes
+            lines = self.verb('plan', '--down', '--disks').splitlines()
+        self.assertEqual(lines[:-1], [*plan[:2], *(
+            line.replace('delete', 'keep') for line in plan[2:])])
+        self.assertRegex(lines[-1], f'refuse lan: .* \\(process {os.getpid()}\\) uses it')
+        alien.delete()
+        other = self.bios('mc', harddrives=vm.Harddrive('mc.qcow2', backing=disk))
+        self.assertEqual(lab.plan(True, True), [
+            *plan[:-1], f'keep disk {disk}', f'refuse {disk}: machine mc has it, too; delete that '
+            'machine first, or keep the disks'])
+        other.delete()
+        os.unlink('mc.qcow2')
         self.assertRegex(self.verb('plan', '--down'), 'delete machine mb\n(.*\n)*keep disk .*/mb')
         self.assertRegex(self.verb('down', '--force'), '(?s)ma: stopped by quit, deleted\n.*lan')
         self.assertEqual(set(os.listdir('.')), {'lab.json', 'ma.qcow2', 'mb.qcow2'})
@@ -12235,6 +12254,8 @@ class TestLab(Live):
         self.assertEqual(lab.made()['machines']['ma'], ours.id)
         vm.Machine.load('ma').delete(force=True)
         other = self.bios('ma')                 # is not of the lab
+        self.assertEqual(lab.plan(down=True)[0], 'leave machine ma, which is another machine by '
+                         'now, and stays')
         self.assertIn('ma: is another machine by now, and stays', lab.down(force=True))
         other.add_harddrive('ma.qcow2')
         with self.refused('ma.qcow2: machine ma has it, too'):

@@ -1074,6 +1074,11 @@ def process_name(pid: str) -> str:
         f'{program} (process {pid})'
 
 
+def is_of(who: str, machines_: Iterable[str]) -> bool:
+    """Tell whether a process_name() is that of one of these machines."""
+    return who.startswith(tuple(f'machine {name} (' for name in machines_))
+
+
 def process_start(pid: int) -> str:
     """Return when a process began, in clock ticks (proc(5), field 22); '' when it has ended."""
     with contextlib.suppress(OSError):
@@ -7236,11 +7241,13 @@ class Transaction:
         return closure(filter(None, bridges), lambda found: (
             there for here, there in pairs if here in found and there))
 
-    def users(self) -> dict[str, str]:
-        """Return what running machines use: nics, bridges that these reach, and cables -> whose."""
+    def users(self, ending: Iterable[str] = ()) -> dict[str, str]:
+        """Return what running machines, but for the `ending` ones, use: nics, bridges that these
+        reach, and cables -> whose."""
         links = self.network.links
         used = dict.fromkeys(self.registry.damaged.keys() & links.keys(), 'something unknown')
-        taps = open_taps() if self.records else {}
+        taps = {tap: who for tap, who in (open_taps() if self.records else {}).items()
+                if not is_of(who, ending)}
         trunks = {name for row in self.records.values() for name in row.taken()}
         for link in links.values():                 # it is not open: another namespace's one is
             if link.admin == 'up' and 'LOWER_UP' not in link.flags:     # as soon as one is open
@@ -7269,10 +7276,12 @@ class Transaction:
                 used.setdefault(row.facts['trunk'], used[name])
         return used
 
-    def require_unused(self, names: Iterable[str], force: bool = False) -> None:
-        """Raise InUse when a running machine uses what would go with these names."""
+    def require_unused(self, names: Iterable[str], force: bool = False,
+                       ending: Sequence[str] = ()) -> None:
+        """Raise InUse when a running machine, but for the `ending` ones, uses what would go with
+        these names."""
         def free() -> bool:
-            used = self.users()
+            used = self.users(ending)
             blocked[:] = [(name, used[name]) for name in going if name in used]
             return not blocked
         going = self.registry.with_dependents(names)
@@ -7976,15 +7985,18 @@ def delete_all(things: Iterable[Managed], force: bool = False) -> None:
     delete_names(names, force)
 
 
-def delete_names(names: Iterable[str], force: bool = False) -> list[str]:
-    """Delete what is there of these names, as delete_all() does; return them."""
+def delete_names(names: Iterable[str], force: bool = False, ending: Sequence[str] | None = None
+                 ) -> list[str]:
+    """Delete what is there of these names, as delete_all() does, or see whether that will be free
+    to go after the `ending` machines; return them."""
     with transaction() as plan:
         names = [*names]
         for name in names:
             plan.registry.require_readable(name)
         there = [name for name in names if name in plan.records]
-        plan.require_unused(there, force)
-        plan.remove(there)
+        plan.require_unused(there, force, ending or ())
+        if ending is None:
+            plan.remove(there)
     return there
 
 
@@ -13933,16 +13945,68 @@ def note_groups(made: Mapping[str, dict[str, str]], before: Mapping[str, Record]
             names[name] = stood and names[name] or str(now[name].group)
 
 
-def delete_networks(made: Mapping[str, Mapping[str, str]], force: bool) -> list[str]:
-    """Delete the networks that a lab has made, and say so; another one of their names stays."""
-    now, said, names = Registry.read().records, list[str](), list[str]()
-    for name, group in (row for kind in ('nics', *NETWORK_SECTIONS)
-                        for row in made.get(kind, {}).items()):
-        if group and name in now and group != str(now[name].group):
-            said.append(f'{name}: is another one by now, and stays')
-        else:
-            names.append(name)
-    return said + [f'{name}: deleted' for name in delete_names(names, force)]
+def delete_networks(made: Mapping[str, Mapping[str, str]], force: bool,
+                    ending: Sequence[str] | None = None) -> dict[str, str]:
+    """Delete the networks that a lab has made, or look, as delete_names() with `ending`; return
+    what came of each. Another one of their names stays."""
+    now = Registry.read().records
+    groups = {name: group for kind in ('nics', *NETWORK_SECTIONS)
+              for name, group in made.get(kind, {}).items()}
+    said = {name: 'is another one by now, and stays' for name, group in groups.items()
+            if group and name in now and group != str(now[name].group)}
+    there = delete_names((name for name in groups if name not in said), force, ending)
+    return {**said, **dict.fromkeys(there, 'deleted')}
+
+
+def require_free(path: str, ending: Sequence[str] = ()) -> None:
+    """Raise DiskError when a machine, but for the `ending` ones, has a disk."""
+    with open(open_file(path), 'rb') as image:
+        locked = bytes_locked(image.fileno(), *IMAGE_LOCKS)
+    who = (holder_of(path) or 'a machine') if locked else ''
+    if who and not is_of(who, ending):
+        raise DiskError(f'{path}: {who} has it open', 'stop that first')
+    for name in (name for name, _ in machines_with(path) if name not in ending):
+        raise DiskError(f'{path}: machine {name} has it, too',
+                        'delete that machine first, or keep the disks')
+
+
+def find_made(name: str, known: str) -> Machine | DamagedMachine | str:
+    """Return a machine that up() has made, or what there is of one, or why there is none."""
+    home = os.path.join(MACHINES_DIR, name)
+    machine = machines.find(name) or (DamagedMachine(name, DamagedFile(
+        home, name, 'it was not finished')) if os.path.isdir(home) else None)
+    if machine is None:
+        return 'is gone'
+    if isinstance(machine, Machine) and known not in ('', machine.id):
+        return 'is another machine by now, and stays'
+    return machine
+
+
+def plan_down(made: Mapping[str, Mapping[str, str]], disks: bool) -> Iterator[str]:
+    """Yield what down() would do, by the same checks; what is refused ends it."""
+    def line(what: str, why: str) -> str:
+        return f'delete {what}' if why == 'deleted' else \
+            f'leave {what}, which {why}' if why else f'keep {what}'
+    ending = []
+    for name, known in made.get('machines', {}).items():
+        found = find_made(name, known)
+        ending += [name] * (not isinstance(found, str))
+        yield line(f'machine {name}', found if isinstance(found, str) else 'deleted')
+    kinds = {name: KIND_NAMES[kind] for kind in ('nics', *NETWORK_SECTIONS)
+             for name in made.get(kind, ())}
+    said, refused = dict[str, str](), list[str]()
+    try:
+        if kinds:
+            said = {**dict.fromkeys(kinds, 'is gone'), **delete_networks(made, False, ending)}
+        for path in made.get('disks', ()) if disks else ():
+            if os.path.exists(path):
+                require_free(path, ending)
+            said[path] = 'deleted' if os.path.exists(path) else 'is gone'
+    except Error as problem:
+        refused = [f'refuse {explain(problem)}']
+    for name, kind in (kinds | dict.fromkeys(made.get('disks', ()), 'disk')).items():
+        yield line(f'{kind} {name}', said.get(name, ''))
+    yield from refused
 
 
 def declared_chain(drive: Any) -> list[list[str]]:
@@ -14268,18 +14332,12 @@ class Lab:
             at_once('down', made.get('machines', {}), end)
             self._note(lambda now: now.pop('machines', None))
             if made.keys() & {'nics', *NETWORK_SECTIONS}:
-                did += delete_networks(made, force)
+                did += map(': '.join, delete_networks(made, force).items())
                 self._note(lambda now: [now.pop(kind, None)
                                         for kind in ('nics', *NETWORK_SECTIONS, 'worse')])
             for path in made.get('disks', {}) if disks else ():
                 if os.path.exists(path):
-                    with open(open_file(path), 'rb') as image:
-                        if bytes_locked(image.fileno(), *IMAGE_LOCKS):
-                            raise DiskError(f'{path}: {holder_of(path) or "a machine"} has it open',
-                                            'stop that first')
-                    for name, _ in machines_with(path):
-                        raise DiskError(f'{path}: machine {name} has it, too',
-                                        'delete that machine first, or keep the disks')
+                    require_free(path)
                     os.unlink(path)
                     did.append(f'{path}: deleted')
                 self._note(lambda now, path=path: now['disks'].pop(path))   # type: ignore[misc]
@@ -14287,13 +14345,9 @@ class Lab:
 
     def _end(self, name: str, known: str, force: bool) -> str:
         """Shut down and delete a machine, or what there is of one."""
-        home = os.path.join(MACHINES_DIR, name)
-        machine = machines.find(name) or (DamagedMachine(name, DamagedFile(
-            home, name, 'it was not finished')) if os.path.isdir(home) else None)
-        if machine is None:
-            return 'is gone'
-        if isinstance(machine, Machine) and known not in ('', machine.id):
-            return 'is another machine by now, and stays'
+        machine = find_made(name, known)
+        if isinstance(machine, str):
+            return machine
         says = machine.stop() if isinstance(machine, DamagedMachine) else machine.stop(force)
         machine.delete(force=True)
         return f'{says}, deleted'
@@ -14304,10 +14358,7 @@ class Lab:
         """Return what up() would do now, or with `down`, what down() would."""
         made = self.made()
         if down:
-            lines = [f'delete {KIND_NAMES.get(kind, kind)} {name}' for kind in reversed(made)
-                     for name in made[kind] if kind not in ('disks', 'worse')]
-            return lines + [f'{"delete" if disks else "keep"} disk {name}'
-                            for name in made.get('disks', {})]
+            return [*plan_down(made, disks)]
         lines, rows = [], {row['name']: row for row in self.status()}
         for kind in SECTIONS:
             for name in self.file.sections[kind]:
