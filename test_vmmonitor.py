@@ -120,6 +120,15 @@ def run(*argv: str, timeout: float, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+def of_threads(pid: int, name: str = 'status') -> dict[str, str]:
+    """Return this file of each thread of a process; one may end while they are read."""
+    found = {}
+    for path in Path(f'/proc/{pid}/task').iterdir():
+        with contextlib.suppress(OSError):
+            found[path.name] = (path / name).read_text()
+    return found
+
+
 def soon(check: Callable[[], Found], timeout: float = 10, what: str = '', pause: float = 0.05
          ) -> Found:
     """Call `check` until what it returns is true, and return that; fail after `timeout`."""
@@ -13677,13 +13686,12 @@ m.stop(force=True)"""
     @staticmethod
     def woken(program: Program, seconds: float) -> int:
         """Return how often its threads stopped waiting for something in this time."""
-        def count() -> int:
-            return sum(int(text) for path in Path(f'/proc/{program.process.pid}/task').iterdir()
-                       for text in re.findall(r'(?m)^voluntary_ctxt_switches:\s+(\d+)',
-                                              (path / 'status').read_text()))
+        def count() -> dict[str, int]:
+            return {thread: int(text) for thread, status in of_threads(program.process.pid).items()
+                    for text in re.findall(r'(?m)^voluntary_ctxt_switches:\s+(\d+)', status)}
         before = count()
         time.sleep(seconds)
-        return count() - before
+        return sum(times - before.get(thread, 0) for thread, times in count().items())
 
     def test_a_hung_libvirtd_is_a_503(self) -> None:
         self.only('web1', 'web2')
@@ -16215,8 +16223,9 @@ class Soak:
         return {'threads': len(list((place / 'task').iterdir())),
                 'descriptors': len(list((place / 'fd').iterdir())),
                 'KiB': int(re.findall(r'RssAnon:\s+(\d+)', status)[0]),
-                'children': len({int(pid) for path in place.glob('task/*/children')
-                                 for pid in path.read_text().split()} - {
+                'children': len({int(pid) for pids in of_threads(self.daemon.process.pid,
+                                                                 'children').values()
+                                 for pid in pids.split()} - {
                                      guest.pid() for guest in self.guests})}
 
     def come_back(self) -> None:
@@ -16934,14 +16943,13 @@ class Usage(NamedTuple):
     @classmethod
     def of(cls, pid: int) -> Usage:
         """Read it of a process."""
-        def numbers(path: Path, *names: str) -> list[int]:
-            text = path.read_text()
+        def numbers(text: str, *names: str) -> list[int]:
             return [int(re.search(rf'(?m)^{name}:\s+(\d+)', text)[1])   # type: ignore[index]
                     for name in names]
-        tasks = list(Path(f'/proc/{pid}/task').iterdir())
-        memory = numbers(Path(f'/proc/{pid}/status'), 'VmRSS', 'RssAnon')
-        switches = sum(sum(numbers(task / 'status', 'voluntary_ctxt_switches',
-                                   'nonvoluntary_ctxt_switches')) for task in tasks)
+        tasks = of_threads(pid)
+        memory = numbers(Path(f'/proc/{pid}/status').read_text(), 'VmRSS', 'RssAnon')
+        switches = sum(sum(numbers(text, 'voluntary_ctxt_switches', 'nonvoluntary_ctxt_switches'))
+                       for text in tasks.values())
         return cls(cpu_of(pid), switches, len(tasks), *(size / 1024 for size in memory))
 
 
