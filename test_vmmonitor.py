@@ -12347,11 +12347,26 @@ class TestLab(Live):
         self.assertEqual((lab.made().get('machines', {}).keys(), {*lab.made().get('disks', ())}), (
             there, {*map(os.path.abspath, Path().glob('*.qcow2'))}))    # no other is its own
         lab.down(disks=True)
+        once, left = [signal.SIGINT], threading.Event()
+
+        def hold(step: str) -> None:
+            if 'qemu-img create' in step:
+                if 'ma.qcow2' in step and once:
+                    os.kill(os.getpid(), once.pop())
+                left.wait(10)
+        with mock.patch.object(vm, 'TRACE', hold), self.assertRaises(KeyboardInterrupt), \
+                mock.patch('concurrent.futures.wait', side_effect=KeyboardInterrupt):
+            lab.up()                            # a second one: what is made then is not forgotten
+        left.set()
+        soon(lambda: not threads('up'), 20)
+        self.assertEqual({*lab.made()['machines']}, {'ma', 'mb'})
+        lab.down(disks=True)
+        self.assertEqual((os.listdir('.'), [*self.home.glob('m*')]), (['lab.json'], []))
         with mock.patch.object(vm, 'at_once', side_effect=KeyboardInterrupt), \
                 self.assertRaises(KeyboardInterrupt):
             lab.up()
         self.assertEqual({kind for kind, made in lab.made().items() if made}, {'switches', 'nics'})
-        once = [2]
+        once = [signal.SIGINT]
 
         def interrupt(step: str) -> None:
             if 'qemu-img create' in step:

@@ -14068,6 +14068,7 @@ class Lab:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = lab_path(path)
         self._stopping = threading.Event()
+        self._at_work = set[str]()                  # machines that up() has not done with
         self._noting = threading.Lock()             # guards what is written down
         self._place = os.path.join(MACHINES_DIR, '.labs', hashlib.sha256(
             os.fsencode(self.path)).hexdigest()[:16])
@@ -14147,12 +14148,14 @@ class Lab:
         did = list[str]()
         with self.alone():
             self._stopping.clear()                      # set by an earlier Ctrl-C
+            self._at_work = set()
             before = self.made()
             try:
                 self._make_networks(did)
                 self._make_machines(did, done, wait)
             except BaseException:                       # what could not be made is not ours
-                self._note(lambda made: drop_absent(made, before))
+                if not self._at_work:                   # (a second Ctrl-C: it may still be made)
+                    self._note(lambda made: drop_absent(made, before))
                 raise
         return did
 
@@ -14175,7 +14178,14 @@ class Lab:
                 raise GuestError(f'{name}: is up, but not {wait}')
             did.extend([f'{name}: {", ".join(says)}'] * bool(says))
             done(name)
-        at_once('up', given, bring_up, self._stopping)
+
+        def work(name: str, all_: set[str] = self._at_work) -> None:
+            all_.add(name)
+            try:
+                bring_up(name)
+            finally:
+                all_.discard(name)
+        at_once('up', given, work, self._stopping)
 
     def _make_networks(self, did: list[str]) -> None:
         file = self.file
