@@ -895,7 +895,8 @@ class Vm:
         time.sleep(0.6)     # twice the 0.3 s in which the agent gives its answer to the exec
 
     def skew(self, seconds: int) -> None:
-        """Put the guest's clock that much off the host's, up to a second less (`date -s`)."""
+        """Put the guest's clock that much off the host's, up to a second less, and by as much as
+        the command takes (`date -s`)."""
         code, out = self.exec(['date', '-u', '-s', f'@{int(time.time()) + seconds}'])
         if code:
             raise RigError(f'{self.name}: date: {out}')
@@ -4692,7 +4693,7 @@ class CauseTest(GuestCase):
         program.wait_log('disk: clock (corrected|is right), cause=resumed')
         time.sleep(3)
         guest.virsh('snapshot-revert', 'one', timeout=60)
-        program.wait_log(r'disk: clock corrected, cause=(reverted|restored) before=-[3-9]')
+        program.wait_log(r'disk: clock corrected, cause=(reverted|restored) before=-([3-9]|1\d)')
         self.right(guest)
         guest.virsh('snapshot-delete', 'one')
         guest.destroy()
@@ -4714,7 +4715,7 @@ class CauseTest(GuestCase):
         program.wait_log('web1: clock (corrected|is right), cause=(booted|agent connected)')
         guest.skew(-9)
         guest.exec(['sh', '-c', '(sleep 0.5; kill $(pidof qemu-ga)) >/dev/null 2>&1 &'])
-        program.wait_log('web1: clock corrected, cause=agent connected before=-[89]')
+        program.wait_log('web1: clock corrected, cause=agent connected before=-(9|10)')
         self.right(guest)
 
     def test_reboot_and_own_setting_do_not_loop(self) -> None:
@@ -4743,7 +4744,7 @@ class CauseTest(GuestCase):
         guest.skew(60)
         self.config({'monitor': {'checkInterval': 1}})
         program.process.send_signal(signal.SIGHUP)
-        program.wait_log('web1: clock corrected, cause=periodic check before=\\+(58|59|60)')
+        program.wait_log('web1: clock corrected, cause=periodic check before=\\+(5[5-9]|60)')
         self.right(guest)
 
     def test_host_clock_set(self) -> None:
@@ -4769,7 +4770,7 @@ class CauseTest(GuestCase):
         program.wait_log('connected after')
         guest.virsh('migrate', there.uri, '--live', '--migrateuri',
                     f'unix://{there.dir}/migration.sock', timeout=90)
-        program.wait_log('mover: clock corrected, cause=migrated before=-(39|40|41)')
+        program.wait_log('mover: clock corrected, cause=migrated before=-(39|4[0-4])')
         Vm(there, 'mover').wait_agent()
         self.right(Vm(there, 'mover'))
 
@@ -4795,7 +4796,7 @@ class CauseTest(GuestCase):
         with self.assertRaises(RigError):
             moving.result(90)
         self.host.start()
-        program.wait_log('alpha/mover: clock corrected, cause=found before=-(39|40|41)')
+        program.wait_log('alpha/mover: clock corrected, cause=found before=-(39|4[0-4])')
         guest.wait_agent()
         self.right(guest)
         soon(lambda: not there.virsh('list', '--name'), what='it is at one end alone')
@@ -4809,7 +4810,7 @@ class CauseTest(GuestCase):
         other.start()
         program.wait_log(r'libvirt beta: its clock is that of this machine to [01]\.\d\d s, by '
                          'other, which has just booted there', 60)
-        program.wait_log('beta/mover: clock corrected, cause=host in step before=-(39|40|41)')
+        program.wait_log('beta/mover: clock corrected, cause=host in step before=-(39|4[0-4])')
         self.right(moved)
         found = self.answers(port, 'start&target=mover', 'start&target=alpha/mover', 'list')
         self.assertEqual(found['start&target=mover'], (200, 'beta/mover: already running'))
@@ -13282,7 +13283,7 @@ class OneShotTest(GuestCase):
         lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
         self.assertEqual(lines['NAME'], ['STATE', 'AGENT', 'CLOCK'])
         self.assertEqual(lines['web1'][:2], ['running', 'answers'])
-        self.assertRegex(lines['web1'][2], r'^-(59|60|61)\.\d\d\ds$')
+        self.assertRegex(lines['web1'][2], r'^-(59|6[0-4])\.\d\d\ds$')
         self.assertEqual(lines['web2'], ['off', 'disconnected', '-'])
         self.assertEqual(lines['deaf'][1], 'absent')
         status, out, _ = vmmonitor('--config', self.config(), '--status', 'web1', '--json')
