@@ -891,8 +891,9 @@ class Vm:
     def freeze_agent(self, seconds: float) -> None:
         """Stop the agent's process (SIGSTOP) and let it go on after `seconds`."""
         script = f'kill -STOP $pid; sleep {seconds}; kill -CONT $pid'
-        self.exec(['sh', '-c', f'pid=$(pidof qemu-ga); (sleep 0.3; {script}) >/dev/null 2>&1 &'])
-        time.sleep(0.6)     # twice the 0.3 s in which the agent gives its answer to the exec
+        self.agent({'execute': 'guest-exec', 'arguments': {
+            'path': 'sh', 'arg': ['-c', f'pid=$(pidof qemu-ga); sleep 0.3; {script}']}})
+        time.sleep(0.6)     # twice the 0.3 s in which the agent gives its answer to that
 
     def skew(self, seconds: int) -> None:
         """Put the guest's clock that much off the host's, up to a second less, and by as much as
@@ -9272,6 +9273,27 @@ class Running(Live):
     def setUp(self) -> None:
         self.assertIs(self.machine.state(), vm.State.RUNNING)
 
+    def answers(self) -> bool:
+        """Tell whether the agent answers at once."""
+        with contextlib.suppress(vm.Error):
+            self.machine.agent('guest-ping', timeout=0.5)
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def deaf_agent(self) -> Iterator[None]:
+        """Have the agent stopped in the body, until a line on the console lets it go on."""
+        self.machine.agent('guest-exec', {'path': 'sh', 'arg': [
+            '-c', 'sleep 0.3; killall -STOP qemu-ga; head -n1 < /dev/ttyS0; killall -CONT qemu-ga'
+        ]})
+        soon(lambda: not self.answers())
+        try:
+            yield
+        finally:
+            with self.machine.console() as console:
+                console.write('\n')
+            soon(self.answers, BOOT)
+
 
 class TestGuest(Running):
     """Its QEMU and its agent."""
@@ -9302,20 +9324,12 @@ class TestGuest(Running):
     def test_agent_answers_late(self) -> None:
         """An answer to an earlier question is never taken for one to a later."""
         m = self.machine
-        sh(m, 'pid=$(pidof qemu-ga); (sleep 0.3; kill -STOP $pid; sleep 2.5; kill -CONT $pid)'
-              ' >/dev/null 2>&1 &')
-        time.sleep(0.6)
-        for _ in range(2):
-            with self.refused('does not answer', kind=vm.AgentError):
-                m.agent('guest-info', timeout=0.5)
-        soon(lambda: self.clock(m))
+        with self.deaf_agent():
+            for _ in range(2):
+                with self.refused('does not answer', kind=vm.AgentError):
+                    m.agent('guest-info', timeout=0.5)
         for _ in range(5):
             self.assertIsInstance(m.agent('guest-get-time'), int)
-
-    def clock(self, m: vm.Machine) -> int:
-        with contextlib.suppress(vm.AgentError):
-            return m.get_time()
-        return 0
 
     def test_processor(self) -> None:
         """Distributions of today need x86-64-v2."""
@@ -11611,15 +11625,12 @@ class TestConsole(Running):
 
     def test_progress_on_a_terminal(self) -> None:
         m = self.machine
-        m.agent('guest-exec', {'path': 'sh', 'arg': [
-            '-c', 'sleep 0.5; killall -STOP qemu-ga; sleep 4; killall -CONT qemu-ga']})
-        time.sleep(1)
-        verb, _, _, says = self.on_terminal('status', m.name)
-        soon(lambda: says(b'\r\x1b[K0 of 1 done, waiting for %s: 1 s\r' % m.name.encode()), 30)
+        with self.deaf_agent():
+            verb, _, _, says = self.on_terminal('status', m.name)
+            soon(lambda: says(b'\r\x1b[K0 of 1 done, waiting for %s: 1 s\r' % m.name.encode()), 30)
         self.assertEqual(verb.wait(60), 0)
         last = soon(lambda: says(b' running '), 5).rpartition(b'\x1b[K')[2]
         self.assertRegex(last, rb'^NAME .*\r\n%s +running ' % m.name.encode())   # none before that
-        m.wait('agent', BOOT)
 
     def test_console_on_a_terminal(self) -> None:
         m = self.machine
