@@ -4450,12 +4450,13 @@ class BarsTest(GuestCase):
 
     def test_without_it_the_clock_stays_wrong(self) -> None:
         guest = self.vm('web1')
-        before = guest.offset()
+        before, began = guest.offset(), time.monotonic()
         guest.virsh('suspend')
         time.sleep(3)
         guest.virsh('resume')
+        longest = time.monotonic() - began              # that it has stood still
         time.sleep(1)
-        self.assertAlmostEqual(guest.offset() - before, -3.0, delta=0.3)
+        self.assertTrue(2.7 < before - guest.offset() < longest + 0.1, longest)
 
     def test_pause_and_resume(self) -> None:
         self.only('web1')
@@ -4549,8 +4550,8 @@ class BarsTest(GuestCase):
         say(f'five of eight, two hang: right {max(took.values()) * 1000:.0f} ms after the last '
             'resume')
         self.assertLess(max(took.values()), 1.0, f'{took}\n{program.log()}')
-        self.assertEqual(len(re.findall(r'herd[3-7]: clock corrected, cause=resumed',
-                                        program.log())), 5)
+        corrected = program.wait_log('herd[3-7]: clock corrected, cause=resumed', count=5)
+        self.assertEqual(len(set(corrected)), 5)
         status, seconds = program.stop()        # while two agents hang
         self.assertEqual(status, 0)
         self.assertLess(seconds, 2)
