@@ -12351,7 +12351,7 @@ class TestLab(Live):
         path = self.write(self.pair())
         done = subprocess.run(
             [sys.executable, '-c', 'import signal, sys, threading, time, vmmonitor as vm\n'
-             'once = [2]\n'                     # the kernel may give it to any thread
+             'once = [0, 2]\n'                  # the kernel may give it to any thread
              'vm.TRACE = lambda step: "qemu-img create" in step and (once and '
              '(time.sleep(0.3), signal.pthread_kill(threading.get_ident(), once.pop()), '
              'time.sleep(1)))\n'
@@ -12600,9 +12600,7 @@ class TestLab(Live):
             ip('link set va up')
             ip('link set vb up')
             sender.bind(('vb', 0x300))
-            time.sleep(0.5)                     # it has heard of that
-            sender.send(frame)
-            soon(lambda: frame in Path(path).read_bytes())
+            soon(lambda: sender.send(frame) and frame in Path(path).read_bytes())
         os.close(file)
         ip('link del va')
 
