@@ -7278,16 +7278,17 @@ class TestRouter(NetCase):
              ip('-6 addr show dev eth1'))
         self.before = self.picture()
 
-    def picture(self) -> list[str]:
-        """Addresses and routes of eth1, as `ip` shows them."""
+    def picture(self, name: str = 'eth1') -> list[str]:
+        """Addresses and routes of an interface, as `ip` shows them."""
         moment = {'valid_life_time', 'preferred_life_time', 'tentative', 'protocol', 'nodad'}
         rows = [json.dumps({key: value for key, value in row.items() if key not in moment})
-                for link in json.loads(ip('-json addr show dev eth1')) for row in link['addr_info']]
+                for link in json.loads(ip(f'-json addr show dev {name}'))
+                for row in link['addr_info']]
         for family in '46':
             rows += [json.dumps({key: value for key, value in row.items()
                                  if key not in ('flags', 'expires')})
                      for row in json.loads(ip(f'-{family} -json -d route show table all'))
-                     if row.get('type') != 'multicast' and '"eth1"' in json.dumps(row)]
+                     if row.get('type') != 'multicast' and f'"{name}"' in json.dumps(row)]
         return sorted(rows)
 
     def test_all_kinds_of_traffic_between_machine_and_server(self) -> None:
@@ -7379,6 +7380,22 @@ class TestRouter(NetCase):
         self.assertIn('eth1 is a port of theirs by now', said.output[0])
         self.assertEqual(vm.interfaces['eth1'].master, 'theirs')
         self.assertIn('dev theirs', ip('route show table 55'))
+
+    def test_a_trunk_that_is_renamed(self) -> None:
+        def rename(old: str, new: str) -> None:
+            ip(f'link set dev {old} down')          # which older kernels want
+            ip(f'link set dev {old} name {new} up')
+        router = vm.Router('eth1')
+        rename('eth1', 'wan0')
+        router.delete()
+        self.assertEqual((names(), reaches('', 'server', '192.0.2.1')), ({'wan0'}, '192.0.2.5'))
+        soon(lambda: [row.replace('wan0', 'eth1') for row in self.picture('wan0')] == self.before)
+        router = vm.Router('wan0', nat=True)
+        rename('wan0', 'eth1')
+        setting = Path('/proc/sys/net/ipv4/conf/eth1/forwarding')
+        self.assertEqual(setting.read_text(), '1\n')
+        router.delete()
+        self.assertEqual(setting.read_text(), '0\n')
 
     def test_made_by_a_program_that_ended(self) -> None:
         python('vm.Router("eth1")')

@@ -6458,6 +6458,16 @@ class Op(NamedTuple):
         return self._replace(line=re.sub(r'(?<= dev )\S+', lambda word: shlex.quote(onto.get(
             shlex.split(word[0])[0], shlex.split(word[0])[0])), self.line))
 
+    def renamed(self, names: Mapping[str, str]) -> Op:
+        """Return it for interfaces that are called otherwise by now: old name -> new one. A rule of
+        a firewall keeps the old one."""
+        old = '|'.join(re.escape(shlex.quote(name)) for name in names)
+        if not names or self.tool not in ('ip', 'sysctl'):
+            return self
+        return self._replace(line=re.sub(
+            rf'(?<![\w.-])(?:{old})(?![\w.-])',
+            lambda word: shlex.quote(names[shlex.split(word[0])[0]]), self.line))
+
 
 FORWARD_ALL = Op('forward', 'net/ipv4/ip_forward=1', tool='sysctl')     # between all interfaces
 
@@ -6926,7 +6936,7 @@ SCHEMAS.update({
     'namespace facts': {'space': str, 'inode': str},
     'nic facts': {'layout': str, 'namespace': str, 'mac': str, 'index': int, 'sink': str,
                   'tap': str},
-    'router facts': {'trunk': str, 'nat': bool, 'subnet': str}})
+    'router facts': {'trunk': str, 'nat': bool, 'subnet': str, 'indexes?': {'*': int}}})
 
 
 @dataclasses.dataclass
@@ -7334,13 +7344,17 @@ class Transaction:
         shared = in_force(FORWARD_ALL)
         routes_ = [(place_of(route.line({})), {hop.device for hop in route.hops})
                    for route in self.network.routes]
+        called = {link.index: link.name for link in self.network.links.values()}
+        renamed = {name: called[index] for row in going.values()
+                   for name, index in row.facts.get('indexes', {}).items()
+                   if called.get(index, name) != name}
         for link in self.network.links.values():
             if link.master and link.master not in self.records:
                 theirs[link.name] = link.master
             elif link.name in (self.records[link.master].taken() if link.master else ()) \
                     and link.master not in going:
                 onto[link.name] = link.master
-        for op in undo:
+        for op in (op.renamed(renamed) for op in undo):
             gone = theirs.keys() & op.devices() if re.match('give .* back$', op.what) else ()
             for name in gone:
                 log.warning('can\'t %s: %s is a port of %s by now (ip %s)', op.what, name,
@@ -7735,6 +7749,7 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
             yield f'route {"append" if place_of(line) in seen else "replace"} {line}'
             seen.add(place_of(line))
     known = {device: [*neighbour_lines(device)] for device in devices}
+    owner.facts['indexes'] = {link.name: link.index for link in links}  # they may be renamed
     # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
     bond = owner.kind == 'bond'
     for link in links:
@@ -8385,6 +8400,7 @@ class Router(Switch):
         mtu = min(max(link.mtu, MTU[0]), MTU[1])
         if nat:
             row.facts['subnet'] = free_subnet(plan, row.facts['subnet'])
+            row.facts['indexes'] = {self.trunk: link.index}
             if row.facts['subnet'].endswith('/32'):
                 raise NetworkError(f'{self.name}: subnet {row.facts["subnet"]} is one address',
                                    'give a network such as 10.77.0.0/24')
