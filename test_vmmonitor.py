@@ -10735,6 +10735,7 @@ class TestSaving(Live):
     def test_sleep(self) -> None:
         # Its own machine: it sees no hot-plug after its wake-up.
         m = self.guest('sleeper', harddrives=self.path('sleeper.qcow2'))
+        self.enter(mock.patch.object(vm, 'REOPENED', BOOT))     # on a busy host
         m.start_vm()
         m.wait('agent', BOOT)
         m.write_file('/tmp/then', b'then')
