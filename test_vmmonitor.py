@@ -16266,7 +16266,6 @@ class Soak:
         self.began = time.monotonic()
         for number in range(count):
             self.kills = number < count / 2
-            self.deck = []
             self.resting.clear()
             threads = [self.spawn(work) for work in (
                 *(guest.rounds for guest in self.guests), self.disturb, self.probe, self.trickle)]
