@@ -4800,7 +4800,7 @@ class CauseTest(GuestCase):
         guest.skew(-40)             # so that there is something to see: downtime is too short
         move = ('migrate', beta, '--live', '--migrateuri', f'unix://{there.dir}/migration.sock')
         moving = vm.in_thread('migrate', lambda: guest.virsh(*move, '--bandwidth', '1', timeout=90))
-        soon(lambda: 'Unbounded' in guest.virsh('domjobinfo'), what='it moves')
+        soon(lambda: 'Unbounded' in guest.virsh('domjobinfo'), 30, 'it moves')
         self.host.kill9()
         with self.assertRaises(RigError):
             moving.result(90)
@@ -4808,7 +4808,7 @@ class CauseTest(GuestCase):
         program.wait_log('alpha/mover: clock corrected, cause=found before=-(39|4[0-4])')
         guest.wait_agent()
         self.right(guest)
-        soon(lambda: not there.virsh('list', '--name'), what='it is at one end alone')
+        soon(lambda: not there.virsh('list', '--name'), 30, 'it is at one end alone')
         guest.skew(-40)
         guest.virsh(*move, timeout=90)
         program.wait_log('libvirt beta: nothing tells yet whether its clock is that of this '
@@ -12802,7 +12802,7 @@ class CommandLineTest(ConfigCase):
             with vm.progress([f'web{n}' for n in range(99)], {'web0'}):
                 soon(lambda: ' s\r' in said.getvalue())
             self.assertTrue(said.getvalue().endswith('\r\x1b[K'))    # gone before the answer
-        self.assertRegex(said.getvalue(), r'^\r\x1b\[K1 of 99 done, waiting for web1, .*…: 1 s\r')
+        self.assertRegex(said.getvalue(), r'^\r\x1b\[K1 of 99 done, waiting for web1, .*…: \d s\r')
         self.assertLess(max(map(len, said.getvalue().split('\r'))), 60 + len('\x1b[K'))
 
     def test_an_error_names_its_guest(self) -> None:
