@@ -173,7 +173,7 @@ def free_port() -> int:
 def apt(*args: str, cwd: Path | None = None) -> None:
     """Run apt-get without questions, and not as user `_apt`, who may not write to `cwd`."""
     run('env', 'DEBIAN_FRONTEND=noninteractive', 'apt-get', '-qq', '-o', 'DPkg::Lock::Timeout=300',
-        '-o', 'APT::Sandbox::User=root', *args, cwd=cwd, timeout=1800)
+        '-o', 'APT::Sandbox::User=root', '-o', 'Acquire::Retries=5', *args, cwd=cwd, timeout=1800)
 
 
 def installed(package: str) -> bool:
@@ -14644,7 +14644,7 @@ class Container:
         settings = re.findall(r'(?m)^Acquire::(?:https?|Check|Retries|ForceIPv).*\n',
                               run('apt-config', 'dump', timeout=60))
         self.path('/etc/apt/apt.conf.d/00host').write_text(
-            ''.join(settings) + 'APT::Sandbox::User "root";\n')
+            'Acquire::Retries "5";\n' + ''.join(settings) + 'APT::Sandbox::User "root";\n')
         shutil.copyfile('/etc/resolv.conf', self.path('/etc/resolv.conf'))
         self.sh('apt-get -qq update', 300, network=False)
 
