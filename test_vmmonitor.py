@@ -11335,15 +11335,16 @@ class TestMigration(Live):
             if done > total * share:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(b.pid(), signal.SIGSTOP)
-        # Nearly all sent, all sent (it has arrived, and can't let the guest run), and at once.
+        # Nearly all sent, all sent (it has arrived, and can't let the guest run), and at once; that
+        # slowly, else all may be sent before it is stopped.
         for share, timeout, word in ((0.97, 60, 'theirs'), (0.999999, 60, 'theirs'),
                                      (0, 2, 'took too long')):
             seen: list[int] = []
             b.start_vm()
             # The time for "run" stays longer than what the other end does in it.
             with self.subTest(share), mock.patch.object(vm, 'ARRIVAL_TIMEOUT', 5.0), \
-                    impatient(2.0), \
-                    self.refused('ours', word):
+                    altered('migrate-set-parameters', max_bandwidth=1 << (40 if share else 20)), \
+                    impatient(2.0), self.refused('ours', word):
                 a.migrate(b, stopped, timeout)
             # Nothing of it may come to life there; here it goes on.
             self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
