@@ -7403,6 +7403,15 @@ class TestRouter(NetCase):
         self.assertEqual(setting.read_text(), '1\n')
         router.delete()
         self.assertEqual(setting.read_text(), '0\n')
+        for nat in False, True:                     # another one with its index is not it
+            router = vm.Router('eth1', nat=nat)
+            index = vm.interfaces['eth1'].link().index
+            ip('link del dev eth1')
+            ip(f'link add name theirs index {index} type veth peer name eth1')
+            setting = Path('/proc/sys/net/ipv4/conf/theirs/forwarding')
+            setting.write_text('1')
+            router.delete()
+            self.assertEqual((setting.read_text(), vm.interfaces['theirs'].addresses), ('1\n', ()))
 
     def test_made_by_a_program_that_ended(self) -> None:
         python('vm.Router("eth1")')
@@ -7461,12 +7470,16 @@ class TestRouter(NetCase):
                 f'{family} route show default').splitlines()]
         for family in '-4', '-6':
             ip(f'{family} route add {ours[family]}')
+        near = ours['-6'].replace(' via', ' from 2001:db8::/64 via')    # is in nobody's place
+        ip(f'-6 route add {near}')
         router = vm.Router('eth1', force=True)
         for family in '-4', '-6':
             ip(f'{family} route replace {theirs[family]}')
         with self.assertLogs('vmmonitor', 'WARNING') as logged:
             router.delete()
-        self.assertEqual((there('-4'), there('-6')), ([theirs['-4'], ours['-4']], [theirs['-6']]))
+        self.assertEqual((there('-4'), sorted(there('-6'))),
+                         ([theirs['-4'], ours['-4']], [near, theirs['-6']]))
+        ip(f'-6 route del {near}')
         self.assertRegex(str(logged.output), "can't give routes back: others have entered another "
                          r'.*\(ip route replace unicast ::/0 via 2001:db8::1 dev eth1')
         ip(f'-6 route replace {ours["-6"]}')

@@ -6673,7 +6673,7 @@ class Route:
 
 def place_of(line: str) -> tuple[str, ...]:
     """Return the place of a Route's line(), where `ip route replace` puts it in another's stead."""
-    return line.split()[1], *re.findall(r' (?:table|metric|tos) \S+', line)
+    return line.split()[1], *re.findall(r' (?:table|metric|from|tos) \S+', line)
 
 
 # The members of an address of `ip -json address` that `ip address replace` has a flag for, and
@@ -6936,7 +6936,8 @@ SCHEMAS.update({
     'namespace facts': {'space': str, 'inode': str},
     'nic facts': {'layout': str, 'namespace': str, 'mac': str, 'index': int, 'sink': str,
                   'tap': str},
-    'router facts': {'trunk': str, 'nat': bool, 'subnet': str, 'indexes?': {'*': int}}})
+    'router facts': {'trunk': str, 'nat': bool, 'subnet': str,
+                     'identities?': {'*': [(int, str)]}}})
 
 
 @dataclasses.dataclass
@@ -7344,11 +7345,13 @@ class Transaction:
         shared = in_force(FORWARD_ALL)
         routes_ = [(place_of(route.line({})), {hop.device for hop in route.hops})
                    for route in self.network.routes]
-        called = {link.index: link.name for link in self.network.links.values()}
-        renamed = {name: called[index] for row in going.values()
-                   for name, index in row.facts.get('indexes', {}).items()
-                   if called.get(index, name) != name}
-        for link in self.network.links.values():
+        links = self.network.links.values()
+        # One that came from another namespace may have the index of one that went.
+        renamed = {name: link.name for row in going.values()
+                   for name, (index, mac) in row.facts.get('identities', {}).items()
+                   for link in links if link.index == index and link.name != name
+                   and (link.mac == mac or link.master in going)}
+        for link in links:
             if link.master and link.master not in self.records:
                 theirs[link.name] = link.master
             elif link.name in (self.records[link.master].taken() if link.master else ()) \
@@ -7749,7 +7752,7 @@ def take_over(plan: Transaction, devices: Sequence[str], master: str, owner: Rec
             yield f'route {"append" if place_of(line) in seen else "replace"} {line}'
             seen.add(place_of(line))
     known = {device: [*neighbour_lines(device)] for device in devices}
-    owner.facts['indexes'] = {link.name: link.index for link in links}  # they may be renamed
+    owner.facts['identities'] = {link.name: [link.index, link.mac] for link in links}
     # A bond takes only interfaces that are down, brings them up itself, and leaves them down.
     bond = owner.kind == 'bond'
     for link in links:
@@ -8400,7 +8403,7 @@ class Router(Switch):
         mtu = min(max(link.mtu, MTU[0]), MTU[1])
         if nat:
             row.facts['subnet'] = free_subnet(plan, row.facts['subnet'])
-            row.facts['indexes'] = {self.trunk: link.index}
+            row.facts['identities'] = {self.trunk: [link.index, link.mac]}
             if row.facts['subnet'].endswith('/32'):
                 raise NetworkError(f'{self.name}: subnet {row.facts["subnet"]} is one address',
                                    'give a network such as 10.77.0.0/24')
