@@ -9419,8 +9419,13 @@ class TestGuest(Running):
             with self.refused('in use', kind=vm.Busy), m.monitor(0.2):
                 pass
         got: list[str] = []
-        thread = threading.Thread(target=lambda: got.extend(
-            row['event'] for row in m.events(1.0)))
+
+        def listen() -> None:
+            for row in m.events(10.0):
+                got.append(row['event'])
+                if got[-1] == 'RESUME':
+                    return
+        thread = threading.Thread(target=listen)
         thread.start()
         time.sleep(0.3)
         m.freeze()
