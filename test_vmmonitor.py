@@ -10540,8 +10540,9 @@ class TestNetwork(Live):
         m.wait('agent', BOOT)
         m.write_file('/lease', LEASE.encode())
         said = sh(m, 'modprobe virtio_net; until [ -e /sys/class/net/eth0 ]; do usleep 50000; '
-                  'done; ip link set eth0 up; chmod +x /lease; udhcpc -fqn -i eth0 -s /lease; '
-                  'ip route add default via 10.77.0.1; nslookup -type=a fixed.internal 10.77.0.1')
+                  'done; ip link set eth0 up; chmod +x /lease; '
+                  'udhcpc -fqn -t 20 -T 1 -i eth0 -s /lease; ip route add default via 10.77.0.1; '
+                  'nslookup -type=a fixed.internal 10.77.0.1', BOOT)
         self.assertIn("ip='10.77.0.10'", said)
         self.assertRegex(said, "Name:\tfixed.internal\nAddress: 10.77.0.10")
         soon(lambda: m.exec(['ping', '-c', '1', '-W', '1', '192.0.2.1']).status == 0)
