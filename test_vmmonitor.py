@@ -7403,8 +7403,14 @@ class TestRouter(NetCase):
         self.assertEqual(setting.read_text(), '1\n')
         router.delete()
         self.assertEqual(setting.read_text(), '0\n')
+        rename('eth1', 'main')                      # as a table is called, too
+        ip('route add default via 192.0.2.1 dev main')
+        router = vm.Router('main', force=True)
+        rename('main', 'eth1')
+        router.delete()
+        self.assertIn('default via 192.0.2.1 dev eth1', ip('route'))
         for nat in False, True:                     # another one with its index is not it
-            router = vm.Router('eth1', nat=nat)
+            router = vm.Router('eth1', nat=nat, force=True)
             index = vm.interfaces['eth1'].link().index
             ip('link del dev eth1')
             ip(f'link add name theirs index {index} type veth peer name eth1')

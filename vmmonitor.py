@@ -6465,7 +6465,7 @@ class Op(NamedTuple):
         if not names or self.tool not in ('ip', 'sysctl'):
             return self
         return self._replace(line=re.sub(
-            rf'(?<![\w.-])(?:{old})(?![\w.-])',
+            rf'(?:(?<= dev )|(?<= label )|(?<=/conf/))(?:{old})(?![\w.-])',
             lambda word: shlex.quote(names[shlex.split(word[0])[0]]), self.line))
 
 
