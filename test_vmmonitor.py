@@ -7394,6 +7394,7 @@ class TestRouter(NetCase):
             ip(f'link set dev {old} name {new} up')
         router = vm.Router('eth1')
         rename('eth1', 'wan0')
+        self.assertNotIn('took eth1', str([*vm.check_networks()]))
         router.delete()
         self.assertEqual((names(), reaches('', 'server', '192.0.2.1')), ({'wan0'}, '192.0.2.5'))
         soon(lambda: [row.replace('wan0', 'eth1') for row in self.picture('wan0')] == self.before)

@@ -8596,7 +8596,10 @@ def _check_passages() -> Iterator[Check]:
     ports = read_network().links if bridges else {}
     for name, row in bridges.items():
         trunk = row.facts.get('trunk', '')
-        if trunk and not row.facts['nat'] and (trunk not in ports or ports[trunk].master != name):
+        index = row.facts.get('identities', {}).get(trunk, [0])[0]      # it may be renamed
+        if trunk and not row.facts['nat'] and not any(
+                port.master == name and (port.name == trunk or port.index == index)
+                for port in ports.values()):
             yield Check(False, f'{name}: somebody took {trunk} away; Router({trunk!r}, '
                         f'name={name!r}) puts it back')
         for op in passage_ops(name, row, records)[0]:
