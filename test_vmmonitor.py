@@ -11013,6 +11013,13 @@ class TestSaving(Live):
             with self.subTest(step), at_step(f'send {step}', lambda: self.end(m)):
                 self.assertRegex(m.stop(), 'already off|stopped by')
             self.assertFalse(m.is_alive())
+        for _ in range(5):              # while it ends, it is no error to ask
+            m.start_vm()
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                stopping = pool.submit(m.stop, True)
+                while m.state() is not vm.State.OFF:
+                    pass
+                stopping.result()
         with self.refused('off2 is off', 'start it', kind=vm.WrongState):
             m.console().write('x')
         with self.refused('flying', 'wait for agent, running'):

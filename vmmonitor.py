@@ -10533,7 +10533,9 @@ class Qemu:
             refused = QemuRefused(self.name, problem.code, problem.text)
             refused.hint = self._remedy(problem.text) or refused.hint
             return refused
-        if not self.is_alive():
+        # Who hangs up is about to end, which takes a moment: all its memory is given back.
+        if Deadline(QMP_TIMEOUT if isinstance(problem, PeerClosed) else 0).poll(
+                lambda: not self.is_alive()):
             return WrongState(f'{self.name} is off{self.last_words()}', 'start it first')
         return MachineError(f'{self.name}: QEMU: {problem.message}', 'QEMU is stopped or overloaded'
                             if isinstance(problem, PeerSilent) else problem.hint)
