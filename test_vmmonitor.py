@@ -11018,7 +11018,7 @@ class TestSaving(Live):
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 stopping = pool.submit(m.stop, True)
                 while m.state() is not vm.State.OFF:
-                    pass
+                    self.assertEqual((m.chardevs, m.cd.tray.medium), ({}, False))
                 stopping.result()
         with self.refused('off2 is off', 'start it', kind=vm.WrongState):
             m.console().write('x')

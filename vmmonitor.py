@@ -9610,10 +9610,12 @@ class CD:
         if self.drive:
             return self._in().tray
         live = self._live()
-        if not live:
-            return Tray(False, False, bool(self.filename))
-        drive = next(row for row in live.execute('query-block') if row.get('qdev') == live.id)
-        return Tray(bool(drive.get('tray_open')), drive['locked'], 'inserted' in drive)
+        if live:
+            with contextlib.suppress(WrongState):       # it has just ended
+                drive = next(row for row in live.execute('query-block')
+                             if row.get('qdev') == live.id)
+                return Tray(bool(drive.get('tray_open')), drive['locked'], 'inserted' in drive)
+        return Tray(False, False, bool(self.filename))
 
     def _ask(self, live: Attached, command: str, force: bool, **arguments: Any) -> None:
         """Carry out what a guest that has locked the tray may refuse."""
@@ -11544,7 +11546,9 @@ class Devices(Part):
     @property
     def chardevs(self) -> dict[str, str]:
         self.file.refresh()
-        rows = self.qemu.qmp('query-chardev') if self.qemu.is_alive() else []
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(WrongState):           # it is off
+            rows = self.qemu.qmp('query-chardev')
         ends = {row['label']: row['filename'].partition(':')[2] for row in rows
                 if re.fullmatch(r'pty:/dev/pts/\d+', row['filename'])}
         return {row.facts.name: self._its_pty(ends.get(f'{row.id}-host', ''))
