@@ -12239,7 +12239,7 @@ class TestLab(Live):
         with lab.alone(), \
                 mock.patch.object(vm, 'BUSY_TIMEOUT', 0.2), self.refused('is at work on this lab'):
             lab.down()
-        alien, disk = vm.VirtualNic(), os.path.abspath('mb.qcow2')
+        alien, disk = vm.VirtualNic('alien-updown'), os.path.abspath('mb.qcow2')  # no other's name
         alien.connect('lan')
         os.close(alien.open())                  # nobody else uses what it makes
         plan = ['delete machine ma', 'delete machine mb', *(
