@@ -11256,19 +11256,17 @@ class TestMigration(Live):
         execute = vm.QMP.execute
 
         def at_once(qmp: vm.QMP, command: str, *arguments: Any, **more: Any) -> Any:
-            if 'max_bandwidth' in more:         # nearly all of it counts as the last part
-                more.update(max_bandwidth=10 << 20, downtime_limit=1_000_000)
+            if 'max_bandwidth' in more:         # nearly all of it counts as the last part, and
+                more.update(max_bandwidth=1 << 20, downtime_limit=1_000_000)
+            if command == 'migrate':            # what goes before that has room in the stream
+                os.kill(b.pid(), signal.SIGSTOP)
             answer = execute(qmp, command, *arguments, **more)
             answered.append(command)
             return answer
         answered: list[str] = []
-
-        def stopped(*_: int) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(b.pid(), signal.SIGSTOP)
         with mock.patch.object(vm.QMP, 'execute', at_once), impatient(2.0), \
                 self.refused('held: QEMU', 'answer in time'):
-            a.migrate(b, stopped, 60)
+            a.migrate(b, timeout=60)
         self.assertIn('migrate_cancel', answered)       # the stream was shut: it hears again
         self.assertEqual((a.state(), b.state()), (vm.State.RUNNING, vm.State.OFF))
         a.agent('guest-ping')
