@@ -6544,7 +6544,8 @@ class TestOwnership(NetCase):
             bad = [one.text for one in vm.check_networks() if not one.good]
         self.assertIn('networks: ', '\n'.join(bad))             # and nothing was raised
         for row in (None, {**tree['things']['lan'], 'undo': [['what']]}, {'kind': 'switch'},
-                    {'kind': 'nic', 'group': 1, 'facts': {}}):
+                    {'kind': 'nic', 'group': 1, 'facts': {}},
+                    {'kind': 'bond', 'group': 1, 'facts': {'identities': ['eth1']}}):
             path.write_text(json.dumps({**tree, 'things': {'lan': row}}))
             says = f'lan: what is written down of it in {path} can\'t be read'
             for touch in (lambda: vm.Switch('lan'), lambda: vm.delete_names(['lan'])):

@@ -6936,6 +6936,7 @@ SCHEMAS.update({
     'namespace facts': {'space': str, 'inode': str},
     'nic facts': {'layout': str, 'namespace': str, 'mac': str, 'index': int, 'sink': str,
                   'tap': str},
+    'bond facts': {'identities?': {'*': [(int, str)]}},
     'router facts': {'trunk': str, 'nat': bool, 'subnet': str,
                      'identities?': {'*': [(int, str)]}}})
 
